@@ -1,0 +1,33 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: venv demo test lint bench bench-cpu clean
+
+venv: .venv/installed
+
+.venv/installed: pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastdpo needs Python 3.11 or newer: make venv PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: venv
+	$(BIN)/fastdpo demo
+
+test: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-cpu: venv
+	$(BIN)/python -m benchmarks.bench_cpu
+
+bench: venv
+	bash benchmarks/gpu_all.sh
+
+clean:
+	rm -rf .venv
