@@ -1,0 +1,76 @@
+"""The linear map under the softmax and its transpose, a chunk of the vocabulary at a time.
+
+Letters: M scored rows, D hidden, V vocab, v a chunk of it, r the LoRA rank; x the hidden rows as
+GEMM operand.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .ops import matmul, matmul_add, operand
+
+
+@dataclass(frozen=True)
+class Head:
+    """z = softcap(scale * (h W^T + bias + lora_scale (h A^T) B^T))."""
+
+    weight: torch.Tensor  # [V, D]
+    bias: torch.Tensor | None  # [V]
+    lora_a: torch.Tensor | None  # [r, D]
+    lora_b: torch.Tensor | None  # [V, r]
+    lora_scale: float
+    scale: float
+    softcap: float | None
+
+    def low_rank(self, x):
+        """lora_scale * x A^T [M, r], or None."""
+        return None if self.lora_a is None else self.lora_scale * (x @ operand(self.lora_a).t())
+
+    def logits(self, x, xa, v0, v1, out):
+        """Writes the final logits of the vocabulary chunk [v0, v1) to out [v, M]."""
+        matmul(operand(self.weight[v0:v1]), x.t(), out)
+        if xa is not None:
+            matmul_add(operand(self.lora_b[v0:v1]), xa.t(), out)
+        if self.bias is not None:
+            out.add_(self.bias[v0:v1, None])
+        if self.scale != 1:
+            out.mul_(self.scale)
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def slope(self, z, out=None):
+        """dz / d(logit before the cap) = 1 - (z / c)^2, for a head with a softcap."""
+        return torch.mul(z, z, out=out).mul_(-1 / self.softcap**2).add_(1)
+
+
+class HiddenGrad:
+    """sum_v dz_v W_v for every row, over the chunks: [M, D], and its LoRA part before A: [M, r]."""
+
+    def __init__(self, head, x, accumulate, full=True):
+        self.head = head
+        zeros = lambda width: torch.zeros(len(x), width, dtype=accumulate, device=x.device)
+        self.full = zeros(x.shape[1]) if full else None
+        self.low = zeros(len(head.lora_a)) if head.lora_a is not None else None
+
+    def rescale(self, factor):
+        for part in (self.full, self.low):
+            if part is not None:
+                part.mul_(factor[:, None])
+
+    def add(self, dz, v0, v1):
+        for part, matrix in ((self.full, self.head.weight), (self.low, self.head.lora_b)):
+            if part is not None:
+                matmul_add(dz.t(), operand(matrix[v0:v1]), part)
+
+    def add_target(self, coefficient, target):
+        for part, matrix in ((self.full, self.head.weight), (self.low, self.head.lora_b)):
+            if part is not None:
+                part.addcmul_(coefficient[:, None], matrix[target].to(part.dtype))
+
+    def merged(self):
+        """The gradient of hidden [M, D], the LoRA part included."""
+        if self.low is not None:
+            a = self.head.lora_a.to(self.low.dtype)
+            self.full.addmm_(self.low, a, alpha=self.head.lora_scale)
+        return self.full

@@ -1,0 +1,102 @@
+"""The definition of `linear_logp` and `linear_dpo`, in plain torch and any float dtype. In float64
+it is the truth.
+
+Letters: M scored rows, D hidden, V vocab, R responses, P pairs, r the LoRA rank.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class DPOStats(NamedTuple):
+    token_logp: torch.Tensor  # [M]
+    logratio: torch.Tensor  # [R] policy minus reference, summed over the response with token_weight
+    margin: torch.Tensor  # [P] what the loss sees: beta * (winner's - loser's log-ratio) - offset
+
+
+def linear_logp(hidden, weight, target, bias=None, *, scale=1.0, softcap=None, lora=None, stats=()):
+    """logp[t] = log softmax(z[t])[target[t]], z = softcap(scale * (h W^T + bias + s (h A^T) B^T)).
+
+    hidden [M, D], weight [V, D], target i64[M], bias [V], lora = (A [r, D], B [V, r], s), in one
+    float dtype. Returns logp [M], or (logp, {name: [M]}) when stats are named.
+    """
+    z = hidden @ weight.T
+    if bias is not None:
+        z = z + bias
+    if lora is not None:
+        a, b, s = lora
+        z = z + s * (hidden @ a.T) @ b.T
+    z = z * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    logps = torch.log_softmax(z, -1)
+    logp = logps.gather(-1, target[:, None])[:, 0]
+    if not stats:
+        return logp
+    finite = logps.clamp(min=torch.finfo(z.dtype).min)  # a vocab entry masked by -inf: 0 log 0 = 0
+    every = {
+        "entropy": lambda: -(logps.exp() * finite).sum(-1),
+        "log_sum_sq_probs": lambda: torch.logsumexp(2 * logps, -1),
+        "mean_logit": lambda: z.mean(-1),
+        # a tie for the top counts: no other token is more probable
+        "is_top1": lambda: (z.gather(-1, target[:, None])[:, 0] >= z.amax(-1)).to(z.dtype),
+    }
+    return logp, {name: every[name]() for name in stats}
+
+
+def linear_dpo(
+    hidden,
+    weight,
+    target,
+    cu_resp,
+    pairs,
+    ref_token_logp=None,
+    *,
+    loss="sigmoid",
+    beta=0.1,
+    label_smoothing=0.0,
+    offset=None,
+    pair_weight=None,
+    token_weight=None,
+    **head,
+):
+    """The SUM over pairs of pair_weight x loss(margin); the caller divides by its own pair count.
+
+    cu_resp i[R+1] bounds each response's rows, pairs i[P, 2] holds (winner, loser) response
+    numbers; ref_token_logp, token_weight [M]; offset, pair_weight [P]; `head` is bias, scale,
+    softcap, lora. margin = beta * (logratio_winner - logratio_loser) - offset, and per pair
+        sigmoid   -(1 - e) log sigmoid(margin) - e log sigmoid(-margin), e = label_smoothing
+        hinge     relu(1 - margin)
+        ipo       (margin / beta - 1 / (2 beta))^2, each log-ratio divided by its number of rows
+                  (TRL's convention; eric-mitchell's code uses the plain sums)
+        callable  loss(margin [P]) -> [P]
+    Returns (loss, DPOStats). Raises ValueError for label_smoothing with any loss but sigmoid.
+    """
+    if label_smoothing and loss != "sigmoid":
+        raise ValueError(f"label_smoothing is part of the sigmoid loss only, got loss={loss!r}")
+    logp = linear_logp(hidden, weight, target, **head)
+    ratio = logp if ref_token_logp is None else logp - ref_token_logp
+    if token_weight is not None:
+        ratio = ratio * token_weight
+    lengths = cu_resp.diff().long()
+    row_resp = torch.repeat_interleave(torch.arange(len(lengths), device=ratio.device), lengths)
+    logratio = ratio.new_zeros(len(lengths)).index_add(0, row_resp, ratio)
+    per_resp = logratio / lengths if loss == "ipo" else logratio
+    winner, loser = pairs.long().unbind(-1)
+    margin = beta * (per_resp[winner] - per_resp[loser])
+    if offset is not None:
+        margin = margin - offset
+    if callable(loss):
+        each = loss(margin)
+    else:
+        e = label_smoothing
+        each = {
+            "sigmoid": lambda: -(1 - e) * F.logsigmoid(margin) - e * F.logsigmoid(-margin),
+            "hinge": lambda: torch.relu(1 - margin),
+            "ipo": lambda: (margin / beta - 1 / (2 * beta)) ** 2,
+        }[loss]()
+    if pair_weight is not None:
+        each = each * pair_weight
+    return each.sum(), DPOStats(logp, logratio, margin)

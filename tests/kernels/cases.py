@@ -1,0 +1,117 @@
+"""Heads of a few sizes, and how the tests compare: against float64, next to plain torch."""
+
+import importlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from fastdpo_kernels import linear_logp, plan, reference
+
+# the function `plan` hides the module of that name
+plan_module = importlib.import_module("fastdpo_kernels.plan")
+
+NAMES = ("hidden", "weight", "bias", "a", "b")
+VECTORS = Path(__file__).resolve().parents[3] / "shared" / "research" / "vectors.json"
+needs_vectors = pytest.mark.skipif(not VECTORS.exists(), reason=f"needs {VECTORS}")
+STATS = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
+
+
+def vectors():
+    """The published input and output values, by topic."""
+    return json.loads(VECTORS.read_text())
+
+
+@dataclass
+class Case:
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    target: torch.Tensor
+    bias: torch.Tensor | None = None
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    d_logp: torch.Tensor | None = None  # upstream gradients, fp64 [M]
+    d_entropy: torch.Tensor | None = None
+
+    def to(self, dtype):
+        tensors = {n: getattr(self, n) for n in NAMES}
+        return replace(self, **{n: t.to(dtype) for n, t in tensors.items() if t is not None})
+
+    def on(self, device):
+        tensors = {n: t for n, t in vars(self).items() if isinstance(t, torch.Tensor)}
+        return replace(self, **{n: t.to(device) for n, t in tensors.items()})
+
+    def run(self, function, wanted=NAMES, stats=(), **options):
+        """{name: value} of logp, the stats, and the gradient of each wanted tensor."""
+        leaves = {n: getattr(self, n) for n in NAMES if getattr(self, n) is not None}
+        leaves = {n: t.detach().clone().requires_grad_(n in wanted) for n, t in leaves.items()}
+        lora = (leaves["a"], leaves["b"], 0.5) if self.a is not None else None
+        options.update(scale=self.scale, softcap=self.softcap, lora=lora, stats=stats)
+        out = function(leaves["hidden"], leaves["weight"], self.target, leaves.get("bias"), **options)
+        logp, values = out if stats else (out, {})
+        if any(t.requires_grad for t in leaves.values()):
+            loss = (logp * self.d_logp).sum()
+            if self.d_entropy is not None:
+                loss = loss + (values["entropy"] * self.d_entropy).sum()
+            loss.backward()
+        got = {"logp": logp, **values} | {f"d_{n}": t.grad for n, t in leaves.items()}
+        return {n: None if t is None else t.detach() for n, t in got.items()}
+
+
+def case(M=7, V=257, D=33, *, bias=True, lora=True, scale=0.7, softcap=None, entropy=False, size=1):
+    """A random head in float64; its logits are a few nats (times `size`) wide."""
+    normal = lambda *shape: torch.randn(*shape, dtype=torch.float64)
+    made = Case(normal(M, D), size * normal(V, D) * 2 / D**0.5, torch.randint(0, V, (M,)))
+    made.scale, made.softcap, made.d_logp = scale, softcap, normal(M)
+    if bias:
+        made.bias = normal(V)
+    if lora:
+        made.a, made.b = normal(3, D) / D**0.5, normal(V, 3)
+    if entropy:
+        made.d_entropy = normal(M)
+    return made
+
+
+def budget(name, c):
+    """A memory_budget that puts a trained head on the plan `name`."""
+    (M, D), V = c.hidden.shape, len(c.weight)
+    chosen = {"keep": 1 << 40, "recompute": M * V * c.hidden.dtype.itemsize - 1}[name]
+    sizes = dict(dtype=c.hidden.dtype, train_weight=True, memory_budget=chosen)
+    assert plan(M, V, D, **sizes).name == name
+    return chosen
+
+
+@pytest.fixture
+def many_chunks(monkeypatch):
+    """Chunks of 37 tokens: 257 is six of them and a short one."""
+    monkeypatch.setattr(plan_module, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(plan_module, "BLOCK_WIDTH", 37)
+
+
+def error(got, truth):
+    """The largest error, relative to the largest true value."""
+    return ((got.double() - truth).abs().max() / truth.abs().max().clamp(min=1e-300)).item()
+
+
+def assert_as_good(c, dtype, wanted=NAMES, stats=(), **options):
+    """Every result of linear_logp errs at most twice as much as plain torch's in `dtype`."""
+    c = c.to(dtype)
+    truth = c.to(torch.float64).run(reference.linear_logp, wanted, stats)
+    plain = c.run(reference.linear_logp, wanted, stats)
+    got = c.run(linear_logp, wanted, stats, **options)
+    assert got.keys() == truth.keys()
+    for name, value in truth.items():
+        if value is None:
+            assert got[name] is None, f"{name}: nobody asked for it"
+            continue
+        is_gradient = name.startswith("d_")
+        wide = torch.promote_types(dtype, torch.float32)
+        assert got[name].dtype == (dtype if is_gradient else wide), name
+        # a gradient in half is one rounding away; in float64 plain torch is the truth itself
+        roundings = 1 if is_gradient and dtype.itemsize == 2 else 8 if dtype.itemsize < 8 else 64
+        eps = roundings * torch.finfo(got[name].dtype).eps
+        ours, theirs = error(got[name], value), error(plain[name], value)
+        assert ours <= 2 * theirs + eps, f"{name}: {ours:.2e}, plain torch {theirs:.2e}"
