@@ -1,0 +1,1 @@
+"""fastdpo: preference training at the limit of one GPU."""

@@ -1,0 +1,247 @@
+"""Shared-prompt attention for Hugging Face models: one function in transformers' AttentionInterface.
+
+The layout travels as a private keyword argument, `fastdpo_layout`, from the model's forward to each
+attention call (so that gradient checkpointing's recompute sees it too). A call that does not get it
+raises: such a model would train on the wrong mask.
+
+Prior art, with thanks: li-plus/flash-preference (the segments [P+R1 | R2] x [P+R1 | P+R2] with one
+bottom-right-causal varlen call), PrefixGrouper and dpo-prefix-sharing.
+
+Shapes: T packed tokens, K gathered keys, H heads, Hk key/value heads, D a head's size.
+"""
+
+import importlib.util
+import inspect
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from fastdpo.records import PrefixLayout
+
+NAME = "fastdpo_prefix"  # no "flash" and no "sdpa" in it: transformers tests for these substrings
+BACKENDS = ("segments", "dense", "varlen", "flash_attn")
+
+# What transformers' layers hand to attention functions beside the tensors and that changes nothing
+# here. Anything else that is not None means a kind of attention that no backend knows: refused.
+_HARMLESS = {"position_ids", "position_embeddings", "use_cache", "cache_position", "return_dict"}
+_HARMLESS |= {"output_attentions", "output_hidden_states", "is_training", "training"}
+
+calls = 0  # attention calls with a layout so far; the support check compares it with the layer count
+
+
+class UnsharedAttention(RuntimeError):
+    """This model's attention cannot be computed on shared prompts; the message says why."""
+
+
+def prefix_attention(
+    module,
+    query,  # [1, H, T, D]
+    key,  # [1, Hk, T, D]
+    value,  # [1, Hk, T, Dv]
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    sliding_window=None,
+    softcap=None,
+    is_causal=None,
+    fastdpo_layout: PrefixLayout | None = None,
+    **kwargs,
+):
+    """What transformers calls in each layer. Returns ([1, T, H, Dv], None), as the interface asks.
+
+    Raises UnsharedAttention for anything it would get silently wrong.
+    """
+    global calls
+    name = type(module).__name__
+    if fastdpo_layout is None:
+        raise UnsharedAttention(
+            f"the model does not pass the layout on to {name}, or was called outside "
+            "Policy.hidden (inside `with policy.stock()` it is the plain model)"
+        )
+    unknown = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
+    if unknown:
+        raise UnsharedAttention(f"{name} passes {', '.join(unknown)} to its attention")
+    if dropout:
+        raise UnsharedAttention(f"attention dropout is {dropout}: it must be 0")
+    if attention_mask is not None or is_causal is False or query.shape[0] != 1:
+        raise UnsharedAttention(f"{name} brings a mask of its own")
+    calls += 1
+    out = attend(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        fastdpo_layout,
+        scale=scaling,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return out[None], None
+
+
+AttentionInterface.register(NAME, prefix_attention)
+
+
+def attend(q, k, v, layout, *, scale=None, window=None, softcap=None, backend=None):
+    """Bottom-right-causal attention over the layout's segments.
+
+    q [T, H, D], k [T, Hk, D], v [T, Hk, Dv] -> [T, H, Dv]. `window` counts the keys a query sees, itself
+    included; `softcap` is c of c*tanh(z/c). `backend` is chosen by device and dtype unless given.
+    """
+    backend = backend or pick_backend(q, softcap)
+    if backend == "dense":
+        return _dense(q, k, v, layout, scale, window, softcap)
+    kg, vg = gather_copies(k, layout), gather_copies(v, layout)
+    if backend == "segments":
+        return _segments(q, kg, vg, layout, scale, window, softcap)
+    call = _varlen if backend == "varlen" else _flash_attn
+    return call(q, kg, vg, layout, scale, window, softcap)
+
+
+def pick_backend(q, softcap=None) -> str:
+    """The backend for these queries: varlen kernels for half precision on CUDA, segments elsewhere."""
+    half = q.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(q.device.type)
+    if q.is_cuda and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+        if softcap is None:
+            return "varlen"
+        if importlib.util.find_spec("flash_attn"):
+            return "flash_attn"
+    return "segments"
+
+
+class _GatherCopies(torch.autograd.Function):
+    """k[kv_index], whose backward sums the copies of a row in a fixed order and in fp32 or wider.
+
+    The stock index_select backward is an atomic index_add in the tensor's own dtype: not deterministic
+    on CUDA, and lossy in bf16.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, layout):
+        ctx.layout = layout
+        return rows.index_select(0, layout.kv_index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        layout = ctx.layout
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        out = grad.index_select(0, layout.first_copy).to(wide)
+        for rows, places in zip(layout.more_rows, layout.more_places):
+            out.index_add_(0, rows, grad.index_select(0, places).to(wide))  # rows all differ
+        return out.to(grad.dtype), None
+
+
+def gather_copies(rows, layout):
+    """[T, Hk, D] -> [K, Hk, D]: each segment's keys (or values), its prompt's first."""
+    return _GatherCopies.apply(rows, layout) if layout.more_rows else rows
+
+
+def _segments(q, kg, vg, layout, scale, window, softcap):
+    """One SDPA call a segment: any device, any float dtype."""
+    lengths_q = [q1 - q0 for q0, q1, _, _ in layout.segments]
+    lengths_k = [k1 - k0 for _, _, k0, k1 in layout.segments]
+    out = []
+    for pieces in zip(q.split(lengths_q), kg.split(lengths_k), vg.split(lengths_k)):
+        args = [x[None].transpose(1, 2) for x in pieces]
+        n_q, n_k = len(pieces[0]), len(pieces[1])
+        if softcap is None and n_q == n_k and (window is None or window >= n_k):
+            piece = _sdpa(*args, scale=scale, is_causal=True)
+        else:
+            piece = _masked(*args, _lower_right(n_q, n_k, window, q.device), scale, softcap)
+        out.append(piece[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def _dense(q, k, v, layout, scale, window, softcap):
+    """One masked T x T attention: the oracle the other backends are tested against."""
+    place = torch.arange(len(q), device=q.device)
+    mask = (place[None] <= place[:, None]) & (place[:, None] < layout.seen_until[None])
+    if window is not None:
+        # A response's rows sit far from its prompt, so distances count in positions, not places.
+        position = _positions(layout, q.device)
+        mask &= position[:, None] - position[None] < window
+    args = (x[None].transpose(1, 2) for x in (q, k, v))
+    return _masked(*args, mask, scale, softcap)[0].transpose(0, 1)
+
+
+def _positions(layout, device):
+    position = torch.empty(len(layout.seen_until), dtype=torch.int64, device=device)
+    for q0, q1, k0, k1 in layout.segments:
+        position[q0:q1] = torch.arange(k1 - k0 - (q1 - q0), k1 - k0, device=device)
+    return position
+
+
+@cache
+def _lower_right_cached(n_q, n_k, window, device):
+    place = torch.arange(n_q, device=device)[:, None] + n_k - n_q
+    key = torch.arange(n_k, device=device)[None]
+    return (key <= place) & (key > place - window)
+
+
+def _lower_right(n_q, n_k, window, device):
+    """bool[n_q, n_k]: query i sees key j when j <= i + n_k - n_q, and not further back than `window`."""
+    if _lower_right_cached.cache_info().currsize > 512:
+        _lower_right_cached.cache_clear()
+    return _lower_right_cached(n_q, n_k, window or n_k + 1, device)
+
+
+def _sdpa(q, k, v, **options):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+
+
+def _masked(q, k, v, mask, scale, softcap):
+    """Attention under a bool mask, with Gemma 2's softcap where the model has one."""
+    if softcap is None:
+        return _sdpa(q, k, v, attn_mask=mask, scale=scale)
+    heads = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(heads, dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide)
+    return weights.to(v.dtype) @ v
+
+
+def _half(*tensors):
+    """Under autocast rotary embeddings leave q and k in fp32 beside a half v: the kernels want one."""
+    dtype = tensors[-1].dtype
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    return [t.to(dtype).contiguous() for t in tensors]
+
+
+def _varlen(q, kg, vg, layout, scale, window, softcap):
+    """torch's own varlen attention (torch >= 2.11, CUDA, half precision)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.12 added enable_gqa, and needs it; 2.11 takes unequal head counts without it.
+    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return varlen_attn(
+        *_half(q, kg, vg),
+        layout.cu_q,
+        layout.cu_k,
+        layout.max_q,
+        layout.max_k,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        **gqa,
+    )
+
+
+def _flash_attn(q, kg, vg, layout, scale, window, softcap):
+    """flash-attn 2, where installed: the varlen kernel that knows softcap."""
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        *_half(q, kg, vg),
+        layout.cu_q,
+        layout.cu_k,
+        layout.max_q,
+        layout.max_k,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1 if window is None else window - 1, 0),
+        softcap=softcap or 0.0,
+        deterministic=True,
+    )

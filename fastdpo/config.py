@@ -1,0 +1,247 @@
+"""One flat config: YAML keys, command-line flags and `--help` all come from the fields below."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from fastdpo.errors import ConfigError
+
+
+def _key(default, doc):
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. Unknown keys are errors; see `fastdpo train --help`."""
+
+    model: str = _key("", "model to train: a folder or a hub name (required)")
+    data: str = _key(
+        "",
+        "preference rows (required): a .jsonl/.json/.csv/.parquet file, a folder, or a hub name; "
+        "NAME:CONFIG picks a hub configuration, #SPLIT a split, as in data.jsonl#train[:100]",
+    )
+    eval_data: str | float | None = _key(
+        None, "held-out rows: like data, or a fraction of data (0.05) split off by seed"
+    )
+    output_dir: str = _key("runs/fastdpo", "the run folder")
+    chat_template: str | None = _key(None, "a Jinja file that replaces the tokenizer's chat template")
+    objective: str = _key("sigmoid", "the loss: sigmoid (DPO) or sft (on the chosen responses)")
+    beta: float = _key(0.1, "strength of the pull towards the reference")
+    label_smoothing: float = _key(0.0, "conservative DPO: the assumed share of flipped pairs, 0 <= x < 0.5")
+    learning_rate: float = _key(1e-6, "peak learning rate (1e-5 or more suits LoRA)")
+    warmup_steps: int = _key(0, "linear warm-up steps")
+    lr_scheduler_type: str = _key(
+        "linear", "schedule, by transformers' names: linear, cosine, constant_with_warmup, ..."
+    )
+    optim: str = _key("adamw_torch_fused", "optimizer: adamw_torch_fused (torch's AdamW)")
+    weight_decay: float = _key(0.0, "AdamW's decay of matrices (never of norms and biases)")
+    max_grad_norm: float = _key(1.0, "clip the gradient to this norm; 0 switches clipping off")
+    batch_size: int = _key(8, "prompt groups an optimizer step")
+    max_tokens: int = _key(
+        8192, "token cap of a microbatch: memory only, never the result; a larger group goes alone"
+    )
+    max_length: int = _key(1024, "longest prompt + response in tokens")
+    truncation: str = _key(
+        "keep_start",
+        "rows over max_length: keep_start cuts the response's end, keep_end the prompt's start, "
+        "drop leaves the row out; all counted",
+    )
+    num_epochs: float = _key(1.0, "passes over the data")
+    max_steps: int | None = _key(None, "stop after this many optimizer steps, whatever num_epochs")
+    eval_steps: int | None = _key(None, "evaluate every so many steps (always at start and end)")
+    logging_steps: int = _key(10, "write metrics every so many steps")
+    seed: int = _key(0, "seed of the data order and of LoRA's start")
+    dtype: str = _key(
+        "auto",
+        "compute dtype: bf16, fp32, or auto (bf16 where the GPU has it, else fp32); "
+        "trained weights are kept in fp32",
+    )
+    gradient_checkpointing: bool = _key(False, "recompute layers in the backward to save memory")
+    lora_rank: int | None = _key(None, "train a LoRA of this rank instead of all weights")
+    lora_alpha: float | None = _key(None, "LoRA's alpha (default: twice the rank)")
+    lora_target_modules: str | list[str] = _key(
+        "all-linear", "modules that get a LoRA: names, or all-linear (all but the lm_head)"
+    )
+    strict: bool = _key(False, "stop at the first dropped, truncated, identical or malformed row")
+    overwrite: bool = _key(False, "replace the run that output_dir already holds")
+    stages: list[dict] | None = _key(
+        None,
+        "runs one after the other, each a set of keys that override these (objective, beta, "
+        "learning_rate, num_epochs, ...); each starts from, and refers to, the one before",
+    )
+
+    def __post_init__(self):
+        for name in ("model", "data", "output_dir"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name}: missing. Give it in the YAML file or as --{name} VALUE")
+        for name, low in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ConfigError(f"{name}: {value} is below {low}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(f"label_smoothing: {self.label_smoothing} is not in [0, 0.5)")
+        if isinstance(self.eval_data, float) and not 0 < self.eval_data < 1:
+            raise ConfigError(
+                f"eval_data: {self.eval_data} is neither a data set nor a fraction between 0 and 1"
+            )
+        self.per_stage()  # a bad stage shows before any work
+
+    def per_stage(self) -> list["Config"]:
+        """One config a stage; without `stages`, this one."""
+        plain = dataclasses.asdict(self) | {"stages": None}
+        if not self.stages:
+            return [self]
+        out = []
+        for number, overrides in enumerate(self.stages, 1):
+            if not isinstance(overrides, dict) or not overrides:
+                raise ConfigError(f"stages: stage {number} is not a set of keys: {overrides!r}")
+            for name in overrides:
+                if name not in STAGE_KEYS:
+                    raise ConfigError(
+                        f"stages: stage {number} sets {name!r}. {_nearest(name, STAGE_KEYS)}"
+                        f"A stage can set: {', '.join(STAGE_KEYS)}"
+                    )
+            values = {name: _coerce(name, value) for name, value in overrides.items()}
+            out.append(Config(**plain | values))
+        return out
+
+
+STAGE_KEYS = (
+    "objective",
+    "beta",
+    "label_smoothing",
+    "learning_rate",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "weight_decay",
+    "max_grad_norm",
+    "batch_size",
+    "max_tokens",
+    "num_epochs",
+    "max_steps",
+    "eval_steps",
+    "logging_steps",
+)
+_CHOICES = {
+    "truncation": ("keep_start", "keep_end", "drop"),
+    "dtype": ("auto", "bf16", "fp32"),
+    "optim": ("adamw_torch_fused",),
+}
+_AT_LEAST = {
+    "beta": 0,
+    "learning_rate": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "batch_size": 1,
+    "max_tokens": 1,
+    "max_length": 2,
+    "num_epochs": 0,
+    "max_steps": 1,
+    "eval_steps": 1,
+    "logging_steps": 1,
+    "lora_rank": 1,
+    "seed": 0,
+}
+_FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+_TYPES = typing.get_type_hints(Config)
+
+
+def load_config(argv: Sequence[str]) -> Config:
+    """`[FILE.yaml] [--key value | --key=value]...` -> Config; flags win over the file.
+
+    Raises ConfigError for an unreadable file, an unknown key (naming the nearest) or a wrong type.
+    """
+    argv = list(argv)
+    values = _read_yaml(Path(argv.pop(0))) if argv and not argv[0].startswith("-") else {}
+    values.update(_parse_flags(argv))
+    return Config(**{name: _coerce(name, value) for name, value in values.items()})
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected lines of `key: value`, got a {type(values).__name__}")
+    return values
+
+
+def _parse_flags(argv: list[str]) -> dict:
+    values = {}
+    while argv:
+        flag = argv.pop(0)
+        if not flag.startswith("--"):
+            raise ConfigError(f"unexpected argument {flag!r}: keys are given as --key value")
+        name, equals, value = flag[2:].partition("=")
+        name = name.replace("-", "_")
+        if not equals:
+            bare = not argv or argv[0].startswith("--")
+            if bare and _TYPES.get(name) is not bool and name in _FIELDS:
+                raise ConfigError(f"--{name}: no value given")
+            value = "true" if bare else argv.pop(0)
+        values[name] = value
+    return values
+
+
+def _coerce(name, value):
+    """Checks one key and brings its value (a YAML value or a flag's string) to the field's type."""
+    if name not in _FIELDS:
+        raise ConfigError(f"unknown key {name!r}. {_nearest(name, _FIELDS)}`--help` lists all keys.")
+    kind = _TYPES[name]
+    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if isinstance(value, str) and (allowed != (str,)):
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = value
+        if isinstance(parsed, str) and float in allowed:
+            try:
+                parsed = float(parsed)  # YAML 1.1 reads 1e-6 as a string
+            except ValueError:
+                pass
+        value = parsed
+    if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
+        value = float(value)
+    for kind in allowed:
+        if isinstance(value, typing.get_origin(kind) or kind) and (
+            not isinstance(value, bool) or kind is bool
+        ):
+            return value
+    wanted = " or ".join("nothing" if k is type(None) else getattr(k, "__name__", str(k)) for k in allowed)
+    raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
+
+
+def _nearest(name, names) -> str:
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}? " if close else ""
+
+
+def help_text(command: str) -> str:
+    """`fastdpo COMMAND --help`: every key with its default, from the fields above."""
+    lines = [f"usage: fastdpo {command} [CONFIG.yaml] [--key value ...]", "", "keys:"]
+    for name, f in _FIELDS.items():
+        default = "" if f.default in (None, "") else f" [{f.default}]"
+        lines.append(f"  {name}{default}")
+        lines.append(f"      {f.metadata['doc']}")
+    return "\n".join(lines)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML, readable by `load_config`."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,21 @@
+"""Errors that a person can act on: the CLI prints them without a traceback."""
+
+
+class FastDPOError(Exception):
+    """Something in the user's hands is wrong (a config, a row, a model); the message says what to do."""
+
+
+class ConfigError(FastDPOError):
+    """A config key or value is wrong."""
+
+
+class DataError(FastDPOError):
+    """A data file or a row is wrong."""
+
+
+class ModelError(FastDPOError):
+    """The model or tokenizer cannot be used as asked."""
+
+
+class TrainingError(FastDPOError):
+    """A run cannot go on (the loss is no longer a number)."""

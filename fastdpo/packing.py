@@ -1,0 +1,157 @@
+"""Groups of token ids -> one packed microbatch, and a step's groups -> microbatches under a token cap.
+
+Everything here is a pure function of its arguments: numpy in, CPU tensors out. A step is a fixed set
+of groups, whatever the cap: packing never changes what an optimizer step sees, only how it is cut.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+
+from fastdpo.records import PackedGroups, PreferenceGroup, PrefixLayout
+
+
+def epoch_order(n_groups: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of an epoch, i64[n_groups]: a function of (seed, epoch) and nothing else."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n_groups)
+
+
+def split_step(
+    groups: Sequence[PreferenceGroup],
+    max_tokens: int,
+    max_scored: int | None = None,
+    cost=lambda group: group.input_tokens,
+) -> list[list[PreferenceGroup]]:
+    """Cuts one step's groups into microbatches of at most `max_tokens` input tokens (as `cost` counts
+    them) and `max_scored` scored ones: first-fit decreasing, ties by row. A group is never split, so a
+    group larger than a cap is a microbatch of its own."""
+    bins: list[list[PreferenceGroup]] = []
+    room: list[tuple[int, int]] = []
+    for group in sorted(groups, key=lambda g: (-cost(g), g.row)):
+        tokens, scored = cost(group), group.scored_tokens
+        for i, (free_tokens, free_scored) in enumerate(room):
+            if tokens <= free_tokens and (max_scored is None or scored <= free_scored):
+                bins[i].append(group)
+                room[i] = (free_tokens - tokens, free_scored - scored)
+                break
+        else:
+            bins.append([group])
+            room.append((max_tokens - tokens, (max_scored or 0) - scored))
+    return bins
+
+
+def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
+    """Packs whole groups into one microbatch.
+
+    share=True computes each prompt once, with a PrefixLayout. share=False gives one right-padded row a
+    response, for models whose attention cannot be shared. Both score the same tokens in the same order.
+    """
+    flat = _shared_rows(groups) if share else _separate_rows(groups)
+    responses = [r for g in groups for r in g.responses]
+    group_resp = tuple(accumulate((len(g.responses) for g in groups), initial=0))
+    scored = [int(r.target_mask.sum()) for r in responses]
+    cu_resp = tuple(accumulate(scored, initial=0))
+    pairs = [(first + p.winner, first + p.loser) for first, g in zip(group_resp, groups) for p in g.pairs]
+    return PackedGroups(
+        **flat,
+        target=torch.from_numpy(np.concatenate([r.ids[r.target_mask] for r in responses])),
+        cu_resp=torch.tensor(cu_resp),
+        pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+        offset=torch.tensor([p.offset for g in groups for p in g.pairs], dtype=torch.float32),
+        weight=torch.tensor([p.weight for g in groups for p in g.pairs], dtype=torch.float32),
+        chosen=torch.tensor([f + c for f, g in zip(group_resp, groups) for c in g.chosen]),
+        ref_token_logp=None,
+        rows=tuple(g.row for g in groups),
+        group_resp=group_resp,
+        group_scored=tuple(cu_resp[r] for r in group_resp),
+        input_tokens=sum(g.input_tokens if share else _separate_tokens(g) for g in groups),
+        unshared_tokens=sum(sum(len(g.prompt) + len(r.ids) for r in g.responses) for g in groups),
+    )
+
+
+def separate_cost(group: PreferenceGroup) -> int:
+    """Places that a group takes in `pack(..., share=False)`, were it packed alone: padding included."""
+    longest = max(len(r.ids) for r in group.responses)
+    return len(group.responses) * (len(group.prompt) + longest - 1)
+
+
+def _separate_tokens(group: PreferenceGroup) -> int:
+    return sum(len(group.prompt) + len(r.ids) - 1 for r in group.responses)
+
+
+def _shared_rows(groups) -> dict:
+    """Flat order of a group: prompt, R1 without its last token, R2 without its last token, ...
+    The last prompt row predicts the first token of every response."""
+    ids, positions, score_row, seen_until, kv_index, segments = [], [], [], [], [], []
+    base = gathered = 0
+    for group in groups:
+        n_prompt, end = len(group.prompt), base + group.input_tokens
+        ids.append(group.prompt)
+        positions.append(np.arange(n_prompt))
+        seen_until.append(np.full(n_prompt, end))
+        start = base + n_prompt
+        for i, response in enumerate(group.responses):
+            n = len(response.ids) - 1
+            ids.append(response.ids[:-1])
+            positions.append(np.arange(n_prompt, n_prompt + n))
+            seen_until.append(np.full(n, start + n))
+            predicts = np.concatenate([[base + n_prompt - 1], np.arange(start, start + n)])
+            score_row.append(predicts[response.target_mask])
+            first_query = base if i == 0 else start  # the prompt's own queries ride with R1
+            if start + n > first_query:
+                kv_index += [np.arange(base, base + n_prompt), np.arange(start, start + n)]
+                segments.append((first_query, start + n, gathered, gathered + n_prompt + n))
+                gathered += n_prompt + n
+            start += n
+        base = end
+    return {
+        "input_ids": torch.from_numpy(np.concatenate(ids))[None],
+        "position_ids": torch.from_numpy(np.concatenate(positions))[None],
+        "attention_mask": None,
+        "layout": _layout(np.concatenate(kv_index), np.concatenate(seen_until), segments),
+        "score_row": torch.from_numpy(np.concatenate(score_row)),
+    }
+
+
+def _layout(kv_index: np.ndarray, seen_until: np.ndarray, segments: list) -> PrefixLayout:
+    n_rows = len(seen_until)
+    place = np.argsort(kv_index, kind="stable")
+    copies = np.bincount(kv_index, minlength=n_rows)  # every row is a key of at least one segment
+    first = np.cumsum(copies) - copies
+    more_rows = [np.flatnonzero(copies > c) for c in range(1, copies.max())]
+    more_places = [place[first[rows] + c] for c, rows in enumerate(more_rows, start=1)]
+    lengths_q = [q1 - q0 for q0, q1, _, _ in segments]
+    lengths_k = [k1 - k0 for _, _, k0, k1 in segments]
+    return PrefixLayout(
+        cu_q=torch.tensor([0, *accumulate(lengths_q)], dtype=torch.int32),
+        cu_k=torch.tensor([0, *accumulate(lengths_k)], dtype=torch.int32),
+        max_q=max(lengths_q),
+        max_k=max(lengths_k),
+        kv_index=torch.from_numpy(kv_index),
+        first_copy=torch.from_numpy(place[first]),
+        more_rows=tuple(map(torch.from_numpy, more_rows)),
+        more_places=tuple(map(torch.from_numpy, more_places)),
+        seen_until=torch.from_numpy(seen_until),
+        segments=tuple(segments),
+    )
+
+
+def _separate_rows(groups) -> dict:
+    rows = [(g.prompt, r) for g in groups for r in g.responses]
+    width = max(len(prompt) + len(r.ids) - 1 for prompt, r in rows)
+    ids, mask = np.zeros((2, len(rows), width), dtype=np.int64)
+    score_row = []
+    for i, (prompt, response) in enumerate(rows):
+        n_prompt, n = len(prompt), len(prompt) + len(response.ids) - 1
+        ids[i, :n] = np.concatenate([prompt, response.ids[:-1]])
+        mask[i, :n] = 1
+        score_row.append(i * width + n_prompt - 1 + np.flatnonzero(response.target_mask))
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.arange(width).expand(len(rows), width),
+        "attention_mask": torch.from_numpy(mask),
+        "layout": None,
+        "score_row": torch.from_numpy(np.concatenate(score_row)),
+    }

@@ -1,0 +1,184 @@
+"""The records that flow through fastdpo, from one preference row to one loss.
+
+Letters, here and everywhere: T packed tokens, D hidden, V vocabulary, M scored tokens, R responses,
+P pairs, G groups, S attention segments, K gathered keys.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Response:
+    """One response of a prompt: the tokens that follow the group's shared prompt."""
+
+    ids: np.ndarray  # i64[n], n >= 1; the last one is scored
+    target_mask: np.ndarray  # bool[n]: which of them are scored
+    score: float | None = None  # the row's rating, where it has one
+
+
+class Pair(NamedTuple):
+    """One preference between two responses of a group, by their index in `group.responses`."""
+
+    winner: int
+    loser: int
+    offset: float = 0.0  # ODPO's margin, subtracted from the reward margin
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PreferenceGroup:
+    """A prompt and its N responses. A (prompt, chosen, rejected) row is N = 2 with one pair."""
+
+    row: int  # the row's number in its data set, from 0
+    prompt: np.ndarray  # i64[n], n >= 1: the tokens that every response follows, none of them scored
+    responses: tuple[Response, ...]
+    pairs: tuple[Pair, ...]
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens of the shared-prompt forward: a response's last token is never an input."""
+        return len(self.prompt) + sum(len(r.ids) - 1 for r in self.responses)
+
+    @property
+    def scored_tokens(self) -> int:
+        return sum(int(r.target_mask.sum()) for r in self.responses)
+
+    @property
+    def chosen(self) -> tuple[int, ...]:
+        """The responses that no other response beats (of a plain row: the chosen one)."""
+        losers = {pair.loser for pair in self.pairs}
+        return tuple(i for i in range(len(self.responses)) if i not in losers)
+
+    def only_chosen(self) -> "PreferenceGroup":
+        """The same prompt with only the chosen responses, and so without pairs: what SFT trains on."""
+        return replace(self, responses=tuple(self.responses[i] for i in self.chosen), pairs=())
+
+
+class _Movable:
+    """A frozen record of tensors (and of records of tensors) that can move to a device."""
+
+    def to(self, device):
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor | _Movable):
+                moved[field.name] = value.to(device)
+            elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+                moved[field.name] = tuple(v.to(device) for v in value)
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixLayout(_Movable):
+    """Which keys each query of a packed microbatch sees.
+
+    Per group the queries are [prompt + R1 | R2 | ...] and the keys are gathered to
+    [prompt + R1 | prompt + R2 | ...]; every segment is then bottom-right causal, which is exact
+    (research credit: flash-preference, PrefixGrouper, dpo-prefix-sharing).
+    """
+
+    cu_q: Tensor  # i32[S+1]
+    cu_k: Tensor  # i32[S+1]
+    max_q: int
+    max_k: int
+    kv_index: Tensor  # i64[K]: the packed row each gathered key comes from
+    first_copy: Tensor  # i64[T]: for each packed row, its first place in kv_index
+    more_rows: tuple[Tensor, ...]  # per further copy of shared rows: which rows, i64, all different
+    more_places: tuple[Tensor, ...]  # ... and where in kv_index those copies are, i64
+    seen_until: Tensor  # i64[T]: query q sees key k exactly when k <= q < seen_until[k]
+    segments: tuple[tuple[int, int, int, int], ...]  # (q start, q end, k start, k end), on the CPU
+
+
+@dataclass(frozen=True, eq=False)
+class PackedGroups(_Movable):
+    """One microbatch: whole groups, flat. `hidden[score_row]` predicts `target`.
+
+    With a layout the forward is one shared-prompt row, T tokens in [1, T]. Without one (models whose
+    attention cannot be shared) it is one padded row a response, and T counts the rows' flattened places.
+    """
+
+    input_ids: Tensor  # i64[1, T], or i64[R, L] unshared
+    position_ids: Tensor  # the same shape
+    attention_mask: Tensor | None  # i64[R, L], unshared only
+    layout: PrefixLayout | None
+    score_row: Tensor  # i64[M]
+    target: Tensor  # i64[M]
+    cu_resp: Tensor  # i64[R+1]: the scored tokens of response r are cu_resp[r]:cu_resp[r+1]
+    pairs: Tensor  # i64[P, 2]: (winner, loser) as indices of responses
+    offset: Tensor  # f32[P]
+    weight: Tensor  # f32[P]
+    chosen: Tensor  # i64[C]: responses that no other response beats
+    ref_token_logp: Tensor | None  # f32[M]
+    rows: tuple[int, ...]  # the data set's row numbers, one a group
+    group_resp: tuple[int, ...]  # G+1 bounds: responses of group g are group_resp[g]:group_resp[g+1]
+    group_scored: tuple[int, ...]  # G+1 bounds in the scored tokens
+    input_tokens: int  # tokens that go through the model, without padding
+    unshared_tokens: int  # tokens that separate rows would take (prompt once a response, last token kept)
+
+
+@dataclass(frozen=True, eq=False)
+class ResponseLogps:
+    """What an objective sees: per-token log-probs of a microbatch and how they form responses and pairs."""
+
+    token_logp: Tensor  # f32[M], the policy's, with gradient
+    ref_token_logp: Tensor | None  # f32[M]; None where the objective asked for no reference
+    cu_resp: Tensor  # i64[R+1]
+    pairs: Tensor  # i64[P, 2]
+    offset: Tensor  # f32[P]
+    weight: Tensor  # f32[P]
+    chosen: Tensor  # i64[C]
+    token_stats: dict[str, Tensor]  # f32[M] each; only those the objective named
+
+    @classmethod
+    def of(cls, batch: PackedGroups, token_logp, ref_token_logp=None, token_stats=None):
+        shared = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name in _FROM_BATCH}
+        return cls(
+            token_logp=token_logp,
+            ref_token_logp=ref_token_logp,
+            token_stats=token_stats or {},
+            **shared,
+        )
+
+    def per_response(self, per_token: Tensor) -> Tensor:
+        """Sums [M] values over each response, f32[R]. Sums in fp64: a response can be thousands of
+        nats, where one fp32 step is already 5e-4."""
+        return torch.segment_reduce(per_token.double(), "sum", offsets=self.cu_resp).float()
+
+    @property
+    def lengths(self) -> Tensor:
+        """Scored tokens of each response, i64[R]."""
+        return self.cu_resp.diff()
+
+    @property
+    def logp(self) -> Tensor:
+        """log pi(response | prompt), f32[R]."""
+        return self.per_response(self.token_logp)
+
+    @property
+    def ref_logp(self) -> Tensor:
+        """The reference's log pi(response | prompt), f32[R]."""
+        return self.per_response(self.ref_token_logp)
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log pi - log pi_ref of each response, f32[R]: differences a token first, so that equal
+        models give exactly 0 and no large sums cancel."""
+        if self.ref_token_logp is None:
+            raise ValueError("this objective needs reference log-probs, and the batch carries none")
+        return self.per_response(self.token_logp - self.ref_token_logp)
+
+    @property
+    def winner(self) -> Tensor:
+        return self.pairs[:, 0]
+
+    @property
+    def loser(self) -> Tensor:
+        return self.pairs[:, 1]
+
+
+_FROM_BATCH = {"cu_resp", "pairs", "offset", "weight", "chosen"}
