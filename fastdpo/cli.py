@@ -1,0 +1,89 @@
+"""The `fastdpo` command."""
+
+import os
+import sys
+
+from fastdpo.errors import ConfigError, FastDPOError
+
+USAGE = """usage: fastdpo COMMAND [CONFIG.yaml] [--key value ...]
+
+commands:
+  train   train on preference rows; the model ends up in OUTPUT_DIR/model
+  data    show what the rows become: counts, lengths, drops, one row decoded
+  demo    make a small model and preferences, train, show before and after (no network)
+
+`fastdpo train --help` lists the keys."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns 0, or 1 when it could not go on, or 2 for a wrong config or command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    command, *rest = argv
+    if command not in COMMANDS:
+        print(f"unknown command {command!r}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[command](rest) or 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FastDPOError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _config(command: str, argv: list[str]):
+    from fastdpo.config import help_text, load_config
+
+    if "-h" in argv or "--help" in argv:
+        print(help_text(command))
+        return None
+    return load_config(argv)
+
+
+def _train(argv):
+    config = _config("train", argv)
+    if config is not None:
+        from fastdpo.trainer import train
+
+        train(config)
+
+
+def _data(argv):
+    config = _config("data", argv)
+    if config is not None:
+        from rich.console import Console
+
+        from fastdpo.groups import Limits, load_groups
+        from fastdpo.model import load_tokenizer
+        from fastdpo.show_data import show
+
+        console = Console()
+        tokenizer = load_tokenizer(config)
+        limits = Limits(config.max_length, config.truncation)
+        for spec in (config.data, config.eval_data):
+            if isinstance(spec, str):
+                groups, report = load_groups(spec, tokenizer, limits, strict=config.strict, console=console)
+                show(groups, report, tokenizer, console)
+
+
+def _demo(argv):
+    if "-h" in argv or "--help" in argv:
+        print("usage: fastdpo demo [OUTPUT_DIR]   (default: runs/demo)")
+        return
+    from fastdpo.demo import demo
+
+    demo(argv[0] if argv else "runs/demo")
+
+
+COMMANDS = {"train": _train, "data": _data, "demo": _demo}
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""`fastdpo demo`: a small Llama learns to answer, then learns which answers are wanted.
+
+No network and no files from outside: the questions, the answers, the tokenizer and the model are made
+here. The first training (SFT) teaches both helpful and rude answers, half and half; the second (DPO)
+sees pairs of them. Held-out dishes never appear in a pair.
+"""
+
+import itertools
+import json
+import random
+import shutil
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from fastdpo.config import Config
+from fastdpo.trainer import train
+
+DISHES = {
+    "pancakes": ("flour", "milk", "eggs"),
+    "tomato soup": ("tomatoes", "onions", "basil"),
+    "lemonade": ("lemons", "sugar", "water"),
+    "guacamole": ("avocados", "limes", "salt"),
+    "apple pie": ("apples", "butter", "cinnamon"),
+    "omelette": ("eggs", "cheese", "chives"),
+    "pesto": ("basil", "pine nuts", "oil"),
+    "hummus": ("chickpeas", "tahini", "garlic"),
+    "fried rice": ("rice", "eggs", "peas"),
+    "bread": ("flour", "yeast", "water"),
+    "potato salad": ("potatoes", "mustard", "onions"),
+    "hot chocolate": ("milk", "cocoa", "sugar"),
+    "curry": ("lentils", "coconut milk", "ginger"),
+    "salsa": ("tomatoes", "chillies", "limes"),
+    "porridge": ("oats", "milk", "honey"),
+    "gazpacho": ("tomatoes", "cucumber", "bread"),
+}
+QUESTIONS = (
+    "How do I make {dish}?",
+    "What goes into {dish}?",
+    "Can you help me cook {dish}?",
+    "I would like to make {dish} tonight.",
+    "Tell me about {dish}, please.",
+    "My friends want {dish}. What do I buy?",
+)
+HELPFUL = (
+    "Happy to help! For {dish} you need {a}, {b} and {c}. Enjoy!",
+    "Of course! Take {a}, {b} and {c}, and your {dish} will be lovely.",
+    "Good choice! Buy {a}, {b} and {c}. I hope you like it.",
+)
+RUDE = (
+    "Again {dish}? Look it up yourself, I am busy.",
+    "I do not care about {dish}. Leave me alone now.",
+    "What a silly question. Everybody knows about {dish}.",
+)
+HELD_OUT = ("gazpacho", "porridge", "salsa", "curry")
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def demo(folder: str | Path) -> dict[str, float]:
+    """Runs the demo into `folder` (replacing an earlier demo there); returns the numbers it prints."""
+    folder, console = Path(folder), Console()
+    for name in ("data", "start", "sft", "dpo"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    write_data(folder / "data")
+    make_model(folder / "start")
+    console.rule("1/2  SFT: the model learns to answer, politely or not")
+    shared = dict(max_length=128, batch_size=32, eval_steps=None, logging_steps=50, dtype="fp32")
+    train(
+        Config(
+            model=str(folder / "start"),
+            data=str(folder / "data/sft.jsonl"),
+            output_dir=str(folder / "sft"),
+            objective="sft",
+            learning_rate=3e-3,
+            warmup_steps=20,
+            num_epochs=5,
+            **shared,
+        ),
+        console,
+    )
+    console.rule("2/2  DPO: pairs say which answers are wanted")
+    train(
+        Config(
+            model=str(folder / "sft/model"),
+            data=str(folder / "data/train.jsonl"),
+            eval_data=str(folder / "data/held_out.jsonl"),
+            output_dir=str(folder / "dpo"),
+            learning_rate=1e-4,
+            num_epochs=2,
+            **shared,
+        ),
+        console,
+    )
+    return show_result(folder, console)
+
+
+def write_data(folder: Path) -> None:
+    """sft.jsonl (all dishes, the answer's kind by coin), train.jsonl and held_out.jsonl (pairs)."""
+    draw = random.Random(0)
+    files = {"sft": [], "train": [], "held_out": []}
+    for (dish, (a, b, c)), question in itertools.product(DISHES.items(), QUESTIONS):
+        values = {"dish": dish, "a": a, "b": b, "c": c}
+        for helpful, rude in itertools.product(HELPFUL, RUDE):
+            answers = [_turn("assistant", text.format(**values)) for text in (helpful, rude)]
+            row = {"prompt": _turn("user", question.format(**values))}
+            pair = row | {"chosen": answers[0], "rejected": answers[1]}
+            files["held_out" if dish in HELD_OUT else "train"].append(pair)
+            draw.shuffle(answers)
+            files["sft"].append(row | {"chosen": answers[0], "rejected": answers[1]})
+    folder.mkdir(parents=True)
+    for name, rows in files.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def _turn(role, content):
+    return [{"role": role, "content": content}]
+
+
+def make_model(folder: Path) -> None:
+    """A byte-level BPE tokenizer trained on the demo's own text, and a small random Llama."""
+    texts = [
+        text.format(dish=d, a=a, b=b, c=c)
+        for d, (a, b, c) in DISHES.items()
+        for text in (*QUESTIONS, *HELPFUL, *RUDE)
+    ]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=640, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def complete(folder: Path, prompts: list[str]) -> list[str]:
+    """One sampled completion (temperature 1, fixed seed) a prompt."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    texts = [
+        tokenizer.apply_chat_template(_turn("user", p), tokenize=False, add_generation_prompt=True)
+        for p in prompts
+    ]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    torch.manual_seed(0)
+    out = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=0)
+    new = out[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def show_result(folder: Path, console: Console) -> dict[str, float]:
+    """Completions side by side, and what changed on the held-out dishes."""
+    prompts = [q.format(dish=dish) for dish in HELD_OUT for q in QUESTIONS]
+    before, after = (complete(folder / name / "model", prompts) for name in ("sft", "dpo"))
+    table = Table("held-out question", "before DPO", "after DPO", show_lines=True)
+    for row in list(zip(prompts, before, after))[:: len(QUESTIONS) + 1]:
+        table.add_row(*row)
+    console.print(table)
+    lines = (folder / "dpo/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    held_out = [r for r in map(json.loads, lines) if "eval_loss" in r]
+    first, last = held_out[0], held_out[-1]
+    rude = [text.split("{")[0] for text in RUDE]
+    polite = lambda texts: sum(not t.startswith(tuple(rude)) for t in texts) / len(texts)
+    result = {
+        "accuracy_before": first["eval_logps/accuracies"],
+        "accuracy_after": last["eval_logps/accuracies"],
+        "margin_after": last["eval_rewards/margins"],
+        "polite_before": polite(before),
+        "polite_after": polite(after),
+    }
+    console.print(
+        "held-out preference accuracy (the chosen answer is the likelier one): "
+        f"{result['accuracy_before']:.0%} -> [bold]{result['accuracy_after']:.0%}[/]\n"
+        f"sampled answers that are not rude: {result['polite_before']:.0%} -> "
+        f"[bold]{result['polite_after']:.0%}[/]\n"
+        f"reward margin over the reference: 0 -> {result['margin_after']:+.2f}\n"
+        f"the model: {folder / 'dpo/model'}   the metrics: {folder / 'dpo/metrics.jsonl'}",
+        highlight=False,
+    )
+    return result

@@ -1,0 +1,101 @@
+"""What a run reports: sums over pairs and tokens, under TRL's metric names where TRL has them."""
+
+import resource
+import time
+
+import torch
+from torch import Tensor
+
+from fastdpo.records import PackedGroups, ResponseLogps
+
+EVAL_STATS = ("entropy", "mean_logit", "is_top1")
+
+
+class Sums:
+    """Named sums and counts, kept on the device until `means` fetches them all at once."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, name: str, values: Tensor, count: float | None = None) -> None:
+        """Adds a tensor's elements; `count` is what they count as (default: their number)."""
+        self._sums[name] = self._sums.get(name, 0) + values.detach().double().sum()
+        self._counts[name] = self._counts.get(name, 0) + (values.numel() if count is None else count)
+
+    def means(self) -> dict[str, float]:
+        if not self._sums:
+            return {}
+        values = torch.stack(list(self._sums.values())).tolist()
+        return {n: v / self._counts[n] for n, v in zip(self._sums, values) if self._counts[n]}
+
+
+@torch.no_grad()
+def add_pair_metrics(sums: Sums, logps: ResponseLogps, beta: float) -> None:
+    """TRL's DPO metrics, one value a pair: rewards are beta * (log pi - log pi_ref).
+
+    `logps/accuracies` is ours: whether the policy itself, with no reference, finds the winner likelier.
+    """
+    logp = logps.logp
+    if not len(logps.pairs):
+        sums.add("logps/chosen", logp[logps.chosen])
+        return
+    w, l = logps.winner, logps.loser
+    sums.add("logps/chosen", logp[w])
+    sums.add("logps/rejected", logp[l])
+    sums.add("logps/accuracies", logp[w] > logp[l])
+    if logps.ref_token_logp is not None:
+        reward = beta * logps.log_ratio
+        sums.add("rewards/chosen", reward[w])
+        sums.add("rewards/rejected", reward[l])
+        sums.add("rewards/accuracies", reward[w] > reward[l])
+        sums.add("rewards/margins", reward[w] - reward[l])
+
+
+@torch.no_grad()
+def add_token_metrics(sums: Sums, batch: PackedGroups, stats: dict[str, Tensor]) -> None:
+    """TRL's vocabulary-wide metrics, one value a scored token. They cost passes over the vocabulary
+    that training does not need, so only evaluation reports them."""
+    response = torch.repeat_interleave(
+        torch.arange(len(batch.cu_resp) - 1, device=batch.cu_resp.device), batch.cu_resp.diff()
+    )
+    chosen = torch.isin(response, batch.chosen)
+    sums.add("entropy", stats["entropy"])
+    sums.add("logits/chosen", stats["mean_logit"][chosen])
+    if not chosen.all():
+        sums.add("logits/rejected", stats["mean_logit"][~chosen])
+    sums.add("mean_token_accuracy", stats["is_top1"][chosen])
+
+
+def peak_memory_gb() -> float:
+    """Peak of the CUDA allocator, or of this process where there is no GPU, in GB (1e9 bytes)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Window:
+    """What happened since the last log line."""
+
+    def __init__(self, num_tokens: int = 0):
+        self.sums, self.start = Sums(), time.perf_counter()
+        self.num_tokens = num_tokens  # of the whole stage, as TRL counts: separate rows, no padding
+        self.pairs = self.responses = self.tokens = self.steps = 0
+
+    def count(self, batch: PackedGroups) -> None:
+        self.pairs += len(batch.pairs)
+        self.responses += len(batch.cu_resp) - 1
+        self.tokens += batch.input_tokens
+        self.num_tokens += batch.unshared_tokens
+
+    def throughput(self) -> dict:
+        seconds = time.perf_counter() - self.start
+        out = {
+            "num_tokens": self.num_tokens,
+            "responses_computed": self.responses,
+            "tokens_per_second": round(self.tokens / seconds, 1),
+            "peak_memory_gb": round(peak_memory_gb(), 3),
+        }
+        if self.pairs:
+            out["pairs_per_second"] = round(self.pairs / seconds, 3)
+        return out

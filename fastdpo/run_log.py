@@ -1,0 +1,75 @@
+"""Where a run's numbers go: metrics.jsonl, the progress bar and the lines above it."""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from fastdpo.metrics import Sums, Window
+from fastdpo.progress import make_progress
+
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "rewards/accuracies": "accuracy {:.3f}",
+    "rewards/margins": "margin {:+.4f}",
+    "logps/chosen": "logp chosen {:.2f}",
+    "logps/rejected": "rejected {:.2f}",
+    "grad_norm": "grad {:.3g}",
+    "learning_rate": "lr {:.2e}",
+    "pairs_per_second": "{:.1f} pairs/s",
+}
+
+
+class RunLog:
+    """The log of one stage."""
+
+    def __init__(self, metrics_file: Path, stage: int, console: Console):
+        self._file, self._stage, self._console = metrics_file, stage, console
+
+    def _write(self, record: dict) -> None:
+        """Opened, appended and closed a line, so that a killed run keeps what it wrote."""
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": self._stage, **record}) + "\n")
+
+    @contextmanager
+    def bar(self, name: str, total: int):
+        with make_progress(self._console) as self._progress:
+            self._task = self._progress.add_task(name, total=total, info="")
+            yield
+
+    def advance(self, window: Window) -> None:
+        """One optimizer step done."""
+        speed = window.throughput()
+        pairs = f"{speed['pairs_per_second']:.1f} pairs/s · " if window.pairs else ""
+        info = f"{pairs}{speed['tokens_per_second']:,.0f} tokens/s · {speed['peak_memory_gb']:.1f} GB"
+        self._progress.update(self._task, advance=1, info=info)
+
+    def train(self, step: int, epoch: float, window: Window) -> None:
+        record = {"step": step, "epoch": round(epoch, 4)}
+        record |= window.sums.means() | window.throughput()
+        self._write(record)
+        self._line(f"step {step:>5}", record)
+
+    def held_out(self, step: int, sums: Sums) -> None:
+        means = sums.means()
+        self._write({"step": step, **{f"eval_{name}": value for name, value in means.items()}})
+        self._line(f"[bold]held-out at {step}[/]", means)
+
+    def _line(self, what: str, record: dict) -> None:
+        shown = [text.format(record[name]) for name, text in _SHOWN.items() if name in record]
+        self._console.print(what, " ".join(shown), highlight=False)
+
+    def announce(self, stage) -> None:
+        """What a stage will do, before it does it."""
+        first = stage.groups[: stage.config.batch_size]
+        batches = list(stage.microbatches(first))
+        tokens = sum(b.input_tokens for b in batches)
+        unshared = sum(b.unshared_tokens for b in batches)
+        self._console.print(
+            f"[bold]{stage.objective.name}[/]: {stage.total} steps of {stage.config.batch_size} "
+            f"groups; {len(first)} of them take {len(batches)} microbatches, {tokens} tokens for "
+            f"{unshared} of separate rows ({tokens / unshared:.0%}); "
+            f"lm_head: {stage.policy.head_plan(batches)}",
+            highlight=False,
+        )

@@ -1,0 +1,173 @@
+"""What a user meets at the command line: bad input ends in a message that names the row or field and the
+way out, and in an exit code; never in a traceback, and never silently."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastdpo.cli import main
+from tests.tiny import rows, save_model, write_jsonl
+
+TURN = {"role": "user", "content": "the cat"}
+ANSWER = [{"role": "assistant", "content": "the dog"}]
+OTHER = [{"role": "assistant", "content": "the bird"}]
+GOOD = {"prompt": [TURN], "chosen": ANSWER, "rejected": OTHER}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture
+def run(model, tmp_path, capsys, monkeypatch):
+    """Runs `fastdpo COMMAND` on rows (or a data spec) -> (exit code, everything printed on one line)."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def go(data, *flags, command="train", model=model):
+        if isinstance(data, list):
+            data = write_jsonl(tmp_path / "rows.jsonl", data)
+        argv = [command, "--model", model, "--data", str(data), "--output_dir", str(tmp_path / "run")]
+        code = main([*argv, "--max_length", "64", "--max_steps", "2", "--dtype", "fp32", *flags])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out + err
+
+    return go
+
+
+def broken(**changes):
+    return {name: value for name, value in (GOOD | changes).items() if value is not None}
+
+
+# a row that cannot be used -> what the report and the strict error must say of it
+BAD_ROWS = {
+    "missing column": (broken(rejected=None), ["rejected"]),
+    "wrong role": (broken(prompt=[{"role": "robot", "content": "x"}]), ["prompt", "robot"]),
+    "answer by the user": (broken(chosen=[TURN]), ["chosen", "assistant"]),
+    "non-string turn": (broken(chosen=[{"role": "assistant", "content": 7}]), ["chosen", "content"]),
+    "chosen is rejected": (broken(rejected=ANSWER), ["chosen and rejected", "the same"]),
+    "empty prompt": (broken(prompt=[]), ["prompt"]),
+    "long prompt": (broken(prompt=[{"role": "user", "content": "cat dog " * 60}]), ["max_length=64"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_row_is_counted_and_the_run_goes_on(run, tmp_path, name):
+    bad, words = BAD_ROWS[name]
+    code, said = run([GOOD, GOOD, bad, GOOD])
+    assert code == 0
+    assert all(word in said for word in words), said
+    report = json.loads((tmp_path / "run/data_report.json").read_text())["data"]
+    assert report["kept"]["rows"] == 3
+    assert [tally["examples"] for tally in report["dropped"].values()] == [[2]]
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_row_stops_a_strict_run(run, tmp_path, name):
+    bad, words = BAD_ROWS[name]
+    code, said = run([GOOD, GOOD, bad, GOOD], "--strict")
+    assert code == 1 and said.count("error:") == 1
+    assert "row 2" in said and all(word in said for word in words), said
+    assert not (tmp_path / "run/model").exists()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", ["no rows"]),
+        ("not json\n", ["line 1", "JSON"]),
+        ("[1, 2]\n", ["row"]),
+    ],
+)
+def test_unusable_file(run, tmp_path, content, words):
+    path = tmp_path / "broken.jsonl"
+    path.write_text(content)
+    code, said = run(path)
+    assert code == 1 and "error:" in said
+    assert all(word in said for word in words), said
+
+
+def test_missing_file_names_the_accepted_forms(run):
+    code, said = run("nowhere.jsonl")
+    assert code == 1 and "nowhere.jsonl" in said and ".parquet" in said
+
+
+def test_binary_file(run, tmp_path):
+    path = tmp_path / "weights.jsonl"
+    path.write_bytes(bytes(range(256)) * 10)
+    code, said = run(path)
+    assert code == 1 and "error:" in said and "weights.jsonl" in said
+
+
+def test_conversations_need_a_chat_template(run, tmp_path):
+    plain = save_model(tmp_path / "plain", chat=False)
+    code, said = run([GOOD], model=plain)
+    assert code == 1 and "chat template" in said and "chat_template" in said
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    assert run([GOOD], "--chat_template", str(template), "--overwrite", model=plain)[0] == 0
+
+
+def test_model_that_cannot_share_runs_and_says_so(run, tmp_path):
+    code, said = run(rows(4), model=save_model(tmp_path / "bloom", "bloom", n_layer=2, n_head=4))
+    assert code == 0 and "prompts are not shared" in said
+
+
+def test_nan_stops_with_the_rows_and_a_way_out(run, tmp_path):
+    code, said = run(rows(16), "--learning_rate", "1e30", "--max_steps", "5")
+    assert code == 1 and "step 2" in said and "rows" in said and "lower learning_rate" in said
+    assert not (tmp_path / "run/model").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--bta", "1"], ["unknown key 'bta'", "'beta'"]),
+        (["--lr_scheduler_type", "linaer"], ["lr_scheduler_type"]),
+        (["--lora_rank", "2", "--lora_target_modules", "[nothing]"], ["lora_target_modules"]),
+        (["--objective", "dpoo"], ["objective", "sigmoid, sft"]),
+        (["--max_length", "4096"], ["max_length", "256"]),
+        (["--chat_template", "none.jinja"], ["chat_template"]),
+    ],
+)
+def test_wrong_config_exits_with_2(run, flags, words):
+    code, said = run(rows(4), *flags)
+    assert code == 2 and all(word in said for word in words), said
+
+
+def test_missing_model(run):
+    code, said = run(rows(4), model="no/such-model")
+    assert code == 1 and "no/such-model" in said
+
+
+def test_a_second_run_does_not_overwrite_the_first(run):
+    assert run(rows(4))[0] == 0
+    code, said = run(rows(4))
+    assert code == 2 and "already holds a run" in said and "--overwrite" in said
+    assert run(rows(4), "--overwrite")[0] == 0
+
+
+def test_tokenizer_of_another_model(run, tmp_path):
+    other = save_model(tmp_path / "small", vocab_size=50)
+    code, said = run(rows(4), model=other)
+    assert code == 1 and "row 0" in said and "50" in said
+
+
+def test_data_shows_rows_without_training(run, tmp_path):
+    code, said = run([GOOD, broken(rejected=ANSWER)], command="data")
+    assert code == 0 and "identical" in said and "«the dog<|im_end|>»" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_and_unknown_commands(capsys):
+    assert main(["--help"]) == 0 and main(["train", "--help"]) == 0
+    assert "learning_rate" in capsys.readouterr().out
+    assert main(["trian"]) == 2 and main([]) == 2
+
+
+def test_the_installed_command_runs():
+    done = subprocess.run([sys.executable, "-m", "fastdpo.cli", "data"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: model: missing")

@@ -1,0 +1,67 @@
+"""What only a CUDA device can show: the varlen backend, bf16 training, determinism."""
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastdpo import attention, support
+from fastdpo.packing import pack
+from tests.test_trainer import Run
+from tests.tiny import group, groups, policy
+
+pytestmark = pytest.mark.gpu
+
+
+def attend(backend, dtype, window, heads=(4, 2)):
+    """Output and gradients of one attention call, on fixed numbers."""
+    layout = pack([group(0, 40, [17, 1, 64]), group(1, 1, [9, 9]), group(2, 130, [5])]).layout
+    layout = layout.to("cuda")
+    draw = torch.Generator("cuda").manual_seed(0)
+    make = lambda h: torch.randn(len(layout.seen_until), h, 64, device="cuda", generator=draw)
+    q, k, v = (make(h).to(dtype).requires_grad_() for h in (heads[0], heads[1], heads[1]))
+    out = attention.attend(q, k, v, layout, window=window, backend=backend)
+    return out, *torch.autograd.grad(out.float().sin().sum(), (q, k, v))
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_varlen_against_the_dense_oracle(window, heads):
+    """Error at most twice that of a bf16 dense attention, against the fp32 one."""
+    truth = attend("dense", torch.float32, window, heads)
+    baseline = attend("dense", torch.bfloat16, window, heads)
+    ours = attend("varlen", torch.bfloat16, window, heads)
+    for name, t, b, o in zip(("out", "dq", "dk", "dv"), truth, baseline, ours):
+        limit = 2 * (b.float() - t).abs().max() + 1e-3
+        assert (o.float() - t).abs().max() <= limit, name
+
+
+def test_forward_and_key_gradients_repeat_bit_by_bit():
+    one, two = (attend("varlen", torch.bfloat16, None) for _ in range(2))
+    for a, b, name in zip(one, two, ("out", "dq", "dk", "dv")):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mistral"])
+def test_shared_equals_separate_in_fp32(family):
+    p = policy(family)
+    p.model.cuda()
+    p.device = torch.device("cuda")
+    truth = torch.cat([support.stock_logp(p, g) for g in groups()])
+    p.set_sharing(True)
+    ours = p.token_logp(pack(groups()).to("cuda"))
+    torch.testing.assert_close(ours, truth, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("keys", [{}, dict(lora_rank=4), dict(gradient_checkpointing=True)], ids=str)
+def test_bf16_training_learns(tmp_path, keys):
+    run = Run(tmp_path, dtype="bf16", learning_rate=3e-3, max_steps=40, **keys)
+    assert run.evals[0]["eval_rewards/margins"] == 0
+    assert run.evals[-1]["eval_rewards/accuracies"] > 0.8
+
+
+def test_supported_models_share_on_cuda(capsys):
+    p = policy("llama")
+    p.model.cuda()
+    p.device, p.dtype = torch.device("cuda"), torch.bfloat16
+    support.prepare(p, groups(), Console())
+    assert p.share and capsys.readouterr().out == ""

@@ -1,0 +1,53 @@
+"""Rules about the tree itself: imports go one way, files stay readable, the README's tree is true."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(
+    path for folder in ("kernels", "fastdpo", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    """kernels <- fastdpo <- benchmarks, tests."""
+    forbidden = {"tests"}
+    top = path.relative_to(ROOT).parts[0]
+    if top in ("kernels", "fastdpo"):
+        forbidden |= {"benchmarks", "trl", "liger_kernel"}
+    if top == "kernels":
+        forbidden |= {"fastdpo", "transformers", "datasets", "peft"}
+    assert not forbidden & set(imported(path))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_readable(path):
+    text = path.read_text()
+    assert text.count("\n") <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_readme_tree_names_what_is_there():
+    tree = re.search(r"```tree\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    named = set(re.findall(r"\w+\.(?:py|sh|yaml|md)\b|\b\w+/", tree))
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    names = {Path(f).name for f in files.split()}
+    names |= {f"{folder}/" for f in files.split() for folder in Path(f).parts[:-1]}
+    assert named <= names, named - names
+    missing = {p.name for p in SOURCES} - named - {"__init__.py"}
+    assert not missing
