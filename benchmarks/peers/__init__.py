@@ -1,0 +1,1 @@
+"""Other trainers, driven on the same rows and settings as ours."""
