@@ -121,8 +121,8 @@ class DataReport:
         return "\n".join(lines)
 
     def print(self, console) -> None:
-        title = f"data: {escape(self.source)}"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        console.print(f"[bold]data: {escape(self.source)}", highlight=False, soft_wrap=True)
+        table = Table(box=None, pad_edge=False)
         for name, justify in (("rows", "left"), ("", "right"), ("example rows", "left")):
             table.add_column(name, justify=justify)
         table.add_column("", overflow="fold")

@@ -12,22 +12,31 @@ EVAL_STATS = ("entropy", "mean_logit", "is_top1")
 
 
 class Sums:
-    """Named sums and counts, kept on the device until `means` fetches them all at once."""
+    """Named sums and counts; tensors stay on their device until `means` fetches them all at once."""
 
     def __init__(self):
-        self._sums: dict[str, Tensor | float] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._numbers: dict[str, float] = {}
         self._counts: dict[str, float] = {}
 
-    def add(self, name: str, values: Tensor, count: float | None = None) -> None:
-        """Adds a tensor's elements; `count` is what they count as (default: their number)."""
-        self._sums[name] = self._sums.get(name, 0) + values.detach().double().sum()
-        self._counts[name] = self._counts.get(name, 0) + (values.numel() if count is None else count)
+    def add(self, name: str, values: Tensor | float, count: float | None = None) -> None:
+        """Adds a tensor's elements, or a number; `count` is what they count as (default: how many)."""
+        if isinstance(values, Tensor):
+            n = values.numel()
+            self._tensors[name] = self._tensors.get(name, 0) + values.detach().double().sum()
+        else:
+            n = 1
+            self._numbers[name] = self._numbers.get(name, 0) + values
+        self._counts[name] = self._counts.get(name, 0) + (n if count is None else count)
 
     def means(self) -> dict[str, float]:
-        if not self._sums:
-            return {}
-        values = torch.stack(list(self._sums.values())).tolist()
-        return {n: v / self._counts[n] for n, v in zip(self._sums, values) if self._counts[n]}
+        """Each name's sum over its count; names that counted nothing are left out."""
+        sums = dict.fromkeys(self._counts, 0.0) | self._numbers
+        if self._tensors:
+            fetched = torch.stack(list(self._tensors.values())).tolist()
+            for name, value in zip(self._tensors, fetched):
+                sums[name] = value + self._numbers.get(name, 0.0)
+        return {name: sums[name] / count for name, count in self._counts.items() if count}
 
 
 @torch.no_grad()

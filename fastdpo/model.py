@@ -157,14 +157,23 @@ def resolve_dtype(name: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
+def load_model_config(config: Config):
+    """The model's transformers config. Raises ModelError, or ConfigError for a max_length beyond it."""
+    try:
+        model_config = AutoConfig.from_pretrained(config.model)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model: cannot load {config.model!r}: {error}") from None
+    _check_lengths(config, model_config)
+    return model_config
+
+
 def load_policy(config: Config, console) -> Policy:
     """Loads the model, freezes what is not trained, adds a LoRA where asked. Raises ModelError."""
     dtype = resolve_dtype(config.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    model_config = load_model_config(config)
+    dropped = switch_off_dropout(model_config)
     try:
-        model_config = AutoConfig.from_pretrained(config.model)
-        dropped = switch_off_dropout(model_config)
-        _check_lengths(config, model_config)
         model = AutoModelForCausalLM.from_pretrained(
             config.model,
             config=model_config,

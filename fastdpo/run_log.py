@@ -38,6 +38,14 @@ class RunLog:
             self._task = self._progress.add_task(name, total=total, info="")
             yield
 
+    def track(self, batches: list, what: str):
+        """Yields the batches under a bar of their own, gone when they are done."""
+        task = self._progress.add_task(what, total=len(batches), info="", visible=len(batches) > 1)
+        for batch in batches:
+            yield batch
+            self._progress.update(task, advance=1)
+        self._progress.remove_task(task)
+
     def advance(self, window: Window) -> None:
         """One optimizer step done."""
         speed = window.throughput()
@@ -58,18 +66,25 @@ class RunLog:
 
     def _line(self, what: str, record: dict) -> None:
         shown = [text.format(record[name]) for name, text in _SHOWN.items() if name in record]
-        self._console.print(what, " ".join(shown), highlight=False)
+        self._console.print(what, " ".join(shown), highlight=False, soft_wrap=True)
 
     def announce(self, stage) -> None:
         """What a stage will do, before it does it."""
-        first = stage.groups[: stage.config.batch_size]
+        cap, size = stage.config.max_tokens, stage.config.batch_size
+        first = stage.groups[:size]
         batches = list(stage.microbatches(first))
         tokens = sum(b.input_tokens for b in batches)
         unshared = sum(b.unshared_tokens for b in batches)
         self._console.print(
-            f"[bold]{stage.objective.name}[/]: {stage.total} steps of {stage.config.batch_size} "
-            f"groups; {len(first)} of them take {len(batches)} microbatches, {tokens} tokens for "
-            f"{unshared} of separate rows ({tokens / unshared:.0%}); "
-            f"lm_head: {stage.policy.head_plan(batches)}",
+            f"[bold]{stage.objective.name}[/]: {stage.total} steps of {size} groups; {len(first)} of "
+            f"them take {len(batches)} microbatches, {tokens:,} tokens for {unshared:,} of separate "
+            f"rows ({tokens / unshared:.0%}); lm_head: {stage.policy.head_plan(batches)}",
             highlight=False,
         )
+        over = [group.row for group in stage.groups if stage.cost(group) > cap]
+        if over:
+            self._console.print(
+                f"[yellow]{len(over)} groups are larger than max_tokens={cap} and go alone, whole "
+                f"(rows {', '.join(map(str, over[:5]))}{', ...' * (len(over) > 5)})",
+                highlight=False,
+            )

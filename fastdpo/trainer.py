@@ -16,7 +16,7 @@ from fastdpo.config import Config, to_yaml
 from fastdpo.errors import ConfigError, ModelError, TrainingError
 from fastdpo.groups import Limits, load_groups
 from fastdpo.metrics import EVAL_STATS, Sums, Window, add_pair_metrics, add_token_metrics
-from fastdpo.model import Policy, load_policy, load_tokenizer, save_model
+from fastdpo.model import Policy, load_model_config, load_policy, load_tokenizer, save_model
 from fastdpo.objectives import make_objective
 from fastdpo.packing import epoch_order, pack, separate_cost, split_step
 from fastdpo.records import PackedGroups, PreferenceGroup, ResponseLogps
@@ -32,24 +32,28 @@ def train(config: Config, console: Console | None = None) -> Path:
     console = console or Console()
     for stage in config.per_stage():
         make_objective(stage)  # an unknown name shows before any work
-    run = open_run(config)
+    run = free_folder(config)
     tokenizer = load_tokenizer(config)
-    groups, eval_groups = load_data(config, tokenizer, run, console)
+    load_model_config(config)  # a wrong model or max_length shows before the data is read
+    groups, eval_groups, reports = load_data(config, tokenizer, console)
     policy = load_policy(config, console)
     check_vocabulary(policy, groups + eval_groups)
     prepare(policy, groups, console)
+    open_run(run, config, reports)
     done = 0
     for number, keys in enumerate(config.per_stage()):
         fresh_lora = config.lora_rank is not None and done == 0
         stage = Stage(keys, policy, groups, eval_groups, fresh_lora)
         done = stage.run(done, RunLog(run / "metrics.jsonl", number, console))
     save_model(policy, tokenizer, run / "model")
-    console.print(f"[bold]done:[/] the model is in {run / 'model'}, the metrics in {run}/metrics.jsonl")
+    console.print(
+        f"[bold]done:[/] the model is in {run}/model, the metrics in {run}/metrics.jsonl", soft_wrap=True
+    )
     return run
 
 
-def open_run(config: Config) -> Path:
-    """Makes the run folder; refuses one that holds another run unless `overwrite`."""
+def free_folder(config: Config) -> Path:
+    """The run folder's path; ConfigError where it holds another run and `overwrite` is not set."""
     run = Path(config.output_dir)
     held = [name for name in RUN_FILES if (run / name).exists()]
     if held and not config.overwrite:
@@ -57,35 +61,43 @@ def open_run(config: Config) -> Path:
             f"output_dir: {run} already holds a run ({', '.join(held)}). "
             "Name another folder, or replace it with --overwrite"
         )
-    for name in held:
-        path = run / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     return run
 
 
-def load_data(config: Config, tokenizer, run: Path, console: Console):
-    """(training groups, evaluation groups), with the account of every row in data_report.json."""
-    limits = Limits(config.max_length, config.truncation)
-    load = lambda spec: load_groups(spec, tokenizer, limits, strict=config.strict, console=console)
-    groups, report = load(config.data)
-    report.print(console)
-    reports = {"data": report.to_dict()}
-    eval_groups = []
-    if isinstance(config.eval_data, float):
-        order = epoch_order(len(groups), config.seed, epoch=2**31)  # which no training reaches
-        held = math.ceil(config.eval_data * len(groups))
-        eval_groups = [groups[i] for i in sorted(order[:held])]
-        groups = [groups[i] for i in sorted(order[held:])]
-        reports["eval_data"] = {"split_off": held, "rows": [g.row for g in eval_groups]}
-        console.print(f"eval_data: {held} of {held + len(groups)} groups split off by seed")
-    elif config.eval_data:
-        eval_groups, report = load(config.eval_data)
-        report.print(console)
-        reports["eval_data"] = report.to_dict()
+def open_run(run: Path, config: Config, reports: dict) -> None:
+    """Makes the run folder, once everything that can be wrong before the first step was right."""
+    for path in (run / name for name in RUN_FILES):
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (run / "data_report.json").write_text(json.dumps(reports, indent=1), encoding="utf-8")
-    return groups, eval_groups
+
+
+def load_data(config: Config, tokenizer, console: Console):
+    """(training groups, evaluation groups, the account of every row for data_report.json)."""
+    limits = Limits(config.max_length, config.truncation)
+
+    def load(spec):
+        groups, report = load_groups(spec, tokenizer, limits, strict=config.strict, console=console)
+        report.print(console)
+        return groups, report.to_dict()
+
+    groups, report = load(config.data)
+    if isinstance(config.eval_data, str):
+        eval_groups, eval_report = load(config.eval_data)
+        return groups, eval_groups, {"data": report, "eval_data": eval_report}
+    held = math.ceil((config.eval_data or 0) * len(groups))
+    order = epoch_order(len(groups), config.seed, epoch=2**31)  # a stream that no training reaches
+    eval_groups = [groups[i] for i in sorted(order[:held])]
+    groups = [groups[i] for i in sorted(order[held:])]
+    if not groups:
+        raise ConfigError(f"eval_data: {config.eval_data} of {held} groups leaves none to train on")
+    if held:
+        console.print(f"eval_data: {held} of {held + len(groups)} groups split off by seed")
+    split = {"split_off": held, "rows": [g.row for g in eval_groups]}
+    return groups, eval_groups, {"data": report, "eval_data": split}
 
 
 def check_vocabulary(policy: Policy, groups: list[PreferenceGroup]) -> None:
@@ -117,16 +129,16 @@ class Stage:
     def run(self, done: int, log: RunLog) -> int:
         """Trains to the end, counting on from `done` optimizer steps; returns the new count."""
         config = self.config
-        self.eval_batches = self.prepare_eval()
         optimizer, schedule = make_optimizer(self.policy, config, self.total)
         log.announce(self)
         with log.bar(self.objective.name, self.total):
+            self.eval_batches = self.prepare_eval(log)
             self.evaluate(done, log)
             window = Window()
             for i, groups in enumerate(step_groups(self.groups, config, self.total), 1):
                 norm = self.step(groups, window, done + i)
                 window.sums.add("grad_norm", norm)
-                window.sums.add("learning_rate", torch.tensor(schedule.get_last_lr()[0]))
+                window.sums.add("learning_rate", schedule.get_last_lr()[0])
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()
@@ -163,11 +175,13 @@ class Stage:
             raise not_finite(step, losses, rows, norm)
         return norm
 
+    def cost(self, group: PreferenceGroup) -> int:
+        """What a group takes of max_tokens."""
+        return group.input_tokens if self.policy.share else separate_cost(group)
+
     def microbatches(self, groups: list[PreferenceGroup]) -> Iterator[PackedGroups]:
-        share = self.policy.share
-        cost = (lambda g: g.input_tokens) if share else separate_cost
-        for part in split_step(groups, self.config.max_tokens, self.policy.max_scored, cost):
-            yield pack(part, share)
+        for part in split_step(groups, self.config.max_tokens, self.policy.max_scored, self.cost):
+            yield pack(part, self.policy.share)
 
     def score(self, batch: PackedGroups, stats=()) -> ResponseLogps:
         reference = self.reference(batch) if self.reference else None
@@ -176,13 +190,13 @@ class Stage:
         return ResponseLogps.of(batch, token_logp, reference, token_stats)
 
     @torch.no_grad()
-    def prepare_eval(self) -> list[PackedGroups]:
+    def prepare_eval(self, log: RunLog) -> list[PackedGroups]:
         """The evaluation rows packed once, with the reference's log-probs, which never change."""
-        batches = self.microbatches(self.eval_groups)
+        batches = list(self.microbatches(self.eval_groups))
         if self.reference is None:
-            return list(batches)
+            return batches
         fill = lambda b: replace(b, ref_token_logp=self.reference(b.to(self.policy.device)).cpu())
-        return [fill(batch) for batch in batches]
+        return [fill(batch) for batch in log.track(batches, "held-out reference")]
 
     @torch.no_grad()
     def evaluate(self, step: int, log: RunLog) -> None:
@@ -191,7 +205,7 @@ class Stage:
             return
         sums = Sums()
         self.policy.model.eval()
-        for batch in self.eval_batches:
+        for batch in log.track(self.eval_batches, "held-out"):
             batch = batch.to(self.policy.device)
             logps = self.score(batch, EVAL_STATS)
             sums.add("loss", self.objective.loss_sum(logps), count=0)
@@ -199,7 +213,7 @@ class Stage:
             add_token_metrics(sums, batch, logps.token_stats)
         self.policy.model.train()
         count = sum(self.objective.count(g) for g in self.eval_groups)
-        sums.add("loss", torch.zeros((), device=self.policy.device), count=count)
+        sums.add("loss", 0.0, count=count)
         log.held_out(step, sums)
 
 

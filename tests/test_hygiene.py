@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,10 @@ def test_readme_tree_names_what_is_there():
     assert named <= names, named - names
     missing = {p.name for p in SOURCES} - named - {"__init__.py"}
     assert not missing
+
+
+def test_public_names_load_when_asked_for():
+    script = "import sys, fastdpo.cli; fastdpo.cli.main(['--help']); assert 'torch' not in sys.modules; "
+    script += "import fastdpo; [getattr(fastdpo, name) for name in fastdpo.__all__]"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
