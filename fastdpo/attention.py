@@ -29,6 +29,7 @@ _HARMLESS = {"position_ids", "position_embeddings", "use_cache", "cache_position
 _HARMLESS |= {"output_attentions", "output_hidden_states", "is_training", "training"}
 
 calls = 0  # attention calls with a layout so far; the support check compares it with the layer count
+used = set()  # the backends that ran; the support check names a slow one
 
 
 class UnsharedAttention(RuntimeError):
@@ -90,6 +91,7 @@ def attend(q, k, v, layout, *, scale=None, window=None, softcap=None, backend=No
     included; `softcap` is c of c*tanh(z/c). `backend` is chosen by device and dtype unless given.
     """
     backend = backend or pick_backend(q, softcap)
+    used.add(backend)
     if backend == "dense":
         return _dense(q, k, v, layout, scale, window, softcap)
     kg, vg = gather_copies(k, layout), gather_copies(v, layout)

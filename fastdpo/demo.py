@@ -1,13 +1,12 @@
 """`fastdpo demo`: a small Llama learns to answer, then learns which answers are wanted.
 
 No network and no files from outside: the questions, the answers, the tokenizer and the model are made
-here. The first training (SFT) teaches both helpful and rude answers, half and half; the second (DPO)
-sees pairs of them. Held-out dishes never appear in a pair.
+here. The first training (SFT) teaches helpful and rude answers alike; the second (DPO) sees pairs of
+them. Held-out dishes never appear in a pair.
 """
 
 import itertools
 import json
-import random
 import shutil
 from pathlib import Path
 
@@ -85,7 +84,7 @@ def demo(folder: str | Path) -> dict[str, float]:
             objective="sft",
             learning_rate=3e-3,
             warmup_steps=20,
-            num_epochs=5,
+            num_epochs=7,
             **shared,
         ),
         console,
@@ -107,8 +106,7 @@ def demo(folder: str | Path) -> dict[str, float]:
 
 
 def write_data(folder: Path) -> None:
-    """sft.jsonl (all dishes, the answer's kind by coin), train.jsonl and held_out.jsonl (pairs)."""
-    draw = random.Random(0)
+    """sft.jsonl (all dishes, each answer chosen once), train.jsonl and held_out.jsonl (pairs)."""
     files = {"sft": [], "train": [], "held_out": []}
     for (dish, (a, b, c)), question in itertools.product(DISHES.items(), QUESTIONS):
         values = {"dish": dish, "a": a, "b": b, "c": c}
@@ -117,8 +115,7 @@ def write_data(folder: Path) -> None:
             row = {"prompt": _turn("user", question.format(**values))}
             pair = row | {"chosen": answers[0], "rejected": answers[1]}
             files["held_out" if dish in HELD_OUT else "train"].append(pair)
-            draw.shuffle(answers)
-            files["sft"].append(row | {"chosen": answers[0], "rejected": answers[1]})
+            files["sft"] += [pair, row | {"chosen": answers[1], "rejected": answers[0]}]
     folder.mkdir(parents=True)
     for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -189,7 +186,7 @@ def show_result(folder: Path, console: Console) -> dict[str, float]:
     prompts = [q.format(dish=dish) for dish in HELD_OUT for q in QUESTIONS]
     before, after = (complete(folder / name / "model", prompts) for name in ("sft", "dpo"))
     table = Table("held-out question", "before DPO", "after DPO", show_lines=True)
-    for row in list(zip(prompts, before, after))[:: len(QUESTIONS) + 1]:
+    for row in list(zip(prompts, before, after))[::5]:
         table.add_row(*row)
     console.print(table)
     lines = (folder / "dpo/metrics.jsonl").read_text(encoding="utf-8").splitlines()

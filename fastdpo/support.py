@@ -43,6 +43,11 @@ def prepare(policy: Policy, groups: list[PreferenceGroup], console) -> None:
     if reason is None:
         reason = _try_sharing(policy, group, truth)
     if reason is None:
+        if policy.device.type == "cuda" and "segments" in attention.used:
+            console.print(
+                "[yellow]attention runs one segment at a time: right, but slower. The fast kernels take "
+                "bf16, head sizes that are multiples of 8 up to 256, and softcaps only with flash-attn"
+            )
         return
     policy.set_sharing(False)
     difference = _difference(policy, group, truth)

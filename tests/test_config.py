@@ -1,6 +1,7 @@
 """The config: one source for YAML keys, flags and help; wrong keys and values say what to do."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +94,10 @@ def test_help_names_every_key():
 def test_resolved_config_reads_back(file):
     config = Config(model="m", data="d", learning_rate=3e-7, stages=[{"objective": "sft"}])
     assert load_config([file(to_yaml(config))]) == config
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[1].glob("examples/*.yaml")), ids=lambda p: p.name
+)
+def test_examples_are_valid(path):
+    assert load_config([str(path)]).per_stage()
