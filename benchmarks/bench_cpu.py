@@ -135,6 +135,7 @@ def main() -> None:
     summary = summarise(runs)
     print_table(summary, inputs["source"])
     record = {"inputs": inputs["source"], "summary": summary, "runs": runs} | provenance()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(f"written: {args.out}")
 

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from benchmarks.process import provenance
 
 
@@ -22,9 +24,12 @@ def main() -> int:
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout[-6000:], done.stderr[-2000:])
     if not args.dry_run:
-        record = {"passed": done.returncode == 0, "summary": done.stdout.splitlines()[-30:]}
+        passed = done.returncode == 0 and torch.cuda.is_available()  # all skipped is no pass
+        record = {"passed": passed, "summary": done.stdout.splitlines()[-30:]}
         record |= {"seconds": time.perf_counter() - start} | provenance()
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n")
+        return 0 if passed else 1
     return done.returncode
 
 

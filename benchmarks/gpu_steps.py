@@ -95,7 +95,11 @@ def main() -> None:
         print(name, results[name])
         del stage, policy
     if not args.dry_run:
-        args.out.write_text(json.dumps({"results": results} | provenance(), indent=1) + "\n")
+        gate = args.out.parent / "gpu_gate.json"
+        green = json.loads(gate.read_text())["passed"] if gate.exists() else None
+        record = {"gate_passed": green, "results": results} | provenance()
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,15 +21,11 @@ from transformers import AttentionInterface
 from fastdpo.records import PrefixLayout
 
 NAME = "fastdpo_prefix"  # no "flash" and no "sdpa" in it: transformers tests for these substrings
-BACKENDS = ("segments", "dense", "varlen", "flash_attn")
 
 # What transformers' layers hand to attention functions beside the tensors and that changes nothing
 # here. Anything else that is not None means a kind of attention that no backend knows: refused.
 _HARMLESS = {"position_ids", "position_embeddings", "use_cache", "cache_position", "return_dict"}
 _HARMLESS |= {"output_attentions", "output_hidden_states", "is_training", "training"}
-
-calls = 0  # attention calls with a layout so far; the support check compares it with the layer count
-used = set()  # the backends that ran; the support check names a slow one
 
 
 class UnsharedAttention(RuntimeError):
@@ -54,7 +50,6 @@ def prefix_attention(
 
     Raises UnsharedAttention for anything it would get silently wrong.
     """
-    global calls
     name = type(module).__name__
     if fastdpo_layout is None:
         raise UnsharedAttention(
@@ -68,7 +63,6 @@ def prefix_attention(
         raise UnsharedAttention(f"attention dropout is {dropout}: it must be 0")
     if attention_mask is not None or is_causal is False or query.shape[0] != 1:
         raise UnsharedAttention(f"{name} brings a mask of its own")
-    calls += 1
     out = attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -90,8 +84,9 @@ def attend(q, k, v, layout, *, scale=None, window=None, softcap=None, backend=No
     q [T, H, D], k [T, Hk, D], v [T, Hk, Dv] -> [T, H, Dv]. `window` counts the keys a query sees, itself
     included; `softcap` is c of c*tanh(z/c). `backend` is chosen by device and dtype unless given.
     """
-    backend = backend or pick_backend(q, softcap)
-    used.add(backend)
+    backend = backend or pick_backend(q, v, softcap)
+    if layout.seen is not None:
+        layout.seen.append((backend, window))
     if backend == "dense":
         return _dense(q, k, v, layout, scale, window, softcap)
     kg, vg = gather_copies(k, layout), gather_copies(v, layout)
@@ -101,15 +96,21 @@ def attend(q, k, v, layout, *, scale=None, window=None, softcap=None, backend=No
     return call(q, kg, vg, layout, scale, window, softcap)
 
 
-def pick_backend(q, softcap=None) -> str:
-    """The backend for these queries: varlen kernels for half precision on CUDA, segments elsewhere."""
+def pick_backend(q, v, softcap=None) -> str:
+    """The backend for these tensors: varlen kernels for half precision on CUDA, segments elsewhere."""
     half = q.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(q.device.type)
-    if q.is_cuda and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+    size = q.shape[-1]
+    if q.is_cuda and half and size % 8 == 0 and size <= 256 and v.shape[-1] == size:
         if softcap is None:
             return "varlen"
-        if importlib.util.find_spec("flash_attn"):
+        if _has_flash_attn():
             return "flash_attn"
     return "segments"
+
+
+@cache
+def _has_flash_attn() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 class _GatherCopies(torch.autograd.Function):
@@ -150,7 +151,7 @@ def _segments(q, kg, vg, layout, scale, window, softcap):
         if softcap is None and n_q == n_k and (window is None or window >= n_k):
             piece = _sdpa(*args, scale=scale, is_causal=True)
         else:
-            piece = _masked(*args, _lower_right(n_q, n_k, window, q.device), scale, softcap)
+            piece = _masked(*args, _lower_right(n_q, n_k, window, layout, q.device), scale, softcap)
         out.append(piece[0].transpose(0, 1))
     return torch.cat(out)
 
@@ -174,18 +175,15 @@ def _positions(layout, device):
     return position
 
 
-@cache
-def _lower_right_cached(n_q, n_k, window, device):
-    place = torch.arange(n_q, device=device)[:, None] + n_k - n_q
-    key = torch.arange(n_k, device=device)[None]
-    return (key <= place) & (key > place - window)
-
-
-def _lower_right(n_q, n_k, window, device):
-    """bool[n_q, n_k]: query i sees key j when j <= i + n_k - n_q, and not further back than `window`."""
-    if _lower_right_cached.cache_info().currsize > 512:
-        _lower_right_cached.cache_clear()
-    return _lower_right_cached(n_q, n_k, window or n_k + 1, device)
+def _lower_right(n_q, n_k, window, layout, device):
+    """bool[n_q, n_k]: query i sees key j when j <= i + n_k - n_q, and not further back than `window`.
+    Every layer asks for the same masks, so they stay with the layout."""
+    shape = (n_q, n_k, window)
+    if shape not in layout.masks:
+        place = torch.arange(n_q, device=device)[:, None] + n_k - n_q
+        key = torch.arange(n_k, device=device)[None]
+        layout.masks[shape] = (key <= place) & (key > place - (window or n_k + 1))
+    return layout.masks[shape]
 
 
 def _sdpa(q, k, v, **options):
@@ -213,12 +211,19 @@ def _half(*tensors):
     return [t.to(dtype).contiguous() for t in tensors]
 
 
-def _varlen(q, kg, vg, layout, scale, window, softcap):
-    """torch's own varlen attention (torch >= 2.11, CUDA, half precision)."""
+@cache
+def _torch_varlen():
+    """(varlen_attn, its arguments for unequal head counts): torch 2.12 added enable_gqa, and needs it;
+    2.11 takes them without."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.12 added enable_gqa, and needs it; 2.11 takes unequal head counts without it.
-    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    known = inspect.signature(varlen_attn).parameters
+    return varlen_attn, {"enable_gqa": True} if "enable_gqa" in known else {}
+
+
+def _varlen(q, kg, vg, layout, scale, window, softcap):
+    """torch's own varlen attention (torch >= 2.11, CUDA, half precision)."""
+    varlen_attn, gqa = _torch_varlen()
     return varlen_attn(
         *_half(q, kg, vg),
         layout.cu_q,

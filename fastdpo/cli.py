@@ -1,6 +1,5 @@
 """The `fastdpo` command."""
 
-import os
 import sys
 
 from fastdpo.errors import ConfigError, FastDPOError
@@ -77,6 +76,8 @@ def _demo(argv):
     if "-h" in argv or "--help" in argv:
         print("usage: fastdpo demo [OUTPUT_DIR]   (default: runs/demo)")
         return
+    if len(argv) > 1 or any(word.startswith("-") for word in argv):
+        raise ConfigError(f"demo takes one folder at most, got: {' '.join(argv)}")
     from fastdpo.demo import demo
 
     demo(argv[0] if argv else "runs/demo")
@@ -85,5 +86,4 @@ def _demo(argv):
 COMMANDS = {"train": _train, "data": _data, "demo": _demo}
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -81,10 +82,18 @@ class Config:
         for name in ("model", "data", "output_dir"):
             if not getattr(self, name):
                 raise ConfigError(f"{name}: missing. Give it in the YAML file or as --{name} VALUE")
+        for name in _FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name}: {value} is not a finite number")
         for name, low in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(f"{name}: {value} is below {low}")
+        if self.num_epochs == 0:
+            raise ConfigError("num_epochs: 0 would train nothing")
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed: {self.seed} is not below 2^32")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
@@ -111,8 +120,11 @@ class Config:
                         f"stages: stage {number} sets {name!r}. {_nearest(name, STAGE_KEYS)}"
                         f"A stage can set: {', '.join(STAGE_KEYS)}"
                     )
-            values = {name: _coerce(name, value) for name, value in overrides.items()}
-            out.append(Config(**plain | values))
+            try:
+                values = {name: _coerce(name, value) for name, value in overrides.items()}
+                out.append(Config(**plain | values))
+            except ConfigError as error:
+                raise ConfigError(f"stages: stage {number}: {error}") from None
         return out
 
 
@@ -168,9 +180,20 @@ def load_config(argv: Sequence[str]) -> Config:
     return Config(**{name: _coerce(name, value) for name, value in values.items()})
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """yaml.safe_load that refuses a key given twice, where YAML would silently keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
+        if twice:
+            raise yaml.YAMLError(f"the key {twice[0]!r} is given twice (line {node.start_mark.line + 1} on)")
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -218,6 +241,8 @@ def _coerce(name, value):
         value = parsed
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
         value = float(value)
+    if isinstance(value, list) and list[str] in allowed and not all(isinstance(v, str) for v in value):
+        raise ConfigError(f"{name}: expected names, got {value!r}")
     for kind in allowed:
         if isinstance(value, typing.get_origin(kind) or kind) and (
             not isinstance(value, bool) or kind is bool

@@ -16,6 +16,7 @@ _MEANING = {  # of the notes
     "tie_pair": "pairs skipped, their scores being equal",
     "identical_pair": "pairs skipped, their responses having the same tokens",
     "merged_boundary": "responses whose first token also ends the prompt, so it is not scored",
+    "trailing_turns": "turns cut that follow a response's last assistant turn",
     "no_end_of_turn": "responses that the chat template ends with no token of its own",
     "template_not_prefix": "responses whose prompt the template prints otherwise when alone",
 }

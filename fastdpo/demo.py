@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from fastdpo.config import Config
+from fastdpo.errors import ConfigError
 from fastdpo.trainer import train
 
 DISHES = {
@@ -68,10 +69,15 @@ TEMPLATE = (
 
 
 def demo(folder: str | Path) -> dict[str, float]:
-    """Runs the demo into `folder` (replacing an earlier demo there); returns the numbers it prints."""
+    """Runs the demo into `folder`, replacing an earlier demo there and nothing else; returns the numbers
+    it prints. Raises ConfigError where the folder holds something that no demo wrote."""
     folder, console = Path(folder), Console()
-    for name in ("data", "start", "sft", "dpo"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    mark = folder / ".fastdpo-demo"
+    if folder.exists() and not mark.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise ConfigError(f"demo: {folder} exists and holds no demo; name a new folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    mark.touch()
     write_data(folder / "data")
     make_model(folder / "start")
     console.rule("1/2  SFT: the model learns to answer, politely or not")

@@ -19,6 +19,7 @@ from fastdpo.tokenizing import Encoder, Tokens, shared_length, tokenize
 
 _CHUNK = 256  # rows a tokenizer call: one call a row is slower, more than this gains nothing
 _SERIOUS = {  # notes on kept rows that stop a strict run
+    "trailing_turns": "{} turn(s) after a response's last assistant turn; remove them",
     "truncated": "{} response(s) cut at max_length; raise max_length, or shorten the row",
     "identical_pair": "{} pair(s) of responses with the same tokens; remove the duplicate",
 }

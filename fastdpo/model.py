@@ -4,6 +4,7 @@ import contextlib
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from fastdpo_kernels import MEMORY_BUDGET, Plan, linear_logp, plan
@@ -152,7 +153,7 @@ def logit_transform(config) -> tuple[float, float | None]:
 def resolve_dtype(name: str) -> torch.dtype:
     """auto | bf16 | fp32 -> the compute dtype on this machine."""
     if name == "auto":
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else torch.float32
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
@@ -161,7 +162,12 @@ def load_model_config(config: Config):
     """The model's transformers config. Raises ModelError, or ConfigError for a max_length beyond it."""
     try:
         model_config = AutoConfig.from_pretrained(config.model)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a broken folder makes transformers raise
+        if Path(config.model, "adapter_config.json").exists():
+            raise ModelError(
+                f"model: {config.model} is a peft adapter, not a model: merge it into its base first, "
+                "or give the base"
+            ) from None
         raise ModelError(f"model: cannot load {config.model!r}: {error}") from None
     _check_lengths(config, model_config)
     return model_config
@@ -179,8 +185,8 @@ def load_policy(config: Config, console) -> Policy:
             config=model_config,
             dtype=torch.float32 if config.lora_rank is None else dtype,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model: cannot load {config.model!r}: {error}") from None
+    except Exception as error:
+        raise ModelError(f"model: cannot load {config.model!r}: {type(error).__name__}: {error}") from None
     model.to(device)
     if dropped:
         console.print(f"dropout set to 0 for training: {', '.join(dropped)}")
@@ -188,7 +194,10 @@ def load_policy(config: Config, console) -> Policy:
         model = _add_lora(model, config)
     model.train()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        except ValueError as error:
+            raise ConfigError(f"gradient_checkpointing: {error}") from None
     return Policy(model, dtype, dropped)
 
 
@@ -196,28 +205,30 @@ def load_tokenizer(config: Config):
     """The model's tokenizer, with the config's chat template where it names one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise ModelError(f"model: no tokenizer in {config.model!r}: {error}") from None
     if config.chat_template is not None:
         try:
             with open(config.chat_template, encoding="utf-8") as file:
                 tokenizer.chat_template = file.read()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"chat_template: cannot read the file: {error}") from None
     return tokenizer
 
 
 def switch_off_dropout(model_config) -> dict[str, float]:
-    """Sets every dropout probability of a transformers config to 0; returns what they were.
+    """Sets every dropout probability (and layerdrop, and router noise) of a transformers config to 0;
+    returns what they were.
 
     A shared prompt would share one dropout mask between responses, and DPO compares two passes.
     """
     changed = {}
-    for name, value in model_config.to_dict().items():
-        is_rate = "dropout" in name or name.endswith("pdrop")
-        if is_rate and isinstance(value, float) and value > 0:
+    text_config = model_config.get_text_config()
+    for name, value in text_config.to_dict().items():
+        is_random = any(word in name for word in ("dropout", "pdrop", "layerdrop", "jitter_noise"))
+        if is_random and isinstance(value, float) and value > 0:
             changed[name] = value
-            setattr(model_config, name, 0.0)
+            setattr(text_config, name, 0.0)
     return changed
 
 
@@ -256,9 +267,10 @@ def _add_lora(model, config: Config):
 def save_model(policy: Policy, tokenizer, folder) -> None:
     """Writes a folder that `from_pretrained` loads: the model, or the LoRA adapter, and the tokenizer.
 
-    Weights are saved in the compute dtype; the config gets back the dropout that training switched off.
+    A model is saved in the compute dtype (after dtype: bf16 its fp32 master weights are rounded), an
+    adapter as it trained; the config gets back the dropout that training switched off.
     """
-    config = policy.core.config
+    config = policy.core.config.get_text_config()
     for name, value in policy.dropout.items():
         setattr(config, name, value)
     with policy.stock() as model:

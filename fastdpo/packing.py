@@ -5,6 +5,7 @@ of groups, whatever the cap: packing never changes what an optimizer step sees, 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
@@ -18,28 +19,56 @@ def epoch_order(n_groups: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n_groups)
 
 
+@dataclass
+class _Bin:
+    """A microbatch being filled."""
+
+    groups: list = field(default_factory=list)
+    tokens: int = 0
+    rows: int = 0  # responses
+    width: int = 0  # of the longest separate row
+    scored: int = 0
+
+    def places(self, share: bool) -> int:
+        """What it takes of max_tokens: shared rows have no padding, separate ones are as wide as the
+        longest."""
+        return self.tokens if share else self.rows * self.width
+
+    def plus(self, group: PreferenceGroup) -> "_Bin":
+        width = len(group.prompt) + max(len(r.ids) for r in group.responses) - 1
+        return _Bin(
+            [*self.groups, group],
+            self.tokens + group.input_tokens,
+            self.rows + len(group.responses),
+            max(self.width, width),
+            self.scored + group.scored_tokens,
+        )
+
+
+def places(group: PreferenceGroup, share: bool) -> int:
+    """What a group alone takes of max_tokens."""
+    return _Bin().plus(group).places(share)
+
+
 def split_step(
     groups: Sequence[PreferenceGroup],
     max_tokens: int,
     max_scored: int | None = None,
-    cost=lambda group: group.input_tokens,
+    share: bool = True,
 ) -> list[list[PreferenceGroup]]:
-    """Cuts one step's groups into microbatches of at most `max_tokens` input tokens (as `cost` counts
-    them) and `max_scored` scored ones: first-fit decreasing, ties by row. A group is never split, so a
-    group larger than a cap is a microbatch of its own."""
-    bins: list[list[PreferenceGroup]] = []
-    room: list[tuple[int, int]] = []
-    for group in sorted(groups, key=lambda g: (-cost(g), g.row)):
-        tokens, scored = cost(group), group.scored_tokens
-        for i, (free_tokens, free_scored) in enumerate(room):
-            if tokens <= free_tokens and (max_scored is None or scored <= free_scored):
-                bins[i].append(group)
-                room[i] = (free_tokens - tokens, free_scored - scored)
+    """Cuts one step's groups into microbatches of at most `max_tokens` input tokens (padding counted
+    where rows are separate) and `max_scored` scored ones: first-fit decreasing, ties by row. A group is
+    never split, so a group larger than a cap is a microbatch of its own."""
+    bins: list[_Bin] = []
+    for group in sorted(groups, key=lambda g: (-places(g, share), g.row)):
+        for i, old in enumerate(bins):
+            new = old.plus(group)
+            if new.places(share) <= max_tokens and (max_scored is None or new.scored <= max_scored):
+                bins[i] = new
                 break
         else:
-            bins.append([group])
-            room.append((max_tokens - tokens, (max_scored or 0) - scored))
-    return bins
+            bins.append(_Bin().plus(group))
+    return [b.groups for b in bins]
 
 
 def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
@@ -69,12 +98,6 @@ def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
         input_tokens=sum(g.input_tokens if share else _separate_tokens(g) for g in groups),
         unshared_tokens=sum(sum(len(g.prompt) + len(r.ids) for r in g.responses) for g in groups),
     )
-
-
-def separate_cost(group: PreferenceGroup) -> int:
-    """Places that a group takes in `pack(..., share=False)`, were it packed alone: padding included."""
-    longest = max(len(r.ids) for r in group.responses)
-    return len(group.responses) * (len(group.prompt) + longest - 1)
 
 
 def _separate_tokens(group: PreferenceGroup) -> int:

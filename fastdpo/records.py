@@ -4,7 +4,7 @@ Letters, here and everywhere: T packed tokens, D hidden, V vocabulary, M scored 
 P pairs, G groups, S attention segments, K gathered keys.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -64,12 +64,12 @@ class _Movable:
 
     def to(self, device):
         moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
             if isinstance(value, Tensor | _Movable):
-                moved[field.name] = value.to(device)
+                moved[name] = value.to(device)
             elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-                moved[field.name] = tuple(v.to(device) for v in value)
+                moved[name] = tuple(v.to(device) for v in value)
         return replace(self, **moved)
 
 
@@ -92,6 +92,8 @@ class PrefixLayout(_Movable):
     more_places: tuple[Tensor, ...]  # ... and where in kv_index those copies are, i64
     seen_until: Tensor  # i64[T]: query q sees key k exactly when k <= q < seen_until[k]
     segments: tuple[tuple[int, int, int, int], ...]  # (q start, q end, k start, k end), on the CPU
+    masks: dict = field(default_factory=dict)  # what the segments backend has built for this layout
+    seen: list | None = None  # where given, each attention call appends its (backend, window)
 
 
 @dataclass(frozen=True, eq=False)

@@ -116,6 +116,10 @@ def _score(value, field: str) -> float | None:
 
 def _conversation(prompt, values: tuple, fields: tuple):
     """(prompt, responses), all text or all messages."""
+    for field, value in zip(("prompt", *fields), (prompt, *values)):
+        if isinstance(value, str) and re.match(r"""\s*\[\s*\{.{0,99}?['"]role['"]\s*:""", value):
+            message = "messages written as text (a CSV cannot hold them): use JSON lines or parquet"
+            raise RowProblem("messages_as_text", field, message)
     if all(isinstance(value, str) for value in values):
         if prompt is None:
             return _split_text(*values)

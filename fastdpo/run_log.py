@@ -81,6 +81,11 @@ class RunLog:
             f"rows ({tokens / unshared:.0%}); lm_head: {stage.policy.head_plan(batches)}",
             highlight=False,
         )
+        if stage.policy.max_scored is not None:
+            self._console.print(
+                f"a microbatch ends at {stage.policy.max_scored:,} scored tokens or max_tokens={cap:,}",
+                highlight=False,
+            )
         over = [group.row for group in stage.groups if stage.cost(group) > cap]
         if over:
             self._console.print(

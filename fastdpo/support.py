@@ -1,6 +1,9 @@
 """Can this model run on shared prompts, and does our path give what the model itself gives?"""
 
+from dataclasses import replace
+
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 from fastdpo import attention
@@ -10,10 +13,7 @@ from fastdpo.packing import pack
 from fastdpo.records import PreferenceGroup
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-# Largest mean difference a token, in nats, between our path and the model's own logits. fp32 leaves
-# rounding only; bf16 logits near 16 are 0.125 apart. A wrong mask is far above either.
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+_PROBE_ROWS, _PROBE_TOKENS = 200, 256  # groups looked at, and the longest row that is compared
 
 
 def sharing_refusal(config) -> str | None:
@@ -32,72 +32,105 @@ def sharing_refusal(config) -> str | None:
 def prepare(policy: Policy, groups: list[PreferenceGroup], console) -> None:
     """Switches shared prompts on where they are exact and says aloud where they are not.
 
-    Compares per-token log-probs of one real group with the model's own logits on separate rows.
-    Raises ModelError when even separate rows disagree: the head or the logits are then of a kind
+    Compares the log-probs of two real groups, packed together, with the model's own logits on separate
+    rows. Raises ModelError when even separate rows disagree: the head or the logits are then of a kind
     that fastdpo does not know, and nothing it computes could be trusted.
     """
-    group = _smallest(groups)
+    probe = _probe(groups)
     with torch.no_grad():
-        truth = stock_logp(policy, group)
+        truth, limit = _stock(policy, probe)
     reason = sharing_refusal(policy.core.config)
     if reason is None:
-        reason = _try_sharing(policy, group, truth)
+        reason = _try_sharing(policy, probe, truth, limit, console)
     if reason is None:
-        if policy.device.type == "cuda" and "segments" in attention.used:
-            console.print(
-                "[yellow]attention runs one segment at a time: right, but slower. The fast kernels take "
-                "bf16, head sizes that are multiples of 8 up to 256, and softcaps only with flash-attn"
-            )
         return
     policy.set_sharing(False)
-    difference = _difference(policy, group, truth)
-    if not difference <= _TOLERANCE[policy.dtype]:
+    difference, _ = _difference(policy, probe, truth)
+    name = type(policy.core).__name__
+    if not difference <= limit:
+        rows = " and ".join(str(g.row) for g in probe)
         raise ModelError(
-            f"{type(policy.core).__name__}: our log-probs differ from the model's own by "
-            f"{difference:.2g} nats a token (row {group.row}); its head or logits are of an unknown kind"
+            f"{name}: our log-probs differ from the model's own by {difference:.2g} nats a token "
+            f"(rows {rows}); its head or logits are of an unknown kind"
         )
     console.print(
-        f"[yellow]prompts are not shared: {type(policy.core).__name__} cannot ({reason}). "
+        f"[yellow]prompts are not shared: {name} cannot ({escape(reason)}). "
         "Each response is computed with its own copy of the prompt, padded: right, but slower."
     )
 
 
-def _try_sharing(policy, group, truth) -> str | None:
-    layers = policy.core.config.get_text_config().num_hidden_layers
-    before = attention.calls
+def _try_sharing(policy, probe, truth, limit, console) -> str | None:
+    """Switches sharing on; the reason where it would be wrong."""
+    config = policy.core.config.get_text_config()
     try:
         policy.set_sharing(True)
-        difference = _difference(policy, group, truth)
-    except (attention.UnsharedAttention, TypeError) as error:
+        difference, seen = _difference(policy, probe, truth)
+    except torch.OutOfMemoryError:
+        raise
+    except (attention.UnsharedAttention, TypeError, RuntimeError) as error:
         return str(error)
-    calls = attention.calls - before
-    if calls != layers:
-        return f"{calls} of its {layers} layers ask AttentionInterface"
-    if not difference <= _TOLERANCE[policy.dtype]:
+    if len(seen) != config.num_hidden_layers:
+        return f"{len(seen)} of its {config.num_hidden_layers} layers ask AttentionInterface"
+    windows = sum(window is not None for _, window in seen)
+    if windows != _windowed_layers(config):
+        return f"{_windowed_layers(config)} layers have a sliding window, {windows} pass it on"
+    if not difference <= limit:
         return f"its log-probs would be off by {difference:.2g} nats a token"
+    if policy.device.type == "cuda" and any(backend == "segments" for backend, _ in seen):
+        console.print(
+            "[yellow]attention runs one segment at a time: right, but slower. The fast kernels take "
+            "bf16, head sizes that are multiples of 8 up to 256, and softcaps only with flash-attn"
+        )
     return None
 
 
-def _smallest(groups):
-    several = [g for g in groups[:200] if len(g.responses) > 1] or groups[:200]
-    return min(several, key=lambda g: g.input_tokens)
+def _windowed_layers(config) -> int:
+    """How many layers of a text model have a sliding window."""
+    if not getattr(config, "sliding_window", None) or not getattr(config, "use_sliding_window", True):
+        return 0
+    types = getattr(config, "layer_types", None)
+    return types.count("sliding_attention") if types else config.num_hidden_layers
 
 
-def _difference(policy, group, truth) -> float:
+def _probe(groups: list[PreferenceGroup]) -> list[PreferenceGroup]:
+    """The smallest group and the largest affordable one, several responses each where there are."""
+    some = groups[:_PROBE_ROWS]
+    several = [g for g in some if len(g.responses) > 1] or some
+    longest = lambda g: len(g.prompt) + max(len(r.ids) for r in g.responses)
+    smallest = min(several, key=lambda g: g.input_tokens)
+    affordable = [g for g in several if longest(g) <= _PROBE_TOKENS and g is not smallest]
+    return [smallest, *sorted(affordable, key=longest)[-1:]]
+
+
+def _difference(policy, probe, truth) -> tuple[float, list]:
+    """(the largest mean difference a token of any response, the attention calls with a layout)."""
+    batch, seen = pack(probe, policy.share), []
+    if batch.layout is not None:
+        batch = replace(batch, layout=replace(batch.layout, seen=seen))
     with torch.no_grad():
-        ours = policy.token_logp(pack([group], policy.share).to(policy.device))
-    return float((ours - truth).abs().mean())
+        ours = policy.token_logp(batch.to(policy.device))
+    per_response = (ours - truth).abs().split(batch.cu_resp.diff().tolist())
+    return max(float(d.mean()) for d in per_response), seen
 
 
 def stock_logp(policy: Policy, group: PreferenceGroup) -> Tensor:
     """The model's own answer: full logits, one separate row a response; f32[M]."""
-    out = []
+    return _stock(policy, [group])[0]
+
+
+def _stock(policy: Policy, groups: list[PreferenceGroup]) -> tuple[Tensor, float]:
+    """(the model's own log-probs f32[M], the difference that rounding explains, in nats a token)."""
+    out, largest = [], 0.0
     with policy.stock() as model:
-        for response in group.responses:
-            ids = torch.tensor([*group.prompt, *response.ids], device=policy.device)
+        for prompt, response in ((g.prompt, r) for g in groups for r in g.responses):
+            ids = torch.tensor([*prompt, *response.ids], device=policy.device)
             with policy.autocast():
                 logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0]
-            logp = logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-            mask = torch.from_numpy(response.target_mask).to(policy.device)
-            out.append(logp[len(group.prompt) - 1 :][mask])
-    return torch.cat(out)
+            scored = torch.from_numpy(response.target_mask).to(policy.device)
+            logits = logits[len(prompt) - 1 :][scored].float()
+            target = ids[len(prompt) :][scored]
+            out.append(logits.log_softmax(-1).gather(1, target[:, None])[:, 0])
+            largest = max(largest, float(logits.detach().abs().max()))
+    # bf16 logits are rounded to 2^-8 of themselves (ours are not); a wrong mask is far above that.
+    limit = 1e-3 if policy.dtype.itemsize >= 4 else max(0.1, largest * 2**-7)
+    return torch.cat(out), limit

@@ -8,8 +8,6 @@ ever produces it. TRL scores that token; ours are one token shorter there.
 from collections import Counter
 from dataclasses import dataclass
 
-from jinja2.exceptions import TemplateError
-
 from fastdpo.errors import DataError
 from fastdpo.rows import Messages, Row, RowProblem
 
@@ -59,6 +57,8 @@ def _script(row: Row, tokenizer, prompt: str, turns: Messages, notes: Counter) -
     """The text up to the end of the last assistant turn. Each assistant turn is scored from where
     the template would let the model answer to its end of turn; headers and other turns are not."""
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if answers[-1] + 1 < len(turns):
+        notes["trailing_turns"] += len(turns) - answers[-1] - 1
     text = _render(row, tokenizer, row.prompt + turns[: answers[-1] + 1]).rstrip()
     content = turns[answers[-1]]["content"].rstrip()
     if content and text.endswith(content):
@@ -90,7 +90,7 @@ def _render(row: Row, tokenizer, messages: Messages, to_answer: bool = False) ->
             add_generation_prompt=to_answer,
             **row.chat_template_kwargs,
         )
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except Exception as error:  # a template is a program, and fails like one
         message = f"the chat template refuses these turns: {error}"
         raise RowProblem("template_error", "messages", message) from None
 

@@ -1,37 +1,38 @@
 """The trainer, top to bottom: config -> data -> model -> stages -> model folder."""
 
 import itertools
-import json
 import math
-import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from transformers import get_scheduler
 
-from fastdpo.config import Config, to_yaml
+from fastdpo.config import Config
 from fastdpo.errors import ConfigError, ModelError, TrainingError
+from fastdpo.failures import WAY_OUT, check_weights, not_finite, out_of_memory
 from fastdpo.groups import Limits, load_groups
 from fastdpo.metrics import EVAL_STATS, Sums, Window, add_pair_metrics, add_token_metrics
 from fastdpo.model import Policy, load_model_config, load_policy, load_tokenizer, save_model
 from fastdpo.objectives import make_objective
-from fastdpo.packing import epoch_order, pack, separate_cost, split_step
+from fastdpo.packing import epoch_order, pack, places, split_step
 from fastdpo.records import PackedGroups, PreferenceGroup, ResponseLogps
 from fastdpo.reference import make_reference
+from fastdpo.run_folder import free_folder, open_run
 from fastdpo.run_log import RunLog
 from fastdpo.support import prepare
-
-RUN_FILES = ("config.yaml", "metrics.jsonl", "data_report.json", "model")
 
 
 def train(config: Config, console: Console | None = None) -> Path:
     """Runs a config's stages and returns the run folder; the trained model is in its `model/`."""
     console = console or Console()
-    for stage in config.per_stage():
-        make_objective(stage)  # an unknown name shows before any work
+    for stage in config.per_stage():  # an unknown name shows before any work
+        make_objective(stage)
+        check_schedule(stage)
     run = free_folder(config)
     tokenizer = load_tokenizer(config)
     load_model_config(config)  # a wrong model or max_length shows before the data is read
@@ -43,36 +44,14 @@ def train(config: Config, console: Console | None = None) -> Path:
     done = 0
     for number, keys in enumerate(config.per_stage()):
         fresh_lora = config.lora_rank is not None and done == 0
+        stage = None  # lets go of the last stage's reference before the next one makes its own
         stage = Stage(keys, policy, groups, eval_groups, fresh_lora)
         done = stage.run(done, RunLog(run / "metrics.jsonl", number, console))
+    check_weights(policy)
     save_model(policy, tokenizer, run / "model")
-    console.print(
-        f"[bold]done:[/] the model is in {run}/model, the metrics in {run}/metrics.jsonl", soft_wrap=True
-    )
+    where = escape(f"the model is in {run}/model, the metrics in {run}/metrics.jsonl")
+    console.print(f"[bold]done:[/] {where}", soft_wrap=True)
     return run
-
-
-def free_folder(config: Config) -> Path:
-    """The run folder's path; ConfigError where it holds another run and `overwrite` is not set."""
-    run = Path(config.output_dir)
-    held = [name for name in RUN_FILES if (run / name).exists()]
-    if held and not config.overwrite:
-        raise ConfigError(
-            f"output_dir: {run} already holds a run ({', '.join(held)}). "
-            "Name another folder, or replace it with --overwrite"
-        )
-    return run
-
-
-def open_run(run: Path, config: Config, reports: dict) -> None:
-    """Makes the run folder, once everything that can be wrong before the first step was right."""
-    for path in (run / name for name in RUN_FILES):
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    (run / "data_report.json").write_text(json.dumps(reports, indent=1), encoding="utf-8")
 
 
 def load_data(config: Config, tokenizer, console: Console):
@@ -143,11 +122,16 @@ class Stage:
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()
                 log.advance(window)
-                if i % config.logging_steps == 0 or i == self.total:
+                logged = i % config.logging_steps == 0 or i == self.total
+                if logged:
                     log.train(done + i, i / self.per_epoch, window)
-                    window = Window(window.num_tokens)
+                start = time.perf_counter()
                 if i == self.total or (config.eval_steps and i % config.eval_steps == 0):
                     self.evaluate(done + i, log)
+                if logged:
+                    window = Window(window.num_tokens)
+                else:
+                    window.start += time.perf_counter() - start  # evaluation is no training time
         return done + self.total
 
     def step(self, groups: list[PreferenceGroup], window: Window, step: int):
@@ -159,9 +143,12 @@ class Stage:
         total = sum(self.objective.count(g) for g in groups)
         losses, rows = [], []
         for batch in self.microbatches(groups):
-            logps = self.score(batch.to(self.policy.device), self.objective.stats)
-            loss = self.objective.loss_sum(logps) / total
-            loss.backward()
+            try:
+                logps = self.score(batch.to(self.policy.device), self.objective.stats)
+                loss = self.objective.loss_sum(logps) / total
+                loss.backward()
+            except torch.OutOfMemoryError:
+                raise out_of_memory(step, batch) from None
             losses.append(loss.detach())
             rows.append(batch.rows)
             add_pair_metrics(window.sums, logps, self.config.beta)
@@ -177,11 +164,12 @@ class Stage:
 
     def cost(self, group: PreferenceGroup) -> int:
         """What a group takes of max_tokens."""
-        return group.input_tokens if self.policy.share else separate_cost(group)
+        return places(group, self.policy.share)
 
     def microbatches(self, groups: list[PreferenceGroup]) -> Iterator[PackedGroups]:
-        for part in split_step(groups, self.config.max_tokens, self.policy.max_scored, self.cost):
-            yield pack(part, self.policy.share)
+        share = self.policy.share
+        for part in split_step(groups, self.config.max_tokens, self.policy.max_scored, share):
+            yield pack(part, share)
 
     def score(self, batch: PackedGroups, stats=()) -> ResponseLogps:
         reference = self.reference(batch) if self.reference else None
@@ -215,6 +203,9 @@ class Stage:
         count = sum(self.objective.count(g) for g in self.eval_groups)
         sums.add("loss", 0.0, count=count)
         log.held_out(step, sums)
+        loss = sums.means()["loss"]
+        if not math.isfinite(loss):
+            raise TrainingError(f"step {step}: the held-out loss is {loss}; {WAY_OUT}")
 
 
 def step_groups(groups, config: Config, n_steps: int) -> Iterator[list[PreferenceGroup]]:
@@ -236,20 +227,15 @@ def make_optimizer(policy: Policy, config: Config, total: int):
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(grouped, lr=config.learning_rate, fused=True)
+    return optimizer, get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, total)
+
+
+def check_schedule(config: Config) -> None:
+    """Raises ConfigError for a schedule that cannot be made or stepped, by trying one on no model."""
     try:
-        schedule = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, total)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.1)
+        schedule = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, 100)
+        optimizer.step()
+        schedule.step()
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"lr_scheduler_type: {error}") from None
-    return optimizer, schedule
-
-
-def not_finite(step: int, losses, rows, norm) -> TrainingError:
-    """Says which rows made the loss or gradient something else than a number."""
-    bad = [r for loss, group in zip(losses.tolist(), rows) if not math.isfinite(loss) for r in group]
-    where = f"in the microbatch of rows {', '.join(map(str, bad))}" if bad else "in the gradient"
-    return TrainingError(
-        f"step {step}: the loss is {float(losses.sum())} and the gradient norm {float(norm)}; "
-        f"not a number first {where}. The weights of this step were not updated. "
-        "Try a lower learning_rate, more warmup_steps, or dtype: fp32; look at the rows with "
-        "`fastdpo data`"
-    )
+        raise ConfigError(f"lr_scheduler_type: {config.lr_scheduler_type!r}: {error}") from None

@@ -2,6 +2,7 @@
 way out, and in an exit code; never in a traceback, and never silently."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -50,6 +51,7 @@ BAD_ROWS = {
     "non-string turn": (broken(chosen=[{"role": "assistant", "content": 7}]), ["chosen", "content"]),
     "chosen is rejected": (broken(rejected=ANSWER), ["chosen and rejected", "the same"]),
     "empty prompt": (broken(prompt=[]), ["prompt"]),
+    "messages as text": (broken(chosen="[{'role': 'assistant', 'content': 'x'}]"), ["chosen", "JSON lines"]),
     "long prompt": (broken(prompt=[{"role": "user", "content": "cat dog " * 60}]), ["max_length=64"]),
 }
 
@@ -131,11 +133,18 @@ def test_nan_stops_with_the_rows_and_a_way_out(run, tmp_path):
         (["--objective", "dpoo"], ["objective", "sigmoid, sft"]),
         (["--max_length", "4096"], ["max_length", "256"]),
         (["--chat_template", "none.jinja"], ["chat_template"]),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], ["lr_scheduler_type"]),
+        (["--stages", "[{objective: sft}, {lr_scheduler_type: linaer}]"], ["lr_scheduler_type"]),
+        (["--beta", ".nan"], ["beta", "finite"]),
+        (["--num_epochs", "0"], ["num_epochs"]),
+        (["--output_dir", "/dev/null/run"], ["output_dir", "cannot make"]),
+        (["--lora_rank", "2", "--lora_target_modules", "[1]"], ["lora_target_modules"]),
     ],
 )
-def test_wrong_config_exits_with_2(run, flags, words):
+def test_wrong_config_exits_with_2(run, tmp_path, flags, words):
     code, said = run(rows(4), *flags)
     assert code == 2 and all(word in said for word in words), said
+    assert not (tmp_path / "run/config.yaml").exists()  # a corrected second try is not refused
 
 
 def test_missing_model(run):
@@ -148,6 +157,48 @@ def test_a_second_run_does_not_overwrite_the_first(run):
     code, said = run(rows(4))
     assert code == 2 and "already holds a run" in said and "--overwrite" in said
     assert run(rows(4), "--overwrite")[0] == 0
+
+
+def test_overwrite_never_deletes_what_the_run_starts_from(run, tmp_path):
+    assert run(rows(4))[0] == 0
+    code, said = run(rows(4), "--overwrite", model=str(tmp_path / "run/model"))
+    assert code == 2 and "would delete model" in said
+    assert (tmp_path / "run/model/model.safetensors").exists()
+
+
+def test_broken_models_are_named(run, tmp_path, model):
+    broken_model = shutil.copytree(model, tmp_path / "broken")
+    (broken_model / "model.safetensors").write_bytes(b"12345678")
+    code, said = run(rows(4), model=str(broken_model))
+    assert code == 1 and "cannot load" in said
+    assert run(rows(4), "--lora_rank", "2", "--output_dir", str(tmp_path / "lora"))[0] == 0
+    code, said = run(rows(4), model=str(tmp_path / "lora/model"))
+    assert code == 1 and "adapter" in said
+
+
+def test_template_that_fails_like_a_program(run, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ 1 / 0 }}")
+    code, said = run([GOOD], "--chat_template", str(template))
+    assert code == 1 and "template_error" in said and "division" in said
+
+
+def test_turns_after_the_last_answer_are_counted(run, tmp_path):
+    row = broken(chosen=[*ANSWER, TURN])
+    assert run([row, GOOD])[0] == 0
+    report = json.loads((tmp_path / "run/data_report.json").read_text())["data"]
+    assert report["notes"]["trailing_turns"]["examples"] == [0]
+    code, said = run([row, GOOD], "--strict", "--overwrite")
+    assert code == 1 and "row 0" in said and "last assistant turn" in said
+
+
+def test_demo_deletes_nothing_of_the_users(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/thesis.txt").write_text("precious")
+    assert main(["demo", str(tmp_path)]) == 2
+    assert (tmp_path / "data/thesis.txt").read_text() == "precious"
+    assert main(["demo", "--output_dir", str(tmp_path)]) == 2
+    assert "name a new folder" in capsys.readouterr().err
 
 
 def test_tokenizer_of_another_model(run, tmp_path):

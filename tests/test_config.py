@@ -64,6 +64,7 @@ def test_wrong_flags(file, argv, message):
         ("data: d", "model: missing"),
         ("- a\n- b", "expected lines of `key: value`"),
         ("model: [", "is not YAML"),
+        ("model: m\ndata: d\nbeta: 1\nbeta: 2", "'beta' is given twice"),
         ("!!python/object/apply:os.system ['true']", "is not YAML"),
     ],
 )

@@ -79,13 +79,15 @@ def test_gpt2_in_fp64_is_exact(share):
     """gpt2 rounds nowhere to fp32, so here only the order of sums is left."""
     p, batch_groups = policy("gpt2", dtype=torch.float64), groups()
     upstream = torch.randn(sum(g.scored_tokens for g in batch_groups), dtype=torch.float64)
-    with torch.no_grad():
-        logp = torch.cat([double_logp(p, g) for g in batch_groups])
+    logp = torch.cat([double_logp(p, g) for g in batch_groups])
+    (logp * upstream).sum().backward()
+    logp, grads = logp.detach(), gradients(p.model)
     p.set_sharing(share)
     ours = p.token_logp(pack(batch_groups, share))
     assert ours.dtype == torch.float64
     torch.testing.assert_close(ours, logp, rtol=0, atol=1e-12)
     (ours * upstream).sum().backward()
+    assert_gradients_close(gradients(p.model), grads, 1e-11)
 
 
 def double_logp(p, g):
@@ -151,10 +153,40 @@ def test_models_that_cannot_share_fall_back_and_say_so(family, capsys):
     assert_gradients_close(gradients(p.model), grads, 1e-5)
 
 
-def test_supported_models_share_without_a_word(capsys):
-    p = policy("llama")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_supported_models_share_without_a_word(family, capsys):
+    p = policy(family, **FAMILIES[family])
     support.prepare(p, groups(), Console())
     assert p.share and capsys.readouterr().out == ""
+
+
+def test_a_window_that_lives_only_in_the_mask_is_refused(capsys):
+    """qwen2_moe builds a sliding mask but passes no window on, and short rows would not show it."""
+    window = dict(use_sliding_window=True, sliding_window=6)
+    p = policy("qwen2_moe", num_experts=4, moe_intermediate_size=32, **window)
+    support.prepare(p, [group(0, 3, [2, 1])], Console(width=1000))
+    assert not p.share and "sliding window" in capsys.readouterr().out
+
+
+def test_a_backend_that_fails_falls_back(capsys, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("no kernel image [is available]")
+
+    monkeypatch.setattr(attention, "attend", broken)
+    p = policy("llama")
+    support.prepare(p, groups(), Console(width=1000))
+    assert not p.share and "no kernel image [is available]" in capsys.readouterr().out
+
+
+def test_large_bf16_logits_are_no_reason_to_refuse():
+    """bf16 logits near -100 are 0.5 apart: the model's own log-probs are the rounded side."""
+    p = policy("llama", initializer_range=0.8)
+    with torch.no_grad():
+        p.model.lm_head.weight += 4 * torch.randn(64)
+    p.dtype = torch.bfloat16
+    assert support._stock(p, groups())[1] > 0.5
+    support.prepare(p, groups(), Console())
+    assert p.share
 
 
 def test_chunked_attention_is_refused():

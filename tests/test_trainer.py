@@ -13,7 +13,7 @@ from fastdpo.config import Config
 from fastdpo.errors import TrainingError
 from fastdpo.groups import Limits, load_groups
 from fastdpo.packing import epoch_order
-from fastdpo.trainer import train
+from fastdpo.trainer import load_data, train
 from tests.tiny import rows, save_model, write_jsonl
 
 QUIET = Console(quiet=True)
@@ -229,7 +229,7 @@ def test_ranked_rows_compute_each_response_once(tmp_path):
     run = Run(tmp_path, data=data, max_steps=3, batch_size=4)
     assert run.steps[0]["responses_computed"] == 16  # 4 prompts x 4 responses for 4 x 5 pairs
     report = json.loads((run.folder / "data_report.json").read_text())["data"]
-    assert "20" in json.dumps(report)
+    assert report["pairs"] == 20 and report["responses"] == 16
 
 
 @pytest.mark.parametrize("lora_rank", [None, 4])
@@ -265,6 +265,15 @@ def test_a_nan_stops_before_the_weights_are_touched(tmp_path):
     assert not (tmp_path / "run/model").exists()
 
 
+def test_a_broken_model_is_never_saved(tmp_path):
+    """The last step's update is checked too, with no held-out rows to show it."""
+    with pytest.raises(TrainingError, match="nothing was saved"):
+        Run(tmp_path, learning_rate=1e39, max_steps=1, eval_data=None)
+    with pytest.raises(TrainingError, match="held-out loss is nan"):
+        Run(tmp_path, "other", learning_rate=1e30, max_steps=1)
+    assert not (tmp_path / "run/model").exists() and not (tmp_path / "other/model").exists()
+
+
 def test_same_seed_same_bits(tmp_path):
     one, two = Run(tmp_path, "one", max_steps=5), Run(tmp_path, "two", max_steps=5)
     assert torch.equal(one.losses, two.losses) and torch.equal(one.weights(), two.weights())
@@ -274,5 +283,9 @@ def test_held_out_fraction_is_disjoint_and_seeded(tmp_path):
     run = Run(tmp_path, eval_data=0.25, max_steps=1)
     held = json.loads((run.folder / "data_report.json").read_text())["eval_data"]
     assert held["split_off"] == 6 and len(set(held["rows"])) == 6
+    tokenizer = AutoTokenizer.from_pretrained(run.start)
+    trained, evaluated, _ = load_data(run.config, tokenizer, QUIET)
+    assert sorted(g.row for g in trained + evaluated) == list(range(24))
+    assert [g.row for g in evaluated] == held["rows"]
     again = Run(tmp_path, "again", eval_data=0.25, max_steps=1)
     assert json.loads((again.folder / "data_report.json").read_text())["eval_data"] == held
