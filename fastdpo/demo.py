@@ -90,7 +90,7 @@ def demo(folder: str | Path) -> dict[str, float]:
             objective="sft",
             learning_rate=3e-3,
             warmup_steps=20,
-            num_epochs=7,
+            num_epochs=8,
             **shared,
         ),
         console,
@@ -198,7 +198,7 @@ def show_result(folder: Path, console: Console) -> dict[str, float]:
     lines = (folder / "dpo/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     held_out = [r for r in map(json.loads, lines) if "eval_loss" in r]
     first, last = held_out[0], held_out[-1]
-    rude = [text.split("{")[0] for text in RUDE]
+    rude = [text.split("{")[0].strip() for text in RUDE]
     polite = lambda texts: sum(not t.startswith(tuple(rude)) for t in texts) / len(texts)
     result = {
         "accuracy_before": first["eval_logps/accuracies"],
