@@ -75,10 +75,14 @@ class RunLog:
         batches = list(stage.microbatches(first))
         tokens = sum(b.input_tokens for b in batches)
         unshared = sum(b.unshared_tokens for b in batches)
+        responses = sum(len(g.responses) for g in stage.groups)
+        pairs = sum(len(g.pairs) for g in stage.groups)
+        preferences = f"{pairs:,} pairs over " if pairs else ""
         self._console.print(
-            f"[bold]{stage.objective.name}[/]: {stage.total} steps of {size} groups; {len(first)} of "
-            f"them take {len(batches)} microbatches, {tokens:,} tokens for {unshared:,} of separate "
-            f"rows ({tokens / unshared:.0%}); lm_head: {stage.policy.head_plan(batches)}",
+            f"[bold]{stage.objective.name}[/]: {stage.total} steps of {size} groups; a pass is {preferences}"
+            f"{responses:,} responses, each computed once. {len(first)} groups take {len(batches)} "
+            f"microbatches, {tokens:,} tokens for {unshared:,} of separate rows "
+            f"({tokens / unshared:.0%}); lm_head: {stage.policy.head_plan(batches)}",
             highlight=False,
         )
         if stage.policy.max_scored is not None:
