@@ -17,7 +17,6 @@ MEMORY_BUDGET = 512 << 20  # bytes of width V held at once: the kept matrix and 
 # for GPUs with many rows, where narrow chunks would be bound by launches (not measured yet).
 BLOCK_ELEMENTS = 1 << 22
 BLOCK_WIDTH = 4096
-KEEP_WIDTH = 1024  # keep is chosen if a chunk this wide still fits beside the kept matrix
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,9 @@ def plan(
         name, gemms, kept = "forward", 1, 0
     elif not train_weight:
         name, gemms, kept = "frozen", 2, 0
-    elif kept + min(width, KEEP_WIDTH) * column <= budget:
+    elif kept + width * column <= budget:
+        # with a full chunk beside it, so that the chunks are those of the same rows' forward plan: a
+        # reference computed without gradient then has the policy's very bits
         name, gemms = "keep", 3
     else:
         name, gemms, kept = "recompute", 4, 0
