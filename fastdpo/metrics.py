@@ -89,7 +89,7 @@ class Window:
     def __init__(self, num_tokens: int = 0):
         self.sums, self.start = Sums(), time.perf_counter()
         self.num_tokens = num_tokens  # of the whole stage, as TRL counts: separate rows, no padding
-        self.pairs = self.responses = self.tokens = self.steps = 0
+        self.pairs = self.responses = self.tokens = 0
 
     def count(self, batch: PackedGroups) -> None:
         self.pairs += len(batch.pairs)
