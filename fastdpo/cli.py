@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _config(command: str, argv: list[str]):
-    from fastdpo.config import help_text, load_config
+    from fastdpo.config_io import help_text, load_config
 
     if "-h" in argv or "--help" in argv:
         print(help_text(command))

@@ -4,7 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-from fastdpo.config import Config, to_yaml
+from fastdpo.config import Config
+from fastdpo.config_io import to_yaml
 from fastdpo.errors import ConfigError
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "data_report.json", "model")

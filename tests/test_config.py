@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdpo.config import STAGE_KEYS, Config, help_text, load_config, to_yaml
+from fastdpo.config import STAGE_KEYS, Config
+from fastdpo.config_io import help_text, load_config, to_yaml
 from fastdpo.errors import ConfigError
 
 
