@@ -1,4 +1,4 @@
-"""One flat config: YAML keys, command-line flags, `--help` and the README's table all come from the fields below."""
+"""One flat config: YAML keys, flags, `--help` and the README's table all come from the fields below."""
 
 import dataclasses
 import difflib
