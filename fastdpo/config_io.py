@@ -67,10 +67,24 @@ def help_text(command: str) -> str:
     """`fastdpo COMMAND --help`: every key with its default, from the fields above."""
     lines = [f"usage: fastdpo {command} [CONFIG.yaml] [--key value ...]", "", "keys:"]
     for name, f in FIELDS.items():
-        default = "" if f.default in (None, "") else f" [{f.default}]"
+        default = "" if f.default in (None, "") else f" [{to_word(f.default)}]"
         lines.append(f"  {name}{default}")
         lines.append(f"      {f.metadata['doc']}")
     return "\n".join(lines)
+
+
+def keys_table() -> str:
+    """The README's table of keys, as Markdown."""
+    lines = ["| key | default | |", "|---|---|---|"]
+    for name, f in FIELDS.items():
+        default = "" if f.default in (None, "") else f"`{to_word(f.default)}`"
+        lines.append(f"| `{name}` | {default} | {f.metadata['doc'].replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
+def to_word(value) -> str:
+    """A default as one would write it in YAML or after a flag."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def to_yaml(config: Config) -> str:

@@ -19,3 +19,11 @@ class ModelError(FastDPOError):
 
 class TrainingError(FastDPOError):
     """A run cannot go on (the loss is no longer a number)."""
+
+
+class Stopped(FastDPOError):
+    """A signal ended the run; the exit code is the shell's 128 + its number."""
+
+    def __init__(self, signal, message: str = ""):
+        super().__init__(message or f"stopped by {signal.name}")
+        self.signal = signal

@@ -1,0 +1,367 @@
+"""A run that stops, is killed or finds its files damaged goes on exactly, or says why it cannot."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+from fastdpo import checkpoint
+from fastdpo.config import Config
+from fastdpo.errors import ConfigError, Stopped, TrainingError
+from fastdpo.stage import Stage
+from fastdpo.trainer import train
+from tests.killing import TIMED
+from tests.tiny import rows, save_model, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[1]
+TWO_STAGES = [dict(objective="sft", max_steps=4), dict(max_steps=5)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    model = save_model(folder / "model")
+    return dict(model=model, data=write_jsonl(folder / "rows.jsonl", rows(20)))
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """Its own tests draw it, and the killed runs do."""
+    monkeypatch.setattr("fastdpo.run.write_report", lambda *args, **keys: None)
+
+
+@pytest.fixture
+def make(inputs, tmp_path):
+    """Config of a short run in a folder of the test's own."""
+
+    def make(name="run", **keys):
+        values = dict(
+            output_dir=str(tmp_path / name),
+            eval_data=0.2,
+            learning_rate=1e-3,
+            batch_size=4,
+            max_steps=8,
+            max_length=64,
+            logging_steps=3,
+            eval_steps=4,
+            save_steps=3,
+            samples=0,
+            dtype="fp32",
+        )
+        return Config(**inputs | values | keys)
+
+    return make
+
+
+@pytest.fixture
+def stop_in_step(monkeypatch):
+    """Sends a signal to this process in the n-th optimizer step of the next run."""
+
+    def arm(n, number=signal.SIGTERM):
+        step, seen = Stage.step, []
+
+        def stopping(*args):
+            seen.append(1)
+            if len(seen) == n:
+                os.kill(os.getpid(), number)
+            return step(*args)
+
+        monkeypatch.setattr(Stage, "step", stopping)
+
+    yield arm
+
+
+def run(config):
+    """Trains; everything it printed."""
+    console = Console(record=True, quiet=False, width=250, file=open(os.devnull, "w"))
+    train(config, console)
+    return console.export_text()
+
+
+def outcome(config):
+    folder = Path(config.output_dir)
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    (weights,) = (folder / "model").glob("*.safetensors")
+    untimed = [{k: v for k, v in line.items() if k not in TIMED} for line in lines]
+    return untimed, weights.read_bytes()
+
+
+def events(config, name):
+    lines = map(json.loads, (Path(config.output_dir) / "events.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == name]
+
+
+def names(config):
+    return [path.name for path in checkpoint.found(Path(config.output_dir) / "checkpoints")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("n", [1, 3, 4, 8])
+@pytest.mark.parametrize(
+    "keys", [{}, dict(stages=TWO_STAGES, lora_rank=2, load_best=True)], ids=["plain", "lora"]
+)
+def test_a_stopped_run_goes_on_bit_by_bit(make, stop_in_step, monkeypatch, keys, n, number):
+    whole, cut = make("whole", **keys), make("cut", **keys)
+    run(whole)
+    with monkeypatch.context():
+        stop_in_step(n, number)
+        with pytest.raises(Stopped) as stop:
+            run(cut)
+    monkeypatch.undo()
+    assert stop.value.signal == number and f"step-{n}" in str(stop.value) and "--resume" in str(stop.value)
+    assert not (Path(cut.output_dir) / "model").exists()
+    assert events(cut, "stopped")[0]["signal"] == number.name
+    printed = run(replace(cut, resume=True))
+    assert f"going on from {cut.output_dir}/checkpoints/step-{n}" in printed
+    assert outcome(cut) == outcome(whole)
+
+
+def test_a_second_run_is_bitwise_the_same(make):
+    one, two = make("one"), make("two", reference_cache="off")
+    run(one), run(two)
+    assert outcome(one)[1] != b"" and outcome(one)[0][0] == outcome(two)[0][0]
+    again = make("again", reference_cache="off")
+    run(again)
+    assert outcome(again) == outcome(two)
+
+
+@pytest.mark.parametrize("keys", [{}, dict(lora_rank=2)], ids=["full", "lora"])
+def test_max_steps_can_be_raised(make, keys):
+    """With a constant learning rate, 5 steps and then 8 are the same as 8 at once."""
+    keys = keys | dict(lr_scheduler_type="constant", save_steps=None)
+    whole, short = make("whole", **keys), make("short", max_steps=5, **keys)
+    run(whole), run(short)
+    run(replace(short, resume=True, max_steps=8))
+    assert outcome(short)[1] == outcome(whole)[1]
+    assert outcome(short)[0][-1] == outcome(whole)[0][-1]
+    with pytest.raises(ConfigError, match="max_steps: 6, but step-8 is already 8 steps"):
+        run(replace(short, resume=True, max_steps=6))
+
+
+def test_a_finished_run_resumed_is_the_same_run(make):
+    config = make()
+    run(config)
+    before = outcome(config)
+    shutil.rmtree(Path(config.output_dir) / "model")  # killed before the model was written, say
+    run(replace(config, resume=True))
+    assert outcome(config) == before
+
+
+def test_checkpoints_hold_no_pickle_and_can_be_read(make):
+    config = make()
+    run(config)
+    folder = Path(config.output_dir) / "checkpoints/step-8"
+    assert {p.name for p in folder.iterdir()} == {*checkpoint.TENSOR_FILES, "state.json"}
+    weights = load_file(folder / "weights.safetensors")
+    assert "lm_head.weight" in weights and load_file(folder / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize("load_best", [False, True])
+def test_the_last_k_and_the_best_are_kept(make, tmp_path, load_best):
+    """Held-out rows with the answers swapped get worse from the first step on."""
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows(8, seed=1)]
+    eval_data = write_jsonl(tmp_path / "eval.jsonl", swapped)
+    config = make(eval_data=eval_data, max_steps=6, save_steps=1, eval_steps=2, load_best=load_best)
+    run(config)
+    losses = {r["step"]: r["eval_loss"] for r in outcome(config)[0] if "eval_loss" in r and r["step"]}
+    best = 1 if load_best else 2  # load_best judges every checkpoint
+    assert min(losses, key=losses.get) == best
+    assert names(config) == [f"step-{best}", "step-5", "step-6"]
+    saved = load_file(Path(config.output_dir) / "model/model.safetensors")
+    same_as = f"checkpoints/step-{best if load_best else 6}/weights.safetensors"
+    expected = load_file(Path(config.output_dir) / same_as)
+    assert all((saved[name] == expected[name]).all() for name in saved)
+
+
+@pytest.mark.parametrize("file", [*checkpoint.TENSOR_FILES, "state.json"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(make, file, how):
+    config = make()
+    run(config)
+    before = outcome(config)
+    path = Path(config.output_dir) / "checkpoints/step-8" / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data if how == "flip" else data[:-1])
+    if how == "delete":
+        path.unlink()
+    printed = run(replace(config, resume=True))
+    assert "step-8 cannot be used" in printed and "going on from" in printed and "step-6" in printed
+    assert file in printed or how != "delete"
+    assert events(config, "resume")[0]["skipped"].keys() == {"step-8"}
+    assert outcome(config) == before
+
+
+def test_with_every_checkpoint_damaged_it_starts_over_aloud(make, stop_in_step, monkeypatch):
+    config = make()
+    stop_in_step(4)
+    with pytest.raises(Stopped):
+        run(config)
+    monkeypatch.undo()
+    for path in (Path(config.output_dir) / "checkpoints").glob("*/state.json"):
+        path.write_text("{}")
+    printed = run(replace(config, resume=True))
+    assert "step-4 cannot be used" in printed and "starts from the beginning" in printed
+    whole = make("whole")
+    run(whole)
+    assert outcome(config) == outcome(whole)
+
+
+def test_the_start_of_a_later_stage_is_checked_too(make, stop_in_step, monkeypatch):
+    config = make(stages=TWO_STAGES)
+    stop_in_step(6)
+    with pytest.raises(Stopped):
+        run(config)
+    monkeypatch.undo()
+    assert names(config) == ["step-3", "step-4", "step-6"] or "step-4" in names(config)
+    path = Path(config.output_dir) / "checkpoints/step-4/weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    printed = run(replace(config, resume=True))
+    assert "step-6 cannot be used: step-4, which it needs" in printed
+    whole = make("whole", stages=TWO_STAGES)
+    run(whole)
+    assert outcome(config) == outcome(whole)
+
+
+@pytest.mark.parametrize(
+    "keys, text",
+    [
+        (dict(beta=0.3), "beta: the run in output_dir was started with 0.1, this config says 0.3"),
+        (dict(batch_size=2), "batch_size"),
+        (dict(stages=[dict(beta=0.3)]), "stages: the run in output_dir was started with '0 stages'"),
+    ],
+)
+def test_another_config_is_refused(make, keys, text):
+    config = make(max_steps=2)
+    run(config)
+    with pytest.raises(ConfigError, match=text):
+        run(replace(config, resume=True, **keys))
+
+
+def test_other_rows_and_other_weights_are_refused(make, inputs, tmp_path):
+    config = make(max_steps=2)
+    data, model = shutil.copy(inputs["data"], tmp_path), shutil.copytree(inputs["model"], tmp_path / "m")
+    config = replace(config, data=str(data), model=str(model))
+    run(config)
+    write_jsonl(data if isinstance(data, Path) else Path(data), rows(20, seed=5))
+    with pytest.raises(ConfigError, match=r"the rows \(or the tokenizer\) are no longer those"):
+        run(replace(config, resume=True))
+    shutil.copy(inputs["data"], tmp_path)
+    save_model(tmp_path / "m", initializer_range=0.2)
+    with pytest.raises(TrainingError, match=r"start weights of the run.*what differs: config, weights"):
+        run(replace(config, resume=True))
+
+
+def test_a_folder_with_a_run_is_refused_without_resume_or_overwrite(make):
+    config = make(max_steps=2)
+    run(config)
+    with pytest.raises(ConfigError, match=r"already holds a run .*--resume.*--overwrite"):
+        run(config)
+    run(replace(config, overwrite=True))
+    shutil.rmtree(Path(config.output_dir) / "checkpoints")
+    with pytest.raises(ConfigError, match="holds a finished model and no checkpoint"):
+        run(replace(config, resume=True))
+    with pytest.raises(ConfigError, match="give one of the two"):
+        replace(config, resume=True, overwrite=True)
+
+
+def test_resume_of_nothing_starts(make):
+    config = make(resume=True, max_steps=2)
+    assert "holds no run: the run starts from the beginning" in run(config)
+    assert len(outcome(config)[0]) == 3
+
+
+def test_two_processes_do_not_share_a_folder(make):
+    config = make(max_steps=2)
+    holder = "import fcntl, os, sys; fd = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(fd, fcntl.LOCK_EX)"
+    Path(config.output_dir).mkdir()
+    code = holder + "; print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, config.output_dir], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout.readline()
+        with pytest.raises(ConfigError, match="another process is training into"):
+            run(config)
+    finally:
+        other.kill()
+        other.wait()
+    run(config)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A 1.5 MB file system."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"this process may not mount: {done.stderr.strip()}")
+    except FileNotFoundError:
+        pytest.skip("no mount command")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_loses_nothing(make, small_disk):
+    whole, config = make("whole"), make(output_dir=str(small_disk / "run"))
+    run(whole)
+    with pytest.raises(TrainingError) as error:
+        run(config)
+    assert "No space left" in str(error.value) and "--resume" in str(error.value)
+    assert names(config)  # some were written before the disk was full
+    assert not list(small_disk.glob("run/checkpoints/.*"))  # nothing half-written takes room
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    run(replace(config, resume=True))
+    assert outcome(config) == outcome(whole)
+
+
+def test_a_read_only_folder_is_an_error_before_any_work(make, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    config = make(output_dir=str(small_disk / "run"))
+    with pytest.raises(ConfigError, match=r"output_dir: cannot write into the folder .*Read-only"):
+        run(config)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_ends_with_a_code_that_says_so(make, number):
+    config = make(max_steps=100000, save_steps=None, eval_steps=None, logging_steps=1)
+    flags = [f"--{name}={value}" for name, value in vars(config).items() if value is not None]
+    command = [sys.executable, "-m", "fastdpo.cli", "train", *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    metrics = Path(config.output_dir) / "metrics.jsonl"
+    while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 3):
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name}; the newest checkpoint is {config.output_dir}/checkpoints/step-" in err
+    assert (Path(config.output_dir) / "report.html").exists() and len(names(config)) == 1
+
+
+def kill_runs(kills):
+    command = [sys.executable, "-m", "tests.killing", "--kills", str(kills), "--seed", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "weights, metrics and samples bitwise equal" in done.stdout
+
+
+def test_killed_runs_end_bitwise_as_undisturbed_ones():
+    kill_runs(12)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_hundred_kills():
+    kill_runs(200)
