@@ -72,31 +72,18 @@ def split_step(
 
 
 def in_row_order(
-    groups: Sequence[PreferenceGroup],
-    max_tokens: int,
-    max_scored: int | None = None,
-    share: bool = True,
+    groups: Sequence[PreferenceGroup], max_tokens: int, share: bool = True
 ) -> list[list[PreferenceGroup]]:
-    """Cuts groups into microbatches under split_step's caps, in their own order: next-fit. Groups added
-    at the end leave the microbatches before the last one as they were."""
-    parts: list[list[PreferenceGroup]] = []
-    tokens = rows = width = scored = 0  # of the last part
+    """Cuts groups into microbatches of at most `max_tokens` places, in their own order: next-fit. Groups
+    added at the end leave the microbatches before the last one as they were."""
+    bins: list[_Bin] = []
     for group in groups:
-        longest = len(group.prompt) + max(len(r.ids) for r in group.responses) - 1
-        tokens, rows, width = (
-            tokens + group.input_tokens,
-            rows + len(group.responses),
-            max(width, longest),
-        )
-        scored += group.scored_tokens if max_scored else 0
-        fits = (tokens if share else rows * width) <= max_tokens and (not max_scored or scored <= max_scored)
-        if parts and fits:
-            parts[-1].append(group)
+        new = bins[-1].plus(group) if bins else None
+        if new and new.places(share) <= max_tokens:
+            bins[-1] = new
         else:
-            parts.append([group])
-            tokens, rows, width = group.input_tokens, len(group.responses), longest
-            scored = group.scored_tokens if max_scored else 0
-    return parts
+            bins.append(_Bin().plus(group))
+    return [b.groups for b in bins]
 
 
 def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:

@@ -162,8 +162,8 @@ class Stage:
     def eval_batches(self) -> list[PackedGroups]:
         """The held-out rows, packed as the reference packs what it computes: equal models then agree bit
         by bit."""
-        caps = self.config.max_tokens, self.policy.max_scored, self.policy.share
-        return list(self.packed(in_row_order(self.eval_groups, *caps)))
+        parts = in_row_order(self.eval_groups, self.config.max_tokens, self.policy.share)
+        return list(self.packed(parts))
 
     def first_step(self) -> list[PreferenceGroup]:
         """The groups of the first optimizer step."""

@@ -115,6 +115,15 @@ def test_a_pack_of_an_unknown_namespace_is_damage(truth, tmp_path, counted):
     assert "pack 2 is damaged" in said and "pack 2" not in counted.load(copy, groups)[1]
 
 
+def test_tables_that_changed_are_damage(truth, tmp_path, counted):
+    groups, path, values = truth
+    copy = shutil.copy(path, tmp_path / "copy.sqlite")
+    change(copy, "ALTER TABLE fills ADD COLUMN more TEXT")
+    table, said = counted.load(copy, groups)
+    assert "its tables are not those" in said and f"moved to {copy}.damaged-1" in said
+    assert torch.equal(table.of(groups), values) and len(counted.batches) == len(packs_of(groups))
+
+
 def test_damage_while_a_fill_runs_loses_nothing_of_this_run(truth, path, monkeypatch):
     monkeypatch.setattr(ref_cache, "COMMIT_SECONDS", 0)
     groups, _, values = truth

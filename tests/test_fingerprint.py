@@ -132,6 +132,20 @@ def test_an_adapter_that_has_learnt_counts():
     assert len(seen) == 6
 
 
+def test_where_an_adapter_sits_counts():
+    """The same tensors on another layer: only their names tell."""
+    seen = set()
+    for layer in (0, 1):
+        policy = with_lora(tiny.policy(), targets=["q_proj"], layers_to_transform=[layer])
+        with torch.no_grad():
+            for name, parameter in policy.model.named_parameters():
+                if "lora_" in name:
+                    parameter.fill_(0.1)
+        policy.model.peft_config["default"].layers_to_transform = None
+        seen.add(namespace(policy))
+    assert len(seen) == 2
+
+
 def test_an_adapter_is_the_same_from_any_folder(tmp_path):
     from peft import PeftModel
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,22 +63,20 @@ def make(inputs, tmp_path):
     return make
 
 
-@pytest.fixture
-def stop_in_step(monkeypatch):
-    """Sends a signal to this process in the n-th optimizer step of the next run."""
+@contextmanager
+def stopped_in_step(n, number=signal.SIGTERM):
+    """Inside, the n-th optimizer step sends a signal to this process, and the run must end with Stopped."""
+    step, seen = Stage.step, []
 
-    def arm(n, number=signal.SIGTERM):
-        step, seen = Stage.step, []
+    def stopping(*args):
+        seen.append(1)
+        if len(seen) == n:
+            os.kill(os.getpid(), number)
+        return step(*args)
 
-        def stopping(*args):
-            seen.append(1)
-            if len(seen) == n:
-                os.kill(os.getpid(), number)
-            return step(*args)
-
-        monkeypatch.setattr(Stage, "step", stopping)
-
-    yield arm
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as stop:
+        patch.setattr(Stage, "step", stopping)
+        yield stop
 
 
 def run(config):
@@ -109,14 +108,11 @@ def names(config):
 @pytest.mark.parametrize(
     "keys", [{}, dict(stages=TWO_STAGES, lora_rank=2, load_best=True)], ids=["plain", "lora"]
 )
-def test_a_stopped_run_goes_on_bit_by_bit(make, stop_in_step, monkeypatch, keys, n, number):
+def test_a_stopped_run_goes_on_bit_by_bit(make, keys, n, number):
     whole, cut = make("whole", **keys), make("cut", **keys)
     run(whole)
-    with monkeypatch.context():
-        stop_in_step(n, number)
-        with pytest.raises(Stopped) as stop:
-            run(cut)
-    monkeypatch.undo()
+    with stopped_in_step(n, number) as stop:
+        run(cut)
     assert stop.value.signal == number and f"step-{n}" in str(stop.value) and "--resume" in str(stop.value)
     assert not (Path(cut.output_dir) / "model").exists()
     assert events(cut, "stopped")[0]["signal"] == number.name
@@ -201,12 +197,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(make, file, how):
     assert outcome(config) == before
 
 
-def test_with_every_checkpoint_damaged_it_starts_over_aloud(make, stop_in_step, monkeypatch):
+def test_with_every_checkpoint_damaged_it_starts_over_aloud(make):
     config = make()
-    stop_in_step(4)
-    with pytest.raises(Stopped):
+    with stopped_in_step(4):
         run(config)
-    monkeypatch.undo()
     for path in (Path(config.output_dir) / "checkpoints").glob("*/state.json"):
         path.write_text("{}")
     printed = run(replace(config, resume=True))
@@ -216,12 +210,10 @@ def test_with_every_checkpoint_damaged_it_starts_over_aloud(make, stop_in_step, 
     assert outcome(config) == outcome(whole)
 
 
-def test_the_start_of_a_later_stage_is_checked_too(make, stop_in_step, monkeypatch):
+def test_the_start_of_a_later_stage_is_checked_too(make):
     config = make(stages=TWO_STAGES)
-    stop_in_step(6)
-    with pytest.raises(Stopped):
+    with stopped_in_step(6):
         run(config)
-    monkeypatch.undo()
     assert names(config) == ["step-3", "step-4", "step-6"] or "step-4" in names(config)
     path = Path(config.output_dir) / "checkpoints/step-4/weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
