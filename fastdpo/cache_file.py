@@ -72,6 +72,8 @@ class CacheFile:
         if self.path.is_dir():
             raise ConfigError(f"reference_cache: {self.path} is a folder; name a file in it")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not _may_be_ours(self.path):
+            raise ConfigError(f"reference_cache: {self.path} is no SQLite file, and is left alone. {WAY_OUT}")
         db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
         db.text_factory = bytes  # damaged text must not stop a query
         file = os.stat(self.path)
@@ -136,6 +138,17 @@ def cannot_write(error: sqlite3.Error) -> bool:
     """Whether the file, or its folder, is read-only."""
     kinds = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in kinds
+
+
+def _may_be_ours(path: Path) -> bool:
+    """Whether a file is empty, absent, or begins as ours do, cut or with room for one damaged place."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(72)
+    except FileNotFoundError:
+        return True
+    magic = b"SQLite format 3\0".startswith(head[:16])
+    return magic or head[68:] == _APPLICATION.to_bytes(4, "big")
 
 
 def _schema(db) -> set[str]:

@@ -155,7 +155,7 @@ def _rewards(history: RunHistory, chart: Chart) -> None:
 
 def _kl(history: RunHistory, chart: Chart) -> None:
     chart.note = (
-        "How far the policy has moved from the reference: Schulman's k3 estimate on the data's own tokens, "
+        "How far the policy has moved from the reference: Schulman's k2 estimate on the data's own tokens, "
         "not on text that the policy wrote."
     )
 

@@ -10,7 +10,7 @@ No pickle anywhere. A learning-rate schedule is a function of the step, so it ne
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastdpo import durable
-from fastdpo.errors import TrainingError
+from fastdpo.errors import ConfigError, TrainingError
 
 FORMAT = 1
 TENSOR_FILES = ("weights.safetensors", "optimizer.safetensors")
@@ -86,35 +86,34 @@ def save(folder: Path, policy, optimizer, state: dict) -> int:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Raises ValueError, saying what is wrong, for a checkpoint that is not as it was written."""
+    """Raises ValueError, saying what is wrong, for a checkpoint that is not as it was written, and
+    ConfigError for one of a newer format."""
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         state = content["state"]
         if content["digest"] != _digest(state):
             raise ValueError("state.json was changed after it was written")
         if state["format"] > FORMAT:
-            raise ValueError(f"it has format {state['format']}, of a newer fastdpo; this one reads {FORMAT}")
+            raise ConfigError(
+                f"resume: {folder} has format {state['format']}, of a newer fastdpo; this one knows {FORMAT}"
+            )
         for name, digest in state["digests"].items():
             if durable.file_digest(folder / name) != digest:
                 raise ValueError(f"{name} was changed after it was written")
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (FileNotFoundError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     return Checkpoint(folder, state)
 
 
-def newest(folder: Path, fits: Callable[[dict], None]) -> tuple[Checkpoint | None, dict[str, str]]:
-    """(the newest whole checkpoint, the newer ones that were passed over and why).
-
-    The checkpoints that its state `needs` must be whole too: those of the stage's start weights, and of
-    the best. `fits(state)` may raise ValueError to pass one over, and anything else to end the search.
-    """
+def newest(folder: Path) -> tuple[Checkpoint | None, dict[str, str]]:
+    """(the newest whole checkpoint, the newer ones that were passed over and why). Inside a later stage it
+    needs the weights that the stage started from, so the checkpoint with those must be whole too."""
     passed = {}
     for path in reversed(found(folder)):
         try:
             checkpoint = load(path)
-            for name in checkpoint.state["needs"]:
-                _load_needed(folder, name)
-            fits(checkpoint.state)
+            if checkpoint.state["start"]:
+                _load_needed(folder, checkpoint.state["start"])
         except ValueError as error:
             passed[path.name] = str(error)
             continue
@@ -135,11 +134,30 @@ def found(folder: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps)]
 
 
-def prune(folder: Path, limit: int, keep: set[str]) -> None:
-    """Deletes all but the newest `limit` checkpoints and those in `keep`."""
-    for path in found(folder)[:-limit]:
-        if path.name not in keep:
+def set_aside(folder: Path, names: Iterable[str]) -> None:
+    """Renames checkpoints that cannot be used to damaged-NAME, in place of earlier ones of that name."""
+    for name in names:
+        aside = folder / f"damaged-{name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (folder / name).rename(aside)
+
+
+def prune(folder: Path, limit: int, keep: set[str | None]) -> None:
+    """Deletes all but the newest `limit` checkpoints, those in `keep`, and those whose weights the stages
+    of any of these started from."""
+    paths = found(folder)
+    kept = {path.name for path in paths[-limit:]} | keep
+    kept |= {_start_of(path) for path in paths if path.name in kept}
+    for path in paths:
+        if path.name not in kept:
             shutil.rmtree(path)
+
+
+def _start_of(path: Path) -> str | None:
+    try:
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))["state"]["start"]
+    except (ValueError, KeyError, TypeError):
+        return None  # damaged: `newest` will say so, should it come to that
 
 
 def _trained(policy) -> dict[str, torch.nn.Parameter]:

@@ -89,13 +89,16 @@ class Config:
     reference_cache: str = _key(
         "auto",
         "SQLite file that keeps the reference's log-probs for every later run with the same start weights; "
-        "auto is ~/.cache/fastdpo/reference.sqlite (or under $XDG_CACHE_HOME), off computes them anew",
+        "auto is ~/.cache/fastdpo/reference.sqlite (or under $XDG_CACHE_HOME), off computes them anew, "
+        "whatever columns the data brings",
     )
     strict: bool = _key(False, "stop at the first dropped, truncated, identical or malformed row")
     resume: bool = _key(
-        False, "go on from the newest good checkpoint in output_dir (from the start where there is none)"
+        False, "go on from the newest whole checkpoint in output_dir (from the start where there is none)"
     )
-    overwrite: bool = _key(False, "replace the run that output_dir already holds")
+    overwrite: bool = _key(
+        False, "replace the run that output_dir already holds (with resume: only where it cannot go on)"
+    )
     stages: list[dict] | None = _key(
         None,
         "runs one after the other, each a set of keys that override these (objective, beta, "
@@ -121,8 +124,6 @@ class Config:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
-        if self.resume and self.overwrite:
-            raise ConfigError("resume: cannot go on with a run that --overwrite deletes; give one of the two")
         if self.load_best and self.eval_data is None:
             raise ConfigError("load_best: needs held-out rows to judge by; set eval_data")
         unknown = [name for name in self.trackers if name not in _TRACKERS]

@@ -88,5 +88,7 @@ def to_word(value) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML, readable by `load_config`."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    """The resolved config as YAML, readable by `load_config`; how it was started is no part of it."""
+    values = dataclasses.asdict(config)
+    kept = {name: value for name, value in values.items() if name not in ("resume", "overwrite")}
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)

@@ -25,7 +25,7 @@ def write_text(path: Path, text: str) -> None:
 def new_folder(final: Path) -> Iterator[Path]:
     """Yields a temporary folder to fill, which then becomes `final`, whole, in place of what was there.
 
-    A crash leaves `.NAME.part` or `.NAME.old` behind, which the next call for the same name removes.
+    A crash leaves `.NAME.part` or `.NAME.old` behind, for `recover`.
     """
     part, old = (final.with_name(f".{final.name}.{what}") for what in ("part", "old"))
     for leftover in (part, old):
@@ -44,6 +44,16 @@ def new_folder(final: Path) -> Iterator[Path]:
         raise
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Puts right what a crash in this module left in a folder: half-written things go, and what had been
+    moved away for something that did not come is moved back."""
+    for part in folder.glob(".*.part"):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+    for old in folder.glob(".*.old"):
+        final = folder / old.name[1:-4]
+        shutil.rmtree(old) if final.exists() else os.rename(old, final)
 
 
 def sync(path: Path) -> None:

@@ -78,14 +78,15 @@ def add_pair_metrics(sums: Sums, logps: ResponseLogps, beta: float) -> None:
 
 @torch.no_grad()
 def add_kl(sums: Sums, logps: ResponseLogps) -> None:
-    """How far the policy is from the reference: Schulman's k3 estimate (2020, "Approximating KL
-    divergence") of KL(policy || reference), r - 1 - log r with r = ref / policy, a scored token.
+    """How far the policy is from the reference: Schulman's k2 estimate (2020, "Approximating KL
+    divergence") of KL(policy || reference), (log policy - log reference)^2 / 2, a scored token.
 
-    The tokens are the data's, not samples of the policy: a measure of drift, and 0 only where the two
-    agree, but not the KL of the policy's own text.
+    The tokens are the data's, not samples of the policy: a measure of drift, 0 only where the two agree,
+    but not the KL of the policy's own text. (k3 is unbiased on the policy's samples; on rejected tokens,
+    which training makes rare, its exp(log reference - log policy) grows past all sense.)
     """
-    log_r = (logps.ref_token_logp - logps.token_logp).double()
-    sums.add("kl", torch.expm1(log_r) - log_r)
+    log_ratio = (logps.token_logp - logps.ref_token_logp).double()
+    sums.add("kl", log_ratio.square() / 2)
 
 
 @torch.no_grad()

@@ -7,15 +7,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastdpo import checkpoint
-from fastdpo.config import Config
+from fastdpo.config import FIELDS, Config
 from fastdpo.errors import ConfigError, TrainingError
 from fastdpo.fingerprint import response_keys
 from fastdpo.records import PreferenceGroup
-from fastdpo.run_folder import RUN_FILES, check_sizes
+from fastdpo.run_folder import RUN_FILES
 from fastdpo.stage import total_steps
 
 # What a resumed run may set anew. The lengths decide when the run ends (and, by the schedule, its
-# learning rate from there on); the rest changes no step.
+# learning rate from there on); the rest changes no step, but for max_tokens' and checkpointing's rounding.
 FREE = set(
     "max_steps num_epochs eval_steps logging_steps save_steps save_total_limit load_best report_to samples "
     "reference_cache max_tokens gradient_checkpointing output_dir resume overwrite strict".split()
@@ -27,21 +27,25 @@ def find_checkpoint(
 ) -> tuple[checkpoint.Checkpoint | None, dict[str, str]]:
     """(the newest whole checkpoint of a run to go on with, the newer ones passed over and why).
 
-    None where the run starts from the beginning. Raises ConfigError where the config is another run's.
+    None where the run starts from the beginning. Raises ConfigError where the config is another run's, or
+    where a finished model would be lost.
     """
     if not config.resume:
         return None, {}
-
-    def fits(state):
-        check_config(state["config"], config)
-        check_sizes(folder, state)
-
-    found, passed = checkpoint.newest(folder / "checkpoints", fits)
+    try:
+        found, passed = checkpoint.newest(folder / "checkpoints")
+    except OSError as error:
+        raise ConfigError(f"resume: cannot read the checkpoints: {error}") from None
     for name, reason in passed.items():
-        console.print(f"[yellow]{escape(f'{name} cannot be used: {reason}')}", highlight=False)
+        console.print(
+            f"[yellow]{escape(f'{name} cannot be used: {reason}. It is kept as damaged-{name}')}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if found:
+        check_config(found.state["config"], config)
         console.print(f"going on from {folder}/checkpoints/{found.name}", highlight=False, soft_wrap=True)
-    elif (folder / "model").exists():
+    elif (folder / "model").exists() and not config.overwrite:
         raise ConfigError(
             f"resume: {folder} holds a finished model and no checkpoint to go on from; "
             "to train it anew say --overwrite"
@@ -55,17 +59,29 @@ def find_checkpoint(
 
 def check_config(saved: dict, config: Config) -> None:
     """Raises ConfigError for a key that makes another run of this one."""
-    now = {**vars(config)}
-    for name in sorted((saved.keys() | now.keys()) - FREE - {"stages"}):
-        if saved.get(name) != now.get(name):
-            raise _changed(name, saved.get(name), now.get(name))
-    before, after = saved["stages"] or [], config.stages or []
+    defaults = {name: f.default for name, f in FIELDS.items()}
+    _check_keys(defaults | saved, vars(config), FREE | {"stages"}, "")
+    before, after = saved.get("stages") or [], config.stages or []
     if len(before) != len(after):
         raise _changed("stages", f"{len(before)} stages", f"{len(after)}")
     for number, (old, new) in enumerate(zip(before, after), 1):
-        for name in sorted((old.keys() | new.keys()) - FREE):
-            if old.get(name) != new.get(name):
-                raise _changed(f"stages: stage {number}: {name}", old.get(name), new.get(name))
+        _check_keys(old, new, FREE, f"stages: stage {number}: ")
+
+
+def _check_keys(old: dict, new: dict, free: set, where: str) -> None:
+    for name in sorted((old.keys() | new.keys()) - free):
+        if old.get(name) != new.get(name) and not _same_file(old.get(name), new.get(name)):
+            raise _changed(where + name, old.get(name), new.get(name))
+
+
+def _same_file(old, new) -> bool:
+    """Whether two values are two ways to write the path of one file or folder."""
+    if not (isinstance(old, str) and isinstance(new, str)):
+        return False
+    (old, old_split), (new, new_split) = (
+        (Path(path), split) for path, _, split in (value.partition("#") for value in (old, new))
+    )
+    return old_split == new_split and new.exists() and old.resolve() == new.resolve()
 
 
 def _changed(name, old, new) -> ConfigError:

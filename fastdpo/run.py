@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
 
-from fastdpo import checkpoint
+from fastdpo import checkpoint, durable
 from fastdpo.config import Config
 from fastdpo.errors import FastDPOError, Stopped, TrainingError
 from fastdpo.report import write_report
@@ -26,6 +26,7 @@ from fastdpo.stopping import Stopping
 
 # Between two packings of the same rows on one machine, a response's mean over its tokens moves by 1e-6
 # in fp32; bf16 activations keep 8 bits.
+WRONG_REFERENCE = 1.0  # nats a token: no rounding does this
 DRIFT_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float64: 1e-9}
 
 
@@ -56,20 +57,20 @@ class Run:
         """Whether the start weights are the base model's, under an adapter that has learnt nothing."""
         return self.config.lora_rank is not None and self.place.start is None
 
-    def save(self, policy, optimizer, progress) -> None:
+    def save(self, policy, optimizer, progress, may_be_best: bool) -> None:
         """A checkpoint of where the stage stands, then the report; older checkpoints go."""
         step, start = self.place.first + progress.steps, time.perf_counter()
-        self.checkpoints.mkdir(exist_ok=True)
-        loss = progress.eval_loss
+        if not self.checkpoints.exists():
+            self.checkpoints.mkdir()
+            durable.sync(self.folder)
+        loss = progress.eval_loss if may_be_best else None
         best = loss is not None and (progress.best is None or loss < progress.best["eval_loss"])
         if best:
             progress.best = {"step": step, "eval_loss": loss}
         keep = {self.place.start} | ({f"step-{progress.best['step']}"} if progress.best else set())
-        needs = {self.place.start} | (keep if self.config.load_best else set())
         state = {
             **dataclasses.asdict(self.place),
             "progress": progress.state(),
-            "needs": sorted(needs - {None, f"step-{step}"}),
             "data": self.data,
             "files": growing_sizes(self.folder),
             "config": dataclasses.asdict(self.config),
@@ -87,17 +88,28 @@ class Run:
         step = self.place.first + progress.steps
         name = f"step-{step}"
         if self.config.load_best and progress.best and progress.best["step"] != step:
-            name = f"step-{progress.best['step']}"
-            checkpoint.load(self.checkpoints / name).load_weights(policy)
-            loss = f"{progress.best['eval_loss']:.4f}"
-            self.console.print(f"load_best: {name}, with the lowest held-out loss, {loss}", highlight=False)
+            best, loss = f"step-{progress.best['step']}", progress.best["eval_loss"]
+            try:
+                checkpoint.load(self.checkpoints / best).load_weights(policy)
+                name = best
+                text = f"load_best: {best}, with the lowest held-out loss, {loss:.4f}"
+            except ValueError as error:
+                why = escape(f"{best} cannot be used: {error}")
+                text = f"[yellow]load_best: {why}; the stage ends with {name}"
+            self.console.print(text, highlight=False, soft_wrap=True)
         self.place = Place(self.place.stage + 1, step, name)
 
     def tell_drift(self, drift: float, dtype: torch.dtype) -> None:
-        """How far policy and reference were apart in a stage's first step, where they are one model."""
+        """How far policy and reference were apart in a stage's first step, where they are one model. Raises
+        TrainingError for a reference that is of another model altogether."""
         bound = DRIFT_BOUND[dtype]
         self.events.add("drift", stage=self.place.stage, max_nats=drift, bound=bound)
         text = f"reference: before the first update it differs from the policy by {drift:.2g} nats a token"
+        if drift > WRONG_REFERENCE:
+            raise TrainingError(
+                f"{text} in one response: it is another model's. If the data brings ref_chosen_logps and "
+                "ref_rejected_logps, --reference_cache off leaves them and computes the reference"
+            )
         if drift > bound:
             self.console.print(
                 f"[yellow]{text} in one response, more than rounding explains ({bound:g}). Where another "
@@ -155,7 +167,7 @@ class Run:
         """What is saved, and how to go on."""
         names = checkpoint.found(self.checkpoints)
         if not names:
-            return "no checkpoint was written yet; the same command starts over"
+            return "no checkpoint was written yet: the same command with --resume starts over"
         return f"the newest checkpoint is {names[-1]}: the same command with --resume goes on from it"
 
 

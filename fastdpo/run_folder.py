@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rich.console import Console
+
 from fastdpo import durable
+from fastdpo.adapters import find_start
 from fastdpo.config import Config
 from fastdpo.config_io import to_yaml
 from fastdpo.errors import ConfigError
@@ -31,8 +34,11 @@ def free_folder(config: Config) -> Path:
             f"output_dir: {run} already holds a run ({', '.join(held)}). "
             "Go on with it by --resume, replace it by --overwrite, or name another folder"
         )
-    for name in ("model", "adapter", "data", "eval_data"):
-        source = Path(str(getattr(config, name)).partition("#")[0]).resolve()
+    keys = ("model", "adapter", "data", "eval_data", "chat_template")
+    named = {name: getattr(config, name) for name in keys}
+    named["the adapter's base"] = find_start(config).model
+    for name, value in named.items():
+        source = Path(str(value).partition("#")[0]).resolve()
         for doomed in ((run / part).resolve() for part in held):
             if source == doomed or doomed in source.parents:
                 raise ConfigError(f"output_dir: the run would replace {name}: {source}. Name another folder")
@@ -59,32 +65,32 @@ def only_run_in(run: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def open_run(run: Path, config: Config, reports: dict, state: dict | None) -> None:
+def open_run(run: Path, config: Config, reports: dict, state: dict | None, console: Console) -> None:
     """Makes the run folder ready, once everything that can be wrong before the first step was right.
 
-    Without a checkpoint's `state`, what an earlier run left is deleted; with it, the files that grow
-    with the steps are cut back to where the checkpoint was written.
+    Without a checkpoint's `state`, what an earlier run left is deleted (but for damaged checkpoints, where
+    the run was to be resumed); with it, the files that grow with the steps are cut back to where the
+    checkpoint was written.
     """
     if state is None:
-        for path in (run / name for name in RUN_FILES):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-    else:
-        for name, size in state["files"].items():
-            with (run / name).open("ab") as file:
-                file.truncate(size)
+        clear(run, RUN_FILES if not config.resume else set(RUN_FILES) - {"checkpoints"})
+    for name, size in (state or {"files": {}})["files"].items():
+        with (run / name).open("ab") as file:
+            if file.tell() < size:
+                lost = size - file.tell()
+                console.print(f"[yellow]{name} has lost its last {lost:,} bytes", highlight=False)
+            file.truncate(min(size, file.tell()))
     durable.write_text(run / "config.yaml", to_yaml(config))
     durable.write_text(run / "data_report.json", json.dumps(reports, indent=1))
 
 
-def check_sizes(run: Path, state: dict) -> None:
-    """Raises ValueError where a growing file has lost lines that it had at the checkpoint."""
-    for name, size in state["files"].items():
-        path = run / name
-        if size > (path.stat().st_size if path.exists() else 0):
-            raise ValueError(f"{name} is shorter than it was then")
+def clear(run: Path, names) -> None:
+    """Deletes these of a run's files and folders."""
+    for path in (run / name for name in names):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def growing_sizes(run: Path) -> dict[str, int]:

@@ -70,10 +70,11 @@ class RunHistory:
 
     def all_ties(self, stages, steps, accuracies) -> np.ndarray:
         """Which of these held-out accuracies over the reference say nothing: the policy was still the
-        reference, so that every pair tied, which counts as 0."""
+        reference, so that pairs tie, which counts as 0, or differ by rounding."""
         margin = self.series("eval_rewards/margins")
-        tied = set(zip(margin.stage[margin.value == 0], margin.step[margin.value == 0]))
-        return np.array([a == 0 and (s, t) in tied for s, t, a in zip(stages, steps, accuracies)], bool)
+        still = np.abs(margin.value) < 1e-6
+        tied = set(zip(margin.stage[still], margin.step[still]))
+        return np.array([(s, t) in tied for s, t in zip(stages, steps)], bool)
 
     def happened(self, *events: str) -> list[dict]:
         return [event for event in self.events if event.get("event") in events]

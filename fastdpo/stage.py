@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
@@ -100,9 +101,10 @@ class Stage:
         """Evaluates and saves where due; after a signal saves and raises Stopped."""
         with progress.window.paused():
             self.evaluate(eval_batches, run, progress)
-            asked = run.stopping.requested and progress.steps
-            if asked or self.due(progress.steps, self.config.save_steps):
-                run.save(self.policy, optimizer, progress)
+            due = self.due(progress.steps, self.config.save_steps)
+            if due or (run.stopping.requested and progress.steps):
+                # what only a signal made must not be the best, or the run would end as no other
+                run.save(self.policy, optimizer, progress, may_be_best=due)
         run.stopping.check()
 
     def step(self, groups: list[PreferenceGroup], window: Window, step: int):
@@ -122,7 +124,7 @@ class Stage:
                 raise out_of_memory(step, batch) from None
             losses.append(loss.detach())
             if self.drifts is not None:
-                self.drifts.append((logps.log_ratio.detach().abs() / logps.lengths).max())
+                self.drifts.append(self.drift(logps))
             rows.append(batch.rows)
             self.add_metrics(window.sums, logps)
             window.count(batch)
@@ -134,6 +136,14 @@ class Stage:
         if not math.isfinite(float(losses.sum() + norm)):
             raise not_finite(step, losses, rows, norm)
         return norm
+
+    @torch.no_grad()
+    def drift(self, logps: ResponseLogps) -> Tensor:
+        """How far policy and reference are apart: the largest mean over a response's tokens."""
+        if not self.reference.per_token:
+            return (logps.log_ratio.abs() / logps.lengths).max()
+        apart = (logps.token_logp - logps.ref_token_logp).abs()
+        return (logps.per_response(apart) / logps.lengths).max()
 
     def add_metrics(self, sums: Sums, logps: ResponseLogps) -> None:
         add_pair_metrics(sums, logps, self.config.beta)

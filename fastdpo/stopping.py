@@ -42,5 +42,5 @@ class Stopping:
         if again or not self.saves:
             raise Stopped(self.requested)
         self._console.print(
-            f"[yellow]{self.requested.name}: stopping after this step and saving (once more to stop at once)"
+            f"[yellow]{self.requested.name}: stopping once this step is done and saved (again: at once)"
         )

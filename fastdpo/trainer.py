@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastdpo import checkpoint, durable
+from fastdpo.cache_file import CacheFile
 from fastdpo.config import Config
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.failures import check_weights
@@ -22,7 +23,7 @@ from fastdpo.ref_columns import reference_columns
 from fastdpo.ref_fill import load_reference
 from fastdpo.resume import check_same_run, check_start, find_checkpoint, rows_digest
 from fastdpo.run import Place, Run
-from fastdpo.run_folder import free_folder, only_run_in, open_run
+from fastdpo.run_folder import RUN_FILES, clear, free_folder, only_run_in, open_run
 from fastdpo.stage import Stage, check_schedule
 from fastdpo.stopping import Stopping
 from fastdpo.support import prepare
@@ -41,6 +42,8 @@ def train(config: Config, console: Console | None = None) -> Path:
     check_trackers(config.trackers)
     folder = free_folder(config)
     with Stopping(console) as stopping, only_run_in(folder):
+        for place in (folder, folder / "checkpoints"):
+            durable.recover(place)
         found, passed = find_checkpoint(folder, config, console)
         tokenizer = load_tokenizer(config)
         load_model_config(config)  # a wrong model or max_length shows before the data is read
@@ -50,19 +53,41 @@ def train(config: Config, console: Console | None = None) -> Path:
         policy = load_policy(config, console)
         check_vocabulary(policy, groups + eval_groups)
         prepare(policy, groups, console)
-        open_run(folder, config, reports, found and found.state)
-        trackers = open_trackers(config.trackers, folder, vars(config), found and found.step, console)
-        with contextlib.closing(trackers):
-            run = Run(folder, config, console, stopping, data, trackers)
-            stopping.saves = True
-            with run.told(found, passed):
-                run_stages(run, policy, tokenizer, groups, eval_groups, found)
-                check_weights(policy)
-                with durable.new_folder(folder / "model") as part:
-                    save_model(policy, tokenizer, part)
+        check_cache(config, console)
+        checkpoint.set_aside(folder / "checkpoints", passed)
+        with undone_if_refused(folder):
+            open_run(folder, config, reports, found and found.state, console)
+            trackers = open_trackers(config.trackers, folder, vars(config), found and found.step, console)
+            with contextlib.closing(trackers):
+                run = Run(folder, config, console, stopping, data, trackers)
+                stopping.saves = True
+                with run.told(found, passed):
+                    run_stages(run, policy, tokenizer, groups, eval_groups, found)
+                    check_weights(policy)
+                    with durable.new_folder(folder / "model") as part:
+                        save_model(policy, tokenizer, part)
     where = escape(f"the model is in {folder}/model, what happened in {folder}/report.html")
     console.print(f"[bold]done:[/] {where}", soft_wrap=True)
     return folder
+
+
+def check_cache(config: Config, console: Console) -> None:
+    """Raises ConfigError where the reference cache cannot be opened."""
+    path = cache_path(config.reference_cache)
+    if path is not None and any(make_objective(stage).needs_reference for stage in config.per_stage()):
+        with contextlib.closing(CacheFile(path, console)) as cache:
+            cache.run(lambda db: None)
+
+
+@contextlib.contextmanager
+def undone_if_refused(folder: Path):
+    """A run that turns out to be misconfigured before its first checkpoint leaves no run behind."""
+    try:
+        yield
+    except ConfigError:
+        if not checkpoint.found(folder / "checkpoints"):
+            clear(folder, set(RUN_FILES) - {"checkpoints"})
+        raise
 
 
 def run_stages(run: Run, policy: Policy, tokenizer, groups, eval_groups, found) -> None:
@@ -109,7 +134,8 @@ def make_reference(run: Run, stage: Stage, expected: str | None):
     """The reference's log-probs, from the data's own columns, or looked up and computed, and then also the
     namespace of the start weights."""
     sets = [stage.used_groups(), stage.eval_groups]
-    if run.place.start is None:  # the columns are of the model the run starts from
+    path = cache_path(run.config.reference_cache)
+    if run.place.start is None and path:  # the columns are of the model the run starts from
         columns = reference_columns(sets, run.console)
         if columns:
             run.events.add("reference", stage=run.place.stage, **columns.account)
@@ -117,7 +143,7 @@ def make_reference(run: Run, stage: Stage, expected: str | None):
     table = load_reference(
         stage.policy,
         sets,
-        path=cache_path(run.config.reference_cache),
+        path=path,
         fresh_lora=run.fresh_lora,
         max_tokens=stage.config.max_tokens,
         console=run.console,

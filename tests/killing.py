@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,6 +64,10 @@ class Trial:
     config: Config
     seed: int
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
     def go(self, resume: bool, kill: tuple[str, int, float] | None) -> bool:
         """Runs in a fork; kill = (phase, how often it is entered, seconds after). Whether it finished."""
         out, into = os.pipe()
@@ -73,9 +78,9 @@ class Trial:
         os.close(into)
         if kill:
             phase, count, delay = kill
-            while (byte := os.read(out, 1)) and count:
+            while count and (byte := os.read(out, 1)):
                 count -= byte == phase[0].encode()
-            if byte:
+            if not count:
                 time.sleep(delay)
                 os.kill(pid, signal.SIGKILL)
         os.close(out)
@@ -87,7 +92,7 @@ class Trial:
 
     def result(self) -> dict:
         """Everything that must be the same, bit by bit."""
-        folder = Path(self.config.output_dir)
+        folder = self.folder
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         untimed = [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
         (weights,) = (folder / "model").glob("*.safetensors")
@@ -128,12 +133,14 @@ def announce(owner, attribute: str, into: int, letter: bytes) -> None:
     setattr(owner, attribute, outer)
 
 
-def damage(trial: Trial, draw: random.Random) -> None:
-    """Truncates or flips a byte of the newest checkpoint, of the cache, or of both."""
-    folders = checkpoint.found(Path(trial.config.output_dir) / "checkpoints")
+def damage(trial: Trial, draw: random.Random) -> bool:
+    """Truncates or flips a byte of the newest checkpoint, of the cache, or of both; whether the checkpoint
+    was among them."""
+    folders = checkpoint.found(trial.folder / "checkpoints")
     victims = [draw.choice(sorted(folders[-1].iterdir()))] if folders else []
     cache = Path(trial.config.reference_cache)
     victims += [cache] if cache.exists() and cache.stat().st_size else []
+    hit = False
     for path in draw.sample(victims, draw.randint(min(1, len(victims)), len(victims))):
         data = bytearray(path.read_bytes())
         place = draw.randrange(len(data))
@@ -142,24 +149,40 @@ def damage(trial: Trial, draw: random.Random) -> None:
         else:
             del data[place:]
         path.write_bytes(data)
+        hit |= path != cache
+    return hit
 
 
-def attempt(trial: Trial) -> int:
-    """Runs a trial to its end through at least one kill; returns how often it was killed."""
-    draw, kills, resume = random.Random(trial.seed), 0, False
+def attempt(trial: Trial, killed: Counter) -> None:
+    """Runs a trial to its end through at least one kill, and checks where each resumed run goes on."""
+    draw, expected = random.Random(trial.seed), None
     while True:
         phase = draw.choice(sorted(PHASES))
         count = draw.randint(1, {"step": 9, "model": 1, "fill": 3}.get(phase, 5))
-        kill = (phase, count, draw.uniform(0, LONGEST[phase])) if kills < 3 else None
-        if trial.go(resume, kill):
-            if kills:
-                return kills
-            resume = False  # it ran through: once more, from the start
+        kills = expected is None or draw.random() < 0.5
+        kill = (phase, count, draw.uniform(0, LONGEST[phase])) if kills else None
+        finished = trial.go(expected is not None, kill)
+        if expected:
+            check_start(trial, expected)
+        if finished and expected:
+            return
+        if finished:  # it ran through: once more, from the start
             trial.config = replace(trial.config, output_dir=trial.config.output_dir + "x")
             continue
-        kills, resume = kills + 1, True
-        if draw.random() < 0.4:
-            damage(trial, draw)
+        killed[phase] += 1
+        found = [path.name for path in checkpoint.found(trial.folder / "checkpoints")]
+        damaged = draw.random() < 0.4 and damage(trial, draw)
+        # where a killed prune or a damage may have taken more than one, any older one will do
+        expected = {*found[:-1], "the beginning"} if damaged else {found[-1] if found else "the beginning"}
+
+
+def check_start(trial: Trial, expected: set[str]) -> None:
+    """The last start of a trial was from one of the expected checkpoints."""
+    path = trial.folder / "events.jsonl"
+    events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    starts = [event for event in events if event["event"] in ("start", "resume")]
+    if starts:
+        assert starts[-1].get("checkpoint", "the beginning") in expected, (starts[-1], expected)
 
 
 def main() -> None:
@@ -169,11 +192,11 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        kills, expected, trial_number = 0, {}, 0
+        killed, expected, trial_number = Counter(), {}, 0
         shared = SHARED | dict(
             model=save_model(folder / "model"), data=write_jsonl(folder / "rows.jsonl", rows(20))
         )
-        while kills < options.kills:
+        while killed.total() < options.kills or set(killed) != set(PHASES):
             kind = sorted(KINDS)[trial_number % len(KINDS)]
             names = dict(
                 output_dir=str(folder / f"run{trial_number}"),
@@ -187,13 +210,15 @@ def main() -> None:
                     trial.config, overwrite=False, output_dir=f"{folder}/first{trial_number}"
                 )
                 Path(trial.config.reference_cache).unlink()
-            kills += attempt(trial)
+            attempt(trial, killed)
             got = trial.result()
             for name, value in expected[kind].items():
                 assert got[name] == value, f"{kind}, trial {trial_number}: {name} differ after a kill"
             trial_number += 1
-            print(f"{kind}: same bits; {kills} kills so far", flush=True)
-    print(f"{kills} kills, {trial_number} runs: weights, metrics and samples bitwise equal")
+            print(f"{kind}: same bits; {killed.total()} kills so far", flush=True)
+    where = ", ".join(f"{count} at {phase}" for phase, count in sorted(killed.items()))
+    print(f"{killed.total()} kills ({where}), {trial_number} runs")
+    print("weights, metrics and samples bitwise equal")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import random
 import shutil
 import sqlite3
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,10 +89,19 @@ def test_a_file_that_was_cut_is_told_and_replaced(truth, tmp_path):
 def test_each_damaged_file_is_kept(counted, path):
     for n in (1, 2):
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f"no database {n}")
+        content = b"SQLite format 3\0 and then nonsense %d" % n
+        path.write_bytes(content)
         _, said = counted.load(path, make_groups(2))
         aside = f"{path}.damaged-{n}"
-        assert f"moved to {aside}" in said and open(aside).read() == f"no database {n}"
+        assert f"moved to {aside}" in said and Path(aside).read_bytes() == content
+
+
+def test_what_is_no_database_is_left_alone(counted, path):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("somebody's notes")
+    with pytest.raises(ConfigError, match="is no SQLite file, and is left alone"):
+        counted.load(path, make_groups(2))
+    assert path.read_text() == "somebody's notes" and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_a_damaged_pack_is_named_and_only_it_is_computed(truth, tmp_path, counted):

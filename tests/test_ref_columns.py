@@ -240,7 +240,7 @@ def test_a_run_with_the_start_model_s_sums_is_the_run_without(tmp_path):
     (event,) = (e for e in map(json.loads, events) if e["event"] == "reference")
     assert event["source"] == "columns"
 
-    shifted = [{**row, "ref_chosen_logps": row["ref_chosen_logps"] - 10} for row in rows]
+    shifted = [{**row, "ref_chosen_logps": row["ref_chosen_logps"] - 1} for row in rows]
     data = tiny.write_jsonl(tmp_path / "shifted.jsonl", shifted)
     other = Run(tmp_path, "other", max_steps=1, eval_data=None, data=data)
-    assert other.steps[0]["rewards/margins"] == pytest.approx(1.0, abs=1e-4)  # beta x 10
+    assert other.steps[0]["rewards/margins"] == pytest.approx(0.1, abs=1e-4)  # beta x 1

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fastdpo.cli import main
 from fastdpo.config import Config
-from fastdpo.errors import ConfigError
+from fastdpo.errors import ConfigError, TrainingError
 from fastdpo.trainer import fill_reference, train
 from tests.tiny import rows, save_model, write_jsonl
 
@@ -136,10 +136,16 @@ def test_reference_columns_need_no_forward_and_train_alike(make, tmp_path):
     _, computed = run(config)
     for ours, theirs in zip(with_columns, computed):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
-    wrong = [row | {"ref_chosen_logps": row["ref_chosen_logps"] - 5} for row in data]
-    columns = replace(
-        config, data=write_jsonl(tmp_path / "wrong.jsonl", wrong), output_dir=str(tmp_path / "w")
-    )
+
+    def shifted(by):
+        rows = [row | {"ref_chosen_logps": row["ref_chosen_logps"] - by} for row in data]
+        path = write_jsonl(tmp_path / f"{by}.jsonl", rows)
+        return replace(config, data=path, output_dir=str(tmp_path / f"{by}"))
+
     console = Console(record=True, width=250)
-    train(columns, console)
+    train(shifted(0.5), console)
     assert "more than rounding explains" in console.export_text()
+    with pytest.raises(TrainingError, match=r"it is another model's.*--reference_cache off"):
+        train(shifted(50), QUIET)
+    (event, _), _ = run(replace(shifted(50), reference_cache="off", resume=True))
+    assert event["source"] == "computed"

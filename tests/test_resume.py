@@ -121,13 +121,12 @@ def test_a_stopped_run_goes_on_bit_by_bit(make, keys, n, number):
     assert outcome(cut) == outcome(whole)
 
 
-def test_a_second_run_is_bitwise_the_same(make):
-    one, two = make("one"), make("two", reference_cache="off")
+def test_a_second_run_is_bitwise_the_same(make, tmp_path):
+    one, two = (make(name, reference_cache=str(tmp_path / f"{name}.db")) for name in ("one", "two"))
     run(one), run(two)
-    assert outcome(one)[1] != b"" and outcome(one)[0][0] == outcome(two)[0][0]
-    again = make("again", reference_cache="off")
-    run(again)
-    assert outcome(again) == outcome(two)
+    assert outcome(one) == outcome(two)
+    run(one_more := replace(one, output_dir=str(tmp_path / "cached")))  # from the cache that `one` filled
+    assert outcome(one_more) == outcome(one)
 
 
 @pytest.mark.parametrize("keys", [{}, dict(lora_rank=2)], ids=["full", "lora"])
@@ -162,11 +161,8 @@ def test_checkpoints_hold_no_pickle_and_can_be_read(make):
 
 
 @pytest.mark.parametrize("load_best", [False, True])
-def test_the_last_k_and_the_best_are_kept(make, tmp_path, load_best):
-    """Held-out rows with the answers swapped get worse from the first step on."""
-    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows(8, seed=1)]
-    eval_data = write_jsonl(tmp_path / "eval.jsonl", swapped)
-    config = make(eval_data=eval_data, max_steps=6, save_steps=1, eval_steps=2, load_best=load_best)
+def test_the_last_k_and_the_best_are_kept(make, swapped, load_best):
+    config = make(eval_data=swapped, max_steps=6, save_steps=1, eval_steps=2, load_best=load_best)
     run(config)
     losses = {r["step"]: r["eval_loss"] for r in outcome(config)[0] if "eval_loss" in r and r["step"]}
     best = 1 if load_best else 2  # load_best judges every checkpoint
@@ -205,16 +201,70 @@ def test_with_every_checkpoint_damaged_it_starts_over_aloud(make):
         path.write_text("{}")
     printed = run(replace(config, resume=True))
     assert "step-4 cannot be used" in printed and "starts from the beginning" in printed
+    assert {p.name for p in (Path(config.output_dir) / "checkpoints").glob("damaged-*")} == {
+        "damaged-step-3",
+        "damaged-step-4",
+    }
     whole = make("whole")
     run(whole)
     assert outcome(config) == outcome(whole)
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_and_left_alone(make, monkeypatch):
+    config = make(max_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", 99)
+        run(config)
+    with pytest.raises(ConfigError, match="format 99, of a newer fastdpo; this one knows 1"):
+        run(replace(config, resume=True))
+    assert names(config) == ["step-2"]
+
+
+@pytest.fixture
+def swapped(tmp_path):
+    """Held-out rows with the answers swapped: they get worse from the first step on."""
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows(8, seed=1)]
+    return write_jsonl(tmp_path / "eval.jsonl", swapped)
+
+
+def test_a_damaged_one_takes_no_good_one_with_it(make, swapped):
+    """Damaged newer checkpoints are moved aside, so they neither count as newest nor get good ones pruned."""
+    config = make(save_total_limit=1, save_steps=2, load_best=True, eval_data=swapped)
+    run(config)
+    assert names(config) == ["step-2", "step-8"]
+    (Path(config.output_dir) / "checkpoints/step-8/state.json").unlink()
+    with stopped_in_step(1):
+        run(replace(config, resume=True))
+    assert names(config) == ["step-2", "step-3"]
+    assert (Path(config.output_dir) / "checkpoints/damaged-step-8").exists()
+
+
+def test_a_damaged_best_is_said_and_the_last_weights_end_the_stage(make, swapped):
+    config = make(eval_data=swapped, max_steps=6, save_steps=1, eval_steps=2, load_best=True)
+    with stopped_in_step(5):
+        run(config)
+    best = Path(config.output_dir) / "checkpoints/step-1/weights.safetensors"
+    best.write_bytes(best.read_bytes()[:-1])
+    printed = run(replace(config, resume=True))
+    assert "step-1 cannot be used" in printed and "the stage ends with step-6" in printed
+
+
+def test_leftovers_of_a_killed_write_go(make):
+    config = make()
+    with stopped_in_step(4):
+        run(config)
+    folder = Path(config.output_dir) / "checkpoints"
+    shutil.copytree(folder / "step-4", folder / ".step-7.part")
+    os.rename(folder / "step-4", folder / ".step-4.old")  # killed between the two renames of a rewrite
+    printed = run(replace(config, resume=True))
+    assert "checkpoints/step-4" in printed and not list(folder.glob(".*"))
 
 
 def test_the_start_of_a_later_stage_is_checked_too(make):
     config = make(stages=TWO_STAGES)
     with stopped_in_step(6):
         run(config)
-    assert names(config) == ["step-3", "step-4", "step-6"] or "step-4" in names(config)
+    assert names(config) == ["step-4", "step-6"]
     path = Path(config.output_dir) / "checkpoints/step-4/weights.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     printed = run(replace(config, resume=True))
@@ -262,8 +312,7 @@ def test_a_folder_with_a_run_is_refused_without_resume_or_overwrite(make):
     shutil.rmtree(Path(config.output_dir) / "checkpoints")
     with pytest.raises(ConfigError, match="holds a finished model and no checkpoint"):
         run(replace(config, resume=True))
-    with pytest.raises(ConfigError, match="give one of the two"):
-        replace(config, resume=True, overwrite=True)
+    run(replace(config, resume=True, overwrite=True))
 
 
 def test_resume_of_nothing_starts(make):
@@ -357,3 +406,27 @@ def test_killed_runs_end_bitwise_as_undisturbed_ones():
 @pytest.mark.timeout(3600)
 def test_two_hundred_kills():
     kill_runs(200)
+
+
+def test_a_signal_while_the_model_loads_ends_the_run_at_once(make, monkeypatch):
+    def load(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("fastdpo.model.AutoModelForCausalLM.from_pretrained", lambda *a, **k: load())
+    with pytest.raises(Stopped) as stop:
+        run(make())
+    assert stop.value.signal == signal.SIGINT
+
+
+def test_a_run_that_is_refused_late_leaves_nothing_and_deletes_nothing(make):
+    config = make(max_steps=2)
+    run(config)
+    before = outcome(config)
+    bad = dict(reference_cache="/proc/none/cache.sqlite")
+    with pytest.raises(ConfigError, match="reference_cache"):
+        run(replace(config, overwrite=True, **bad))
+    assert outcome(config) == before
+    fresh = make("fresh", **bad)
+    with pytest.raises(ConfigError, match="reference_cache"):
+        run(fresh)
+    run(replace(fresh, reference_cache="off"))
