@@ -25,6 +25,7 @@ lint: venv
 
 bench-cpu: venv
 	$(BIN)/python -m benchmarks.bench_cpu
+	$(BIN)/python -m benchmarks.bench_cache
 
 bench: venv
 	bash benchmarks/gpu_all.sh
