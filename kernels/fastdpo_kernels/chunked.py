@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from .head import HiddenGrad
-from .ops import empty, matmul
+from .ops import empty, matmul, matmul_add
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
 
@@ -128,16 +128,37 @@ class Gradients:
     lora_a: torch.Tensor | None = None
     lora_b: torch.Tensor | None = None
 
+    @classmethod
+    def like(cls, head, need, dtype=None):
+        """Uninitialised, for the head's parameters of `need`, in their dtypes or in `dtype`."""
+        new = lambda p: empty(*p.shape, dtype=dtype or p.dtype, device=p.device)
+        names = ("weight", "bias", "lora_a", "lora_b")
+        return cls(**{name: new(getattr(head, name)) for name in names if getattr(need, name)})
 
-def gradients(head, x, target, spans, rows, need, *, d_logp, d_entropy=None, kept=None, peaks=None):
+
+def gradients(
+    head,
+    x,
+    target,
+    spans,
+    rows,
+    need,
+    *,
+    d_logp,
+    d_entropy=None,
+    kept=None,
+    peaks=None,
+    into=None,
+    wide=False,
+):
     """The Gradients for upstream gradients d_logp, d_entropy [M] (None: zero), in the parameters'
-    dtypes (hidden's is the accumulator's). need: a Gradients of booleans. kept, peaks: from `scan`;
-    without them, and for d_entropy always, the logits are computed again.
+    dtypes (hidden's is the accumulator's, and so are all with `wide`). need: a Gradients of booleans.
+    kept, peaks: from `scan`; without them, and for d_entropy always, the logits are computed again.
+    into: wide Gradients of other rows, to which the parameters' are added instead.
     """
     accumulate, device = rows.logp.dtype, x.device
-    like = lambda p, want: empty(*p.shape, dtype=p.dtype, device=device) if want else None
-    out = Gradients(weight=like(head.weight, need.weight), bias=like(head.bias, need.bias))
-    out.lora_b = like(head.lora_b, need.lora_b)
+    put = matmul if into is None else matmul_add
+    out = Gradients.like(head, need, accumulate if wide else None) if into is None else into
     hidden_grad = None
     if need.hidden or need.lora_a:
         hidden_grad = HiddenGrad(head, x, accumulate, full=need.hidden)
@@ -158,17 +179,20 @@ def gradients(head, x, target, spans, rows, need, *, d_logp, d_entropy=None, kep
             hidden_grad.add(dz.to(x.dtype), v0, v1)
         where.put(dz, at_target)
         if need.bias:
-            out.bias[v0:v1] = dz.sum(1)
+            if into is None:
+                out.bias[v0:v1] = dz.sum(1)
+            else:
+                out.bias[v0:v1] += dz.sum(1)
         dz = dz.to(x.dtype)
         if need.weight:
-            matmul(dz, x, out.weight[v0:v1])
+            put(dz, x, out.weight[v0:v1])
         if need.lora_b:
-            matmul(dz, xa, out.lora_b[v0:v1])
+            put(dz, xa, out.lora_b[v0:v1])
     if hidden_grad is not None:
         hidden_grad.add_target(at_target, target)
         if need.lora_a:
-            low = hidden_grad.low.to(x.dtype)
-            out.lora_a = (head.lora_scale * (low.t() @ x)).to(head.lora_a.dtype)
+            low = (head.lora_scale * hidden_grad.low).to(x.dtype)
+            put(low.t(), x, out.lora_a)
         if need.hidden:
             out.hidden = hidden_grad.merged()
     return out

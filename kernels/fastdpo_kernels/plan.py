@@ -1,13 +1,15 @@
-"""What a call of `linear_logp` will cost, and which of its four ways it takes.
+"""What a call of `linear_logp` or `linear_dpo` will cost, and which way it takes.
 
-The vocabulary is cut into chunks, never the rows: a [chunk, M] block of logits stays in cache, the
-head is read once per pass however many rows there are, and each chunk's rows of dW are written
-once, so dW needs no fp32 accumulator.
+The vocabulary is cut into chunks: a [chunk, M] block of logits stays in cache, the head is read once
+per pass however many rows there are, and each chunk's rows of dW are written once, so dW needs no
+fp32 accumulator. Only "grouped" cuts the rows too, where a group of responses needs nothing of the
+others: each part keeps its own matrix, and dW is summed over the parts in fp32.
 
 Letters: M scored rows, D hidden, V vocab.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,22 +19,31 @@ MEMORY_BUDGET = 512 << 20  # bytes of width V held at once: the kept matrix and 
 # for GPUs with many rows, where narrow chunks would be bound by launches (not measured yet).
 BLOCK_ELEMENTS = 1 << 22
 BLOCK_WIDTH = 4096
+# linear_dpo's vectors of a number per row, response or pair, beside the head's own: log-ratios and
+# their sums in fp64, response numbers, slopes
+PAIR_VECTORS = 16
 
 
 @dataclass(frozen=True)
 class Plan:
     """One way to run the head.
 
-    name        forward (no gradient), frozen (of hidden only), keep or recompute (head trained)
+    name        forward (no gradient), frozen (of hidden only), keep or recompute (head trained),
+                grouped (head trained, by parts that keep or recompute)
     flops       of the GEMMs, forward and backward; hidden and weight both get gradients if trained
-    peak_bytes  at most this is allocated beyond the inputs, the results and the gradients
-    chunks      the vocabulary is cut into this many
+    peak_bytes  at most this is allocated beyond the inputs, the results and the gradients. Where there
+                are several parts and half weights, dW's fp32 accumulator counts as a gradient.
+    chunks      the vocabulary is cut into this many (by the part that cuts it most)
+    rows        M
+    parts       the Plans of consecutive rows, whole groups each; () where all rows go at once
     """
 
     name: str
     flops: int
     peak_bytes: int
     chunks: int
+    rows: int
+    parts: tuple["Plan", ...] = ()
 
 
 def plan(
@@ -42,22 +53,53 @@ def plan(
     *,
     dtype: torch.dtype,
     train_weight: bool,
-    need_grad: bool = True,
+    groups: Sequence[int] | None = None,
     memory_budget: int | None = None,
+    need_grad: bool = True,
 ) -> Plan:
     """The Plan for M rows of a [V, D] head whose tensors have `dtype`.
 
     train_weight: some head parameter (weight, bias, LoRA) wants a gradient. need_grad=False:
-    nothing does, or no_grad. memory_budget: bytes, MEMORY_BUDGET when None. It bounds what has
-    width V; the [M, D] rows come on top. A budget too small for a chunk of one token gets that
-    chunk all the same, and peak_bytes says so. Raises ValueError for a negative size, an empty
-    vocabulary or a dtype that is not a float.
+    nothing does, or no_grad. groups: scored rows of each group, in order, where the loss is known to
+    be a sum over them (`linear_dpo`'s); a trained head then goes by parts of whole groups, as many as
+    the budget lets keep their matrix, and a group too large for that recomputes alone.
+
+    memory_budget: bytes, MEMORY_BUDGET when None. It bounds what has width V; the [M, D] rows come on
+    top. A budget too small for a chunk of one token gets that chunk all the same, and peak_bytes says
+    so. Raises ValueError for a negative size, an empty vocabulary, a dtype that is not a float, or
+    groups that do not add up to M.
     """
     if M < 0 or D < 0 or V < 1:
         raise ValueError(f"plan needs M >= 0, V >= 1 and D >= 0, got M={M}, V={V}, D={D}")
     if not dtype.is_floating_point:
         raise ValueError(f"plan needs a float dtype, got {dtype}")
     budget = MEMORY_BUDGET if memory_budget is None else memory_budget
+    whole = _whole(M, V, D, dtype, train_weight, budget, need_grad)
+    if groups is None:
+        return whole
+    if min(groups, default=0) < 0 or sum(groups) != M:
+        few = f"{list(groups[:8])}{'...' if len(groups) > 8 else ''}"
+        raise ValueError(
+            f"groups must be rows of each group and add up to M={M}, got {few}, sum {sum(groups)}"
+        )
+    extra = M * PAIR_VECTORS * 8
+    if not train_weight:
+        return replace(whole, peak_bytes=whole.peak_bytes + extra)
+    # cut as if for a gradient in any case: the same rows then have the same bits without one
+    keeps = lambda m: _whole(m, V, D, dtype, True, budget, True).name == "keep"
+    parts = tuple(_whole(m, V, D, dtype, True, budget, need_grad) for m in _whole_groups(groups, keeps))
+    return Plan(
+        "grouped" if need_grad else "forward",
+        sum(part.flops for part in parts),
+        max(part.peak_bytes for part in parts) + extra,
+        max(part.chunks for part in parts),
+        M,
+        parts,
+    )
+
+
+def _whole(M, V, D, dtype, train_weight, budget, need_grad) -> Plan:
+    """The Plan that sends all rows through the head at once."""
     wide = max(4, dtype.itemsize)  # logits are float32, or float64 for float64
     half = dtype.itemsize < wide
     # per vocabulary entry of a chunk: logits, softcap slope and one temporary; for half inputs on
@@ -81,7 +123,18 @@ def plan(
     # hidden made contiguous or wider, and for a gradient its accumulator and the target's rows of
     # the head; 32 vectors of row statistics, and one row of maxima per kept chunk
     rows = M * wide * ((D if name == "forward" else 4 * D) + 32 + (chunks if name == "keep" else 0))
-    return Plan(name, gemms * 2 * M * V * D, kept + width * column + rows, chunks)
+    return Plan(name, gemms * 2 * M * V * D, kept + width * column + rows, chunks, M)
+
+
+def _whole_groups(groups: Iterable[int], keeps) -> list[int]:
+    """Rows of each part: consecutive groups together while `keeps(rows)`, at least one group."""
+    parts = []
+    for rows in groups:
+        if parts and keeps(parts[-1]) and keeps(parts[-1] + rows):
+            parts[-1] += rows
+        elif rows:
+            parts.append(rows)
+    return parts or [0]
 
 
 def spans(V: int, chunks: int) -> list[tuple[int, int]]:
