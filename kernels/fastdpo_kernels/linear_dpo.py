@@ -66,21 +66,24 @@ def linear_dpo(
     response apart give NaN.
     """
     a, b, lora_scale = (None, None, 1.0) if lora is None else lora
-    leaves = (hidden, weight, bias, a, b)
     check_head("linear_dpo", hidden, weight, target, bias, a, b)
     by_row = {"ref_token_logp": ref_token_logp, "token_weight": token_weight}
     check_pairs(hidden, cu_resp, pairs, by_row, {"offset": offset, "pair_weight": pair_weight})
     _check_options(loss, beta, label_smoothing, softcap)
+    leaves = (hidden, weight, bias, a, b)
     need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves]
     train_head = any(t is not None and t.requires_grad for t in leaves[1:])
     tensors = (target, cu_resp, pairs, ref_token_logp, offset, pair_weight, token_weight, _as_tensor(groups))
     options = (loss, beta, label_smoothing, lora_scale, scale, softcap, memory_budget, train_head, need)
-    run = _LinearDPO.apply
-    if callable(loss) and torch.compiler.is_compiling():
-        run = torch.compiler.disable(run)  # the caller's function is not for an opaque op
     with torch.autocast(hidden.device.type, enabled=False):
-        total, *stats = run(*leaves, *tensors, *options)
+        total, *stats = _op(loss)(*leaves, *tensors, *options)
     return total, DPOStats(*stats)
+
+
+def _op(loss):
+    if callable(loss) and torch.compiler.is_compiling():
+        return torch.compiler.disable(_LinearDPO.apply)  # the caller's function is not for an opaque op
+    return _LinearDPO.apply
 
 
 class _LinearDPO(torch.autograd.Function):

@@ -79,12 +79,12 @@ class PairLoss:
         return logratio.to(token_logp.dtype), margin.to(token_logp.dtype)
 
     def total(self, margin):
-        """The sum over pairs of weight times loss: a scalar."""
+        """The sum over pairs of weight times loss: a scalar of margin's dtype."""
         if callable(self.loss):
             each = self._call(margin)
         else:
             each, _ = LOSSES[self.loss](margin, self.beta, self.label_smoothing)
-        return self._weighted(each).sum()
+        return self._weighted(each).sum().to(margin.dtype)
 
     def token_slope(self, token_logp):
         """d total / d token_logp, [M]. The slope of a group's rows needs right log-probs of that group's
