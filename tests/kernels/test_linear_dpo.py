@@ -126,6 +126,24 @@ def test_a_loss_function_may_couple_the_pairs_of_a_group():
     assert_as_good(b, torch.float64, loss=loss, memory_budget=budgets(b)["several"])
 
 
+def test_what_a_loss_function_sees():
+    b = batch(6)
+    budget, seen = budgets(b)["several"], []
+
+    def loss(margin):
+        seen.append(margin.detach().clone())
+        return torch.relu(1 - margin)
+
+    final = b.run(linear_dpo, loss=loss, memory_budget=budget)["margin"]
+    sizes = [rows for _, rows in parts(b, budget)]
+    assert len(seen) == len(sizes) + 1 and torch.equal(seen[-1], final)
+    first_row = b.cu_resp[b.pairs.amin(1).long()]
+    for margin, stop in zip(seen, torch.tensor(sizes).cumsum(0)):
+        so_far = first_row < stop
+        assert torch.equal(margin[so_far], final[so_far])
+        torch.testing.assert_close(margin[~so_far], -b.extras["offset"][~so_far])
+
+
 def test_same_bits_again_and_without_gradient():
     b = batch(7, softcap=5.0)
     for budget in budgets(b, torch.float32).values():

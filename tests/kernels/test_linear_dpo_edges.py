@@ -72,7 +72,7 @@ def test_far_apart_pairs():
     for pair in ([0, 1], [1, 0]):
         results = []
         for function, dtype in ((linear_dpo, torch.float32), (reference.linear_dpo, torch.float64)):
-            hidden = rows.to(dtype).requires_grad_()
+            hidden = rows.to(dtype, copy=True).requires_grad_()
             total, _ = function(hidden, args[0].to(dtype), *args[1:], torch.tensor([pair]), beta=1.0)
             total.backward()
             results.append((total.detach().double(), hidden.grad.double()))

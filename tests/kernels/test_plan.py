@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastdpo_kernels import linear_logp, plan
+from fastdpo_kernels import linear_dpo, linear_logp, plan
 from torch.profiler import ProfilerActivity, profile
 
 from .cases import NAMES, STATS, case, plan_module
@@ -96,7 +96,86 @@ def test_peak_bytes_is_a_bound(dtype, name, memory, wanted, softcap):
     assert peak >= told.peak_bytes / 3
 
 
+GROUPS = [10, 20, 0, 5, 30, 1, 30]
+DPO_ROWS = dict(
+    cu_resp=torch.tensor([0, 4, 10, 30, 35, 50, 65, 66, 96]), pairs=torch.tensor([[0, 1], [4, 5]])
+)
+
+
+def grouped(memory_budget, dtype=torch.float32, **options):
+    return ask(dtype, groups=GROUPS, memory_budget=memory_budget, **options)
+
+
+def shape(told):
+    return [(part.name, part.rows) for part in told.parts]
+
+
+def test_parts_are_whole_groups_that_keep_their_matrix():
+    unit = 2 * V * D
+    one = grouped(None)
+    assert (one.name, shape(one), one.rows, one.flops) == ("grouped", [("keep", M)], M, 3 * M * unit)
+    # room for 35 rows: the first groups together, then each large one with what small fits
+    rows = grouped(5 << 20)
+    assert shape(rows) == [("keep", 35), ("keep", 31), ("keep", 30)]
+    assert rows.flops == 3 * M * unit
+    few = grouped(3 << 20)  # room for 20 rows, not for 30
+    assert shape(few) == [
+        *(("keep", 10), ("keep", 20), ("keep", 5)),
+        *(("recompute", 30), ("keep", 1), ("recompute", 30)),
+    ]
+    assert few.flops == (3 * 36 + 4 * 60) * unit
+    none = grouped(1)
+    assert shape(none) == [("recompute", n) for n in GROUPS if n]
+    assert none.flops == 4 * M * unit
+    assert ask(groups=[0, M, 0], memory_budget=1).flops == ask(memory_budget=1).flops
+    assert shape(plan(0, V, D, dtype=torch.float32, train_weight=True, groups=[])) == [("keep", 0)]
+
+
+@pytest.mark.parametrize("budget", (None, 1, 3 << 20, 5 << 20))
+def test_groups_cut_a_forward_alike_and_a_frozen_head_not_at_all(budget):
+    trained, forward = grouped(budget), grouped(budget, need_grad=False)
+    assert forward.name == "forward" and forward.flops == 2 * M * V * D
+    cuts = lambda told: [(part.rows, part.chunks) for part in told.parts]
+    assert cuts(forward) == cuts(trained)
+    frozen = grouped(budget, train_weight=False)
+    assert (frozen.name, frozen.parts) == ("frozen", ())
+    assert frozen.flops == 4 * M * V * D
+
+
+@pytest.mark.parametrize("budget", (1 << 20, 3 << 20, 5 << 20, 1 << 24))
+def test_budget_bounds_what_has_width_V_in_every_part(budget):
+    told = grouped(budget)
+    rows = 4 * M * (4 * D + 32 + told.chunks) + 8 * M * plan_module.PAIR_VECTORS
+    assert told.peak_bytes <= budget + rows
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("memory", (None, 40 << 20, 6 << 20, 3 << 20, 1 << 20))
+@pytest.mark.parametrize("wanted", ((), ("hidden",), ("hidden", "weight")), ids=("none", "frozen", "trained"))
+def test_peak_bytes_bounds_linear_dpo(dtype, memory, wanted):
+    c = case(M, V, D, bias=False, lora=False).to(dtype)
+    hidden = c.hidden.requires_grad_("hidden" in wanted)
+    weight = c.weight.requires_grad_("weight" in wanted)
+    train = dict(train_weight="weight" in wanted, need_grad=bool(wanted))
+    told = plan(M, V, D, dtype=dtype, groups=GROUPS, memory_budget=memory, **train)
+
+    def run():
+        total, _ = linear_dpo(hidden, weight, c.target, **DPO_ROWS, groups=GROUPS, memory_budget=memory)
+        if wanted:
+            total.backward()
+
+    handed_back = sum(t.nbytes for t in (hidden, weight) if t.requires_grad) + 4 * (M + 8 + 2 + 1)
+    if dtype == torch.bfloat16 and len(told.parts) > 1 and train["train_weight"]:
+        handed_back += 4 * weight.numel()  # dW's accumulator
+    peak = peak_of(run)
+    assert peak <= told.peak_bytes + handed_back
+    assert peak >= (told.peak_bytes + handed_back) / 3.5
+
+
 def test_refusals():
+    for wrong in ([M - 1], [M + 5, -5], []):
+        with pytest.raises(ValueError, match=f"add up to M={M}, got .*sum {sum(wrong)}"):
+            ask(groups=wrong)
     good = dict(dtype=torch.float32, train_weight=True)
     for sizes in ((-1, 5, 3), (1, 0, 3), (1, 5, -3)):
         with pytest.raises(ValueError, match=f"M={sizes[0]}, V={sizes[1]}, D={sizes[2]}"):
