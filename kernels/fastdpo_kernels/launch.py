@@ -58,6 +58,8 @@ def tile_pass(tile, head, x, target, span, state, *, out=None, partial=None, sum
     """
     v0, v1 = span
     M, w = len(x), head.weight[v0:v1]
+    for needs_registers in (profile or by_logit is not None, head.softcap is not None):
+        tile = tile.half() if needs_registers else tile
     rows_ptr, count_ptr = (None, None) if listed is None else listed
     programs = min(processors(x.device), triton.cdiv(M, tile.rows) * triton.cdiv(v1 - v0, tile.columns))
     arguments = dict(
@@ -94,7 +96,8 @@ def tile_pass(tile, head, x, target, span, state, *, out=None, partial=None, sum
         SUMS=sums,
         PROFILE=profile,
         ENTROPY="entropy" in stats,
-        OTHERS=bool({"log_sum_sq_probs", "mean_logit"} & set(stats)),
+        SQUARED="log_sum_sq_probs" in stats,
+        MEAN="mean_logit" in stats,
     )
     return Launch(head_tiles, arguments, constants, programs, tile.warps, tile.stages)
 

@@ -16,18 +16,21 @@ class Tile(NamedTuple):
     stages: int
     descriptors: bool  # TMA
 
+    def half(self) -> "Tile":
+        """Of the rows, for results that need more registers. Row sums are of the same columns."""
+        return self._replace(rows=self.rows // 2)
+
     def plain(self) -> "Tile":
-        """A smaller tile without descriptors: for rows listed by number, or tensors they cannot take."""
-        smaller = dict(rows=min(self.rows, 128), columns=min(self.columns, 128), warps=4, stages=3)
-        return self._replace(**smaller, descriptors=False) if self.descriptors else self
+        """Without descriptors: for rows listed by number, or tensors that descriptors cannot take."""
+        return self._replace(rows=min(self.rows, 128), descriptors=False)
 
 
 # (capability, dtype) -> the tile of the GEMM. Chosen by registers and shared memory alone until
 # benchmarks/tune_tiles.py has run on the chip.
 TILES = {
-    ((8, 0), torch.bfloat16): Tile(128, 128, 64, 8, 4, 3, False),
-    ((9, 0), torch.bfloat16): Tile(128, 256, 64, 8, 8, 3, True),
-    ((10, 0), torch.bfloat16): Tile(128, 256, 64, 8, 8, 3, True),
+    ((8, 0), torch.bfloat16): Tile(128, 128, 64, 8, 8, 3, False),
+    ((9, 0), torch.bfloat16): Tile(256, 128, 64, 8, 8, 3, True),
+    ((10, 0), torch.bfloat16): Tile(256, 128, 64, 8, 8, 3, True),
 }
 
 
@@ -37,6 +40,12 @@ def tile(device: torch.device, dtype: torch.dtype) -> Tile | None:
     if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return None
     return TILES.get((torch.cuda.get_device_capability(device), dtype))
+
+
+def padded(columns: int, dtype: torch.dtype) -> int:
+    """Columns in whole 128 bytes, for descriptors and cuBLAS."""
+    step = 128 // dtype.itemsize
+    return -(-columns // step) * step
 
 
 def backend(device: torch.device | str, dtype: torch.dtype) -> str:

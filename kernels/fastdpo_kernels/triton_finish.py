@@ -6,7 +6,7 @@ Letters: M rows, D hidden, T tiles of the vocabulary, N columns of a chunk.
 import triton
 import triton.language as tl
 
-from .triton_tile import LOGITS, LOWEST, PEAK, PLOGP, SQUARES, TOTAL
+from .triton_tile import BITS, LOGITS, LOWEST, NATS, PEAK, PLOGP, SQUARES, TOTAL
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def _log1p(x):
 
 @triton.jit
 def finish_rows(
-    reference_ptr,  # f32[M]: r
+    reference_ptr,  # f32[M]: r in bits
     rest_ptr,  # f32[M]: sum of E without the target
     target_logit_ptr,  # f32[M]
     total_ptr,  # f32[M], written: the whole sum
@@ -29,12 +29,12 @@ def finish_rows(
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = rows < M
     rest = tl.load(rest_ptr + rows, mask=here, other=1.0)
-    gap = tl.load(target_logit_ptr + rows, mask=here, other=0.0)
-    gap -= tl.load(reference_ptr + rows, mask=here, other=0.0)
-    e_target = tl.exp(gap)
+    reference = tl.load(reference_ptr + rows, mask=here, other=0.0)
+    gap = tl.fma(tl.load(target_logit_ptr + rows, mask=here, other=0.0), BITS, -reference)
+    e_target = tl.exp2(gap)
     # where the target is more probable than not, log(1 + rest / e_target) keeps a small rest
     ratio = tl.where(rest <= e_target, rest, 0.0) / tl.where(e_target > 0, e_target, 1.0)
-    logp = tl.where(rest <= e_target, -_log1p(ratio), gap - tl.log(rest + e_target))
+    logp = tl.where(rest <= e_target, -_log1p(ratio), gap * NATS - tl.log(rest + e_target))
     tl.store(total_ptr + rows, rest + e_target, mask=here)
     tl.store(logp_ptr + rows, logp, mask=here)
 
@@ -64,22 +64,23 @@ def finish_stats(
         spot = partial_ptr + PEAK * slot_stride + t * M + rows[None, :]
         peaks = tl.load(spot, mask=(t < T) & here[None, :], other=LOWEST)
         others = tl.maximum(others, tl.max(peaks, 0))
-    peak = tl.maximum(others, own)
-    gap = own - peak
-    e_own = tl.exp(gap)
+    peak = tl.maximum(others, own * BITS)
+    gap = tl.fma(own, BITS, -peak)
+    e_own = tl.exp2(gap)
     rest = tl.zeros((BM,), tl.float32)
-    plogp = tl.where(e_own == 0, 0.0, e_own * gap)
-    squares, logits = e_own * e_own, own
+    plogp = e_own * tl.maximum(gap, LOWEST) * NATS
+    squares = e_own * e_own
+    logits = tl.zeros((BM,), tl.float32)
     for t0 in range(0, T, BT):
         t = (t0 + tl.arange(0, BT)).to(tl.int64)[:, None]
         inside = (t < T) & here[None, :]
         spot = partial_ptr + t * M + rows[None, :]
         step = tl.load(spot + PEAK * slot_stride, mask=inside, other=LOWEST) - peak[None, :]
-        shrink = tl.exp(step)
+        shrink = tl.exp2(step)
         total = tl.load(spot + TOTAL * slot_stride, mask=inside, other=0.0)
         rest += tl.sum(total * shrink, 0)
         if entropy_ptr is not None:
-            part = tl.load(spot + PLOGP * slot_stride, mask=inside, other=0.0) + step * total
+            part = tl.load(spot + PLOGP * slot_stride, mask=inside, other=0.0) + step * NATS * total
             plogp += tl.sum(tl.where(shrink == 0, 0.0, shrink * part), 0)
         if squares_ptr is not None:
             part = tl.load(spot + SQUARES * slot_stride, mask=inside, other=0.0)
@@ -94,7 +95,7 @@ def finish_stats(
     if mean_ptr is not None:
         tl.store(mean_ptr + rows, logits / V, mask=here)
     if top1_ptr is not None:
-        tl.store(top1_ptr + rows, (own >= others).to(tl.float32), mask=here)
+        tl.store(top1_ptr + rows, (own * BITS >= others).to(tl.float32), mask=here)
 
 
 @triton.jit

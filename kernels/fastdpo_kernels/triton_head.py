@@ -26,9 +26,8 @@ class State:
 
 
 def buffer(M, columns, like):
-    """An uninitialised [M, columns] matrix with rows of whole 128 bytes, for descriptors and cuBLAS."""
-    step = 128 // like.itemsize
-    return torch.empty(M, -(-columns // step) * step, dtype=like.dtype, device=like.device)[:, :columns]
+    """An uninitialised [M, columns or more] matrix with rows that descriptors and cuBLAS like."""
+    return torch.empty(M, tiles.padded(columns, like.dtype), dtype=like.dtype, device=like.device)
 
 
 def tile_for(head, x):
@@ -156,8 +155,6 @@ def _kept(head, x, target, rows, need, factor, kept, out, put):
     whole = (0, len(head.weight))
     sums = None
     if need.hidden:
-        # an earlier backward has left the target in E
-        launch.put_target(kept, target, torch.zeros_like(rows.logp), whole).run()
         sums = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         matmul(kept, head.weight, sums)
     if need.weight or need.bias:
@@ -173,6 +170,8 @@ def _kept(head, x, target, rows, need, factor, kept, out, put):
         by_column = torch.empty(len(out.bias), 2, dtype=torch.float32, device=x.device)
         matmul(kept.t(), columns, by_column)
         _put_bias(out.bias, by_column.sum(1), put)
+    if need.weight or need.bias:  # as it was, for another backward
+        launch.put_target(kept, target, torch.zeros_like(rows.logp), whole).run()
     return sums
 
 

@@ -17,9 +17,10 @@ class TritonPass:
         self.head, self.x, self.target = head, hidden.contiguous(), target
         self.tile = tile_for(head, self.x)
         self.spans = spans(len(head.weight), how, self.tile)
-        self.kept = self.sums = None
+        self.padded = self.kept = self.sums = None
         if how.name == "keep":
-            self.kept = buffer(len(self.x), len(head.weight), self.x)
+            self.padded = buffer(len(self.x), len(head.weight), self.x)
+            self.kept = self.padded[:, : len(head.weight)]
         elif how.name == "frozen":
             self.sums = torch.zeros(self.x.shape, dtype=torch.float32, device=self.x.device)
         self.rows, self.stats = scan(

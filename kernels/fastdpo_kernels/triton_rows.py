@@ -10,13 +10,13 @@ Letters: M rows, D hidden, T tiles of the vocabulary.
 import triton
 import triton.language as tl
 
-from .triton_tile import LOWEST, PEAK, PLOGP, SQUARES, TOTAL, LOGITS, tanh
+from .triton_tile import BITS, LOWEST, PEAK, TOTAL, tanh
 
-# E of the target is exp(-40): tokens up to 40 nats more probable than it stay below 1, and E reaches
-# down to 1e-38 (47 nats less probable).
+# E of the target is exp(-40): E reaches down to tokens 47 nats less probable and, by LIMIT, up to 113
+# nats more.
 OFFSET = tl.constexpr(40.0)
-# Past this a row counts as out of range: its target is at about -(40 + log 1e32) = -113 nats. The room
-# up to 3e38 is for the GEMMs on E, which sum it times weights.
+# A sum past this makes a row out of range: its target is at -(40 + log 1e32) nats. The room up to 3e38
+# is for the GEMMs on E, which sum it times weights.
 LIMIT = tl.constexpr(1.0e32)
 
 
@@ -26,7 +26,7 @@ def start_rows(
     w_ptr,  # [V, D]
     bias_ptr,  # [V] or None
     target_ptr,  # i64[M]
-    reference_ptr,  # f32[M], written: the target's logit + OFFSET
+    reference_ptr,  # f32[M], written: the target's logit + OFFSET, in bits
     target_logit_ptr,  # f32[M], written (the tile with the target writes it again)
     rest_ptr,  # f32[M], written: 0
     D,
@@ -50,7 +50,7 @@ def start_rows(
     z *= scale
     if softcap is not None:
         z = softcap * tanh(z / softcap)
-    tl.store(reference_ptr + row, z + OFFSET)
+    tl.store(reference_ptr + row, (z + OFFSET) * BITS)
     tl.store(target_logit_ptr + row, z)
     tl.store(rest_ptr + row, 0.0)
 
@@ -117,7 +117,7 @@ def settle(
             inside = (t < T) & here[None, :]
             peaks = tl.load(spot + PEAK * slot_stride, mask=inside, other=LOWEST)
             peak = tl.maximum(peak, tl.max(peaks, 0))
-        shrink = tl.exp(before - peak)
+        shrink = tl.exp2(before - peak)
         rest = tl.load(rest_ptr + rows, mask=here, other=0.0) * shrink
         for t0 in range(0, T, BT):
             t = (t0 + tl.arange(0, BT)).to(tl.int64)[:, None]
@@ -125,7 +125,7 @@ def settle(
             inside = (t < T) & here[None, :]
             peaks = tl.load(spot + PEAK * slot_stride, mask=inside, other=LOWEST)
             totals = tl.load(spot + TOTAL * slot_stride, mask=inside, other=0.0)
-            rest += tl.sum(totals * tl.exp(peaks - peak[None, :]), 0)
+            rest += tl.sum(totals * tl.exp2(peaks - peak[None, :]), 0)
         tl.store(reference_ptr + rows, peak, mask=here)
         tl.store(rest_ptr + rows, rest, mask=here)
         tl.store(shrink_ptr + rows, shrink, mask=here)

@@ -8,6 +8,9 @@ A tile of logits z never reaches memory. It leaves, as the launch asks for:
 - dZ, when the logits are computed again in the backward;
 - its own peak, and sums relative to it, for the statistics and for rows whose sum left the range.
 
+Exponents and references are in bits (nats * log2 e): exp2 of one fma is the fewest roundings.
+The target's column and those past the vocabulary's end are -inf in all of these, and add nothing.
+
 Letters: M rows, N columns (a chunk of the vocabulary), D hidden.
 """
 
@@ -16,11 +19,12 @@ import triton.language as tl
 
 # Slots of the partial results [slot, tile of the vocabulary, row].
 SUM, PEAK, TOTAL, PLOGP, SQUARES, LOGITS = (tl.constexpr(i) for i in range(6))
-LOG2E = tl.constexpr(1.4426950408889634)
-# Of an exponent, in nats: E stays finite, so that a row factor of 0 can silence a row out of range.
-CEILING = tl.constexpr(88.0)
-# Stands for -inf where -inf minus itself would be NaN.
-LOWEST = tl.constexpr(-3.0e38)
+BITS = tl.constexpr(1.4426950408889634)  # in a nat
+NATS = tl.constexpr(0.6931471805599453)  # in a bit
+# Of an exponent: E stays finite, so that a row factor of 0 can silence a row out of range. NaN ends
+# here too, and the row it is in goes on as one out of range, whose profile is NaN again.
+CEILING = tl.constexpr(127.0)
+LOWEST = tl.constexpr(-3.0e38)  # stands for -inf where -inf minus itself would be NaN
 
 
 @triton.jit
@@ -56,11 +60,12 @@ def _product_of_pointers(x_ptr, w_ptr, rows, cols, here, valid, stride_x, stride
 @triton.jit
 def tanh(x):
     # to 1e-7 of 1, which a softcap of c turns into c * 1e-7 nats; exp's inf and 0 give 1 and -1
-    return 1 - 2 / (tl.exp2(x * (2 * LOG2E)) + 1)
+    return 1 - 2 / (tl.exp2(x * (2 * BITS)) + 1)
 
 
 @triton.jit
 def _logits(z, bias_ptr, cols, valid, scale, softcap):
+    """Of columns past the end: 0."""
     if bias_ptr is not None:
         z += tl.load(bias_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]
     z *= scale
@@ -70,70 +75,68 @@ def _logits(z, bias_ptr, cols, valid, scale, softcap):
 
 
 @triton.jit
-def _exp(distance):
-    return tl.exp2(tl.where(distance > CEILING, CEILING, distance) * LOG2E)
-
-
-@triton.jit
-def _leave_profile(
-    partial_ptr, slot_stride, z, counted, at, here, ENTROPY: tl.constexpr, OTHERS: tl.constexpr
-):
-    """The tile's peak and sums relative to it, the target left out (`finish` puts it back)."""
-    peak = tl.max(tl.where(counted, z, LOWEST), 1)
+def _leave_profile(partial_ptr, slot_stride, z, at, here, ENTROPY: tl.constexpr, SQUARED: tl.constexpr):
+    """The tile's peak, and sums relative to it."""
+    peak = tl.max(z, 1) * BITS
     peak = tl.where(peak > LOWEST, peak, LOWEST)
-    distance = z - peak[:, None]
-    e = tl.where(counted, tl.exp2(distance * LOG2E), 0.0)
+    bits = tl.fma(z, BITS, -peak[:, None])
+    e = tl.exp2(bits)
     tl.store(partial_ptr + PEAK * slot_stride + at, peak, mask=here)
     tl.store(partial_ptr + TOTAL * slot_stride + at, tl.sum(e, 1), mask=here)
     if ENTROPY:
-        plogp = tl.sum(tl.where(e == 0, 0.0, e * distance), 1)
+        plogp = tl.sum(e * tl.maximum(bits, LOWEST), 1) * NATS
         tl.store(partial_ptr + PLOGP * slot_stride + at, plogp, mask=here)
-    if OTHERS:
+    if SQUARED:
         tl.store(partial_ptr + SQUARES * slot_stride + at, tl.sum(e * e, 1), mask=here)
-        logits = tl.sum(tl.where(counted, z, 0.0), 1)
-        tl.store(partial_ptr + LOGITS * slot_stride + at, logits, mask=here)
 
 
 @triton.jit
-def _softmax_part(z, reference, factor_ptr, by_logit_ptr, rows, here):
-    """E, or with row factors dZ: E times them. A gradient through entropy has by_logit too."""
-    distance = z - reference[:, None]
-    e = _exp(distance)
-    if factor_ptr is not None:
-        by = tl.load(factor_ptr + rows, mask=here, other=0.0)[:, None]
-        if by_logit_ptr is not None:
-            by += tl.load(by_logit_ptr + rows, mask=here, other=0.0)[:, None] * distance
-            by = tl.where(e == 0, 0.0, by)  # an entry of probability 0 may be at -inf
-        e *= by
-    return e
+def _gradient(e, bits, factor_ptr, by_logit_ptr, rows, here):
+    """dZ = E * (factor + by_logit * (z - r)); by_logit comes from a gradient through entropy."""
+    by = tl.load(factor_ptr + rows, mask=here, other=0.0)[:, None]
+    if by_logit_ptr is not None:
+        slope = tl.load(by_logit_ptr + rows, mask=here, other=0.0) * NATS
+        by = tl.fma(tl.maximum(bits, LOWEST), slope[:, None], by)
+        by = tl.where(e == 0, 0.0, by)
+    return e * by
 
 
 @triton.jit
 def _tile(
-    z, rows, at, here, n0, N, v0, target_ptr, target_logit_ptr, reference_ptr, factor_ptr, by_logit_ptr,
-    partial_ptr, slot_stride, softcap,
+    z, rows, at, here, n0, N, v0, target_ptr, target_logit_ptr, reference_ptr, factor_ptr,
+    by_logit_ptr, partial_ptr, slot_stride, softcap,
     BN: tl.constexpr, EXP: tl.constexpr, SUMS: tl.constexpr, PROFILE: tl.constexpr,
-    ENTROPY: tl.constexpr, OTHERS: tl.constexpr,
+    ENTROPY: tl.constexpr, SQUARED: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """Writes a tile's partial results, and returns the tile of E or dZ."""
-    cols = n0 + tl.arange(0, BN)
-    target = (tl.load(target_ptr + rows, mask=here, other=-1) - v0).to(tl.int32)
-    own = target[:, None] == cols[None, :]
-    counted = (cols < N)[None, :] & (own == 0)
+    # within the tile, where columns are constants of the program and take no registers
+    column = tl.arange(0, BN)[None, :]
+    target = (tl.load(target_ptr + rows, mask=here, other=-1) - v0).to(tl.int32) - n0
+    if MEAN:
+        tl.store(partial_ptr + LOGITS * slot_stride + at, tl.sum(z, 1), mask=here)
+    own = target[:, None] == column
+    if SUMS:
+        # Tensor cores round otherwise than a dot product in fp32 does, so the target's logit is taken
+        # from the accumulator that the others come from.
+        mine = here & (target >= 0) & (target < BN)
+        tl.store(target_logit_ptr + rows, tl.sum(tl.where(own, z, 0.0), 1), mask=mine)
+    # The same comparison in other words: one kept from above would hold a register per column.
+    own = column + n0 == (target + n0)[:, None]
+    z = tl.where(own | (column >= N - n0), float("-inf"), z)
     if PROFILE:
-        _leave_profile(partial_ptr, slot_stride, z, counted, at, here, ENTROPY, OTHERS)
+        _leave_profile(partial_ptr, slot_stride, z, at, here, ENTROPY, SQUARED)
     e = z
     if EXP:
         reference = tl.load(reference_ptr + rows, mask=here, other=0.0)
-        e = tl.where(counted, _softmax_part(z, reference, factor_ptr, by_logit_ptr, rows, here), 0.0)
+        bits = tl.minimum(tl.fma(z, BITS, -reference[:, None]), CEILING)
+        e = tl.exp2(bits)
         if SUMS:
             tl.store(partial_ptr + SUM * slot_stride + at, tl.sum(e, 1), mask=here)
-            # Tensor cores round otherwise than a dot product in fp32 does, so the target's logit is
-            # taken from the accumulator that the others come from.
-            mine = here & (target >= n0) & (target < n0 + BN)
-            tl.store(target_logit_ptr + rows, tl.sum(tl.where(own, z, 0.0), 1), mask=mine)
+        if factor_ptr is not None:
+            e = _gradient(e, bits, factor_ptr, by_logit_ptr, rows, here)
         if softcap is not None:
-            e *= 1 - (z / softcap) * (z / softcap)
+            part = tl.maximum(z, -softcap) / softcap
+            e *= 1 - part * part
     return e
 
 
@@ -145,7 +148,7 @@ def head_tiles(
     out_ptr,  # E or dZ [M, N], or None
     target_ptr,  # i64[M], in the whole vocabulary
     target_logit_ptr,  # f32[M], written with SUMS
-    reference_ptr,  # f32[M]: r
+    reference_ptr,  # f32[M]: r in bits
     factor_ptr,  # f32[M] or None: dZ = E * (factor + by_logit * (z - r))
     by_logit_ptr,  # f32[M] or None
     partial_ptr,  # f32[slots, tiles of N, M] or None
@@ -170,7 +173,8 @@ def head_tiles(
     SUMS: tl.constexpr,
     PROFILE: tl.constexpr,
     ENTROPY: tl.constexpr,
-    OTHERS: tl.constexpr,
+    SQUARED: tl.constexpr,
+    MEAN: tl.constexpr,
 ):
     """A persistent program walks the tiles pid, pid + programs, ... of logits."""
     height = M
@@ -197,9 +201,9 @@ def head_tiles(
             z = _product_of_pointers(x_ptr, w_ptr, rows, cols, here, valid, stride_x, stride_w, D, BK)
         z = _logits(z, bias_ptr, cols, valid, scale, softcap)
         e = _tile(
-            z, rows, n.to(tl.int64) * M + position, here, n * BN, N, v0, target_ptr, target_logit_ptr,
-            reference_ptr, factor_ptr, by_logit_ptr, partial_ptr, slot_stride, softcap,
-            BN, SUMS or out_ptr is not None, SUMS, PROFILE, ENTROPY, OTHERS,
+            z, rows, n.to(tl.int64) * M + position, here, n * BN, N, v0, target_ptr,
+            target_logit_ptr, reference_ptr, factor_ptr, by_logit_ptr, partial_ptr, slot_stride, softcap,
+            BN, SUMS or out_ptr is not None, SUMS, PROFILE, ENTROPY, SQUARED, MEAN,
         )  # fmt: skip
         if out_ptr is not None:
             if DESCRIPTORS:
