@@ -12,7 +12,6 @@ from . import triton_finish as finish
 from . import triton_rows as rows
 from .triton_tile import head_tiles
 
-
 SLOTS = 6  # of partial results, numbered in triton_tile.py; the first three settle rows out of range
 MERGED = 16  # tiles whose sums are merged at a time
 
