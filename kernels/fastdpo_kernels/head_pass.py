@@ -1,7 +1,7 @@
 """The head over some rows, in two steps: their log-probs now, their gradients once the loss knows how
 much of each it wants.
 
-This is the seam for another backend: one more class with `logp` and `gradients`, chosen in `head_pass`.
+This is the seam between backends: each is a class with `logp` and `gradients`, chosen in `head_pass`.
 """
 
 import torch
@@ -10,6 +10,7 @@ from .chunked import Gradients, gradients, scan, target_coefficient
 from .head import Head, HiddenGrad
 from .ops import empty, operand
 from .plan import Plan, spans
+from .tiles import takes_triton
 
 
 class TorchPass:
@@ -49,6 +50,10 @@ class TorchPass:
         return Gradients(hidden=self.row_grad.merged())
 
 
-def head_pass(head: Head, hidden: torch.Tensor, target: torch.Tensor, how: Plan) -> TorchPass:
-    """hidden [M, D], target i64[M] through the head: CUDA tensors take plain torch too, until triton/."""
+def head_pass(head: Head, hidden: torch.Tensor, target: torch.Tensor, how: Plan):
+    """hidden [M, D], target i64[M] through the head, by the Triton kernels where they take such tensors."""
+    if takes_triton(head, hidden):
+        from .triton_pass import TritonPass  # needs triton
+
+        return TritonPass(head, hidden, target, how)
     return TorchPass(head, hidden, target, how)

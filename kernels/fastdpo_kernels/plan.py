@@ -86,7 +86,7 @@ def plan(
     if not train_weight:
         return replace(whole, peak_bytes=whole.peak_bytes + extra)
     # cut as if for a gradient in any case: the same rows then have the same bits without one
-    keeps = lambda m: _whole(m, V, D, dtype, True, budget, True).name == "keep"
+    keeps = lambda rows: _blocks(rows, V, D, dtype, budget)[3]
     parts = tuple(_whole(m, V, D, dtype, True, budget, need_grad) for m in _whole_groups(groups, keeps))
     return Plan(
         "grouped" if need_grad else "forward",
@@ -98,42 +98,48 @@ def plan(
     )
 
 
-def _whole(M, V, D, dtype, train_weight, budget, need_grad) -> Plan:
-    """The Plan that sends all rows through the head at once."""
+def _blocks(M, V, D, dtype, budget):
+    """(width of a chunk, bytes of one of its entries, bytes of the kept matrix, whether they fit)."""
     wide = max(4, dtype.itemsize)  # logits are float32, or float64 for float64
-    half = dtype.itemsize < wide
     # per vocabulary entry of a chunk: logits, softcap slope and one temporary; for half inputs on
     # CPU also the entry's fp32 weights and fp32 gradient
-    column = 3 * M * wide + (2 * D * wide if half else 0)
+    column = max(1, 3 * M * wide + (2 * D * wide if dtype.itemsize < wide else 0))
     width = min(V, max(BLOCK_WIDTH, BLOCK_ELEMENTS // max(M, 1)))
+    # Half of the budget is for the kept matrix in any case: a chunk that took all of it would send
+    # the fewest rows, whose chunks are the widest, to the recompute plan. A pass without gradient has
+    # the same chunks, so that a reference computed by it has the policy's very bits.
+    width = max(1, min(width, budget // (2 * column)))
     kept = V * M * dtype.itemsize
+    return width, column, kept, kept + width * column <= budget
+
+
+def _whole(M, V, D, dtype, train_weight, budget, need_grad) -> Plan:
+    """The Plan that sends all rows through the head at once."""
+    width, column, kept, fits = _blocks(M, V, D, dtype, budget)
     if not need_grad:
-        name, gemms, kept = "forward", 1, 0
+        name, gemms = "forward", 1
     elif not train_weight:
-        name, gemms, kept = "frozen", 2, 0
-    elif kept + width * column <= budget:
-        # with a full chunk beside it, so that the chunks are those of the same rows' forward plan: a
-        # reference computed without gradient then has the policy's very bits
-        name, gemms = "keep", 3
+        name, gemms = "frozen", 2
     else:
-        name, gemms, kept = "recompute", 4, 0
-    width = max(1, min(width, (budget - kept) // max(column, 1)))
+        name, gemms = ("keep", 3) if fits else ("recompute", 4)
     chunks = -(-V // width)
     width = -(-V // chunks)  # what `spans` makes of it
     # hidden made contiguous or wider, and for a gradient its accumulator and the target's rows of
     # the head; 32 vectors of row statistics, and one row of maxima per kept chunk
-    rows = M * wide * ((D if name == "forward" else 4 * D) + 32 + (chunks if name == "keep" else 0))
-    return Plan(name, gemms * 2 * M * V * D, kept + width * column + rows, chunks, M)
+    vectors = (D if name == "forward" else 4 * D) + 32 + (chunks if name == "keep" else 0)
+    blocks = width * column + (kept if name == "keep" else 0)
+    return Plan(name, gemms * 2 * M * V * D, blocks + M * max(4, dtype.itemsize) * vectors, chunks, M)
 
 
 def _whole_groups(groups: Iterable[int], keeps) -> list[int]:
     """Rows of each part: consecutive groups together while `keeps(rows)`, at least one group."""
-    parts = []
+    parts, room = [], False
     for rows in groups:
-        if parts and keeps(parts[-1]) and keeps(parts[-1] + rows):
+        if room and keeps(parts[-1] + rows):
             parts[-1] += rows
         elif rows:
             parts.append(rows)
+            room = keeps(rows)
     return parts or [0]
 
 

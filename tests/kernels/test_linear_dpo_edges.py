@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from fastdpo_kernels import linear_dpo, plan, reference
 from fastdpo_kernels.pair_losses import PairLoss
 
@@ -123,6 +124,19 @@ def test_compiled_caller_with_a_loss_function():
         function(hidden).backward()
         gradients.append(hidden.grad)
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_inside_a_checkpoint(reentrant):
+    hidden, *rest = few()
+    gradients = []
+    for function in (lambda f, *x, **_: f(*x), torch.utils.checkpoint.checkpoint):
+        leaves = [t.clone().requires_grad_() for t in (hidden, rest[0])]
+        head = lambda h, w: linear_dpo(torch.tanh(h), w, *rest[1:], memory_budget=1)[0]
+        function(head, *leaves, use_reentrant=reentrant).div(2).backward()
+        gradients.append([t.grad for t in leaves])
+    for plain, checkpointed in zip(*gradients):
+        assert torch.equal(plain, checkpointed)
 
 
 def test_one_backward_and_first_order_only():
