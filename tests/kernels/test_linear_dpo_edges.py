@@ -1,13 +1,17 @@
 """linear_dpo: no pairs, no rows, NaN, torch.compile, a second backward, and what is refused."""
 
+import gc
 import math
 import re
+import sys
+import weakref
 
 import pytest
 import torch
 import torch.utils.checkpoint
 from fastdpo_kernels import linear_dpo, plan, reference
 from fastdpo_kernels.pair_losses import PairLoss
+from torch.utils.flop_counter import FlopCounterMode
 
 from .cases import NAMES, many_chunks  # noqa: F401
 from .dpo_cases import assert_as_good, batch, budget_for, parts
@@ -164,15 +168,34 @@ def test_groups_that_cut_are_seen_without_looking():
     assert not cut([[0, 2]], 7) and cut([[0, 2], [3, 0]], 7)  # an empty response is on either side
 
 
-def test_no_grad_stores_nothing():
+def test_no_grad_costs_a_forward():
     b = batch(3)
     hidden, weight = b.head.hidden.requires_grad_(), b.head.weight.requires_grad_()
-    with torch.no_grad():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         total, _ = linear_dpo(hidden, weight, b.head.target, b.cu_resp, b.pairs)
     assert total.grad_fn is None
+    assert counter.get_total_flops() == 2 * hidden.numel() * len(weight)
     sizes = (len(hidden), *weight.shape)
     sized = dict(dtype=hidden.dtype, train_weight=True, groups=b.groups)
     assert plan(*sizes, **sized, need_grad=False).peak_bytes < plan(*sizes, **sized).peak_bytes
+
+
+def test_a_part_is_gone_before_the_next(monkeypatch):
+    module = sys.modules["fastdpo_kernels.linear_dpo"]
+    real, passes = module.head_pass, []
+
+    def watched(*args):
+        gc.collect()
+        assert all(old() is None for old in passes), "its kept matrix is still there"
+        made = real(*args)
+        passes.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(module, "head_pass", watched)
+    b = batch(5)
+    budget = budget_for(b, max(b.groups)) - 1
+    b.run(linear_dpo, memory_budget=budget)
+    assert len(passes) == len(parts(b, budget)) > 2
 
 
 @pytest.mark.parametrize(
