@@ -1,10 +1,11 @@
 """Compiles every kernel for chips that are not here, at every row of the tile table, and tells what
 each needs: registers, stack, shared memory, and whether its GEMM runs on the tensor cores.
 
-python -m benchmarks.aot [--json results/aot.json]      (no GPU; Triton's wheel has ptxas and cuobjdump)
+python -m benchmarks.aot          writes results/aot_<triton>.json, and fails where a kernel has a fault
+                                  (4 minutes, no GPU: Triton's wheel has ptxas and cuobjdump)
 """
 
-import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -21,6 +22,10 @@ from triton.compiler import ASTSource, compile
 
 # what one program may have, from the CUDA programming guide's table of compute capabilities
 SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
+# the instruction that a GEMM over all rows must run on; listed rows are too few to matter
+MATRIX = {(8, 0): "HMMA", (9, 0): "HGMMA", (10, 0): "UTCHMMA"}
+WHOLE_PASSES = ("E", "E, bias, softcap", "E, statistics, softcap", "sums only", "sums and statistics", "dZ")
+WHOLE_PASSES += ("dZ, entropy, softcap",)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 M, D, V = 8192, 4096, 128256
 launch.processors = lambda device: 132
@@ -110,36 +115,42 @@ def resources(spec, capability):
     }
 
 
-def faults(row, capability):
-    """What would make this kernel slow, wrong or impossible to launch."""
+def faults(row, capability, name):
+    """What would make this kernel slow, or impossible to launch."""
     out = [f"{key} {row[key]}" for key in ("stack", "local", "spills") if row[key]]
     if row["shared"] > SHARED_BYTES[capability]:
         out.append(f"shared {row['shared']} of {SHARED_BYTES[capability]}")
+    if name in WHOLE_PASSES and row["matrix"] != MATRIX[capability]:
+        out.append(f"matrix {row['matrix']}")
     return out
 
 
-def table():
-    """{chip: {launch: resources}} over the tile table."""
-    return {
-        f"sm_{capability[0]}{capability[1]} {str(dtype).split('.')[1]}": {
-            name: resources(spec, capability) for name, spec in launches(tile, dtype).items()
-        }
-        for (capability, dtype), tile in tiles.TILES.items()
-    }
+def of_sources():
+    """Tells a table of these kernels from one of older kernels."""
+    names = ("triton_tile", "triton_rows", "triton_finish", "launch", "tiles")
+    texts = [(Path(launch.__file__).parent / f"{name}.py").read_bytes() for name in names]
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
+
+
+def chip(capability):
+    return f"sm_{capability[0]}{capability[1]}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    result = {"triton": triton.__version__, "kernels": table()}
-    for chip, rows in result["kernels"].items():
-        print(f"\n{chip:24} registers  stack  local  spills  shared  warps  matrix")
-        for name, row in rows.items():
-            print(f"{name:24}", *(f"{row[k]!s:>7}" for k in row))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    result = {"triton": triton.__version__, "sources": of_sources(), "kernels": {}}
+    bad = []
+    for (capability, dtype), tile in tiles.TILES.items():
+        rows = result["kernels"][f"{chip(capability)} {str(dtype).split('.')[1]}"] = {}
+        print(f"\n{chip(capability):24} registers  stack  local  spills  shared  warps  matrix")
+        for name, spec in launches(tile, dtype).items():
+            row = rows[name] = resources(spec, capability)
+            print(f"{name:24}", *(f"{row[key]!s:>7}" for key in row), flush=True)
+            bad += [f"{chip(capability)} {name}: {fault}" for fault in faults(row, capability, name)]
+    path = Path(__file__).parent / "results" / f"aot_triton_{triton.__version__}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(bad or ["no faults"]))
+    return bool(bad)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

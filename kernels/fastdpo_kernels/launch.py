@@ -44,11 +44,6 @@ def processors(device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def fits_descriptor(*tensors) -> bool:
-    """Descriptors need 16-byte rows and starts."""
-    return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0 for t in tensors)
-
-
 def tile_pass(tile, head, x, target, span, state, *, out=None, partial=None, sums=False, profile=False,
               stats=(), factor=None, by_logit=None, listed=None):  # fmt: skip
     """The GEMM over the vocabulary's [v0, v1), leaving what is asked for; see triton_tile.py.
@@ -110,6 +105,7 @@ def start_rows(head, x, target, state):
         reference_ptr=state.reference,
         target_logit_ptr=state.target_logit,
         rest_ptr=state.rest,
+        V=len(head.weight),
         D=x.shape[1],
         stride_x=x.stride(0),
         stride_w=head.weight.stride(0),
@@ -213,6 +209,7 @@ def hidden_gradient(sums, weight, target, factor, coefficient, out):
         factor_ptr=factor,
         coefficient_ptr=coefficient,
         out_ptr=out,
+        V=len(weight),
         D=out.shape[1],
         stride_w=weight.stride(0),
     )

@@ -116,6 +116,7 @@ def hidden_gradient(
     factor_ptr,  # f32[M] or None (1): of the sums
     coefficient_ptr,  # f32[M]: of the target's row of W
     out_ptr,  # [M, D], written
+    V,
     D,
     stride_w,
     BLOCK: tl.constexpr,
@@ -125,11 +126,12 @@ def hidden_gradient(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     coefficient = tl.load(coefficient_ptr + row)
+    width = tl.where((target >= 0) & (target < V), D, 0)
     for k in range(0, D, BLOCK):
         inner = k + tl.arange(0, BLOCK)
         total = tl.load(sums_ptr + row * D + inner, mask=inner < D, other=0.0)
         if factor_ptr is not None:
             total *= tl.load(factor_ptr + row)
-        w = tl.load(w_ptr + target * stride_w + inner, mask=inner < D, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + target * stride_w + inner, mask=inner < width, other=0.0).to(tl.float32)
         out = (total + coefficient * w).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * D + inner, out, mask=inner < D)

@@ -29,6 +29,7 @@ def start_rows(
     reference_ptr,  # f32[M], written: the target's logit + OFFSET, in bits
     target_logit_ptr,  # f32[M], written (the tile with the target writes it again)
     rest_ptr,  # f32[M], written: 0
+    V,
     D,
     stride_x,
     stride_w,
@@ -38,15 +39,17 @@ def start_rows(
 ):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
+    inside = (target >= 0) & (target < V)
+    width = tl.where(inside, D, 0)
     total = tl.zeros((BLOCK,), tl.float32)
     for k in range(0, D, BLOCK):
         inner = k + tl.arange(0, BLOCK)
         x = tl.load(x_ptr + row * stride_x + inner, mask=inner < D, other=0.0).to(tl.float32)
-        w = tl.load(w_ptr + target * stride_w + inner, mask=inner < D, other=0.0).to(tl.float32)
-        total += x * w
-    z = tl.sum(total)
+        w = tl.load(w_ptr + target * stride_w + inner, mask=inner < width, other=0.0)
+        total += x * w.to(tl.float32)
+    z = tl.where(inside, tl.sum(total), float("nan"))  # nobody waits for the device to refuse a target
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + target).to(tl.float32)
+        z += tl.load(bias_ptr + target, mask=inside, other=0.0).to(tl.float32)
     z *= scale
     if softcap is not None:
         z = softcap * tanh(z / softcap)

@@ -1,5 +1,7 @@
 """torch.compile of the caller takes linear_logp in one graph, forward and backward."""
 
+from functools import partial
+
 import pytest
 import torch
 from fastdpo_kernels import linear_logp
@@ -44,6 +46,7 @@ def test_operators_keep_their_word():
     c = case(lora=False).to(torch.float32)
     inputs = (c.hidden, c.weight, c.bias, None, None, c.target)
     options = (1.0, 1.0, None)
+    check = partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
     for name in ("forward", "frozen", "keep", "recompute"):
         args = (*inputs, *options, "entropy", name, 3)
         torch.library.opcheck(
@@ -57,8 +60,4 @@ def test_operators_keep_their_word():
                 continue
             upstream = (logp.clone(), d_entropy, *inputs, logp, entropy, saved)
             need = [True, True, True, False, False]
-            torch.library.opcheck(
-                torch.ops.fastdpo.linear_logp_backward,
-                (*upstream, *options, name, 3, need),
-                test_utils=("test_schema", "test_faketensor"),
-            )
+            check(torch.ops.fastdpo.linear_logp_backward, (*upstream, *options, name, 3, need))

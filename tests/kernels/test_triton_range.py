@@ -1,5 +1,6 @@
 """Both ends of the range, NaN and inf, and masked tokens, by the Triton kernels."""
 
+import importlib
 import math
 
 import pytest
@@ -8,13 +9,23 @@ from fastdpo_kernels import linear_logp, reference
 
 from .cases import STATS, budget
 from .interpreted import assert_right, head_case, interpreted, many_chunks, small_tiles  # noqa: F401
-from .test_edges import logits_case
+from .test_edges import logits_case as strided_logits_case
 
 if not interpreted:
     pytest.skip("test_interpreter.py runs this", allow_module_level=True)
 
+from fastdpo_kernels import Plan, launch
+from fastdpo_kernels.head import Head
+from fastdpo_kernels.triton_pass import TritonPass
+
 ALL = ("hidden", "weight", "bias")
 WAYS = {"forward": (), "frozen": ("hidden",), "keep": ALL, "recompute": ALL}
+
+
+def logits_case(logits, target):
+    c = strided_logits_case(logits, target).to(torch.float32)
+    c.weight = c.weight.contiguous()  # strided weights take torch
+    return c
 
 
 def options_of(name, c):
@@ -38,7 +49,7 @@ def extremes(V, target):
 @pytest.mark.parametrize("target", (2, 137))
 def test_extreme_logits(name, target, many_chunks):  # noqa: F811
     # the target in the first chunk or in the last; frozen and recompute go by chunks
-    c = logits_case(extremes(140, target), [target] * 8).to(torch.float32)
+    c = logits_case(extremes(140, target), [target] * 8)
     got = c.run(linear_logp, WAYS[name], **options_of(name, c))["logp"]
     truth = c.to(torch.float64).run(reference.linear_logp, ())["logp"]
     truth[0] = -139 * math.exp(-40)  # float64 has no digits for it beside 1
@@ -105,3 +116,50 @@ def test_a_masked_target_is_minus_infinity():
     c.bias[c.target] = -math.inf
     got = c.to(torch.float32).run(linear_logp, ())["logp"]
     assert (got == -math.inf).all()
+
+
+@pytest.mark.parametrize("target", (-100, 70))
+def test_a_target_outside_the_vocabulary_is_nan(target, monkeypatch):
+    # on a device, where looking would wait for it
+    monkeypatch.setattr(
+        importlib.import_module("fastdpo_kernels.linear_logp"), "check_target_values", lambda target, V: None
+    )
+    c = head_case(3, 70).to(torch.float32)
+    good = c.run(linear_logp, ("hidden",))
+    c.target[1] = target
+    got = c.run(linear_logp, ("hidden",))
+    assert got["logp"][1].isnan() and got["d_hidden"][1].isnan().all()
+    assert torch.equal(got["logp"][::2], good["logp"][::2])
+    assert torch.equal(got["d_hidden"][::2], good["d_hidden"][::2])
+
+
+def test_which_rows_are_out_of_range():
+    gaps = (0.0, 40.0, 100.0, 112.0, 116.0, 1000.0)
+    logits = [[-gap / 2] + [-2e3] * 68 + [gap / 2] for gap in gaps]
+    c = logits_case(logits, [0] * len(gaps))
+    head = Head(c.weight, None, None, None, 1.0, 1.0, None)
+    rows = TritonPass(head, c.hidden, c.target, Plan("forward", 0, 0, 1, len(gaps))).rows
+    reference_ = rows.peak * math.log(2)
+    own, greatest = c.hidden @ c.weight[0], c.hidden @ c.weight[69]
+    torch.testing.assert_close(reference_, torch.cat((own[:4] + 40, greatest[4:])))
+
+
+def test_the_targets_logit_is_the_accumulators(monkeypatch):
+    # as if tensor cores and the dot product in fp32 differed by 0.01: only the reference may notice
+    c = head_case(7, 130).to(torch.float32)
+    right = c.run(linear_logp, ALL)
+    start_rows = launch.start_rows
+
+    class Off:
+        def __init__(self, head, x, target, state):
+            self.launch, self.state = start_rows(head, x, target, state), state
+
+        def run(self):
+            self.launch.run()
+            self.state.target_logit.add_(0.01)
+            self.state.reference.add_(0.01)
+
+    monkeypatch.setattr(launch, "start_rows", Off)
+    for key, value in c.run(linear_logp, ALL).items():
+        if value is not None:
+            torch.testing.assert_close(value, right[key], rtol=1e-5, atol=1e-5)
