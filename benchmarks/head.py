@@ -37,8 +37,8 @@ SHAPES = (
 )
 # with budgets that half of the rows fit
 SMALL = (
-    Shape(96, 64, 1500, 12, budget=1_200_000),
-    Shape(64, 48, 2001, 16, softcap=30.0, budget=1_100_000),
+    Shape(96, 64, 1500, 12, budget=700_000),
+    Shape(64, 48, 2001, 16, softcap=30.0, budget=700_000),
 )
 MODES = {"forward": 1, "frozen": 2, "trained": 3}  # and the GEMMs of 2MVD that are its floor
 TURNS = 7
@@ -154,7 +154,7 @@ def row(name: str, r: dict, ours: float) -> list[str]:
     plan = f" ({r['plan']})" if "plan" in r else show("tflops", " ({:.2f} TFLOP/s)")
     nats = f"{r['nats_max']:.0e} / {r['nats_median']:.0e}" if "nats_max" in r else ""
     own = show("of_own_flops", " ({:.2f})")
-    promised = show("promised_bytes", " of {:,.0f}", 1e-6)
+    promised = show("promised_bytes", " of {:,.1f}", 1e-6)
     return [
         name + plan,
         show("median_s", "{:.2f}", 1e3),
