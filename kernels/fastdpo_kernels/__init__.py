@@ -5,5 +5,6 @@ from .linear_dpo import linear_dpo
 from .linear_logp import linear_logp
 from .plan import MEMORY_BUDGET, Plan, plan
 from .reference import DPOStats
+from .tiles import backend
 
-__all__ = ["MEMORY_BUDGET", "DPOStats", "Plan", "linear_dpo", "linear_logp", "plan", "reference"]
+__all__ = ["MEMORY_BUDGET", "DPOStats", "Plan", "backend", "linear_dpo", "linear_logp", "plan", "reference"]

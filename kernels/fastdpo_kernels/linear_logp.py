@@ -39,8 +39,13 @@ def linear_logp(
     NaN or inf in a row of hidden stays in that row of the results and of hidden's gradient; the
     head's gradients sum over rows, so they are lost. A bias of -inf masks a token out.
 
+    `backend` tells what runs it: Triton kernels for bfloat16 on the GPUs of tiles.TILES (not with a
+    LoRA or a weight whose rows are strided), plain torch elsewhere, with the same plans and accuracy.
+    torch.compile takes a call as one operator.
+
     Raises ValueError for shapes, dtypes or devices that do not fit, an unknown stat, softcap <= 0,
-    and, on CPU tensors only (a device would have to be waited for), a target outside [0, V).
+    and, on CPU tensors only (a device would have to be waited for), a target outside [0, V), which is
+    NaN on a GPU's Triton path and a device assertion on torch's.
     """
     a, b, lora_scale = (None, None, 1.0) if lora is None else lora
     check_head("linear_logp", hidden, weight, target, bias, a, b)

@@ -14,7 +14,7 @@ SMALL = tiles.Tile(rows=64, columns=64, depth=16, group=2, warps=4, stages=1, de
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Every call goes to Triton, where 257 tokens are four tiles and one column."""
+    """Every call goes to Triton, where 130 tokens are two tiles and two columns."""
     from fastdpo_kernels import launch
 
     monkeypatch.setattr(tiles, "tile", lambda device, dtype: SMALL)
@@ -31,7 +31,7 @@ def many_chunks(monkeypatch):
     monkeypatch.setattr(plan_module, "BLOCK_WIDTH", 7)
 
 
-def head_case(M=7, V=257, D=36, **options):
+def head_case(M=7, V=130, D=36, **options):
     """A case without LoRA (which takes torch); rows of 36 floats suit descriptors, of 33 do not."""
     return case(M, V, D, lora=False, **options)
 
