@@ -88,7 +88,9 @@ def test_uninitialised_memory_is_never_read(softcap, monkeypatch):
 @pytest.mark.parametrize(("name", "wanted"), (("keep", ("hidden",)), ("keep", ALL), ("recompute", ALL)))
 def test_same_bits_again(name, wanted):
     c = head_case(65, 130, softcap=5.0).to(torch.float32)
-    first, second = (c.run(linear_logp, wanted, STATS, memory_budget=budget(name, c)) for _ in range(2))
+    first, second = (
+        c.run(linear_logp, wanted, ("entropy",), memory_budget=budget(name, c)) for _ in range(2)
+    )
     for key, value in first.items():
         assert value is None or torch.equal(value, second[key]), key
 
@@ -147,3 +149,15 @@ def test_error_in_nats():
     c = head_case(70, size=3).to(torch.float32)
     truth = c.to(torch.float64).run(reference.linear_logp, ())["logp"]
     assert (c.run(linear_logp, ())["logp"] - truth).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_calls(seed):
+    torch.manual_seed(seed)
+    pick = lambda *choices: choices[torch.randint(len(choices), ()).item()]
+    size = lambda most: torch.randint(1, most, ()).item()
+    options = dict(bias=pick(True, False), scale=pick(1, 0.3), softcap=pick(None, 2.0, 30.0), size=pick(1, 4))
+    c = head_case(size(90), size(200) + 1, size(50), entropy=pick(True, False), **options).to(torch.float32)
+    wanted = [name for name in ALL if pick(True, False) and (name != "bias" or c.bias is not None)]
+    stats = [name for name in STATS if pick(True, False) or (name == "entropy" and c.d_entropy is not None)]
+    assert_right(c, tuple(wanted), tuple(stats), memory_budget=budget(pick(*PLANS), c))
