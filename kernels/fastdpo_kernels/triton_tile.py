@@ -21,9 +21,6 @@ import triton.language as tl
 SUM, PEAK, TOTAL, PLOGP, SQUARES, LOGITS = (tl.constexpr(i) for i in range(6))
 BITS = tl.constexpr(1.4426950408889634)  # in a nat
 NATS = tl.constexpr(0.6931471805599453)  # in a bit
-# Of an exponent: E stays finite, so that a row factor of 0 can silence a row out of range. NaN ends
-# here too, and the row it is in goes on as one out of range, whose profile is NaN again.
-CEILING = tl.constexpr(127.0)
 LOWEST = tl.constexpr(-3.0e38)  # stands for -inf where -inf minus itself would be NaN
 
 
@@ -128,8 +125,8 @@ def _tile(
     e = z
     if EXP:
         reference = tl.load(reference_ptr + rows, mask=here, other=0.0)
-        bits = tl.minimum(tl.fma(z, BITS, -reference[:, None]), CEILING)
-        e = tl.exp2(bits)
+        bits = tl.fma(z, BITS, -reference[:, None])
+        e = tl.exp2(bits)  # inf or NaN in a row make its sum so, and the row is done again
         if SUMS:
             tl.store(partial_ptr + SUM * slot_stride + at, tl.sum(e, 1), mask=here)
         if factor_ptr is not None:
@@ -154,28 +151,13 @@ def head_tiles(
     partial_ptr,  # f32[slots, tiles of N, M] or None
     rows_ptr,  # i32[count] or None: only these rows, whose partial results lie at 0 .. count - 1
     count_ptr,  # i32[1] or None
-    M,
-    N,
-    D,
+    M, N, D,
     v0,  # where the chunk starts in the vocabulary
-    stride_x,
-    stride_w,
-    stride_out,
-    slot_stride,
-    scale,
-    softcap,
-    programs,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    SUMS: tl.constexpr,
-    PROFILE: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    SQUARED: tl.constexpr,
+    stride_x, stride_w, stride_out, slot_stride, scale, softcap, programs,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SUMS: tl.constexpr, PROFILE: tl.constexpr, ENTROPY: tl.constexpr, SQUARED: tl.constexpr,
     MEAN: tl.constexpr,
-):
+):  # fmt: skip
     """A persistent program walks the tiles pid, pid + programs, ... of logits."""
     height = M
     if rows_ptr is not None:
