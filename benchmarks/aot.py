@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import triton
-from fastdpo_kernels import launch, tiles, triton_head
+from fastdpo_kernels import chunk, launch, tiles, triton_head
 from fastdpo_kernels.head import Head
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -32,7 +32,7 @@ launch.processors = lambda device: 132
 
 
 def launches(tile, dtype):
-    """{name: Launch} of everything that triton_head.py runs, on tensors without memory."""
+    """{name: Launch} of everything that runs, on tensors without memory."""
     new = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
     x, w = new(M, D, dtype=dtype), new(V, D, dtype=dtype)
     plain = Head(w, None, None, None, 1.0, 1.0, None)
@@ -64,7 +64,30 @@ def launches(tile, dtype):
         "finish_stats": launch.finish_stats(partial, partial.shape[1], V, rows, dict.fromkeys(stats, rows)),
         "put_target": launch.put_target(out, target, rows, (0, V)),
         "hidden_gradient": launch.hidden_gradient(sums, w, target, rows, rows, x),
-    }
+    } | chunk_launches(new, target, rows)
+
+
+def chunk_launches(new, target, rows):
+    """Those that reduce chunks of logits. In float16, which has no tile and comes here on every chip; and
+    in float32, where E and dZ take the logits' place."""
+    out, span = {}, (4096, 8192)
+    few, every = chunk.Sums(rows, rows, rows, None, None, None), chunk.Sums(*(rows,) * 6)
+    for dtype in (torch.float16, torch.float32):
+        name = str(dtype).split(".")[1]
+        z, e = new(M, 4096), new(M, 4096, dtype=dtype)
+        plain = Head(new(V, D, dtype=dtype), None, None, None, 1.0, 1.0, None)
+        capped = replace(plain, bias=new(V, dtype=dtype), softcap=30.0)
+        sums = lambda head, s, e=None, z=z: launch.chunk_sums(head, z, target, span, s, rows, rows, e)
+        dz = lambda head, by, e=e, z=z: launch.chunk_gradient(head, z, target, span, rows, rows, by, e)
+        out |= {
+            f"chunk sums, {name}": sums(plain, few),
+            f"chunk sums, statistics, softcap, {name}": sums(capped, every),
+            f"chunk E, {name}": sums(plain, few, e),
+            f"chunk E, statistics, softcap, {name}": sums(capped, every, e),
+            f"chunk dZ, {name}": dz(plain, None),
+            f"chunk dZ, entropy, softcap, {name}": dz(capped, rows),
+        }
+    return out
 
 
 def source(spec):
@@ -127,7 +150,7 @@ def faults(row, capability, name):
 
 def of_sources():
     """Tells a table of these kernels from one of older kernels."""
-    names = ("triton_tile", "triton_rows", "triton_finish", "launch", "tiles")
+    names = ("triton_tile", "triton_rows", "triton_finish", "triton_chunk", "launch", "tiles")
     texts = [(Path(launch.__file__).parent / f"{name}.py").read_bytes() for name in names]
     return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
 
@@ -141,10 +164,10 @@ def main():
     bad = []
     for (capability, dtype), tile in tiles.TILES.items():
         rows = result["kernels"][f"{chip(capability)} {str(dtype).split('.')[1]}"] = {}
-        print(f"\n{chip(capability):24} registers  stack  local  spills  shared  warps  matrix")
+        print(f"\n{chip(capability):42} registers  stack  local  spills  shared  warps  matrix")
         for name, spec in launches(tile, dtype).items():
             row = rows[name] = resources(spec, capability)
-            print(f"{name:24}", *(f"{row[key]!s:>7}" for key in row), flush=True)
+            print(f"{name:42}", *(f"{row[key]!s:>7}" for key in row), flush=True)
             bad += [f"{chip(capability)} {name}: {fault}" for fault in faults(row, capability, name)]
     path = Path(__file__).parent / "results" / f"aot_triton_{triton.__version__}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -6,15 +6,16 @@ This is the seam between backends: each is a class with `logp` and `gradients`, 
 
 import torch
 
+from .chunk import chunk_of
 from .chunked import Gradients, gradients, scan, target_coefficient
 from .head import Head, HiddenGrad
-from .ops import empty, operand
+from .ops import operand
 from .plan import Plan, spans
 from .tiles import takes_triton
 
 
 class TorchPass:
-    """Plain torch, by chunks of the vocabulary, as `how` says: a Plan without parts."""
+    """By chunks of logits (chunked.py), as `how` says: a Plan without parts."""
 
     def __init__(self, head: Head, hidden: torch.Tensor, target: torch.Tensor, how: Plan):
         self.head, self.target, self.name = head, target, how.name
@@ -23,7 +24,7 @@ class TorchPass:
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
         self.kept = self.row_grad = None
         if how.name == "keep":
-            self.kept = empty(len(head.weight), len(hidden), dtype=hidden.dtype, device=hidden.device)
+            _, self.kept = chunk_of(head, self.x, target, accumulate).kept(dtype=hidden.dtype)
         elif how.name == "frozen":
             self.row_grad = HiddenGrad(head, self.x, accumulate)
         self.rows, _, self.peaks = scan(

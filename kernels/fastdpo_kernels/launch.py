@@ -8,12 +8,14 @@ from functools import cache
 import torch
 import triton
 
+from . import triton_chunk
 from . import triton_finish as finish
 from . import triton_rows as rows
 from .triton_tile import head_tiles
 
 SLOTS = 6  # of partial results, numbered in triton_tile.py; the first three settle rows out of range
 MERGED = 16  # tiles whose sums are merged at a time
+LANES = 1024  # columns of a chunk of logits that a program of the row kernels takes at a time
 
 
 @dataclass(frozen=True)
@@ -214,3 +216,41 @@ def hidden_gradient(sums, weight, target, factor, coefficient, out):
         stride_w=weight.stride(0),
     )
     return Launch(finish.hidden_gradient, arguments, dict(BLOCK=1024), len(out))
+
+
+def chunk_sums(head, z, target, span, sums, peak, shrink, out=None):
+    """z f32[M, v]: the product over the chunk `span`; sums: a chunk.Sums."""
+    arguments = _chunk(head, z, target, span, out) | dict(
+        target_logit_ptr=sums.target_logit,
+        before_ptr=sums.peak,
+        peak_ptr=peak,
+        shrink_ptr=shrink,
+        rest_ptr=sums.rest,
+        plogp_ptr=sums.plogp,
+        squares_ptr=sums.squares,
+        logits_ptr=sums.logits,
+    )
+    return Launch(triton_chunk.chunk_sums, arguments, dict(BLOCK=LANES), len(z))
+
+
+def chunk_gradient(head, z, target, span, peak, factor, by_logit, out):
+    arguments = _chunk(head, z, target, span, out)
+    arguments |= dict(peak_ptr=peak, factor_ptr=factor, by_logit_ptr=by_logit)
+    return Launch(triton_chunk.chunk_gradient, arguments, dict(BLOCK=LANES), len(z))
+
+
+def _chunk(head, z, target, span, out):
+    v0, v1 = span
+    assert z.stride(1) == 1 and (out is None or out.stride(1) == 1)
+    return dict(
+        z_ptr=z,
+        out_ptr=out,
+        bias_ptr=None if head.bias is None else head.bias[v0:v1],
+        target_ptr=target,
+        N=v1 - v0,
+        v0=v0,
+        stride_z=z.stride(0),
+        stride_out=0 if out is None else out.stride(0),
+        scale=float(head.scale),
+        softcap=None if head.softcap is None else float(head.softcap),
+    )

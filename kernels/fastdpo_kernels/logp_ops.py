@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 
 from . import chunked
+from .chunk import chunk_of
 from .chunked import Gradients, Rows
 from .head import Head, HiddenGrad
-from .ops import empty, operand
+from .ops import operand
 from .plan import Plan, spans
-from .tiles import padded, takes_triton
+from .tiles import backend_of, padded, takes_triton
 
 
 class Saved(NamedTuple):
@@ -22,8 +23,8 @@ class Saved(NamedTuple):
     peak: torch.Tensor  # [M], as are the next three: see chunked.Rows
     total: torch.Tensor
     target_logit: torch.Tensor
-    kept: torch.Tensor | None  # keep: [V, M], or the Triton kernels' E [M, V and padding]
-    peaks: torch.Tensor | None  # keep without Triton: [chunks, M]
+    kept: torch.Tensor | None  # keep: [V, M], or by Triton's kernels [M, V and padding]
+    peaks: torch.Tensor | None  # keep by chunks of logits: [chunks, M]
     row_grad: torch.Tensor | None  # frozen: d logp / d hidden [M, D]
 
 
@@ -93,8 +94,9 @@ def _forward_torch(head, hidden, target, how, stats):
     x = operand(hidden)
     accumulate = torch.promote_types(hidden.dtype, torch.float32)
     kept = sums = unit = None
+    storage = None
     if how.name == "keep":
-        kept = empty(len(head.weight), len(x), dtype=hidden.dtype, device=hidden.device)
+        storage, kept = chunk_of(head, x, target, accumulate).kept(dtype=hidden.dtype)
     elif how.name == "frozen":
         sums = HiddenGrad(head, x, accumulate)
     rows, values, peaks = chunked.scan(
@@ -110,15 +112,16 @@ def _forward_torch(head, hidden, target, how, stats):
         # Rounded to hidden's dtype like the gradient it becomes: one more rounding of the size of that
         # one, for half the memory.
         unit = sums.merged().to(hidden.dtype)
-    return rows, values, kept, torch.stack(peaks) if peaks else None, unit
+    return rows, values, storage, torch.stack(peaks) if peaks else None, unit
 
 
 def _backward_torch(head, hidden, target, how, rows, need, saved, upstream):
-    kept, peaks = saved or (None, None)
+    x, kept, peaks = operand(hidden), None, None
+    if saved:
+        storage, peaks = saved
+        _, kept = chunk_of(head, x, target, rows.logp.dtype).kept(storage)
     cuts = spans(len(head.weight), how.chunks)
-    return chunked.gradients(
-        head, operand(hidden), target, cuts, rows, need, kept=kept, peaks=peaks, **upstream
-    )
+    return chunked.gradients(head, x, target, cuts, rows, need, kept=kept, peaks=peaks, **upstream)
 
 
 def _forward_triton(head, hidden, target, how, stats):
@@ -152,10 +155,12 @@ def _(hidden, weight, bias, a, b, target, lora_scale, scale, softcap, stats, pla
     out = [new(M) for _ in range(1 + len(stats.split(",")) if stats else 1)]
     if plan != "forward":
         out += [new(M), new(M), new(M)]
-    if plan == "keep" and takes_triton(Head(weight, bias, a, b, lora_scale, scale, softcap), hidden):
-        out.append(new(M, padded(V, hidden.dtype), dtype=hidden.dtype))
-    elif plan == "keep":
-        out += [new(V, M, dtype=hidden.dtype), new(len(spans(V, chunks)), M)]
+    if plan == "keep":
+        backend = backend_of(hidden, weight, a is not None)
+        by_row = (M, padded(V, hidden.dtype))
+        out.append(new(*((V, M) if backend == "torch" else by_row), dtype=hidden.dtype))
+        if backend != "triton":
+            out.append(new(len(spans(V, chunks)), M))
     elif plan == "frozen":
         out.append(new(*hidden.shape, dtype=hidden.dtype))
     return out

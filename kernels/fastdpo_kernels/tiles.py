@@ -48,17 +48,37 @@ def padded(columns: int, dtype: torch.dtype) -> int:
     return -(-columns // step) * step
 
 
-def backend(device: torch.device | str, dtype: torch.dtype) -> str:
-    """ "triton" or "torch": what runs the head on tensors of this device and dtype.
+@cache
+def row_kernels(device: torch.device) -> bool:
+    """Whether fp32 logits on this device are reduced by triton_chunk.py's kernels."""
+    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)  # Triton's own limit
 
-    Triton needs a CUDA device and a dtype in TILES: bfloat16 only, whose range holds E (float16
-    overflows 11 nats away). Everything else, and a head with a LoRA or with strided weights, takes
-    chunks of fp32 logits by torch.mm. On a CPU torch has the same plans.
+
+def backend(device: torch.device | str, dtype: torch.dtype) -> str:
+    """What runs the head on tensors of this device and dtype: "triton", "cublas" or "torch".
+
+    triton   a CUDA device and dtype in TILES: bfloat16 only, whose range holds E (float16 overflows
+             11 nats away). A head with a LoRA or with strided weights takes cublas all the same.
+    cublas   chunks of fp32 logits by torch.mm, reduced by Triton kernels: any other CUDA device from
+             sm_80 on, and any dtype but float64
+    torch    the same chunks in plain torch: CPUs and whatever is left
     """
-    return "torch" if tile(torch.device(device), dtype) is None else "triton"
+    device = torch.device(device)
+    if tile(device, dtype) is not None:
+        return "triton"
+    return "cublas" if dtype.itemsize <= 4 and row_kernels(device) else "torch"
+
+
+def backend_of(x: torch.Tensor, weight: torch.Tensor, lora: bool) -> str:
+    """`backend` for a call with these hidden states and this head."""
+    found = backend(x.device, x.dtype)
+    if found == "triton" and (lora or weight.stride(1) != 1):
+        return "cublas" if row_kernels(x.device) else "torch"
+    return found
 
 
 def takes_triton(head, x: torch.Tensor) -> bool:
-    """Whether this call's tensors go to the Triton kernels."""
-    plain = head.lora_a is None and head.weight.stride(1) == 1
-    return plain and tile(x.device, x.dtype) is not None
+    """Whether this call's tensors go to the Triton kernels that make no logits."""
+    return backend_of(x, head.weight, head.lora_a is not None) == "triton"
