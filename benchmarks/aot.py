@@ -116,7 +116,7 @@ def source(spec):
 def resources(spec, capability):
     """Registers, stack, local and shared bytes, and the matrix instructions of the compiled kernel."""
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    done = compile(source(spec), target=target, options=dict(num_warps=spec.warps, num_stages=spec.stages))
+    done = compile(source(spec), target=target, options=spec.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(done.asm["cubin"])
         dump = lambda *options: (

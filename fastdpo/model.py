@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from fastdpo_kernels import MEMORY_BUDGET, Plan, linear_logp, plan
+from fastdpo_kernels import MEMORY_BUDGET, Plan, backend, linear_logp, plan
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -118,8 +118,13 @@ class Policy:
     def plan(self, scored: int, memory_budget: int = MEMORY_BUDGET) -> Plan:
         """How linear_logp runs the head on this many scored tokens."""
         V, D = self.core.get_output_embeddings().weight.shape
-        trained = self.head.trained
-        return plan(scored, V, D, dtype=self.dtype, train_weight=trained, memory_budget=memory_budget)
+        return plan(
+            *(scored, V, D),
+            dtype=self.dtype,
+            train_weight=self.head.trained,
+            memory_budget=memory_budget,
+            backend=backend(self.device, self.dtype),
+        )
 
     @cached_property
     def max_scored(self) -> int | None:

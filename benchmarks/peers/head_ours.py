@@ -1,6 +1,6 @@
 """fastdpo's ways through the head, as contenders of `benchmarks.head`."""
 
-from fastdpo_kernels import MEMORY_BUDGET, linear_dpo, linear_logp, plan
+from fastdpo_kernels import MEMORY_BUDGET, backend, linear_dpo, linear_logp, plan
 
 from benchmarks.head_inputs import BETA, Inputs
 
@@ -44,6 +44,7 @@ def told(name: str, mode: str, inputs: Inputs) -> dict:
         need_grad=mode != "forward",
         groups=inputs.groups if dpo else None,
         memory_budget=room_to_keep(inputs) if "room" in name else inputs.shape.budget,
+        backend=backend(inputs.hidden.device, inputs.hidden.dtype),
     )
     gradients = (inputs.hidden.nbytes if mode != "forward" else 0) + inputs.shape.M * 4
     if mode == "trained":

@@ -37,6 +37,11 @@ def check_head(op: str, hidden, weight, target, bias, a, b) -> None:
         )
 
 
+def check_softcap(softcap: float | None) -> None:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive (or None), got {softcap}")
+
+
 def check_pairs(hidden, cu_resp, pairs, by_row: dict, by_pair: dict) -> None:
     """ValueError unless cu_resp is int [R+1] and pairs int [P, 2], and the tensors by row and by pair are
     float [M] and [P] that want no gradient, all on hidden's device. Looks at no value."""

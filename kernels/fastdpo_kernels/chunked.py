@@ -125,7 +125,7 @@ def gradients(
     kept, peaks: from `scan`; without them, and for d_entropy always, the logits are computed again.
     into: wide Gradients of other rows, to which the parameters' are added instead.
     """
-    accumulate, device = rows.logp.dtype, x.device
+    accumulate = rows.logp.dtype
     put = matmul if into is None else matmul_add
     out = Gradients.like(head, need, accumulate if wide else None) if into is None else into
     hidden_grad = None

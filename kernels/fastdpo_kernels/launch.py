@@ -26,6 +26,11 @@ class Launch:
     programs: int
     warps: int = 4
     stages: int = 1
+    fuse: bool = True  # products into sums; without, options that add outputs change no bits
+
+    @property
+    def options(self):
+        return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=self.fuse)
 
     def run(self):
         if not self.programs:
@@ -33,8 +38,7 @@ class Launch:
         # Descriptors made on the device need scratch. The allocator is a context variable, which
         # autograd's backward thread does not inherit: so at each launch.
         triton.set_allocator(_scratch)
-        options = dict(num_warps=self.warps, num_stages=self.stages)
-        self.kernel[(self.programs,)](**self.arguments, **self.constants, **options)
+        self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.options)
 
 
 def _scratch(size, alignment, stream):
@@ -230,13 +234,13 @@ def chunk_sums(head, z, target, span, sums, peak, shrink, out=None):
         squares_ptr=sums.squares,
         logits_ptr=sums.logits,
     )
-    return Launch(triton_chunk.chunk_sums, arguments, dict(BLOCK=LANES), len(z))
+    return Launch(triton_chunk.chunk_sums, arguments, dict(BLOCK=LANES), len(z), fuse=False)
 
 
 def chunk_gradient(head, z, target, span, peak, factor, by_logit, out):
     arguments = _chunk(head, z, target, span, out)
     arguments |= dict(peak_ptr=peak, factor_ptr=factor, by_logit_ptr=by_logit)
-    return Launch(triton_chunk.chunk_gradient, arguments, dict(BLOCK=LANES), len(z))
+    return Launch(triton_chunk.chunk_gradient, arguments, dict(BLOCK=LANES), len(z), fuse=False)
 
 
 def _chunk(head, z, target, span, out):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .checks import check_head, check_pair_values, check_pairs, check_target_values, told
+from .checks import check_head, check_pair_values, check_pairs, check_softcap, check_target_values, told
 from .chunked import Gradients
 from .head import Head
 from .head_pass import head_pass
@@ -18,6 +18,7 @@ from .ops import empty
 from .pair_losses import LOSSES, PairLoss, groups_of
 from .plan import plan
 from .reference import DPOStats
+from .tiles import backend_of
 
 
 def linear_dpo(
@@ -146,6 +147,7 @@ def forward_and_gradients(
         groups=groups,
         memory_budget=memory_budget,
         need_grad=any(need),
+        backend=backend_of(hidden, weight, a is not None),
     )
     parts = how.parts or (how,)
     pair_loss = PairLoss(
@@ -263,5 +265,4 @@ def _check_options(loss, beta, label_smoothing, softcap):
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if label_smoothing and loss != "sigmoid":
         raise ValueError(f"label_smoothing is part of the sigmoid loss only, got loss={loss!r}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive (or None), got {softcap}")
+    check_softcap(softcap)

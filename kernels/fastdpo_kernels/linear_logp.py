@@ -5,10 +5,11 @@ Letters: M scored rows, D hidden, V vocab, r the LoRA rank.
 
 import torch
 
-from .checks import check_head, check_target_values
+from .checks import check_head, check_softcap, check_target_values
 from .chunked import STATS
 from .logp_ops import backward_pass, compiled_backward, compiled_forward, forward_pass
 from .plan import plan
+from .tiles import backend_of
 
 
 def linear_logp(
@@ -40,12 +41,13 @@ def linear_logp(
     head's gradients sum over rows, so they are lost. A bias of -inf masks a token out.
 
     `backend` tells what runs it: Triton kernels for bfloat16 on the GPUs of tiles.TILES (not with a
-    LoRA or a weight whose rows are strided), plain torch elsewhere, with the same plans and accuracy.
+    LoRA or a weight whose rows are strided), cuBLAS and row kernels on other CUDA tensors, plain torch
+    elsewhere, with the same plans and accuracy.
     torch.compile takes a call as one operator.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, an unknown stat, softcap <= 0,
     and, on CPU tensors only (a device would have to be waited for), a target outside [0, V), which is
-    NaN on a GPU's Triton path and a device assertion on torch's.
+    NaN on a GPU, or where gradients take its row of weight by torch, a device assertion.
     """
     a, b, lora_scale = (None, None, 1.0) if lora is None else lora
     check_head("linear_logp", hidden, weight, target, bias, a, b)
@@ -54,8 +56,7 @@ def linear_logp(
     unknown = [name for name in stats if name not in STATS]
     if unknown:
         raise ValueError(f"linear_logp has the stats {', '.join(STATS)}, got {unknown}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive (or None), got {softcap}")
+    check_softcap(softcap)
     parameters = [p for p in (weight, bias, a, b) if p is not None]
     train_weight = any(p.requires_grad for p in parameters)
     how = plan(
@@ -64,6 +65,7 @@ def linear_logp(
         train_weight=train_weight,
         need_grad=torch.is_grad_enabled() and (train_weight or hidden.requires_grad),
         memory_budget=memory_budget,
+        backend=backend_of(hidden, weight, a is not None),
     )
     options = (float(lora_scale), float(scale), None if softcap is None else float(softcap), ",".join(stats))
     with torch.autocast(hidden.device.type, enabled=False):

@@ -19,6 +19,10 @@ MEMORY_BUDGET = 512 << 20  # bytes of width V held at once: the kept matrix and 
 # for GPUs with many rows, where narrow chunks would be bound by launches (not measured yet).
 BLOCK_ELEMENTS = 1 << 22
 BLOCK_WIDTH = 4096
+ALIGNED = 64  # tokens that chunks begin at multiples of, if they are no narrower: GPUs read whole lines
+# What the Triton kernels hold beside E, of 128 tokens of a row: fp32 sums to settle it with and, for
+# statistics, its profile (launch.SLOTS). Their chunks are not narrower than 2048.
+SETTLE_BYTES, PROFILE_BYTES, TILE, NARROWEST = 3 * 4, 6 * 4, 128, 2048
 # linear_dpo's vectors of a number per row, response or pair, beside the head's own: log-ratios and
 # their sums in fp64, response numbers, slopes
 PAIR_VECTORS = 16
@@ -33,7 +37,8 @@ class Plan:
     flops       of the GEMMs, forward and backward; hidden and weight both get gradients if trained
     peak_bytes  at most this is allocated beyond the inputs, the results and the gradients. Where there
                 are several parts and half weights, dW's fp32 accumulator counts as a gradient.
-    chunks      the vocabulary is cut into this many (by the part that cuts it most)
+    chunks      the vocabulary is cut into this many (by the part that cuts it most). The "triton" backend
+                makes five or so into one, and all into one where it keeps its matrix or only goes forward.
     rows        M
     parts       the Plans of consecutive rows, whole groups each; () where all rows go at once
     """
@@ -56,8 +61,10 @@ def plan(
     groups: Sequence[int] | None = None,
     memory_budget: int | None = None,
     need_grad: bool = True,
+    backend: str = "torch",
 ) -> Plan:
-    """The Plan for M rows of a [V, D] head whose tensors have `dtype`.
+    """The Plan for M rows of a [V, D] head whose tensors have `dtype`, run by `backend`: what
+    `fastdpo_kernels.backend(device, dtype)` says, torch's being the CPU's.
 
     train_weight: some head parameter (weight, bias, LoRA) wants a gradient. need_grad=False:
     nothing does, or no_grad. groups: scored rows of each group, in order, where the loss is known to
@@ -73,8 +80,11 @@ def plan(
         raise ValueError(f"plan needs M >= 0, V >= 1 and D >= 0, got M={M}, V={V}, D={D}")
     if not dtype.is_floating_point:
         raise ValueError(f"plan needs a float dtype, got {dtype}")
+    if backend not in ("triton", "cublas", "torch"):
+        raise ValueError(f"plan knows the backends triton, cublas and torch, got {backend!r}")
     budget = MEMORY_BUDGET if memory_budget is None else memory_budget
-    whole = _whole(M, V, D, dtype, train_weight, budget, need_grad)
+    how = (V, D, dtype, budget, backend)
+    whole = _whole(M, *how, train_weight, need_grad)
     if groups is None:
         return whole
     if min(groups, default=0) < 0 or sum(groups) != M:
@@ -86,8 +96,8 @@ def plan(
     if not train_weight:
         return replace(whole, peak_bytes=whole.peak_bytes + extra)
     # cut as if for a gradient in any case: the same rows then have the same bits without one
-    keeps = lambda rows: _blocks(rows, V, D, dtype, budget)[3]
-    parts = tuple(_whole(m, V, D, dtype, True, budget, need_grad) for m in _whole_groups(groups, keeps))
+    keeps = lambda rows: _blocks(rows, *how)[3]
+    parts = tuple(_whole(m, *how, True, need_grad) for m in _whole_groups(groups, keeps))
     return Plan(
         "grouped" if need_grad else "forward",
         sum(part.flops for part in parts),
@@ -98,24 +108,34 @@ def plan(
     )
 
 
-def _blocks(M, V, D, dtype, budget):
+def _blocks(M, V, D, dtype, budget, backend):
     """(width of a chunk, bytes of one of its entries, bytes of the kept matrix, whether they fit)."""
     wide = max(4, dtype.itemsize)  # logits are float32, or float64 for float64
-    # per vocabulary entry of a chunk: logits, softcap slope and one temporary; for half inputs on
-    # CPU also the entry's fp32 weights and fp32 gradient
-    column = max(1, 3 * M * wide + (2 * D * wide if dtype.itemsize < wide else 0))
+    half = dtype.itemsize < wide
+    if backend == "torch":
+        # per vocabulary entry of a chunk: logits, softcap slope and one temporary; for half inputs on
+        # CPU also the entry's fp32 weights and fp32 gradient
+        column = 3 * M * wide + (2 * D * wide if half else 0)
+    elif backend == "cublas":
+        column = M * (wide + (dtype.itemsize if half else 0))  # logits, and E or dZ in half
+    else:
+        column = 3 * M * wide  # see triton_head.spans
+    column = max(1, column)
     width = min(V, max(BLOCK_WIDTH, BLOCK_ELEMENTS // max(M, 1)))
     # Half of the budget is for the kept matrix in any case: a chunk that took all of it would send
     # the fewest rows, whose chunks are the widest, to the recompute plan. A pass without gradient has
     # the same chunks, so that a reference computed by it has the policy's very bits.
     width = max(1, min(width, budget // (2 * column)))
+    if ALIGNED < width < V:
+        width = width // ALIGNED * ALIGNED
     kept = V * M * dtype.itemsize
-    return width, column, kept, kept + width * column <= budget
+    # Triton's kernels write E where it is kept, with no chunk of logits beside it
+    return width, column, kept, kept + (0 if backend == "triton" else width * column) <= budget
 
 
-def _whole(M, V, D, dtype, train_weight, budget, need_grad) -> Plan:
+def _whole(M, V, D, dtype, budget, backend, train_weight, need_grad) -> Plan:
     """The Plan that sends all rows through the head at once."""
-    width, column, kept, fits = _blocks(M, V, D, dtype, budget)
+    width, column, kept, fits = _blocks(M, V, D, dtype, budget, backend)
     if not need_grad:
         name, gemms = "forward", 1
     elif not train_weight:
@@ -123,12 +143,26 @@ def _whole(M, V, D, dtype, train_weight, budget, need_grad) -> Plan:
     else:
         name, gemms = ("keep", 3) if fits else ("recompute", 4)
     chunks = -(-V // width)
-    width = -(-V // chunks)  # what `spans` makes of it
+    widest = min(V, _width(V, chunks))
+    blocks = widest * column + (kept if name == "keep" else 0)
+    if backend == "triton":
+        blocks = _triton_blocks(M, V, dtype, name, widest * column)
+    elif backend == "cublas" and name == "keep":
+        blocks += M * ALIGNED * 2  # at the end of its rows
     # hidden made contiguous or wider, and for a gradient its accumulator and the target's rows of
     # the head; 32 vectors of row statistics, and one row of maxima per kept chunk
     vectors = (D if name == "forward" else 4 * D) + 32 + (chunks if name == "keep" else 0)
-    blocks = width * column + (kept if name == "keep" else 0)
     return Plan(name, gemms * 2 * M * V * D, blocks + M * max(4, dtype.itemsize) * vectors, chunks, M)
+
+
+def _triton_blocks(M, V, dtype, name, chunk):
+    """Bytes of width V or of a chunk that the Triton kernels hold."""
+    tiles = M * -(-V // TILE)
+    if name in ("forward", "keep"):
+        kept = M * (V + ALIGNED) * dtype.itemsize if name == "keep" else 0
+        return kept + tiles * (SETTLE_BYTES + PROFILE_BYTES)
+    least = M * min(V + ALIGNED, NARROWEST) * dtype.itemsize + SETTLE_BYTES * M * NARROWEST // TILE
+    return max(chunk, least) + tiles * PROFILE_BYTES
 
 
 def _whole_groups(groups: Iterable[int], keeps) -> list[int]:
@@ -143,7 +177,12 @@ def _whole_groups(groups: Iterable[int], keeps) -> list[int]:
     return parts or [0]
 
 
+def _width(V, chunks):
+    width = -(-V // chunks)
+    return width if width <= ALIGNED else -(-width // ALIGNED) * ALIGNED
+
+
 def spans(V: int, chunks: int) -> list[tuple[int, int]]:
     """[start, stop) of each of the cuts of the vocabulary; all but the last have one width."""
-    width = -(-V // chunks)
+    width = _width(V, chunks)
     return [(v, min(v + width, V)) for v in range(0, V, width)]

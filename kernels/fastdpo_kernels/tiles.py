@@ -65,18 +65,19 @@ def backend(device: torch.device | str, dtype: torch.dtype) -> str:
              sm_80 on, and any dtype but float64
     torch    the same chunks in plain torch: CPUs and whatever is left
     """
-    device = torch.device(device)
-    if tile(device, dtype) is not None:
+    return _backend(torch.device(device), dtype, True)
+
+
+@torch.compiler.assume_constant_result  # the compiler shall not look for a chip
+def _backend(device, dtype, plain):
+    if plain and tile(device, dtype) is not None:
         return "triton"
     return "cublas" if dtype.itemsize <= 4 and row_kernels(device) else "torch"
 
 
 def backend_of(x: torch.Tensor, weight: torch.Tensor, lora: bool) -> str:
     """`backend` for a call with these hidden states and this head."""
-    found = backend(x.device, x.dtype)
-    if found == "triton" and (lora or weight.stride(1) != 1):
-        return "cublas" if row_kernels(x.device) else "torch"
-    return found
+    return _backend(x.device, x.dtype, not lora and weight.stride(1) == 1)
 
 
 def takes_triton(head, x: torch.Tensor) -> bool:

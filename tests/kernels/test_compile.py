@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from fastdpo_kernels import linear_logp
+from fastdpo_kernels import linear_logp, tiles
 
 from .cases import budget, case
 
@@ -39,6 +39,18 @@ def test_one_graph(wanted, name):
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     for ours, plain in zip(gradients(compiled), gradients(loss_of), strict=True):
         assert (ours is None and plain is None) or torch.equal(ours, plain)
+
+
+def test_looking_for_a_chip_is_no_part_of_the_graph(monkeypatch):
+    def tile(device, dtype):
+        torch._dynamo.graph_break()  # as a query of the CUDA driver would be
+        return None
+
+    monkeypatch.setattr(tiles, "tile", tile)
+    c = case(lora=False).to(torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_logp, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(c.hidden, c.weight, c.target), linear_logp(c.hidden, c.weight, c.target))
 
 
 def test_operators_keep_their_word():

@@ -199,3 +199,59 @@ def test_same_rows_have_the_same_chunks_with_and_without_gradient(need):
         assert with_gradient.chunks == plan(40, 30_000, 16, need_grad=False, **keys).chunks
         names.add(with_gradient.name)
     assert names == ({"keep", "recompute"} if need == "trained" else {"frozen"})
+
+
+BACKENDS = ("triton", "cublas", "torch")
+
+
+def test_triton_keeps_with_room_for_its_matrix_alone():
+    sizes = dict(dtype=torch.bfloat16, train_weight=True)
+    for m, v, d in ((8192, 128256, 4096), (1024, 128256, 4096), (8192, 151936, 896), (7, 1001, 64)):
+        exactly = 2 * m * v
+        name = lambda backend, budget, m=m, v=v, d=d: (
+            plan(m, v, d, backend=backend, memory_budget=budget, **sizes).name
+        )
+        assert name("triton", exactly) == "keep"
+        assert {name("triton", exactly - 1), name("cublas", exactly), name("torch", exactly)} == {"recompute"}
+        told = plan(m, v, d, backend="triton", memory_budget=exactly, **sizes)
+        # what is not E: sums of its tiles, and with statistics their profile
+        assert exactly < told.peak_bytes < 1.15 * exactly + 4 * m * (4 * d + 100)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_widened_weights_are_counted_on_a_cpu_alone(backend, kind):
+    # few rows of a wide head: the fp32 weights of a chunk are most of what it takes there
+    wide = dict(dtype=torch.bfloat16, backend=backend, memory_budget=64 << 20, **kind)
+    chunks = plan(64, 128256, 4096, **wide).chunks
+    assert chunks > 100 if backend == "torch" else chunks <= 4
+    assert plan(64, 128256, 64, **wide).chunks <= chunks
+
+
+@pytest.mark.parametrize("budget", (1 << 23, 1 << 25, 1 << 27))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_budget_bounds_what_cublas_has_of_width_V(kind, dtype, budget):
+    told = plan(M, V, D, dtype=dtype, memory_budget=budget, backend="cublas", **kind)
+    widest = max(v1 - v0 for v0, v1 in plan_module.spans(V, told.chunks))
+    blocks = M * widest * (6 if dtype == torch.float16 else 4)
+    blocks += M * V * dtype.itemsize if told.name == "keep" else 0
+    assert blocks <= min(budget, told.peak_bytes)
+
+
+@pytest.mark.parametrize("V", (63, 64, 65, 129, 1000, 128256))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_begin_where_lines_of_memory_do(V, backend):
+    for memory_budget in (1 << 20, 1 << 22, 1 << 24, 1 << 26):
+        told = plan(
+            300, V, 8, dtype=torch.float16, train_weight=True, memory_budget=memory_budget, backend=backend
+        )
+        cuts = plan_module.spans(V, told.chunks)
+        assert len(cuts) == told.chunks
+        width = cuts[0][1]
+        assert len(cuts) == 1 or width < 64 or all(v0 % 64 == 0 for v0, _ in cuts)
+
+
+def test_an_unknown_backend():
+    with pytest.raises(ValueError, match="triton, cublas and torch, got 'cuda'"):
+        ask(backend="cuda")
