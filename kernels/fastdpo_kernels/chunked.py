@@ -150,15 +150,7 @@ def gradients(
         if hidden_grad is not None:
             hidden_grad.add(dz, v0, v1)
         chunk.put_target(dz, (v0, v1), at_target)
-        if need.bias:
-            if into is None:
-                out.bias[v0:v1] = dz.sum(1, dtype=accumulate)
-            else:
-                out.bias[v0:v1] += dz.sum(1, dtype=accumulate)
-        if need.weight:
-            put(dz, x, out.weight[v0:v1])
-        if need.lora_b:
-            put(dz, xa, out.lora_b[v0:v1])
+        _add_parameters(out, need, dz, x, xa, (v0, v1), accumulate, put)
     if hidden_grad is not None:
         hidden_grad.add_target(at_target, target)
         if need.lora_a:
@@ -167,6 +159,18 @@ def gradients(
         if need.hidden:
             out.hidden = hidden_grad.merged()
     return out
+
+
+def _add_parameters(out, need, dz, x, xa, span, accumulate, put):
+    """The chunk's rows of the parameters' gradients; put: matmul, or matmul_add to what is there."""
+    v0, v1 = span
+    if need.bias:
+        total = dz.sum(1, dtype=accumulate)
+        out.bias[v0:v1] = total if put is matmul else out.bias[v0:v1] + total
+    if need.weight:
+        put(dz, x, out.weight[v0:v1])
+    if need.lora_b:
+        put(dz, xa, out.lora_b[v0:v1])
 
 
 def _factors(head, rows, d_logp, d_entropy):

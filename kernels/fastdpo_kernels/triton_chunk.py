@@ -58,14 +58,9 @@ def chunk_sums(
     plogp_ptr,  # f32[M] or None: sum of E log E
     squares_ptr,  # f32[M] or None: sum of E^2
     logits_ptr,  # f32[M] or None: sum of all logits
-    N,
-    v0,  # where the chunk starts in the vocabulary
-    stride_z,
-    stride_out,
-    scale,
-    softcap,
-    BLOCK: tl.constexpr,
-):
+    N, v0, stride_z, stride_out, scale, softcap, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The chunk starts at v0 of the vocabulary."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride_z
     target = (tl.load(target_ptr + row) - v0).to(tl.int32)
@@ -83,8 +78,7 @@ def chunk_sums(
         rises = z > top
         gap = tl.where(rises, top - z, z - top)
         part = tl.exp(gap)
-        less, e = tl.where(rises, part, 1.0), tl.where(rises, 1.0, part)
-        e = tl.where(cols == target, 0.0, e)
+        less, e = tl.where(rises, part, 1.0), tl.where(cols == target, 0.0, tl.where(rises, 1.0, part))
         if plogp_ptr is not None:
             finite = tl.maximum(gap, LOWEST)  # 0 * -inf is NaN
             plogp = less * (plogp + tl.where(rises, finite, 0.0) * rest) + e * tl.where(rises, 0.0, finite)
