@@ -68,11 +68,15 @@ def backend(device: torch.device | str, dtype: torch.dtype) -> str:
     return _backend(torch.device(device), dtype, True)
 
 
-@torch.compiler.assume_constant_result  # the compiler shall not look for a chip
 def _backend(device, dtype, plain):
     if plain and tile(device, dtype) is not None:
         return "triton"
     return "cublas" if dtype.itemsize <= 4 and row_kernels(device) else "torch"
+
+
+# The compiler shall not look for a chip. This is torch.compiler.assume_constant_result(_backend), which
+# would import the whole of dynamo, and numpy, with this package.
+_backend._dynamo_marked_constant = True
 
 
 def backend_of(x: torch.Tensor, weight: torch.Tensor, lora: bool) -> str:
