@@ -17,7 +17,7 @@ demo: venv
 test: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not slow"
 
 lint: venv
 	$(BIN)/ruff check --fix .
@@ -25,6 +25,7 @@ lint: venv
 
 bench-cpu: venv
 	$(BIN)/python -m benchmarks.bench_cpu
+	$(BIN)/python -m benchmarks.bench_cache
 
 bench: venv
 	bash benchmarks/gpu_all.sh

@@ -21,7 +21,8 @@ from fastdpo.config import Config
 from fastdpo.metrics import Window
 from fastdpo.model import Policy
 from fastdpo.records import Pair, PreferenceGroup, Response
-from fastdpo.trainer import Stage, make_optimizer, step_groups
+from fastdpo.ref_fill import load_reference
+from fastdpo.stage import Stage, make_optimizer, step_groups
 
 QWEN_05B = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24)
 QWEN_05B |= dict(num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True)
@@ -90,7 +91,9 @@ def main() -> None:
             assert policy.share
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        stage = Stage(config, policy, groups, [], fresh_lora=False)
+        stage = Stage(config, policy, groups, [])
+        options = dict(path=None, fresh_lora=False, max_tokens=config.max_tokens, console=Console())
+        stage.reference = load_reference(policy, [groups], **options)
         results[name] = measure(stage, list(step_groups(stage.groups, config, steps)))
         print(name, results[name])
         del stage, policy

@@ -2,12 +2,13 @@
 
 import sys
 
-from fastdpo.errors import ConfigError, FastDPOError
+from fastdpo.errors import ConfigError, FastDPOError, Stopped
 
 USAGE = """usage: fastdpo COMMAND [CONFIG.yaml] [--key value ...]
 
 commands:
   train   train on preference rows; the model ends up in OUTPUT_DIR/model
+  ref     compute the reference's log-probs into the cache, before any training
   data    show what the rows become: counts, lengths, drops, one row decoded
   demo    make a small model and preferences, train, show before and after (no network)
 
@@ -15,7 +16,8 @@ commands:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns 0, or 1 when it could not go on, or 2 for a wrong config or command."""
+    """Runs a command; returns 0, or 1 when it could not go on, 2 for a wrong config or command, or 128 + the
+    number of the signal that stopped it (130 for SIGINT, 143 for SIGTERM)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -29,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signal
     except FastDPOError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -38,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _config(command: str, argv: list[str]):
-    from fastdpo.config import help_text, load_config
+    from fastdpo.config_io import help_text, load_config
 
     if "-h" in argv or "--help" in argv:
         print(help_text(command))
@@ -52,6 +57,14 @@ def _train(argv):
         from fastdpo.trainer import train
 
         train(config)
+
+
+def _ref(argv):
+    config = _config("ref", argv)
+    if config is not None:
+        from fastdpo.trainer import fill_reference
+
+        fill_reference(config)
 
 
 def _data(argv):
@@ -83,7 +96,7 @@ def _demo(argv):
     demo(argv[0] if argv else "runs/demo")
 
 
-COMMANDS = {"train": _train, "data": _data, "demo": _demo}
+COMMANDS = {"train": _train, "ref": _ref, "data": _data, "demo": _demo}
 
 if __name__ == "__main__":
     sys.exit(main())

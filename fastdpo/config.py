@@ -1,13 +1,11 @@
-"""One flat config: YAML keys, command-line flags and `--help` all come from the fields below."""
+"""One flat config: YAML keys, flags, `--help` and the README's table all come from the fields below."""
 
 import dataclasses
 import difflib
 import math
 import types
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import yaml
 
@@ -23,6 +21,9 @@ class Config:
     """Everything a run depends on. Unknown keys are errors; see `fastdpo train --help`."""
 
     model: str = _key("", "model to train: a folder or a hub name (required)")
+    adapter: str | None = _key(
+        None, "a peft adapter folder to start from: it is trained on, and the reference is model + adapter"
+    )
     data: str = _key(
         "",
         "preference rows (required): a .jsonl/.json/.csv/.parquet file, a folder, or a hub name; "
@@ -58,6 +59,21 @@ class Config:
     max_steps: int | None = _key(None, "stop after this many optimizer steps, whatever num_epochs")
     eval_steps: int | None = _key(None, "evaluate every so many steps (always at start and end)")
     logging_steps: int = _key(10, "write metrics every so many steps")
+    save_steps: int | None = _key(
+        100, "write a checkpoint every so many steps (always at a stage's end, and when stopped)"
+    )
+    save_total_limit: int = _key(2, "how many of the newest checkpoints to keep, besides the best one")
+    load_best: bool = _key(
+        False,
+        "end a stage with its checkpoint of the lowest held-out loss, not with the last; "
+        "evaluates at every checkpoint",
+    )
+    report_to: str | list[str] | None = _key(
+        None, "where metrics go besides metrics.jsonl: tensorboard, wandb, trackio (any that are installed)"
+    )
+    samples: int = _key(
+        4, "held-out prompts (or training ones) completed before and after, for the report; 0 for none"
+    )
     seed: int = _key(0, "seed of the data order and of LoRA's start")
     dtype: str = _key(
         "auto",
@@ -70,8 +86,19 @@ class Config:
     lora_target_modules: str | list[str] = _key(
         "all-linear", "modules that get a LoRA: names, or all-linear (all but the lm_head)"
     )
+    reference_cache: str = _key(
+        "auto",
+        "SQLite file that keeps the reference's log-probs for every later run with the same start weights; "
+        "auto is ~/.cache/fastdpo/reference.sqlite (or under $XDG_CACHE_HOME), off computes them anew, "
+        "whatever columns the data brings",
+    )
     strict: bool = _key(False, "stop at the first dropped, truncated, identical or malformed row")
-    overwrite: bool = _key(False, "replace the run that output_dir already holds")
+    resume: bool = _key(
+        False, "go on from the newest whole checkpoint in output_dir (from the start where there is none)"
+    )
+    overwrite: bool = _key(
+        False, "replace the run that output_dir already holds (with resume: only where it cannot go on)"
+    )
     stages: list[dict] | None = _key(
         None,
         "runs one after the other, each a set of keys that override these (objective, beta, "
@@ -82,7 +109,7 @@ class Config:
         for name in ("model", "data", "output_dir"):
             if not getattr(self, name):
                 raise ConfigError(f"{name}: missing. Give it in the YAML file or as --{name} VALUE")
-        for name in _FIELDS:
+        for name in FIELDS:
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{name}: {value} is not a finite number")
@@ -97,6 +124,11 @@ class Config:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        if self.load_best and self.eval_data is None:
+            raise ConfigError("load_best: needs held-out rows to judge by; set eval_data")
+        unknown = [name for name in self.trackers if name not in _TRACKERS]
+        if unknown:
+            raise ConfigError(f"report_to: {unknown[0]!r} is not one of {', '.join(_TRACKERS)}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ConfigError(f"label_smoothing: {self.label_smoothing} is not in [0, 0.5)")
         if isinstance(self.eval_data, float) and not 0 < self.eval_data < 1:
@@ -104,6 +136,12 @@ class Config:
                 f"eval_data: {self.eval_data} is neither a data set nor a fraction between 0 and 1"
             )
         self.per_stage()  # a bad stage shows before any work
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in report_to."""
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        return [name for name in names if name != "none"]
 
     def per_stage(self) -> list["Config"]:
         """One config a stage; without `stages`, this one."""
@@ -117,11 +155,11 @@ class Config:
             for name in overrides:
                 if name not in STAGE_KEYS:
                     raise ConfigError(
-                        f"stages: stage {number} sets {name!r}. {_nearest(name, STAGE_KEYS)}"
+                        f"stages: stage {number} sets {name!r}. {nearest(name, STAGE_KEYS)}"
                         f"A stage can set: {', '.join(STAGE_KEYS)}"
                     )
             try:
-                values = {name: _coerce(name, value) for name, value in overrides.items()}
+                values = {name: coerce(name, value) for name, value in overrides.items()}
                 out.append(Config(**plain | values))
             except ConfigError as error:
                 raise ConfigError(f"stages: stage {number}: {error}") from None
@@ -143,7 +181,9 @@ STAGE_KEYS = (
     "max_steps",
     "eval_steps",
     "logging_steps",
+    "save_steps",
 )
+_TRACKERS = ("tensorboard", "wandb", "trackio")
 _CHOICES = {
     "truncation": ("keep_start", "keep_end", "drop"),
     "dtype": ("auto", "bf16", "fp32"),
@@ -162,71 +202,21 @@ _AT_LEAST = {
     "max_steps": 1,
     "eval_steps": 1,
     "logging_steps": 1,
+    "save_steps": 1,
+    "save_total_limit": 1,
+    "samples": 0,
     "lora_rank": 1,
     "seed": 0,
 }
-_FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-_TYPES = typing.get_type_hints(Config)
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+TYPES = typing.get_type_hints(Config)
 
 
-def load_config(argv: Sequence[str]) -> Config:
-    """`[FILE.yaml] [--key value | --key=value]...` -> Config; flags win over the file.
-
-    Raises ConfigError for an unreadable file, an unknown key (naming the nearest) or a wrong type.
-    """
-    argv = list(argv)
-    values = _read_yaml(Path(argv.pop(0))) if argv and not argv[0].startswith("-") else {}
-    values.update(_parse_flags(argv))
-    return Config(**{name: _coerce(name, value) for name, value in values.items()})
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """yaml.safe_load that refuses a key given twice, where YAML would silently keep the last."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
-        if twice:
-            raise yaml.YAMLError(f"the key {twice[0]!r} is given twice (line {node.start_mark.line + 1} on)")
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the config file {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected lines of `key: value`, got a {type(values).__name__}")
-    return values
-
-
-def _parse_flags(argv: list[str]) -> dict:
-    values = {}
-    while argv:
-        flag = argv.pop(0)
-        if not flag.startswith("--"):
-            raise ConfigError(f"unexpected argument {flag!r}: keys are given as --key value")
-        name, equals, value = flag[2:].partition("=")
-        name = name.replace("-", "_")
-        if not equals:
-            bare = not argv or argv[0].startswith("--")
-            if bare and _TYPES.get(name) is not bool and name in _FIELDS:
-                raise ConfigError(f"--{name}: no value given")
-            value = "true" if bare else argv.pop(0)
-        values[name] = value
-    return values
-
-
-def _coerce(name, value):
+def coerce(name, value):
     """Checks one key and brings its value (a YAML value or a flag's string) to the field's type."""
-    if name not in _FIELDS:
-        raise ConfigError(f"unknown key {name!r}. {_nearest(name, _FIELDS)}`--help` lists all keys.")
-    kind = _TYPES[name]
+    if name not in FIELDS:
+        raise ConfigError(f"unknown key {name!r}. {nearest(name, FIELDS)}`--help` lists all keys.")
+    kind = TYPES[name]
     allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if isinstance(value, str) and (allowed != (str,)):
         try:
@@ -252,21 +242,6 @@ def _coerce(name, value):
     raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
 
 
-def _nearest(name, names) -> str:
+def nearest(name, names) -> str:
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}? " if close else ""
-
-
-def help_text(command: str) -> str:
-    """`fastdpo COMMAND --help`: every key with its default, from the fields above."""
-    lines = [f"usage: fastdpo {command} [CONFIG.yaml] [--key value ...]", "", "keys:"]
-    for name, f in _FIELDS.items():
-        default = "" if f.default in (None, "") else f" [{f.default}]"
-        lines.append(f"  {name}{default}")
-        lines.append(f"      {f.metadata['doc']}")
-    return "\n".join(lines)
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved config as YAML, readable by `load_config`."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)

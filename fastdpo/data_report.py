@@ -11,7 +11,7 @@ from fastdpo.rows import RowProblem
 
 _EXAMPLES = 5
 _BINS = 12
-_MEANING = {  # of the notes
+MEANING = {  # of the notes
     "truncated": "responses whose sequence was cut to max_length",
     "tie_pair": "pairs skipped, their scores being equal",
     "identical_pair": "pairs skipped, their responses having the same tokens",
@@ -19,6 +19,9 @@ _MEANING = {  # of the notes
     "trailing_turns": "turns cut that follow a response's last assistant turn",
     "no_end_of_turn": "responses that the chat template ends with no token of its own",
     "template_not_prefix": "responses whose prompt the template prints otherwise when alone",
+    "ref_columns": "responses with a reference log-prob in the row's columns",
+    "ref_columns_white_space": "of them count white space after the end of turn too, if TRL computed them",
+    "ref_columns_unusable": "responses not scored as the row's reference log-probs are: cut or in part",
 }
 
 
@@ -132,7 +135,7 @@ class DataReport:
             cells = (f"dropped: {name}", f"{tally.rows:,}", _numbers(tally), tally.message)
             table.add_row(*map(escape, cells))
         for name, tally in self.notes.items():
-            meaning = f"{tally.items:,} {_MEANING.get(name, '')}"
+            meaning = f"{tally.items:,} {MEANING.get(name, '')}"
             table.add_row(name, f"{tally.rows:,}", _numbers(tally), meaning)
         console.print(table)
         saved = 1 - self.shared_tokens / max(self.separate_tokens, 1)

@@ -81,7 +81,7 @@ def demo(folder: str | Path) -> dict[str, float]:
     write_data(folder / "data")
     make_model(folder / "start")
     console.rule("1/2  SFT: the model learns to answer, politely or not")
-    shared = dict(max_length=128, batch_size=32, eval_steps=None, logging_steps=50, dtype="fp32")
+    shared = dict(max_length=128, batch_size=32, eval_steps=None, dtype="fp32")
     train(
         Config(
             model=str(folder / "start"),
@@ -91,6 +91,7 @@ def demo(folder: str | Path) -> dict[str, float]:
             learning_rate=3e-3,
             warmup_steps=20,
             num_epochs=8,
+            logging_steps=50,
             **shared,
         ),
         console,
@@ -104,6 +105,7 @@ def demo(folder: str | Path) -> dict[str, float]:
             output_dir=str(folder / "dpo"),
             learning_rate=1e-4,
             num_epochs=2,
+            logging_steps=5,
             **shared,
         ),
         console,
@@ -213,7 +215,7 @@ def show_result(folder: Path, console: Console) -> dict[str, float]:
         f"sampled answers that are not rude: {result['polite_before']:.0%} -> "
         f"[bold]{result['polite_after']:.0%}[/]\n"
         f"reward margin over the reference: 0 -> {result['margin_after']:+.2f}\n"
-        f"the model: {folder / 'dpo/model'}   the metrics: {folder / 'dpo/metrics.jsonl'}",
+        f"the report: {folder / 'dpo/report.html'}   the model: {folder / 'dpo/model'}",
         highlight=False,
     )
     return result

@@ -139,8 +139,22 @@ def _group(draft: Draft, ids: dict[str, np.ndarray], encoder: Encoder, limits: L
     if cut.truncated:
         notes["truncated"] = cut.truncated
     pairs = _differing_pairs(row, cut, notes)
-    responses = map(Response, *zip(*cut.tails), row.scores)
+    ref_logps = _whole_ref_logps(row, cut, notes)
+    responses = map(Response, *zip(*cut.tails), row.scores, ref_logps)
     return PreferenceGroup(row.number, cut.prompt, tuple(responses), pairs), notes
+
+
+def _whole_ref_logps(row: Row, cut: Cut, notes: Counter) -> tuple[float | None, ...]:
+    """The row's reference log-probs, which are sums over all tokens of whole responses after the whole
+    prompt: None where that is not what we score."""
+    if row.ref_logps[0] is None:
+        return row.ref_logps
+    lost = any(notes[name] for name in ("truncated", "trailing_turns", "merged_boundary"))
+    if lost or not all(tail.scored.all() for tail in cut.tails):
+        notes["ref_columns_unusable"] = len(row.ref_logps)
+        return (None,) * len(row.ref_logps)
+    notes["ref_columns"] = len(row.ref_logps)
+    return row.ref_logps
 
 
 def _differing_pairs(row: Row, cut: Cut, notes: Counter) -> tuple[Pair, ...]:

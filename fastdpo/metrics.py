@@ -1,5 +1,6 @@
 """What a run reports: sums over pairs and tokens, under TRL's metric names where TRL has them."""
 
+import contextlib
 import resource
 import time
 
@@ -28,6 +29,20 @@ class Sums:
             n = 1
             self._numbers[name] = self._numbers.get(name, 0) + values
         self._counts[name] = self._counts.get(name, 0) + (n if count is None else count)
+
+    def state(self) -> dict:
+        """What `restored` makes the same sums of, bit by bit; JSON."""
+        names = list(self._tensors)
+        values = torch.stack([self._tensors[n].cpu() for n in names]).tolist() if names else []
+        return {"tensors": dict(zip(names, values)), "numbers": self._numbers, "counts": self._counts}
+
+    @classmethod
+    def restored(cls, state: dict, device) -> "Sums":
+        sums = cls()
+        double = lambda value: torch.tensor(value, dtype=torch.float64, device=device)
+        sums._tensors = {name: double(value) for name, value in state["tensors"].items()}
+        sums._numbers, sums._counts = dict(state["numbers"]), dict(state["counts"])
+        return sums
 
     def means(self) -> dict[str, float]:
         """Each name's sum over its count; names that counted nothing are left out."""
@@ -59,6 +74,19 @@ def add_pair_metrics(sums: Sums, logps: ResponseLogps, beta: float) -> None:
         sums.add("rewards/rejected", reward[l])
         sums.add("rewards/accuracies", reward[w] > reward[l])
         sums.add("rewards/margins", reward[w] - reward[l])
+
+
+@torch.no_grad()
+def add_kl(sums: Sums, logps: ResponseLogps) -> None:
+    """How far the policy is from the reference: Schulman's k2 estimate (2020, "Approximating KL
+    divergence") of KL(policy || reference), (log policy - log reference)^2 / 2, a scored token.
+
+    The tokens are the data's, not samples of the policy: a measure of drift, 0 only where the two agree,
+    but not the KL of the policy's own text. (k3 is unbiased on the policy's samples; on rejected tokens,
+    which training makes rare, its exp(log reference - log policy) grows past all sense.)
+    """
+    log_ratio = (logps.token_logp - logps.ref_token_logp).double()
+    sums.add("kl", log_ratio.square() / 2)
 
 
 @torch.no_grad()
@@ -96,6 +124,27 @@ class Window:
         self.responses += len(batch.cu_resp) - 1
         self.tokens += batch.input_tokens
         self.num_tokens += batch.unshared_tokens
+
+    def state(self) -> dict:
+        """What `restored` goes on from; JSON."""
+        counts = {name: getattr(self, name) for name in ("num_tokens", "pairs", "responses", "tokens")}
+        return {"sums": self.sums.state(), "seconds": time.perf_counter() - self.start, "counts": counts}
+
+    @classmethod
+    def restored(cls, state: dict, device) -> "Window":
+        window = cls()
+        window.sums = Sums.restored(state["sums"], device)
+        window.start -= state["seconds"]
+        for name, value in state["counts"].items():
+            setattr(window, name, value)
+        return window
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time spent inside is no training time."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
 
     def throughput(self) -> dict:
         seconds = time.perf_counter() - self.start

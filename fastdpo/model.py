@@ -4,7 +4,6 @@ import contextlib
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from fastdpo_kernels import MEMORY_BUDGET, Plan, backend, linear_logp, plan
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import attention
+from fastdpo.adapters import add_lora, find_start, load_adapter
 from fastdpo.config import Config
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.records import PackedGroups
@@ -165,38 +165,39 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 def load_model_config(config: Config):
     """The model's transformers config. Raises ModelError, or ConfigError for a max_length beyond it."""
+    start = find_start(config)
     try:
-        model_config = AutoConfig.from_pretrained(config.model)
+        model_config = AutoConfig.from_pretrained(start.model)
     except Exception as error:  # whatever a broken folder makes transformers raise
-        if Path(config.model, "adapter_config.json").exists():
-            raise ModelError(
-                f"model: {config.model} is a peft adapter, not a model: merge it into its base first, "
-                "or give the base"
-            ) from None
-        raise ModelError(f"model: cannot load {config.model!r}: {error}") from None
+        whose = f", the base of the adapter {start.adapter}," if start.adapter else ""
+        raise ModelError(f"model: cannot load {start.model!r}{whose}: {error}") from None
     _check_lengths(config, model_config)
     return model_config
 
 
 def load_policy(config: Config, console) -> Policy:
-    """Loads the model, freezes what is not trained, adds a LoRA where asked. Raises ModelError."""
+    """Loads the model, freezes what is not trained, adds a LoRA (a fresh one, or one to start from)
+    where asked. Raises ModelError."""
+    start = find_start(config)
     dtype = resolve_dtype(config.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model_config = load_model_config(config)
     dropped = switch_off_dropout(model_config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            config.model,
+            start.model,
             config=model_config,
-            dtype=torch.float32 if config.lora_rank is None else dtype,
+            dtype=dtype if start.adapter or config.lora_rank else torch.float32,
         )
     except Exception as error:
-        raise ModelError(f"model: cannot load {config.model!r}: {type(error).__name__}: {error}") from None
+        raise ModelError(f"model: cannot load {start.model!r}: {type(error).__name__}: {error}") from None
     model.to(device)
     if dropped:
         console.print(f"dropout set to 0 for training: {', '.join(dropped)}")
-    if config.lora_rank is not None:
-        model = _add_lora(model, config)
+    if start.adapter:
+        model = load_adapter(model, start, console)
+    elif config.lora_rank is not None:
+        model = add_lora(model, config)
     model.train()
     if config.gradient_checkpointing:
         try:
@@ -207,11 +208,13 @@ def load_policy(config: Config, console) -> Policy:
 
 
 def load_tokenizer(config: Config):
-    """The model's tokenizer, with the config's chat template where it names one."""
+    """The tokenizer of the model, or of the adapter to start from where that has one, with the
+    config's chat template where it names one."""
+    where = find_start(config).tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as error:
-        raise ModelError(f"model: no tokenizer in {config.model!r}: {error}") from None
+        raise ModelError(f"model: no tokenizer in {where!r}: {error}") from None
     if config.chat_template is not None:
         try:
             with open(config.chat_template, encoding="utf-8") as file:
@@ -249,24 +252,6 @@ def _check_lengths(config: Config, model_config) -> None:
             f"max_length: {config.max_length} is more than the {limit} positions of {config.model}; "
             f"set max_length: {limit} or less"
         )
-
-
-def _add_lora(model, config: Config):
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ModelError("lora_rank needs peft: pip install 'fastdpo[peft]'") from None
-    torch.manual_seed(config.seed)
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
-        target_modules=config.lora_target_modules,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
-        raise ConfigError(f"lora_target_modules: {error}") from None
 
 
 def save_model(policy: Policy, tokenizer, folder) -> None:

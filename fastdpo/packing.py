@@ -71,6 +71,21 @@ def split_step(
     return [b.groups for b in bins]
 
 
+def in_row_order(
+    groups: Sequence[PreferenceGroup], max_tokens: int, share: bool = True
+) -> list[list[PreferenceGroup]]:
+    """Cuts groups into microbatches of at most `max_tokens` places, in their own order: next-fit. Groups
+    added at the end leave the microbatches before the last one as they were."""
+    bins: list[_Bin] = []
+    for group in groups:
+        new = bins[-1].plus(group) if bins else None
+        if new and new.places(share) <= max_tokens:
+            bins[-1] = new
+        else:
+            bins.append(_Bin().plus(group))
+    return [b.groups for b in bins]
+
+
 def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
     """Packs whole groups into one microbatch.
 

@@ -19,6 +19,7 @@ class Response:
     ids: np.ndarray  # i64[n], n >= 1; the last one is scored
     target_mask: np.ndarray  # bool[n]: which of them are scored
     score: float | None = None  # the row's rating, where it has one
+    ref_logp: float | None = None  # the row's reference log-prob of the whole response, where it has one
 
 
 class Pair(NamedTuple):

@@ -18,6 +18,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Messages = list[dict]
 
+_ROUNDING = 0.01  # how far above 0 a sum of log-probs may come out
+
 
 class RowProblem(DataError):
     """One row cannot be used: `reason` is what reports count by, `field` where in the row."""
@@ -35,6 +37,7 @@ class Row:
     prompt: str | Messages
     responses: tuple[str | Messages, ...]
     scores: tuple[float | None, ...]
+    ref_logps: tuple[float | None, ...]  # of whole responses, from ref_chosen_logps and ref_rejected_logps
     pairs: tuple[tuple[int, int], ...]  # (winner, loser) as indices of responses
     tools: list | None
     chat_template_kwargs: dict
@@ -50,10 +53,12 @@ def parse_row(row: dict, number: int) -> Row:
     row = {name: value for name, value in row.items() if value is not None}
     if "responses" in row and not ("chosen" in row and "rejected" in row):
         fields, values, scores, pairs, ties = _ranked(row)
+        ref_logps = (None,) * len(scores)
     else:
         fields, pairs, ties = ("chosen", "rejected"), ((0, 1),), 0
         values = tuple(_column(row, name) for name in fields)
         scores = tuple(_score(row.get(f"score_{name}"), f"score_{name}") for name in fields)
+        ref_logps = _ref_logps(row)
     prompt, responses = _conversation(row.get("prompt"), values, fields)
     _check_prompt(prompt)
     for field, response in zip(fields, responses):
@@ -63,7 +68,8 @@ def parse_row(row: dict, number: int) -> Row:
     kwargs = row.get("chat_template_kwargs", {})
     if not isinstance(kwargs, dict):
         raise RowProblem("wrong_type", "chat_template_kwargs", f"an object, not {_kind(kwargs)}")
-    return Row(number, prompt, responses, scores, pairs, _tools(row), _without_none(kwargs), ties)
+    kwargs = _without_none(kwargs)
+    return Row(number, prompt, responses, scores, ref_logps, pairs, _tools(row), kwargs, ties)
 
 
 def _column(row: dict, name: str):
@@ -112,6 +118,28 @@ def _score(value, field: str) -> float | None:
     if not math.isfinite(value):
         raise RowProblem("nan_score", field, f"a finite number, not {value}")
     return float(value)
+
+
+def _ref_logps(row: dict) -> tuple[float | None, float | None]:
+    """What a reference model gave (chosen, rejected): both sums, or None twice where the row has neither."""
+    fields = []
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        old = name.replace("ref_", "reference_", 1)  # TRL's name for it until 0.11
+        fields.append(old if name not in row and old in row else name)
+    if not any(field in row for field in fields):
+        return None, None
+    problem = lambda field, message: RowProblem("malformed_ref_logps", field, message)
+    for field in fields:
+        value = row.get(field)
+        if field not in row:
+            raise problem(field, "missing or null, where the row has the other response's; give both or none")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise problem(field, f"a number, the sum over the response's tokens, not {_kind(value)}")
+        if not math.isfinite(value):
+            raise problem(field, f"a finite number, not {value}")
+        if value > _ROUNDING:
+            raise problem(field, f"a log-probability is at most 0, not {value} (its sign may be turned)")
+    return tuple(float(row[field]) for field in fields)
 
 
 def _conversation(prompt, values: tuple, fields: tuple):

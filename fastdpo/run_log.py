@@ -22,20 +22,22 @@ _SHOWN = {
 
 
 class RunLog:
-    """The log of one stage."""
+    """The log of a run: what each line says goes to metrics.jsonl, the trackers and the screen."""
 
-    def __init__(self, metrics_file: Path, stage: int, console: Console):
-        self._file, self._stage, self._console = metrics_file, stage, console
+    def __init__(self, run: Path, console: Console, trackers):
+        self.console, self.stage = console, 0
+        self._file, self._trackers = run / "metrics.jsonl", trackers
 
     def _write(self, record: dict) -> None:
         """Opened, appended and closed a line, so that a killed run keeps what it wrote."""
         with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": self._stage, **record}) + "\n")
+            file.write(json.dumps({"stage": self.stage, **record}) + "\n")
+        self._trackers.log(record["step"], record)
 
     @contextmanager
-    def bar(self, name: str, total: int):
-        with make_progress(self._console) as self._progress:
-            self._task = self._progress.add_task(name, total=total, info="")
+    def bar(self, name: str, done: int, total: int):
+        with make_progress(self.console) as self._progress:
+            self._task = self._progress.add_task(name, completed=done, total=total, info="")
             yield
 
     def track(self, batches: list, what: str):
@@ -66,33 +68,47 @@ class RunLog:
 
     def _line(self, what: str, record: dict) -> None:
         shown = [text.format(record[name]) for name, text in _SHOWN.items() if name in record]
-        self._console.print(what, " ".join(shown), highlight=False, soft_wrap=True)
+        self.console.print(what, " ".join(shown), highlight=False, soft_wrap=True)
 
-    def announce(self, stage) -> None:
-        """What a stage will do, before it does it."""
-        cap, size = stage.config.max_tokens, stage.config.batch_size
-        first = stage.groups[:size]
+    def announce(self, stage) -> dict:
+        """Says what a stage will do, before it does it; returns the same as numbers."""
+        size = stage.config.batch_size
+        first = stage.first_step()
         batches = list(stage.microbatches(first))
-        tokens = sum(b.input_tokens for b in batches)
-        unshared = sum(b.unshared_tokens for b in batches)
-        responses = sum(len(g.responses) for g in stage.groups)
-        pairs = sum(len(g.pairs) for g in stage.groups)
-        preferences = f"{pairs:,} pairs over " if pairs else ""
-        self._console.print(
+        facts = {
+            "objective": stage.objective.name,
+            "steps": stage.total,
+            "groups": len(stage.groups),
+            "pairs": sum(len(g.pairs) for g in stage.groups),
+            "responses": sum(len(g.responses) for g in stage.groups),
+            "first_step_microbatches": len(batches),
+            "first_step_tokens": sum(b.input_tokens for b in batches),
+            "first_step_separate_tokens": sum(b.unshared_tokens for b in batches),
+            "head_plan": stage.policy.head_plan(batches),
+            "shared": stage.policy.share,
+        }
+        tokens, separate = facts["first_step_tokens"], facts["first_step_separate_tokens"]
+        preferences = f"{facts['pairs']:,} pairs over " if facts["pairs"] else ""
+        self.console.print(
             f"[bold]{stage.objective.name}[/]: {stage.total} steps of {size} groups; a pass is {preferences}"
-            f"{responses:,} responses, each computed once. {len(first)} groups take {len(batches)} "
-            f"microbatches, {tokens:,} tokens for {unshared:,} of separate rows "
-            f"({tokens / unshared:.0%}); lm_head: {stage.policy.head_plan(batches)}",
+            f"{facts['responses']:,} responses, each computed once. {len(first)} groups take {len(batches)} "
+            f"microbatches, {tokens:,} tokens for {separate:,} of separate rows "
+            f"({tokens / separate:.0%}); lm_head: {facts['head_plan']}",
             highlight=False,
         )
+        self._announce_caps(stage)
+        return facts
+
+    def _announce_caps(self, stage) -> None:
+        cap = stage.config.max_tokens
         if stage.policy.max_scored is not None:
-            self._console.print(
+            self.console.print(
                 f"a microbatch ends at {stage.policy.max_scored:,} scored tokens or max_tokens={cap:,}",
                 highlight=False,
             )
         over = [group.row for group in stage.groups if stage.cost(group) > cap]
         if over:
-            self._console.print(
+            self.console.print(
                 f"[yellow]{len(over)} groups are larger than max_tokens={cap} and go alone, whole "
                 f"(rows {', '.join(map(str, over[:5]))}{', ...' * (len(over) > 5)})",
                 highlight=False,

@@ -59,7 +59,10 @@ def _script(row: Row, tokenizer, prompt: str, turns: Messages, notes: Counter) -
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if answers[-1] + 1 < len(turns):
         notes["trailing_turns"] += len(turns) - answers[-1] - 1
-    text = _render(row, tokenizer, row.prompt + turns[: answers[-1] + 1]).rstrip()
+    printed = _render(row, tokenizer, row.prompt + turns[: answers[-1] + 1])
+    text = printed.rstrip()
+    if text != printed and row.ref_logps[0] is not None:
+        notes["ref_columns_white_space"] += 1
     content = turns[answers[-1]]["content"].rstrip()
     if content and text.endswith(content):
         notes["no_end_of_turn"] += 1  # the model is never shown where to stop

@@ -1,57 +1,188 @@
 """The trainer, top to bottom: config -> data -> model -> stages -> model folder."""
 
-import itertools
+import contextlib
 import math
-import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.markup import escape
-from transformers import get_scheduler
 
+from fastdpo import checkpoint, durable
+from fastdpo.cache_file import CacheFile
 from fastdpo.config import Config
-from fastdpo.errors import ConfigError, ModelError, TrainingError
-from fastdpo.failures import WAY_OUT, check_weights, not_finite, out_of_memory
+from fastdpo.errors import ConfigError, ModelError
+from fastdpo.failures import check_weights
+from fastdpo.fingerprint import reference_fingerprint
 from fastdpo.groups import Limits, load_groups
-from fastdpo.metrics import EVAL_STATS, Sums, Window, add_pair_metrics, add_token_metrics
 from fastdpo.model import Policy, load_model_config, load_policy, load_tokenizer, save_model
 from fastdpo.objectives import make_objective
-from fastdpo.packing import epoch_order, pack, places, split_step
-from fastdpo.records import PackedGroups, PreferenceGroup, ResponseLogps
-from fastdpo.reference import make_reference
-from fastdpo.run_folder import free_folder, open_run
-from fastdpo.run_log import RunLog
+from fastdpo.packing import epoch_order
+from fastdpo.records import PreferenceGroup
+from fastdpo.ref_cache import cache_path
+from fastdpo.ref_columns import reference_columns
+from fastdpo.ref_fill import load_reference
+from fastdpo.resume import check_same_run, check_start, find_checkpoint, rows_digest
+from fastdpo.run import Place, Run
+from fastdpo.run_folder import RUN_FILES, clear, free_folder, only_run_in, open_run
+from fastdpo.stage import Stage, check_schedule
+from fastdpo.stopping import Stopping
 from fastdpo.support import prepare
+from fastdpo.trackers import check_trackers, open_trackers
 
 
 def train(config: Config, console: Console | None = None) -> Path:
-    """Runs a config's stages and returns the run folder; the trained model is in its `model/`."""
+    """Runs a config's stages and returns the run folder; the trained model is in its `model/`.
+
+    Raises Stopped after SIGINT or SIGTERM, with a checkpoint written once there was a step to save.
+    """
     console = console or Console()
-    for stage in config.per_stage():  # an unknown name shows before any work
+    for stage in config.per_stage():  # what is wrong shows before any work
         make_objective(stage)
         check_schedule(stage)
-    run = free_folder(config)
-    tokenizer = load_tokenizer(config)
-    load_model_config(config)  # a wrong model or max_length shows before the data is read
-    groups, eval_groups, reports = load_data(config, tokenizer, console)
-    policy = load_policy(config, console)
-    check_vocabulary(policy, groups + eval_groups)
-    prepare(policy, groups, console)
-    open_run(run, config, reports)
-    done = 0
-    for number, keys in enumerate(config.per_stage()):
-        fresh_lora = config.lora_rank is not None and done == 0
-        stage = None  # lets go of the last stage's reference before the next one makes its own
-        stage = Stage(keys, policy, groups, eval_groups, fresh_lora)
-        done = stage.run(done, RunLog(run / "metrics.jsonl", number, console))
-    check_weights(policy)
-    save_model(policy, tokenizer, run / "model")
-    where = escape(f"the model is in {run}/model, the metrics in {run}/metrics.jsonl")
+    check_trackers(config.trackers)
+    folder = free_folder(config)
+    with Stopping(console) as stopping, only_run_in(folder):
+        for place in (folder, folder / "checkpoints"):
+            durable.recover(place)
+        found, passed = find_checkpoint(folder, config, console)
+        tokenizer = load_tokenizer(config)
+        load_model_config(config)  # a wrong model or max_length shows before the data is read
+        groups, eval_groups, reports = load_data(config, tokenizer, console)
+        data = rows_digest(groups, eval_groups)
+        check_same_run(found, config, data, len(groups))
+        policy = load_policy(config, console)
+        check_vocabulary(policy, groups + eval_groups)
+        prepare(policy, groups, console)
+        check_cache(config, console)
+        checkpoint.set_aside(folder / "checkpoints", passed)
+        with undone_if_refused(folder):
+            open_run(folder, config, reports, found and found.state, console)
+            trackers = open_trackers(config.trackers, folder, vars(config), found and found.step, console)
+            with contextlib.closing(trackers):
+                run = Run(folder, config, console, stopping, data, trackers)
+                stopping.saves = True
+                with run.told(found, passed):
+                    run_stages(run, policy, tokenizer, groups, eval_groups, found)
+                    check_weights(policy)
+                    with durable.new_folder(folder / "model") as part:
+                        save_model(policy, tokenizer, part)
+    where = escape(f"the model is in {folder}/model, what happened in {folder}/report.html")
     console.print(f"[bold]done:[/] {where}", soft_wrap=True)
-    return run
+    return folder
+
+
+def check_cache(config: Config, console: Console) -> None:
+    """Raises ConfigError where the reference cache cannot be opened."""
+    path = cache_path(config.reference_cache)
+    if path is not None and any(make_objective(stage).needs_reference for stage in config.per_stage()):
+        with contextlib.closing(CacheFile(path, console)) as cache:
+            cache.run(lambda db: None)
+
+
+@contextlib.contextmanager
+def undone_if_refused(folder: Path):
+    """A run that turns out to be misconfigured before its first checkpoint leaves no run behind."""
+    try:
+        yield
+    except ConfigError:
+        if not checkpoint.found(folder / "checkpoints"):
+            clear(folder, set(RUN_FILES) - {"checkpoints"})
+        raise
+
+
+def run_stages(run: Run, policy: Policy, tokenizer, groups, eval_groups, found) -> None:
+    """Each stage from where it stands: `found` is the checkpoint to go on from, or None."""
+    shown = spread(eval_groups or groups, run.config.samples)
+    if found is None:
+        run.sample(policy, tokenizer, shown, "start")
+    else:
+        run.place = Place(found.state["stage"], found.state["first"], found.state["start"])
+        if run.place.start:
+            checkpoint.load(run.checkpoints / run.place.start).load_weights(policy)
+    for number, config in enumerate(run.config.per_stage()):
+        if number < run.place.stage:
+            continue
+        resumed = found if found and number == found.state["stage"] else None
+        progress = run_stage(run, config, policy, groups, eval_groups, resumed)
+        run.end_stage(policy, progress)
+    run.sample(policy, tokenizer, shown, "end")
+
+
+def spread(groups: list[PreferenceGroup], count: int) -> list[PreferenceGroup]:
+    """At most `count` groups with different prompts, from all over the list."""
+    different = list({group.prompt.tobytes(): group for group in reversed(groups)}.values())[::-1]
+    return different[:: max(1, len(different) // max(1, count))][:count]
+
+
+def run_stage(run: Run, config: Config, policy: Policy, groups, eval_groups, resumed):
+    """Makes a stage's reference, while the policy stands at its start weights, and runs it."""
+    place = run.place
+    run.log.stage = place.stage
+    stage = Stage(config, policy, groups, eval_groups)
+    expected = resumed.state["namespace"] if resumed else None
+    place.total, place.namespace = stage.total, None
+    if stage.objective.needs_reference:
+        stage.reference, place.namespace = make_reference(run, stage, expected)
+    if place.namespace is None:
+        place.namespace = reference_fingerprint(policy, run.fresh_lora).namespace
+        check_start(expected, place.namespace)
+    run.events.add("stage", stage=place.stage, **run.log.announce(stage))
+    return stage.run(run, resumed)
+
+
+def make_reference(run: Run, stage: Stage, expected: str | None):
+    """The reference's log-probs, from the data's own columns, or looked up and computed, and then also the
+    namespace of the start weights."""
+    sets = [stage.used_groups(), stage.eval_groups]
+    path = cache_path(run.config.reference_cache)
+    if run.place.start is None and path:  # the columns are of the model the run starts from
+        columns = reference_columns(sets, run.console)
+        if columns:
+            run.events.add("reference", stage=run.place.stage, **columns.account)
+            return columns, None
+    table = load_reference(
+        stage.policy,
+        sets,
+        path=path,
+        fresh_lora=run.fresh_lora,
+        max_tokens=stage.config.max_tokens,
+        console=run.console,
+        check=run.stopping.check,
+        expected_namespace=expected,
+    )
+    source = "computed" if table.account["file"] is None else "cache"
+    run.events.add("reference", stage=run.place.stage, source=source, **table.account)
+    return table, table.account["namespace"]
+
+
+def fill_reference(config: Config, console: Console | None = None) -> None:
+    """Computes the reference's log-probs of a config's first stage into the cache, and trains nothing."""
+    console = console or Console()
+    if not make_objective(config.per_stage()[0]).needs_reference:
+        raise ConfigError(
+            "objective: the first stage needs no reference, and what later stages refer to is not trained yet"
+        )
+    path = cache_path(config.reference_cache)
+    if path is None:
+        raise ConfigError("reference_cache: off leaves nothing to fill; name a file, or auto")
+    with Stopping(console) as stopping:
+        tokenizer = load_tokenizer(config)
+        load_model_config(config)
+        groups, eval_groups, _ = load_data(config, tokenizer, console)
+        policy = load_policy(config, console)
+        check_vocabulary(policy, groups + eval_groups)
+        prepare(policy, groups, console)
+        stage = Stage(config.per_stage()[0], policy, groups, eval_groups)
+        stopping.saves = True
+        load_reference(
+            policy,
+            [stage.used_groups(), stage.eval_groups],
+            path=path,
+            fresh_lora=config.lora_rank is not None,
+            max_tokens=stage.config.max_tokens,
+            console=console,
+            check=stopping.check,
+        )
 
 
 def load_data(config: Config, tokenizer, console: Console):
@@ -88,154 +219,3 @@ def check_vocabulary(policy: Policy, groups: list[PreferenceGroup]) -> None:
                 f"row {group.row}: token id {largest}, but the model embeds only {size} ids: "
                 "the tokenizer is of another model"
             )
-
-
-class Stage:
-    """One objective on one data set. Make it before the first step: its reference is the policy as it
-    stands then."""
-
-    def __init__(self, config: Config, policy: Policy, groups, eval_groups, fresh_lora: bool):
-        self.config, self.policy = config, policy
-        self.objective = make_objective(config)
-        self.reference = None
-        if self.objective.needs_reference:
-            self.reference = make_reference(policy, fresh_lora)
-        self.groups = [self.objective.select(g) for g in groups]
-        self.eval_groups = [self.objective.select(g) for g in eval_groups]
-        self.per_epoch = math.ceil(len(self.groups) / config.batch_size)
-        self.total = config.max_steps or math.ceil(config.num_epochs * self.per_epoch)
-
-    def run(self, done: int, log: RunLog) -> int:
-        """Trains to the end, counting on from `done` optimizer steps; returns the new count."""
-        config = self.config
-        optimizer, schedule = make_optimizer(self.policy, config, self.total)
-        log.announce(self)
-        with log.bar(self.objective.name, self.total):
-            self.eval_batches = self.prepare_eval(log)
-            self.evaluate(done, log)
-            window = Window()
-            for i, groups in enumerate(step_groups(self.groups, config, self.total), 1):
-                norm = self.step(groups, window, done + i)
-                window.sums.add("grad_norm", norm)
-                window.sums.add("learning_rate", schedule.get_last_lr()[0])
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                schedule.step()
-                log.advance(window)
-                logged = i % config.logging_steps == 0 or i == self.total
-                if logged:
-                    log.train(done + i, i / self.per_epoch, window)
-                start = time.perf_counter()
-                if i == self.total or (config.eval_steps and i % config.eval_steps == 0):
-                    self.evaluate(done + i, log)
-                if logged:
-                    window = Window(window.num_tokens)
-                else:
-                    window.start += time.perf_counter() - start  # evaluation is no training time
-        return done + self.total
-
-    def step(self, groups: list[PreferenceGroup], window: Window, step: int):
-        """Forward and backward of one optimizer step, in microbatches; returns the gradient norm.
-
-        Each microbatch's loss is divided by the whole step's count, so the gradient is that of the
-        step's mean loss however the step was cut.
-        """
-        total = sum(self.objective.count(g) for g in groups)
-        losses, rows = [], []
-        for batch in self.microbatches(groups):
-            try:
-                logps = self.score(batch.to(self.policy.device), self.objective.stats)
-                loss = self.objective.loss_sum(logps) / total
-                loss.backward()
-            except torch.OutOfMemoryError:
-                raise out_of_memory(step, batch) from None
-            losses.append(loss.detach())
-            rows.append(batch.rows)
-            add_pair_metrics(window.sums, logps, self.config.beta)
-            window.count(batch)
-        parameters = self.policy.trained()
-        limit = self.config.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        losses = torch.stack(losses)
-        window.sums.add("loss", losses, count=1)
-        if not math.isfinite(float(losses.sum() + norm)):
-            raise not_finite(step, losses, rows, norm)
-        return norm
-
-    def cost(self, group: PreferenceGroup) -> int:
-        """What a group takes of max_tokens."""
-        return places(group, self.policy.share)
-
-    def microbatches(self, groups: list[PreferenceGroup]) -> Iterator[PackedGroups]:
-        share = self.policy.share
-        for part in split_step(groups, self.config.max_tokens, self.policy.max_scored, share):
-            yield pack(part, share)
-
-    def score(self, batch: PackedGroups, stats=()) -> ResponseLogps:
-        reference = self.reference(batch) if self.reference else None
-        out = self.policy.token_logp(batch, stats)
-        token_logp, token_stats = out if stats else (out, {})
-        return ResponseLogps.of(batch, token_logp, reference, token_stats)
-
-    @torch.no_grad()
-    def prepare_eval(self, log: RunLog) -> list[PackedGroups]:
-        """The evaluation rows packed once, with the reference's log-probs, which never change."""
-        batches = list(self.microbatches(self.eval_groups))
-        if self.reference is None:
-            return batches
-        fill = lambda b: replace(b, ref_token_logp=self.reference(b.to(self.policy.device)).cpu())
-        return [fill(batch) for batch in log.track(batches, "held-out reference")]
-
-    @torch.no_grad()
-    def evaluate(self, step: int, log: RunLog) -> None:
-        """Loss and metrics of the held-out rows, the vocabulary-wide ones too."""
-        if not self.eval_batches:
-            return
-        sums = Sums()
-        self.policy.model.eval()
-        for batch in log.track(self.eval_batches, "held-out"):
-            batch = batch.to(self.policy.device)
-            logps = self.score(batch, EVAL_STATS)
-            sums.add("loss", self.objective.loss_sum(logps), count=0)
-            add_pair_metrics(sums, logps, self.config.beta)
-            add_token_metrics(sums, batch, logps.token_stats)
-        self.policy.model.train()
-        count = sum(self.objective.count(g) for g in self.eval_groups)
-        sums.add("loss", 0.0, count=count)
-        log.held_out(step, sums)
-        loss = sums.means()["loss"]
-        if not math.isfinite(loss):
-            raise TrainingError(f"step {step}: the held-out loss is {loss}; {WAY_OUT}")
-
-
-def step_groups(groups, config: Config, n_steps: int) -> Iterator[list[PreferenceGroup]]:
-    """The groups of each optimizer step, epoch after epoch: a function of seed and epoch alone."""
-    for epoch in itertools.count():
-        order = epoch_order(len(groups), config.seed, epoch)
-        for start in range(0, len(order), config.batch_size):
-            if n_steps == 0:
-                return
-            n_steps -= 1
-            yield [groups[i] for i in order[start : start + config.batch_size]]
-
-
-def make_optimizer(policy: Policy, config: Config, total: int):
-    """Fused AdamW with transformers' defaults, decaying matrices only, and a transformers schedule."""
-    parameters = policy.trained()
-    grouped = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(grouped, lr=config.learning_rate, fused=True)
-    return optimizer, get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, total)
-
-
-def check_schedule(config: Config) -> None:
-    """Raises ConfigError for a schedule that cannot be made or stepped, by trying one on no model."""
-    try:
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.1)
-        schedule = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, 100)
-        optimizer.step()
-        schedule.step()
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"lr_scheduler_type: {config.lr_scheduler_type!r}: {error}") from None

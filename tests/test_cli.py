@@ -137,7 +137,7 @@ def test_nan_stops_with_the_rows_and_a_way_out(run, tmp_path):
         (["--stages", "[{objective: sft}, {lr_scheduler_type: linaer}]"], ["lr_scheduler_type"]),
         (["--beta", ".nan"], ["beta", "finite"]),
         (["--num_epochs", "0"], ["num_epochs"]),
-        (["--output_dir", "/dev/null/run"], ["output_dir", "cannot make"]),
+        (["--output_dir", "/dev/null/run"], ["output_dir", "cannot write"]),
         (["--lora_rank", "2", "--lora_target_modules", "[1]"], ["lora_target_modules"]),
     ],
 )
@@ -162,7 +162,7 @@ def test_a_second_run_does_not_overwrite_the_first(run):
 def test_overwrite_never_deletes_what_the_run_starts_from(run, tmp_path):
     assert run(rows(4))[0] == 0
     code, said = run(rows(4), "--overwrite", model=str(tmp_path / "run/model"))
-    assert code == 2 and "would delete model" in said
+    assert code == 2 and "would replace model" in said
     assert (tmp_path / "run/model/model.safetensors").exists()
 
 
@@ -171,9 +171,15 @@ def test_broken_models_are_named(run, tmp_path, model):
     (broken_model / "model.safetensors").write_bytes(b"12345678")
     code, said = run(rows(4), model=str(broken_model))
     assert code == 1 and "cannot load" in said
+
+
+def test_a_run_goes_on_from_an_adapter(run, tmp_path):
     assert run(rows(4), "--lora_rank", "2", "--output_dir", str(tmp_path / "lora"))[0] == 0
-    code, said = run(rows(4), model=str(tmp_path / "lora/model"))
-    assert code == 1 and "adapter" in said
+    adapter = str(tmp_path / "lora/model")
+    code, said = run(rows(4), model=adapter)
+    assert code == 0 and f"starting from the adapter {adapter}" in said
+    code, said = run(rows(4), "--lora_rank", "2", "--overwrite", model=adapter)
+    assert code == 2 and "lora_rank: the adapter" in said
 
 
 def test_template_that_fails_like_a_program(run, tmp_path):

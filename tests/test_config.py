@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fastdpo.config import STAGE_KEYS, Config, help_text, load_config, to_yaml
+from fastdpo.config import STAGE_KEYS, Config
+from fastdpo.config_io import help_text, keys_table, load_config, to_yaml
 from fastdpo.errors import ConfigError
 
 
@@ -102,3 +103,8 @@ def test_resolved_config_reads_back(file):
 )
 def test_examples_are_valid(path):
     assert load_config([str(path)]).per_stage()
+
+
+def test_the_readme_has_every_key():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    assert keys_table() in readme, "make the README's table anew: it is what keys_table() returns"

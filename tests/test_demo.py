@@ -1,11 +1,8 @@
 """The demo: what a newcomer runs first must learn what it says it learns."""
 
-import pytest
-
 from fastdpo.demo import demo
 
 
-@pytest.mark.slow
 def test_demo_learns(tmp_path):
     result = demo(tmp_path)
     assert result["accuracy_before"] < 0.75

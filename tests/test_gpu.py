@@ -62,6 +62,17 @@ def test_bf16_training_learns(tmp_path, keys):
     assert run.evals[-1]["eval_rewards/accuracies"] > 0.8
 
 
+@pytest.mark.parametrize("keys", [{}, dict(lora_rank=4)], ids=["full", "lora"])
+def test_resume_on_cuda(tmp_path, keys):
+    """5 steps and then 8 are 8 at once: weights, and fused AdamW's state on the device."""
+    keys = dict(dtype="bf16", save_steps=4, **keys)
+    whole = Run(tmp_path, "whole", max_steps=8, **keys)
+    Run(tmp_path, "cut", max_steps=5, **keys)
+    cut = Run(tmp_path, "cut", max_steps=8, resume=True, **keys)
+    files = [next((run.folder / "model").glob("*.safetensors")) for run in (whole, cut)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_supported_models_share_on_cuda(capsys):
     p = policy("llama")
     p.model.cuda()

@@ -19,6 +19,12 @@ from tests.tiny import rows, save_model, write_jsonl
 QUIET = Console(quiet=True)
 
 
+@pytest.fixture(autouse=True)
+def no_report(request, monkeypatch):
+    if "usable_folder" not in request.node.name:  # one test looks at everything, the others save the time
+        monkeypatch.setattr("fastdpo.run.write_report", lambda *args, **keys: None)
+
+
 class Run:
     """One training of the tiny model, and what came out."""
 
@@ -39,6 +45,7 @@ class Run:
             max_length=64,
             logging_steps=1,
             dtype="fp32",
+            samples=0,
         )
         self.config = Config(**(values | keys))
         self.folder = train(self.config, QUIET)
@@ -126,12 +133,8 @@ def test_separate_rows_give_the_same_trajectory(truth, tmp_path, monkeypatch, ma
 
 def test_a_run_learns_and_leaves_a_usable_folder(tmp_path):
     run = Run(tmp_path, max_steps=40)
-    assert {p.name for p in run.folder.iterdir()} == {
-        "config.yaml",
-        "metrics.jsonl",
-        "data_report.json",
-        "model",
-    }
+    names = "config.yaml metrics.jsonl events.jsonl samples.jsonl data_report.json report.html plots"
+    assert {p.name for p in run.folder.iterdir()} == {*names.split(), "checkpoints", "model"}
     assert run.losses[-4:].mean() < run.losses[:4].mean() - 0.1
     first, last = run.evals[0], run.evals[-1]
     assert first["eval_rewards/margins"] == 0 and first["eval_loss"] == pytest.approx(0.693147, abs=1e-6)

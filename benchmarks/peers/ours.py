@@ -22,15 +22,9 @@ from fastdpo.config import Config
 from fastdpo.groups import Limits, load_groups
 from fastdpo.metrics import Window
 from fastdpo.model import load_policy
+from fastdpo.ref_fill import load_reference
+from fastdpo.stage import Stage, make_optimizer, step_groups
 from fastdpo.support import prepare
-from fastdpo.trainer import Stage, make_optimizer, step_groups
-
-
-def precomputed(stage: Stage, steps: list) -> None:
-    """Computes the reference of every microbatch once, as the peer does, and frees the copy."""
-    with torch.no_grad():
-        known = {b.rows: stage.reference(b) for step in steps for b in stage.microbatches(step)}
-    stage.reference = lambda batch: known[batch.rows]
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -52,9 +46,10 @@ def measure(args: argparse.Namespace) -> dict:
     groups, report = load_groups(config.data, tokenizer, limits, strict=True, console=console)
     policy = load_policy(config, console)
     prepare(policy, groups, console)
-    stage = Stage(config, policy, groups, [], fresh_lora=False)
+    stage = Stage(config, policy, groups, [])
     steps = list(step_groups(stage.groups, config, config.max_steps))
-    precomputed(stage, steps)
+    options = dict(path=None, fresh_lora=False, max_tokens=config.max_tokens, console=console)
+    stage.reference = load_reference(policy, [stage.used_groups()], **options)  # once, as the peer does
     optimizer, schedule = make_optimizer(policy, config, config.max_steps)
     before = restart_peak()
     seconds, losses = [], []

@@ -1,0 +1,54 @@
+"""Numbers as people read them."""
+
+import math
+
+
+def significant(value: float, digits: int = 4) -> str:
+    """0.6931, -120.3, 12,345, 1e-06: as many digits as mean something, no exponent where none is needed."""
+    value = float(value)
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    if size < -4:
+        return f"{value:.{digits - 1}g}"
+    return f"{value:,.{max(0, digits - 1 - size)}f}".replace("-", "−")
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A change: +0.12, −3.4, 0."""
+    text = significant(value, digits)
+    return f"+{text}" if value > 0 else text
+
+
+def percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def gigabytes(size: float) -> str:
+    """1.73 GB, 24.5 MB (powers of ten)."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{significant(size / factor, 3)} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def duration(seconds: float) -> str:
+    """0.4 s, 36 s, 5 min 12 s, 3 h 5 min, 2 d 4 h."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    seconds = round(seconds)
+    parts = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    for i, (unit, length) in enumerate(parts):
+        if seconds >= length:
+            rest = seconds % length
+            small, size = parts[i + 1] if i < 3 else ("", 0)
+            more = f" {rest // size} {small}" if size and rest // size else ""
+            return f"{seconds // length} {unit}{more}"
+    return "0 s"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 row, 1,200 rows."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

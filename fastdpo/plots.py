@@ -1,0 +1,267 @@
+"""Charts of a run as SVG, for the report, and as PNG, to send to somebody."""
+
+import io
+import itertools
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+# Okabe and Ito's colours, told apart by colour-blind people too. The report's style sheet names the same
+# ones and lighter ones for a dark page: in the SVG each of these becomes the style sheet's variable.
+COLOURS = {
+    "train": "#0072b2",
+    "held-out": "#d55e00",
+    "chosen": "#009e73",
+    "rejected": "#b8559a",
+    "ink": "#3b4450",
+    "muted": "#8a939e",
+    "grid": "#dfe3e8",
+}
+_MOST_POINTS = 400  # of a curve: more than its pixels show nothing, and only make the page heavy
+_DASHED = (0, (4, 2))
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text: readable by machines, in the page's own font
+    "svg.hashsalt": "fastdpo",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "path.simplify": False,
+    "text.parse_math": False,
+}
+
+
+@dataclass
+class Curve:
+    """One line: a number over steps. Held-out ones have a dot at every evaluation."""
+
+    label: str
+    colour: str
+    step: np.ndarray
+    value: np.ndarray
+    stage: np.ndarray
+    dots: bool = False
+
+
+@dataclass
+class Level:
+    """A horizontal line to compare with, such as chance or the clip."""
+
+    value: float
+    label: str
+
+
+@dataclass
+class Chart:
+    """What one figure shows."""
+
+    name: str  # of the PNG, and of the ids in the SVG
+    title: str
+    unit: str
+    curves: list[Curve]
+    levels: list[Level] = field(default_factory=list)
+    log_scale: bool = False
+    note: str = ""  # what a reader should know
+
+
+@dataclass
+class Mark:
+    """Something that happened at a step: a stage began, a run went on."""
+
+    step: float
+    label: str
+    is_stage: bool
+
+
+def draw(chart: Chart, marks: list[Mark], png: bool) -> tuple[str, bytes | None]:
+    """(SVG without its XML header, PNG where it is asked for)."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 3.0))
+        axes = _axes(figure)
+        for curve in chart.curves:
+            _plot(axes, curve)
+        if chart.log_scale:
+            axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(short))
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+        axes.set_ylabel(chart.unit, color=COLOURS["ink"], labelpad=7)
+        axes.set_xlabel("optimizer step", color=COLOURS["ink"])
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        for level in chart.levels:
+            _level(axes, level)
+        first = min(curve.step[0] for curve in chart.curves)
+        _mark(axes, [mark for mark in marks if mark.step >= first or (mark.is_stage and first <= 1)])
+        _legend(axes, chart.curves)
+        return _render(figure, axes, chart.name, chart.title, png)
+
+
+def draw_lengths(
+    edges: list[int], counts: list[int], limit: int | None, png: bool
+) -> tuple[str, bytes | None]:
+    """The histogram of sequence lengths, and where rows are cut."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 3.0))
+        axes = _axes(figure)
+        axes.bar(edges[:-1], counts, np.diff(edges) * 0.92, align="edge", color=COLOURS["train"])
+        axes.set_xlabel("prompt + response, in tokens", color=COLOURS["ink"])
+        axes.set_ylabel("responses", color=COLOURS["ink"], labelpad=7)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        if limit and limit <= 1.5 * edges[-1]:
+            _mark(axes, [Mark(limit, f"max_length {limit:,}", False)])
+        return _render(figure, axes, "lengths", "Lengths", png)
+
+
+def _axes(figure: Figure) -> Axes:
+    axes = figure.add_axes((0.15, 0.165, 0.83, 0.72))
+    axes.grid(True, axis="y", color=COLOURS["grid"], lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=COLOURS["ink"], length=0, which="both")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(COLOURS["muted"])
+    axes.margins(x=0.015, y=0.1)  # room above the curves for the names of the marks
+    return axes
+
+
+def _plot(axes: Axes, curve: Curve) -> None:
+    colour, label = COLOURS[curve.colour], curve.label
+    for stage in np.unique(curve.stage):
+        step, value = curve.step[curve.stage == stage], curve.value[curve.stage == stage]
+        if curve.dots or len(step) < 20:
+            step, value = thinned(step, value)
+            dash = _DASHED if curve.dots else "-"
+            size = 4 if len(step) <= 40 else 0
+            axes.plot(step, value, color=colour, lw=1.6, ls=dash, marker="o", ms=size, label=label)
+        else:
+            axes.plot(*thinned(step, value), color=colour, lw=1, alpha=0.28)
+            axes.plot(*every_nth(step, smoothed(value)), color=colour, lw=1.8, label=label)
+        label = None  # a legend entry for all stages
+
+
+def _mark(axes: Axes, marks: list[Mark]) -> None:
+    """Stages by a line with their name, resumes by a fine one."""
+    for mark in marks:
+        style = dict(lw=1, alpha=0.9) if mark.is_stage else dict(lw=0.9, ls=(0, (3, 3)), alpha=0.8)
+        axes.axvline(mark.step, color=COLOURS["muted"], zorder=0.5, **style)
+    x_axis, (left, right) = axes.get_xaxis_transform(), axes.get_xlim()
+    for mark in marks:
+        if mark.label:
+            late = mark.step > left + 0.8 * (right - left)
+            axes.annotate(
+                mark.label,
+                (mark.step, 0.985),
+                xycoords=x_axis,
+                xytext=(-3 if late else 3, 0),
+                ha="right" if late else "left",
+                textcoords="offset points",
+                color=COLOURS["muted"],
+                size=8.5,
+                va="top",
+            )
+
+
+def _level(axes: Axes, level: Level) -> None:
+    axes.axhline(level.value, color=COLOURS["muted"], lw=1, ls=(0, (1, 2)))
+    axes.annotate(
+        level.label,
+        (0.998, level.value),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(0, 2),
+        textcoords="offset points",
+        color=COLOURS["muted"],
+        size=8.5,
+        ha="right",
+    )
+
+
+def _legend(axes: Axes, curves: list[Curve]) -> None:
+    """Above the plot. Of four curves the held-out ones share an entry: their colours are named already."""
+    if len(curves) < 2:
+        axes.set_position((0.15, 0.165, 0.83, 0.8))  # the room is the plot's
+        return
+    handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
+    if len(curves) > 2:
+        handles = {curve.label: handles[curve.label] for curve in curves if not curve.dots}
+        handles["held-out"] = Line2D([], [], color=COLOURS["ink"], lw=1.6, ls=_DASHED, marker="o", ms=4)
+    axes.legend(
+        handles.values(),
+        handles.keys(),
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 0.985),
+        ncols=4,
+        frameon=False,
+        labelcolor=COLOURS["ink"],
+        handlelength=1.8,
+        columnspacing=1.2,
+        handletextpad=0.5,
+        borderpad=0.1,
+    )
+
+
+def _render(figure: Figure, axes: Axes, name: str, title: str, png: bool) -> tuple[str, bytes | None]:
+    svg, picture = io.StringIO(), io.BytesIO()
+    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    if not png:
+        return themed(svg.getvalue(), name), None
+    figure.set_figheight(3.2)
+    axes.set_position((0.15, 0.152, 0.83, 0.665))
+    figure.text(0.02, 0.985, title, weight="bold", size=11, va="top", color=COLOURS["ink"])
+    figure.savefig(picture, format="png", dpi=130, facecolor="white", pil_kwargs={"compress_level": 2})
+    return themed(svg.getvalue(), name), picture.getvalue()
+
+
+def themed(svg: str, name: str) -> str:
+    """The <svg> element alone, its colours the style sheet's, its ids unlike another chart's."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
+    svg = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    for colour, value in COLOURS.items():
+        svg = svg.replace(value, f"var(--{colour})")
+    # The page says how large it is, what it is called and which font it has.
+    svg = re.sub(
+        r'<svg\b[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1
+    )
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    return re.sub(r"\n\s*", "\n", svg).replace("xlink:href", "href")
+
+
+def thinned(step: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most _MOST_POINTS points: the lowest and the highest of each stretch, so that spikes stay."""
+    if len(step) <= _MOST_POINTS:
+        return step, value
+    bounds = np.linspace(0, len(step), _MOST_POINTS // 2 + 1).astype(int)
+    parts = list(itertools.pairwise(bounds))
+    kept = {a + int(f(value[a:b])) for a, b in parts for f in (np.argmin, np.argmax)} | {0, len(step) - 1}
+    kept = sorted(kept)
+    return step[kept], value[kept]
+
+
+def every_nth(step: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    kept = np.unique(np.linspace(0, len(step) - 1, _MOST_POINTS // 2).astype(int))
+    return step[kept], value[kept]
+
+
+def smoothed(value: np.ndarray) -> np.ndarray:
+    """A centred mean over a twentieth of the curve, twice, so that a spike becomes a hill and no box."""
+    half, at = max(1, len(value) // 80), np.arange(len(value))
+    reach = np.minimum(half, np.minimum(at, len(value) - 1 - at))  # symmetric, so the ends do not lean
+    for _ in range(2):
+        total = np.concatenate([[0.0], np.cumsum(value)])
+        value = (total[at + reach + 1] - total[at - reach]) / (2 * reach + 1)
+    return value
+
+
+def short(value: float, _position=None) -> str:
+    """A tick's number in few characters: 0.002, 15k, 1e-06."""
+    size = abs(value)
+    text = f"{value:.4g}" if size >= 1e-4 or not value else f"{value:.2g}"
+    for unit, factor in (("k", 1e3), ("M", 1e6), ("G", 1e9)):
+        if size >= max(factor, 1e4):
+            text = f"{value / factor:g}{unit}"
+    return text.replace("-", "−")

@@ -1,0 +1,268 @@
+"""One stage of a run: one objective on one data set, from the stage's start weights to its last step."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from fastdpo.config import Config
+from fastdpo.errors import ConfigError, TrainingError
+from fastdpo.failures import WAY_OUT, not_finite, out_of_memory
+from fastdpo.metrics import EVAL_STATS, Sums, Window, add_kl, add_pair_metrics, add_token_metrics
+from fastdpo.model import Policy
+from fastdpo.objectives import make_objective
+from fastdpo.packing import epoch_order, in_row_order, pack, places, split_step
+from fastdpo.records import PackedGroups, PreferenceGroup, ResponseLogps
+
+
+@dataclass
+class Progress:
+    """How far a stage is: with the weights and the optimizer's state, all that its next step depends on."""
+
+    steps: int = 0
+    evaluated: bool = False  # False while held-out rows are due at this step
+    eval_loss: float | None = None  # at this step
+    best: dict | None = None  # {"step", "eval_loss"} of the stage's best checkpoint
+    window: Window = field(default_factory=Window)
+
+    def state(self) -> dict:
+        return {**vars(self), "window": self.window.state()}
+
+    @classmethod
+    def restored(cls, state: dict, device) -> "Progress":
+        return cls(**state | {"window": Window.restored(state["window"], device)})
+
+
+class Stage:
+    """Make it before the first step, while the policy stands at the stage's start weights.
+
+    `reference` is set before `run` where the objective needs one: `reference.of(groups)` gives the
+    reference's token log-probs of a microbatch.
+    """
+
+    def __init__(self, config: Config, policy: Policy, groups, eval_groups):
+        self.config, self.policy, self.reference = config, policy, None
+        self.objective = make_objective(config)
+        self.groups = [self.objective.select(g) for g in groups]
+        self.eval_groups = [self.objective.select(g) for g in eval_groups]
+        self.per_epoch = math.ceil(len(self.groups) / config.batch_size)
+        self.total = total_steps(config, len(self.groups))
+        self.drifts = None  # of the first step's microbatches, while it runs
+
+    def run(self, run, resumed=None) -> Progress:
+        """Trains to the end, or from the checkpoint `resumed`; `run` (fastdpo.run.Run) knows the place.
+        Raises Stopped after a signal, with a checkpoint written."""
+        optimizer, schedule = make_optimizer(self.policy, self.config, self.total)
+        progress = Progress()
+        with run.log.bar(self.objective.name, resumed.steps if resumed else 0, self.total):
+            eval_batches = self.eval_batches()
+            if resumed:  # the reference is made: the start weights are needed no more
+                progress = Progress.restored(resumed.state["progress"], self.policy.device)
+                resumed.load_weights(self.policy)
+                resumed.load_optimizer(optimizer)
+                set_schedule(schedule, progress.steps)
+            settle = lambda: self.settle(run, progress, eval_batches, optimizer)
+            if not progress.evaluated:
+                settle()
+            self.drifts = [] if self.reference and progress.steps == 0 else None
+            for groups in step_groups(self.groups, self.config, self.total, progress.steps):
+                norm = self.step(groups, progress.window, run.place.first + progress.steps + 1)
+                if self.drifts is not None:
+                    run.tell_drift(float(torch.stack(self.drifts).max()), self.policy.dtype)
+                    self.drifts = None
+                progress.window.sums.add("grad_norm", norm)
+                progress.window.sums.add("learning_rate", schedule.get_last_lr()[0])
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+                progress.steps += 1
+                self.log_step(run, progress)
+                settle()
+        return progress
+
+    def due(self, steps: int, every: int | None) -> bool:
+        return steps == self.total or bool(every and steps and steps % every == 0)
+
+    def log_step(self, run, progress: Progress) -> None:
+        i, config, window = progress.steps, self.config, progress.window
+        run.log.advance(window)
+        if self.due(i, config.logging_steps):
+            run.log.train(run.place.first + i, i / self.per_epoch, window)
+            progress.window = Window(window.num_tokens)
+        evaluates = self.due(i, config.eval_steps) or (config.load_best and self.due(i, config.save_steps))
+        progress.evaluated, progress.eval_loss = not evaluates, None
+
+    def settle(self, run, progress: Progress, eval_batches, optimizer) -> None:
+        """Evaluates and saves where due; after a signal saves and raises Stopped."""
+        with progress.window.paused():
+            self.evaluate(eval_batches, run, progress)
+            due = self.due(progress.steps, self.config.save_steps)
+            if due or (run.stopping.requested and progress.steps):
+                # what only a signal made must not be the best, or the run would end as no other
+                run.save(self.policy, optimizer, progress, may_be_best=due)
+        run.stopping.check()
+
+    def step(self, groups: list[PreferenceGroup], window: Window, step: int):
+        """Forward and backward of one optimizer step, in microbatches; returns the gradient norm.
+
+        Each microbatch's loss is divided by the whole step's count, so the gradient is that of the
+        step's mean loss however the step was cut.
+        """
+        total = sum(self.objective.count(g) for g in groups)
+        losses, rows = [], []
+        for batch in self.microbatches(groups):
+            try:
+                logps = self.score(batch.to(self.policy.device), self.objective.stats)
+                loss = self.objective.loss_sum(logps) / total
+                loss.backward()
+            except torch.OutOfMemoryError:
+                raise out_of_memory(step, batch) from None
+            losses.append(loss.detach())
+            if self.drifts is not None:
+                self.drifts.append(self.drift(logps))
+            rows.append(batch.rows)
+            self.add_metrics(window.sums, logps)
+            window.count(batch)
+        parameters = self.policy.trained()
+        limit = self.config.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        losses = torch.stack(losses)
+        window.sums.add("loss", losses, count=1)
+        if not math.isfinite(float(losses.sum() + norm)):
+            raise not_finite(step, losses, rows, norm)
+        return norm
+
+    @torch.no_grad()
+    def drift(self, logps: ResponseLogps) -> Tensor:
+        """How far policy and reference are apart: the largest mean over a response's tokens."""
+        if not self.reference.per_token:
+            return (logps.log_ratio.abs() / logps.lengths).max()
+        apart = (logps.token_logp - logps.ref_token_logp).abs()
+        return (logps.per_response(apart) / logps.lengths).max()
+
+    def add_metrics(self, sums: Sums, logps: ResponseLogps) -> None:
+        add_pair_metrics(sums, logps, self.config.beta)
+        if self.reference and self.reference.per_token:
+            add_kl(sums, logps)
+
+    def cost(self, group: PreferenceGroup) -> int:
+        """What a group takes of max_tokens."""
+        return places(group, self.policy.share)
+
+    def microbatches(self, groups: list[PreferenceGroup]) -> Iterator[PackedGroups]:
+        share = self.policy.share
+        return self.packed(split_step(groups, self.config.max_tokens, self.policy.max_scored, share))
+
+    def packed(self, parts: list[list[PreferenceGroup]]) -> Iterator[PackedGroups]:
+        """The parts as batches, with the reference's log-probs."""
+        for part in parts:
+            batch = pack(part, self.policy.share)
+            yield replace(batch, ref_token_logp=self.reference.of(part)) if self.reference else batch
+
+    def score(self, batch: PackedGroups, stats=()) -> ResponseLogps:
+        out = self.policy.token_logp(batch, stats)
+        token_logp, token_stats = out if stats else (out, {})
+        return ResponseLogps.of(batch, token_logp, batch.ref_token_logp, token_stats)
+
+    def eval_batches(self) -> list[PackedGroups]:
+        """The held-out rows, packed as the reference packs what it computes: equal models then agree bit
+        by bit."""
+        parts = in_row_order(self.eval_groups, self.config.max_tokens, self.policy.share)
+        return list(self.packed(parts))
+
+    def first_step(self) -> list[PreferenceGroup]:
+        """The groups of the first optimizer step."""
+        return next(step_groups(self.groups, self.config, 1))
+
+    def used_groups(self) -> list[PreferenceGroup]:
+        """The groups that the steps will visit: all, unless max_steps ends before one pass."""
+        if self.total >= self.per_epoch:
+            return self.groups
+        visited = {group.row for step in step_groups(self.groups, self.config, self.total) for group in step}
+        return [group for group in self.groups if group.row in visited]
+
+    @torch.no_grad()
+    def evaluate(self, batches, run, progress: Progress) -> None:
+        """Loss and metrics of the held-out rows, the vocabulary-wide ones too, where they are due; after
+        a signal they stay due."""
+        if progress.evaluated:
+            return
+        sums = Sums()
+        self.policy.model.eval()
+        for batch in run.log.track(batches, "held-out"):
+            if run.stopping.requested:
+                break
+            batch = batch.to(self.policy.device)
+            logps = self.score(batch, EVAL_STATS)
+            sums.add("loss", self.objective.loss_sum(logps), count=0)
+            self.add_metrics(sums, logps)
+            add_token_metrics(sums, batch, logps.token_stats)
+        self.policy.model.train()
+        if batches and run.stopping.requested:
+            return
+        progress.evaluated = True
+        if not batches:
+            return
+        count = sum(self.objective.count(g) for g in self.eval_groups)
+        sums.add("loss", 0.0, count=count)
+        step = run.place.first + progress.steps
+        run.log.held_out(step, sums)
+        progress.eval_loss = sums.means()["loss"]
+        if not math.isfinite(progress.eval_loss):
+            raise TrainingError(f"step {step}: the held-out loss is {progress.eval_loss}; {WAY_OUT}")
+
+
+def total_steps(config: Config, n_groups: int) -> int:
+    """Optimizer steps of a stage."""
+    return config.max_steps or math.ceil(config.num_epochs * math.ceil(n_groups / config.batch_size))
+
+
+def step_groups(groups, config: Config, n_steps: int, skip: int = 0) -> Iterator[list[PreferenceGroup]]:
+    """The groups of each optimizer step after the first `skip`, epoch after epoch: a function of seed
+    and epoch alone."""
+    steps = itertools.chain.from_iterable(_epochs(len(groups), config))
+    for rows in itertools.islice(steps, skip, n_steps):
+        yield [groups[i] for i in rows]
+
+
+def _epochs(n_groups: int, config: Config) -> Iterator[list]:
+    for epoch in itertools.count():
+        order = epoch_order(n_groups, config.seed, epoch)
+        yield [order[start : start + config.batch_size] for start in range(0, n_groups, config.batch_size)]
+
+
+def make_optimizer(policy: Policy, config: Config, total: int):
+    """Fused AdamW with transformers' defaults, decaying matrices only, and a transformers schedule."""
+    parameters = policy.trained()
+    grouped = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(grouped, lr=config.learning_rate, fused=True)
+    return optimizer, get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, total)
+
+
+def set_schedule(schedule: LambdaLR, steps: int) -> None:
+    """Puts a fresh schedule where `steps` calls of its step() would have: it is a function of the step."""
+    schedule.last_epoch = steps
+    schedule._last_lr = [base * factor(steps) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas)]
+    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr):
+        group["lr"] = rate
+
+
+def check_schedule(config: Config) -> None:
+    """Raises ConfigError for a schedule that cannot be made or stepped, by trying one on no model."""
+    try:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.1)
+        schedule = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, 100)
+        optimizer.step()
+        schedule.step()
+        if not isinstance(schedule, LambdaLR):
+            raise ValueError("it is no function of the step, so a run could not go on after a stop")
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"lr_scheduler_type: {config.lr_scheduler_type!r}: {error}") from None
