@@ -3,7 +3,8 @@
 #
 # Each stage is independent, takes at most 8 minutes, writes its own JSON under $OUT (default:
 # benchmarks/results) and leaves the next one running when it fails. No network is needed.
-# Stages: gate (GPU tests), steps (training steps, each idea on and off).
+# Stages: gate (GPU tests), head (the lm_head beside every other one), steps (training steps, each idea
+# on and off).
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
@@ -12,7 +13,7 @@ OUT=${OUT:-benchmarks/results}
 DRY=
 [ "${1:-}" = --dry-run ] && { DRY=--dry-run; shift; }
 STAGES=("$@")
-[ ${#STAGES[@]} -eq 0 ] && STAGES=(gate steps)
+[ ${#STAGES[@]} -eq 0 ] && STAGES=(gate head steps)
 failed=()
 for stage in "${STAGES[@]}"; do
     echo "== $stage"

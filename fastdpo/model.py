@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from fastdpo_kernels import MEMORY_BUDGET, Plan, linear_logp, plan
+from fastdpo_kernels import MEMORY_BUDGET, Plan, backend, linear_logp, plan
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -115,11 +115,23 @@ class Policy:
     def trained(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    @property
+    def head_backend(self) -> str:
+        """What runs the lm_head: "triton", "cublas" or "torch", see fastdpo_kernels.backend."""
+        name = backend(self.device, self.dtype)
+        has_lora = hasattr(self.head.module, "base_layer")
+        return "cublas" if name == "triton" and has_lora else name
+
     def plan(self, scored: int, memory_budget: int = MEMORY_BUDGET) -> Plan:
         """How linear_logp runs the head on this many scored tokens."""
         V, D = self.core.get_output_embeddings().weight.shape
-        trained = self.head.trained
-        return plan(scored, V, D, dtype=self.dtype, train_weight=trained, memory_budget=memory_budget)
+        return plan(
+            *(scored, V, D),
+            dtype=self.dtype,
+            train_weight=self.head.trained,
+            memory_budget=memory_budget,
+            backend=self.head_backend,
+        )
 
     @cached_property
     def max_scored(self) -> int | None:
@@ -136,7 +148,8 @@ class Policy:
         scored = max(len(batch.target) for batch in batches)
         p = self.plan(scored)
         V, D = self.core.get_output_embeddings().weight.shape
-        return f"{p.name}, {p.flops / (scored * V * D):.0f}MVD, at most {p.peak_bytes / 1e6:.0f} MB"
+        cost = f"{p.flops / (scored * V * D):.0f}MVD, at most {p.peak_bytes / 1e6:.0f} MB"
+        return f"{p.name} by {self.head_backend}, {cost}"
 
 
 def logit_transform(config) -> tuple[float, float | None]:

@@ -1,7 +1,10 @@
 """The fused lm_head: target log-probs without a [tokens, vocab] matrix. Needs torch only."""
 
 from . import reference
+from .linear_dpo import linear_dpo
 from .linear_logp import linear_logp
 from .plan import MEMORY_BUDGET, Plan, plan
+from .reference import DPOStats
+from .tiles import backend
 
-__all__ = ["MEMORY_BUDGET", "Plan", "linear_logp", "plan", "reference"]
+__all__ = ["MEMORY_BUDGET", "DPOStats", "Plan", "backend", "linear_dpo", "linear_logp", "plan", "reference"]

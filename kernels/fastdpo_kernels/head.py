@@ -27,11 +27,14 @@ class Head:
         """lora_scale * x A^T [M, r], or None."""
         return None if self.lora_a is None else self.lora_scale * (x @ operand(self.lora_a).t())
 
-    def logits(self, x, xa, v0, v1, out):
-        """Writes the final logits of the vocabulary chunk [v0, v1) to out [v, M]."""
+    def product(self, x, xa, v0, v1, out):
+        """Writes h W^T and the LoRA's part of the vocabulary chunk [v0, v1) to out [v, M]."""
         matmul(operand(self.weight[v0:v1]), x.t(), out)
         if xa is not None:
             matmul_add(operand(self.lora_b[v0:v1]), xa.t(), out)
+
+    def finish_logits(self, out, v0, v1):
+        """Turns the product into the final logits."""
         if self.bias is not None:
             out.add_(self.bias[v0:v1, None])
         if self.scale != 1:

@@ -48,4 +48,4 @@ def matmul_add(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     if a.dtype == out.dtype:
         out.addmm_(a, b)
     else:
-        out.add_(torch.mm(a, b, out_dtype=out.dtype))
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

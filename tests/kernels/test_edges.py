@@ -134,7 +134,7 @@ H, W, T = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 4])
         ((H, W, T[:3]), {}, r"int64 \[4\].*\(3,\)"),
         ((H, W, T[None]), {}, r"\(1, 4\)"),
         ((H, W, T.int()), {}, r"torch.int32"),
-        ((H, W, T.to("meta")), {}, r"target must be on cpu.*meta"),
+        ((H, W, T.to("meta")), {}, r"target int64 \[4\] on cpu.*meta"),
         ((H, W, T + 1), {}, r"\[0, 5\).*got 1 to 5"),
         ((H, W, T - 100), {}, r"\[0, 5\).*got -100 to -96"),
         ((H, W, T), {"stats": ("entropy", "entropie")}, r"entropy, log_sum.*got \['entropie'\]"),

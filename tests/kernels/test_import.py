@@ -21,7 +21,11 @@ import fastdpo_kernels as k
 weight = torch.randn(5, 3, requires_grad=True)
 k.linear_logp(torch.randn(2, 3), weight, torch.tensor([1, 4])).sum().backward()
 assert weight.grad.shape == (5, 3)
-assert set(k.__all__) == {"MEMORY_BUDGET", "Plan", "linear_logp", "plan", "reference"}
+names = {"MEMORY_BUDGET", "DPOStats", "Plan", "backend", "linear_dpo", "linear_logp", "plan"}
+names.add("reference")
+assert set(k.__all__) == names
+k.linear_dpo(torch.randn(2, 3), weight, torch.tensor([1, 4]), torch.arange(3), torch.tensor([[0, 1]]))
+assert k.backend("cpu", torch.bfloat16) == "torch"
 assert callable(k.plan) and callable(k.linear_logp) and callable(k.reference.linear_dpo)
 """
 

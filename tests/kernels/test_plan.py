@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastdpo_kernels import linear_logp, plan
+from fastdpo_kernels import linear_dpo, linear_logp, plan
 from torch.profiler import ProfilerActivity, profile
 
 from .cases import NAMES, STATS, case, plan_module
@@ -96,7 +96,91 @@ def test_peak_bytes_is_a_bound(dtype, name, memory, wanted, softcap):
     assert peak >= told.peak_bytes / 3
 
 
+GROUPS = [10, 20, 0, 5, 30, 1, 30]
+DPO_ROWS = dict(
+    cu_resp=torch.tensor([0, 4, 10, 30, 35, 50, 65, 66, 96]), pairs=torch.tensor([[0, 1], [4, 5]])
+)
+
+
+def grouped(memory_budget, dtype=torch.float32, **options):
+    return ask(dtype, groups=GROUPS, memory_budget=memory_budget, **options)
+
+
+def shape(told):
+    return [(part.name, part.rows) for part in told.parts]
+
+
+def test_parts_are_whole_groups_that_keep_their_matrix():
+    unit = 2 * V * D
+    one = grouped(None)
+    assert (one.name, shape(one), one.rows, one.flops) == ("grouped", [("keep", M)], M, 3 * M * unit)
+    # room for 35 rows: the first groups together, then each large one with what small fits
+    rows = grouped(4 << 20)
+    assert shape(rows) == [("keep", 35), ("keep", 31), ("keep", 30)]
+    assert rows.flops == 3 * M * unit
+    few = grouped(2_000_000)  # room for 25 rows, not for 30
+    assert shape(few) == [("keep", 10), ("keep", 25), ("recompute", 30), ("keep", 1), ("recompute", 30)]
+    assert few.flops == (3 * 36 + 4 * 60) * unit
+    none = grouped(1)
+    assert shape(none) == [("recompute", n) for n in GROUPS if n]
+    assert none.flops == 4 * M * unit
+    assert ask(groups=[0, M, 0], memory_budget=1).flops == ask(memory_budget=1).flops
+    assert shape(plan(0, V, D, dtype=torch.float32, train_weight=True, groups=[])) == [("keep", 0)]
+
+
+@pytest.mark.parametrize("budget", (None, 1, 3 << 20, 5 << 20))
+def test_groups_cut_a_forward_alike_and_a_frozen_head_not_at_all(budget):
+    trained, forward = grouped(budget), grouped(budget, need_grad=False)
+    assert forward.name == "forward" and forward.flops == 2 * M * V * D
+    cuts = lambda told: [(part.rows, part.chunks) for part in told.parts]
+    assert cuts(forward) == cuts(trained)
+    frozen = grouped(budget, train_weight=False)
+    assert (frozen.name, frozen.parts) == ("frozen", ())
+    assert frozen.flops == 4 * M * V * D
+
+
+@pytest.mark.parametrize("budget", (1 << 20, 3 << 20, 5 << 20, 1 << 24))
+def test_budget_bounds_what_has_width_V_in_every_part(budget):
+    told = grouped(budget)
+    rows = 4 * M * (4 * D + 32 + told.chunks) + 8 * M * plan_module.PAIR_VECTORS
+    assert told.peak_bytes <= budget + rows
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("memory", (None, 40 << 20, 6 << 20, 3 << 20, 1 << 20))
+@pytest.mark.parametrize("wanted", ((), ("hidden",), ("hidden", "weight")), ids=("none", "frozen", "trained"))
+def test_peak_bytes_bounds_linear_dpo(dtype, memory, wanted):
+    c = case(M, V, D, bias=False, lora=False).to(dtype)
+    hidden = c.hidden.requires_grad_("hidden" in wanted)
+    weight = c.weight.requires_grad_("weight" in wanted)
+    train = dict(train_weight="weight" in wanted, need_grad=bool(wanted))
+    told = plan(M, V, D, dtype=dtype, groups=GROUPS, memory_budget=memory, **train)
+
+    def run():
+        total, _ = linear_dpo(hidden, weight, c.target, **DPO_ROWS, groups=GROUPS, memory_budget=memory)
+        if wanted:
+            total.backward()
+
+    handed_back = sum(t.nbytes for t in (hidden, weight) if t.requires_grad) + 4 * (M + 8 + 2 + 1)
+    if dtype == torch.bfloat16 and len(told.parts) > 1 and train["train_weight"]:
+        handed_back += 4 * weight.numel()  # dW's accumulator
+    peak = peak_of(run)
+    assert peak <= told.peak_bytes + handed_back
+    assert peak >= (told.peak_bytes + handed_back) / 3.5
+
+
+def test_few_rows_of_a_wide_head_keep_their_matrix():
+    # whose chunks would be the widest, with fp32 copies of the weights in them
+    wide = dict(dtype=torch.bfloat16, train_weight=True)
+    assert {plan(m, 128256, 4096, **wide).name for m in range(1, 1200, 7)} == {"keep"}
+    told = plan(8192, 128256, 4096, groups=[128] * 64, **wide)
+    assert all(part.name == "keep" and part.rows > 1000 for part in told.parts[:-1])
+
+
 def test_refusals():
+    for wrong in ([M - 1], [M + 5, -5], []):
+        with pytest.raises(ValueError, match=f"add up to M={M}, got .*sum {sum(wrong)}"):
+            ask(groups=wrong)
     good = dict(dtype=torch.float32, train_weight=True)
     for sizes in ((-1, 5, 3), (1, 0, 3), (1, 5, -3)):
         with pytest.raises(ValueError, match=f"M={sizes[0]}, V={sizes[1]}, D={sizes[2]}"):
@@ -115,3 +199,59 @@ def test_same_rows_have_the_same_chunks_with_and_without_gradient(need):
         assert with_gradient.chunks == plan(40, 30_000, 16, need_grad=False, **keys).chunks
         names.add(with_gradient.name)
     assert names == ({"keep", "recompute"} if need == "trained" else {"frozen"})
+
+
+BACKENDS = ("triton", "cublas", "torch")
+
+
+def test_triton_keeps_with_room_for_its_matrix_alone():
+    sizes = dict(dtype=torch.bfloat16, train_weight=True)
+    for m, v, d in ((8192, 128256, 4096), (1024, 128256, 4096), (8192, 151936, 896), (7, 1001, 64)):
+        exactly = 2 * m * v
+        name = lambda backend, budget, m=m, v=v, d=d: (
+            plan(m, v, d, backend=backend, memory_budget=budget, **sizes).name
+        )
+        assert name("triton", exactly) == "keep"
+        assert {name("triton", exactly - 1), name("cublas", exactly), name("torch", exactly)} == {"recompute"}
+        told = plan(m, v, d, backend="triton", memory_budget=exactly, **sizes)
+        # what is not E: sums of its tiles, and with statistics their profile
+        assert exactly < told.peak_bytes < 1.15 * exactly + 4 * m * (4 * d + 100)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_widened_weights_are_counted_on_a_cpu_alone(backend, kind):
+    # few rows of a wide head: the fp32 weights of a chunk are most of what it takes there
+    wide = dict(dtype=torch.bfloat16, backend=backend, memory_budget=64 << 20, **kind)
+    chunks = plan(64, 128256, 4096, **wide).chunks
+    assert chunks > 100 if backend == "torch" else chunks <= 4
+    assert plan(64, 128256, 64, **wide).chunks <= chunks
+
+
+@pytest.mark.parametrize("budget", (1 << 23, 1 << 25, 1 << 27))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_budget_bounds_what_cublas_has_of_width_V(kind, dtype, budget):
+    told = plan(M, V, D, dtype=dtype, memory_budget=budget, backend="cublas", **kind)
+    widest = max(v1 - v0 for v0, v1 in plan_module.spans(V, told.chunks))
+    blocks = M * widest * (6 if dtype == torch.float16 else 4)
+    blocks += M * V * dtype.itemsize if told.name == "keep" else 0
+    assert blocks <= min(budget, told.peak_bytes)
+
+
+@pytest.mark.parametrize("V", (63, 64, 65, 129, 1000, 128256))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_begin_where_lines_of_memory_do(V, backend):
+    for memory_budget in (1 << 20, 1 << 22, 1 << 24, 1 << 26):
+        told = plan(
+            300, V, 8, dtype=torch.float16, train_weight=True, memory_budget=memory_budget, backend=backend
+        )
+        cuts = plan_module.spans(V, told.chunks)
+        assert len(cuts) == told.chunks
+        width = cuts[0][1]
+        assert len(cuts) == 1 or width < 64 or all(v0 % 64 == 0 for v0, _ in cuts)
+
+
+def test_an_unknown_backend():
+    with pytest.raises(ValueError, match="triton, cublas and torch, got 'cuda'"):
+        ask(backend="cuda")

@@ -1,0 +1,83 @@
+"""What a call must look like; every refusal repeats the shapes, dtypes and devices it got."""
+
+import torch
+
+
+def told(**tensors: torch.Tensor | None) -> str:
+    """'hidden (4, 3) torch.float32 cpu, ...' of those that are there."""
+    return ", ".join(
+        f"{name} {tuple(t.shape)} {t.dtype} {t.device}" for name, t in tensors.items() if t is not None
+    )
+
+
+def check_head(op: str, hidden, weight, target, bias, a, b) -> None:
+    """ValueError unless hidden [M, D], weight [V, D], target i64[M], bias [V], A [r, D] and B [V, r] are
+    of one device, and of one float dtype but for the target. Looks at no value."""
+    named = {"hidden": hidden, "weight": weight, "bias": bias, "lora A": a, "lora B": b}
+    floats = [t for t in named.values() if t is not None]
+    shapes_fit = (
+        hidden.ndim == weight.ndim == 2
+        and len(weight) > 0
+        and hidden.shape[1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and (a is None or (a.ndim == b.ndim == 2 and len(a) == b.shape[1]))
+        and (a is None or (a.shape[1] == weight.shape[1] and len(b) == len(weight)))
+    )
+    if not shapes_fit:
+        wanted = "hidden [M, D], weight [V, D], bias [V], lora A [r, D], lora B [V, r]"
+        raise ValueError(f"{op} needs {wanted}, got {told(**named)}")
+    if not hidden.dtype.is_floating_point or any(t.dtype != hidden.dtype for t in floats):
+        raise ValueError(f"{op} needs one float dtype: cast hidden or the head first, got {told(**named)}")
+    if any(t.device != hidden.device for t in floats):
+        raise ValueError(f"{op} needs one device, got {told(**named)}")
+    if target.shape != hidden.shape[:1] or target.dtype != torch.int64 or target.device != hidden.device:
+        raise ValueError(
+            f"{op} needs target int64 [{len(hidden)}] on {hidden.device}, one per row of hidden, got "
+            + told(target=target)
+        )
+
+
+def check_softcap(softcap: float | None) -> None:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive (or None), got {softcap}")
+
+
+def check_pairs(hidden, cu_resp, pairs, by_row: dict, by_pair: dict) -> None:
+    """ValueError unless cu_resp is int [R+1] and pairs int [P, 2], and the tensors by row and by pair are
+    float [M] and [P] that want no gradient, all on hidden's device. Looks at no value."""
+    got = lambda: told(hidden=hidden, cu_resp=cu_resp, pairs=pairs, **by_row, **by_pair)
+    integers = (torch.int32, torch.int64)
+    if cu_resp.ndim != 1 or len(cu_resp) < 1 or cu_resp.dtype not in integers:
+        raise ValueError(f"linear_dpo needs cu_resp int32 or int64 [R+1], got {got()}")
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype not in integers:
+        raise ValueError(f"linear_dpo needs pairs int32 or int64 [P, 2], got {got()}")
+    for group, length, letter in ((by_row, len(hidden), "M"), (by_pair, len(pairs), "P")):
+        for name, t in group.items():
+            if t is None:
+                continue
+            if t.shape != (length,) or not t.dtype.is_floating_point:
+                raise ValueError(f"linear_dpo needs {name} float [{letter}={length}], got {got()}")
+            if t.requires_grad:
+                raise ValueError(f"linear_dpo has no gradient for {name}: detach it, got {got()}")
+    every = (cu_resp, pairs, *by_row.values(), *by_pair.values())
+    if any(t is not None and t.device != hidden.device for t in every):
+        raise ValueError(f"linear_dpo needs one device, got {got()}")
+
+
+def check_target_values(target: torch.Tensor, V: int) -> None:
+    """ValueError for a target outside [0, V). Waits for the device."""
+    if len(target):
+        low, high = target.min().item(), target.max().item()
+        if low < 0 or high >= V:
+            raise ValueError(f"target must be in [0, {V}), unscored rows dropped: got {low} to {high}")
+
+
+def check_pair_values(M: int, cu_resp: torch.Tensor, pairs: torch.Tensor) -> None:
+    """ValueError unless cu_resp rises from 0 to M and pairs name responses. Waits for the device."""
+    R = len(cu_resp) - 1
+    if cu_resp[0] != 0 or cu_resp[-1] != M or (cu_resp.diff() < 0).any():
+        raise ValueError(f"cu_resp must rise from 0 to the {M} rows of hidden, got {cu_resp.tolist()[:8]}...")
+    if len(pairs):
+        low, high = pairs.min().item(), pairs.max().item()
+        if low < 0 or high >= R:
+            raise ValueError(f"pairs must name responses 0 to {R - 1}, got {low} to {high}")

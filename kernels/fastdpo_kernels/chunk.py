@@ -1,0 +1,176 @@
+"""What happens to one chunk of fp32 logits between its GEMMs, here in plain torch; RowKernels does the
+same by one Triton kernel each way, where `chunk_of` finds a chip for it.
+
+`reduce` adds a chunk to the rows' online softmax and may leave E = exp(z - peak) (times the softcap's
+slope, 0 at the target) for the gradient's GEMMs; `gradient` leaves dZ, 0 at the target.
+
+Blocks of logits are [v, M], and come as the GEMM left them: before bias, scale and softcap. Torch's lie
+in memory as written, so that a chunk of the kept [V, M] matrix is contiguous; the kernels' lie row by
+row, the rows of one token's logits together.
+
+Letters: M scored rows, V vocab, v a chunk of it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import tiles
+from .ops import empty
+
+
+@dataclass
+class Sums:
+    """Of each row over the vocabulary so far, [M]: relative to peak, the target left out. None where no
+    statistic needs it."""
+
+    peak: torch.Tensor
+    rest: torch.Tensor  # of E
+    target_logit: torch.Tensor
+    plogp: torch.Tensor | None  # of E log E
+    squares: torch.Tensor | None  # of E^2
+    logits: torch.Tensor | None  # of z, the target's too
+
+    @classmethod
+    def start(cls, M, stats, like):
+        new = lambda value, needed=True: like.new_full((M,), value) if needed else None
+        # not -inf: a chunk whose every logit is -inf (masked by bias) must leave 0, not -inf minus -inf
+        return cls(
+            peak=new(torch.finfo(like.dtype).min),
+            rest=new(0.0),
+            target_logit=new(float("nan")),  # a target outside the vocabulary is in no chunk
+            plogp=new(0.0, "entropy" in stats),
+            squares=new(0.0, "log_sum_sq_probs" in stats),
+            logits=new(0.0, "mean_logit" in stats),
+        )
+
+
+def chunk_of(head, x, target, accumulate):
+    """TorchChunk or RowKernels for x [M, D], whose logits are of the dtype `accumulate`."""
+    takes = tiles.row_kernels(x.device) and accumulate == torch.float32
+    return (RowKernels if takes else TorchChunk)(head, x, target, accumulate)
+
+
+class TorchChunk:
+    """The definition. `width`, for `prepare`: the widest chunk, by which its scratch is sized."""
+
+    def __init__(self, head, x, target, accumulate):
+        self.head, self.target, self.like = head, target, torch.empty(0, dtype=accumulate, device=x.device)
+        self.slope = self.spare = None
+
+    def block(self, width, dtype=None):
+        """An uninitialised [width, M] block."""
+        like = self.like
+        return empty(width, len(self.target), dtype=dtype or like.dtype, device=like.device)
+
+    def kept(self, storage=None, dtype=None):
+        """(storage, the [V, M] matrix in it): a new one, or of the storage that another pass kept."""
+        storage = self.block(len(self.head.weight), dtype) if storage is None else storage
+        return storage, storage
+
+    def prepare(self, width, sums, leaves_e):
+        """Scratch for `reduce`."""
+        self.slope = self.block(width) if self.head.softcap is not None and leaves_e else None
+        self.spare = self.block(width) if sums.plogp is not None or sums.squares is not None else None
+
+    def reduce(self, z, span, sums, out=None):
+        """Adds the chunk `span` with the product z to sums, and writes E to out (which may be z itself).
+        Returns by what the new peak makes the E of earlier chunks smaller, [M]. z is lost."""
+        v = len(z)
+        temp = None if self.spare is None else self.spare[:v]
+        self.head.finish_logits(z, *span)
+        where = _Target(self.target, *span)
+        sums.target_logit = where.get(z, sums.target_logit)
+        if sums.logits is not None:
+            sums.logits += z.sum(0)
+        if self.slope is not None:
+            self.head.slope(z, out=self.slope[:v])
+        before, sums.peak = sums.peak, torch.maximum(sums.peak, z.amax(0))
+        shrink = torch.exp(before - sums.peak)
+        z.sub_(sums.peak).exp_()
+        where.put(z, 0.0)
+        if sums.plogp is not None:  # shrinking E by a factor moves log E by its logarithm
+            sums.plogp = shrink * (sums.plogp + (before - sums.peak) * sums.rest)
+            sums.plogp -= torch.special.entr(z, out=temp).sum(0)
+        if sums.squares is not None:
+            sums.squares = sums.squares * shrink**2 + torch.mul(z, z, out=temp).sum(0)
+        sums.rest = sums.rest * shrink + z.sum(0)
+        if self.slope is not None:
+            z.mul_(self.slope[:v])
+        if out is not None and out is not z:
+            out.copy_(z)
+        return shrink
+
+    def gradient(self, z, span, peak, factor, by_logit, out):
+        """Writes dZ = E * (factor + by_logit * (z - peak)), factor and by_logit [M], to out, which may be
+        z itself; by_logit may be None. z is lost."""
+        self.head.finish_logits(z, *span)
+        slope = None if self.head.softcap is None else self.head.slope(z)
+        z.sub_(peak)
+        if by_logit is None:
+            z.exp_().mul_(factor)
+        else:
+            e = z.exp()
+            # an entry masked by bias is at -inf, where 0 * -inf is NaN; E is 0 long before -1e4
+            z.clamp_(min=-1e4).mul_(by_logit).add_(factor).mul_(e)
+        if slope is not None:
+            z.mul_(slope)
+        self.put_target(z, span, 0.0)
+        if out is not z:
+            out.copy_(z)
+
+    def put_target(self, block, span, value):
+        """Sets each target's entry that lies in the chunk to value [M] (or a number)."""
+        _Target(self.target, *span).put(block, value)
+
+
+class _Target:
+    """Where each row's target lies in a chunk. No device sync: the other rows point anywhere."""
+
+    def __init__(self, target, v0, v1):
+        self.here = ((target >= v0) & (target < v1))[None]
+        self.index = (target - v0).clamp_(0, v1 - v0 - 1)[None]
+
+    def get(self, block, otherwise):
+        return torch.where(self.here, block.gather(0, self.index), otherwise)[0]
+
+    def put(self, block, value):
+        old = block.gather(0, self.index)
+        block.scatter_(0, self.index, torch.where(self.here, value, old).to(block.dtype))
+
+
+class RowKernels:
+    """TorchChunk's methods by triton_chunk.py: the chunk is read from memory once, written at most once."""
+
+    def __init__(self, head, x, target, accumulate):
+        from . import launch  # needs triton
+
+        self.launch, self.head, self.x, self.target, self.dtype = launch, head, x, target, accumulate
+
+    def _rows(self, width, dtype):
+        columns = tiles.padded(width, dtype)
+        return torch.empty(len(self.x), columns, dtype=dtype, device=self.x.device)
+
+    def block(self, width, dtype=None):
+        return self._rows(width, dtype or self.dtype)[:, :width].t()
+
+    def kept(self, storage=None, dtype=None):
+        storage = self._rows(len(self.head.weight), dtype) if storage is None else storage
+        return storage, storage[:, : len(self.head.weight)].t()
+
+    def prepare(self, width, sums, leaves_e):
+        pass
+
+    def reduce(self, z, span, sums, out=None):
+        peak, shrink = torch.empty_like(sums.peak), torch.empty_like(sums.peak)
+        out = None if out is None else out.t()
+        self.launch.chunk_sums(self.head, z.t(), self.target, span, sums, peak, shrink, out).run()
+        sums.peak = peak
+        return shrink
+
+    def gradient(self, z, span, peak, factor, by_logit, out):
+        rows = (peak, factor, by_logit)
+        self.launch.chunk_gradient(self.head, z.t(), self.target, span, *rows, out.t()).run()
+
+    def put_target(self, block, span, value):
+        self.launch.put_target(block.t(), self.target, value, span).run()

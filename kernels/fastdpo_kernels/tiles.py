@@ -1,0 +1,89 @@
+"""Which kernels run a call, and the tile they run with. Needs no triton, so that asking needs none."""
+
+import importlib.util
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    rows: int
+    columns: int
+    depth: int
+    group: int  # row blocks that go down the vocabulary together
+    warps: int
+    stages: int
+    descriptors: bool  # TMA
+
+    def half(self) -> "Tile":
+        """Of the rows, for results that need more registers. Row sums are of the same columns."""
+        return self._replace(rows=self.rows // 2)
+
+    def plain(self) -> "Tile":
+        """Without descriptors: for rows listed by number, or tensors that descriptors cannot take."""
+        return self._replace(rows=min(self.rows, 128), descriptors=False)
+
+
+# (capability, dtype) -> the tile of the GEMM. Chosen by registers and shared memory alone until
+# benchmarks/tune_tiles.py has run on the chip.
+TILES = {
+    ((8, 0), torch.bfloat16): Tile(128, 128, 64, 8, 8, 3, False),
+    ((9, 0), torch.bfloat16): Tile(256, 128, 64, 8, 8, 3, True),
+    ((10, 0), torch.bfloat16): Tile(256, 128, 64, 8, 8, 3, True),
+}
+
+
+@cache
+def tile(device: torch.device, dtype: torch.dtype) -> Tile | None:
+    """The TILES row for tensors on this device, or None."""
+    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return None
+    return TILES.get((torch.cuda.get_device_capability(device), dtype))
+
+
+def padded(columns: int, dtype: torch.dtype) -> int:
+    """Columns in whole 128 bytes, for descriptors and cuBLAS."""
+    step = 128 // dtype.itemsize
+    return -(-columns // step) * step
+
+
+@cache
+def row_kernels(device: torch.device) -> bool:
+    """Whether fp32 logits on this device are reduced by triton_chunk.py's kernels."""
+    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)  # Triton's own limit
+
+
+def backend(device: torch.device | str, dtype: torch.dtype) -> str:
+    """What runs the head on tensors of this device and dtype: "triton", "cublas" or "torch".
+
+    triton   a CUDA device and dtype in TILES: bfloat16 only, whose range holds E (float16 overflows
+             11 nats away). A head with a LoRA or with strided weights takes cublas all the same.
+    cublas   chunks of fp32 logits by torch.mm, reduced by Triton kernels: any other CUDA device from
+             sm_80 on, and any dtype but float64
+    torch    the same chunks in plain torch: CPUs and whatever is left
+    """
+    return _backend(torch.device(device), dtype, True)
+
+
+def _backend(device, dtype, plain):
+    if plain and tile(device, dtype) is not None:
+        return "triton"
+    return "cublas" if dtype.itemsize <= 4 and row_kernels(device) else "torch"
+
+
+# The compiler shall not look for a chip. This is torch.compiler.assume_constant_result(_backend), which
+# would import the whole of dynamo, and numpy, with this package.
+_backend._dynamo_marked_constant = True
+
+
+def backend_of(x: torch.Tensor, weight: torch.Tensor, lora: bool) -> str:
+    """`backend` for a call with these hidden states and this head."""
+    return _backend(x.device, x.dtype, not lora and weight.stride(1) == 1)
+
+
+def takes_triton(head, x: torch.Tensor) -> bool:
+    """Whether this call's tensors go to the Triton kernels that make no logits."""
+    return backend_of(x, head.weight, head.lora_a is not None) == "triton"

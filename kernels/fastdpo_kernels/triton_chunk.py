@@ -1,0 +1,141 @@
+"""Kernels over a chunk of fp32 logits that cuBLAS wrote: one program a row, what chunk.py's TorchChunk
+does by a chain of elementwise operations.
+
+Each of a program's lanes has its own online softmax over the columns it meets; they are merged at the
+end, in fixed order. The columns past the chunk's end are -inf, and add nothing.
+
+Letters: M rows, N columns of the chunk.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_tile import LOWEST, tanh
+
+
+@triton.jit
+def _logits(z_ptr, bias_ptr, cols, N, scale, softcap):
+    """Of columns past the end: -inf."""
+    z = tl.load(z_ptr + cols, mask=cols < N, other=0.0)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    z *= scale
+    if softcap is not None:
+        z = softcap * tanh(z / softcap)
+    return tl.where(cols < N, z, float("-inf"))
+
+
+@triton.jit
+def _weighted(weight, value):
+    # of weight 0 is what lies below a masked logit, where a value may overflow
+    return tl.where(weight == 0, 0.0, weight * value)
+
+
+@triton.jit
+def _leave_e(z_ptr, bias_ptr, out_ptr, target, peak, N, scale, softcap, BLOCK: tl.constexpr):
+    """Writes E of the row; it was read a moment ago, and lies in cache."""
+    for n0 in range(0, N, BLOCK):
+        cols = n0 + tl.arange(0, BLOCK)
+        z = _logits(z_ptr, bias_ptr, cols, N, scale, softcap)
+        e = tl.where(cols == target, 0.0, tl.exp(z - peak))
+        if softcap is not None:
+            part = tl.maximum(z, -softcap) / softcap
+            e *= 1 - part * part
+        tl.store(out_ptr + cols, e.to(out_ptr.dtype.element_ty), mask=cols < N)
+
+
+@triton.jit
+def chunk_sums(
+    z_ptr,  # f32[M, N]: the GEMM's product
+    out_ptr,  # [M, N] or None: E, written, in z's place if it is z
+    bias_ptr,  # [N] or None
+    target_ptr,  # i64[M], in the whole vocabulary
+    target_logit_ptr,  # f32[M], written where the target is in the chunk
+    before_ptr,  # f32[M]: the peak so far
+    peak_ptr,  # f32[M], written: the new one
+    shrink_ptr,  # f32[M], written: exp(before - peak)
+    rest_ptr,  # f32[M]: sum of E without the target; grows, as do the next three
+    plogp_ptr,  # f32[M] or None: sum of E log E
+    squares_ptr,  # f32[M] or None: sum of E^2
+    logits_ptr,  # f32[M] or None: sum of all logits
+    N, v0, stride_z, stride_out, scale, softcap, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The chunk starts at v0 of the vocabulary."""
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * stride_z
+    target = (tl.load(target_ptr + row) - v0).to(tl.int32)
+    top = tl.full((BLOCK,), LOWEST, tl.float32)
+    rest, plogp = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    squares, logits = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    own = tl.zeros((BLOCK,), tl.float32)
+    for n0 in range(0, N, BLOCK):
+        cols = n0 + tl.arange(0, BLOCK)
+        z = _logits(z_ptr, bias_ptr, cols, N, scale, softcap)
+        if logits_ptr is not None:
+            logits += tl.where(cols < N, z, 0.0)
+        own = tl.where(cols == target, z, own)
+        # either the lane's sums shrink or the new entry is below the peak: one exponential does for both
+        rises = z > top
+        gap = tl.where(rises, top - z, z - top)
+        part = tl.exp(gap)
+        less, e = tl.where(rises, part, 1.0), tl.where(cols == target, 0.0, tl.where(rises, 1.0, part))
+        if plogp_ptr is not None:
+            finite = tl.maximum(gap, LOWEST)  # 0 * -inf is NaN
+            plogp = less * (plogp + tl.where(rises, finite, 0.0) * rest) + e * tl.where(rises, 0.0, finite)
+        if squares_ptr is not None:
+            squares = squares * less * less + e * e
+        rest = rest * less + e
+        top = tl.where(rises, z, top)
+    before = tl.load(before_ptr + row)
+    peak = tl.maximum(before, tl.max(top))
+    shrink, weight = tl.exp(before - peak), tl.exp(top - peak)
+    old = tl.load(rest_ptr + row)
+    if plogp_ptr is not None:
+        earlier = _weighted(shrink, tl.load(plogp_ptr + row) + (before - peak) * old)
+        tl.store(plogp_ptr + row, earlier + tl.sum(_weighted(weight, plogp + (top - peak) * rest)))
+    if squares_ptr is not None:
+        earlier = tl.load(squares_ptr + row) * shrink * shrink
+        tl.store(squares_ptr + row, earlier + tl.sum(squares * weight * weight))
+    if logits_ptr is not None:
+        tl.store(logits_ptr + row, tl.load(logits_ptr + row) + tl.sum(logits))
+    tl.store(rest_ptr + row, old * shrink + tl.sum(rest * weight))
+    tl.store(peak_ptr + row, peak)
+    tl.store(shrink_ptr + row, shrink)
+    tl.store(target_logit_ptr + row, tl.sum(own), mask=(target >= 0) & (target < N))
+    if out_ptr is not None:
+        _leave_e(z_ptr, bias_ptr, out_ptr + row * stride_out, target, peak, N, scale, softcap, BLOCK)
+
+
+@triton.jit
+def chunk_gradient(
+    z_ptr,  # f32[M, N]: the GEMM's product
+    out_ptr,  # [M, N], written: dZ, 0 at the target; in z's place if it is z
+    bias_ptr,  # [N] or None
+    target_ptr,  # i64[M], in the whole vocabulary
+    peak_ptr,  # f32[M]
+    factor_ptr,  # f32[M]: dZ = E * (factor + by_logit * (z - peak))
+    by_logit_ptr,  # f32[M] or None: from a gradient through entropy
+    N,
+    v0,
+    stride_z,
+    stride_out,
+    scale,
+    softcap,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = (tl.load(target_ptr + row) - v0).to(tl.int32)
+    peak, factor = tl.load(peak_ptr + row), tl.load(factor_ptr + row)
+    for n0 in range(0, N, BLOCK):
+        cols = n0 + tl.arange(0, BLOCK)
+        z = _logits(z_ptr + row * stride_z, bias_ptr, cols, N, scale, softcap)
+        e = tl.exp(z - peak)
+        by = factor
+        if by_logit_ptr is not None:
+            # E is 0 long before -1e4, and at -inf must stay so
+            by = factor + tl.load(by_logit_ptr + row) * tl.maximum(z - peak, -1.0e4)
+        dz = tl.where(cols == target, 0.0, e * by)
+        if softcap is not None:
+            part = tl.maximum(z, -softcap) / softcap
+            dz *= 1 - part * part
+        tl.store(out_ptr + row * stride_out + cols, dz.to(out_ptr.dtype.element_ty), mask=cols < N)

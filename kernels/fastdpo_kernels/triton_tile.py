@@ -1,0 +1,195 @@
+"""The GEMM over tiles of rows x vocabulary, and what each tile leaves behind.
+
+A tile of logits z never reaches memory. It leaves, as the launch asks for:
+
+- E = exp(z - r), with r one reference per row (its target's logit + 40 nats), and E's sum: all that
+  a softmax and its gradient need, and the two gradient GEMMs run on E as it is (credit: QuACK's
+  scaled-exp, which takes a reference per row and tile);
+- dZ, when the logits are computed again in the backward;
+- its own peak, and sums relative to it, for the statistics and for rows whose sum left the range.
+
+Exponents and references are in bits (nats * log2 e): exp2 of one fma is the fewest roundings.
+The target's column and those past the vocabulary's end are -inf in all of these, and add nothing.
+
+Letters: M rows, N columns (a chunk of the vocabulary), D hidden.
+"""
+
+import triton
+import triton.language as tl
+
+# Slots of the partial results [slot, tile of the vocabulary, row].
+SUM, PEAK, TOTAL, PLOGP, SQUARES, LOGITS = (tl.constexpr(i) for i in range(6))
+BITS = tl.constexpr(1.4426950408889634)  # in a nat
+NATS = tl.constexpr(0.6931471805599453)  # in a bit
+LOWEST = tl.constexpr(-3.0e38)  # stands for -inf where -inf minus itself would be NaN
+
+
+@triton.jit
+def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tiles of GROUP row blocks run down the vocabulary together, and share its weights in cache."""
+    first = tile // (GROUP * tiles_n) * GROUP
+    height = min(tiles_m - first, GROUP)
+    within = tile % (GROUP * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def _product_of_descriptors(x, w, m0, n0, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, D, BK):
+        acc = tl.dot(x.load([m0, k]), w.load([n0, k]).T, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _product_of_pointers(x_ptr, w_ptr, rows, cols, here, valid, stride_x, stride_w, D, BK: tl.constexpr):
+    acc = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+    x_ptr += rows.to(tl.int64)[:, None] * stride_x
+    w_ptr += cols.to(tl.int64)[None, :] * stride_w
+    for k in range(0, D, BK):
+        inner = k + tl.arange(0, BK)
+        x = tl.load(x_ptr + inner[None, :], mask=here[:, None] & (inner < D)[None, :], other=0.0)
+        w = tl.load(w_ptr + inner[:, None], mask=valid[None, :] & (inner < D)[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def tanh(x):
+    # to 1e-7 of 1, which a softcap of c turns into c * 1e-7 nats; exp's inf and 0 give 1 and -1
+    return 1 - 2 / (tl.exp2(x * (2 * BITS)) + 1)
+
+
+@triton.jit
+def _logits(z, bias_ptr, cols, valid, scale, softcap):
+    """Of columns past the end: 0."""
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]
+    z *= scale
+    if softcap is not None:
+        z = softcap * tanh(z / softcap)
+    return z
+
+
+@triton.jit
+def _leave_profile(partial_ptr, slot_stride, z, at, here, ENTROPY: tl.constexpr, SQUARED: tl.constexpr):
+    """The tile's peak, and sums relative to it."""
+    peak = tl.max(z, 1) * BITS
+    peak = tl.where(peak > LOWEST, peak, LOWEST)
+    bits = tl.fma(z, BITS, -peak[:, None])
+    e = tl.exp2(bits)
+    tl.store(partial_ptr + PEAK * slot_stride + at, peak, mask=here)
+    tl.store(partial_ptr + TOTAL * slot_stride + at, tl.sum(e, 1), mask=here)
+    if ENTROPY:
+        plogp = tl.sum(e * tl.maximum(bits, LOWEST), 1) * NATS
+        tl.store(partial_ptr + PLOGP * slot_stride + at, plogp, mask=here)
+    if SQUARED:
+        tl.store(partial_ptr + SQUARES * slot_stride + at, tl.sum(e * e, 1), mask=here)
+
+
+@triton.jit
+def _gradient(e, bits, factor_ptr, by_logit_ptr, rows, here):
+    """dZ = E * (factor + by_logit * (z - r)); by_logit comes from a gradient through entropy."""
+    by = tl.load(factor_ptr + rows, mask=here, other=0.0)[:, None]
+    if by_logit_ptr is not None:
+        slope = tl.load(by_logit_ptr + rows, mask=here, other=0.0) * NATS
+        by = tl.fma(tl.maximum(bits, LOWEST), slope[:, None], by)
+        by = tl.where(e == 0, 0.0, by)
+    return e * by
+
+
+@triton.jit
+def _tile(
+    z, rows, at, here, n0, N, v0, target_ptr, target_logit_ptr, reference_ptr, factor_ptr,
+    by_logit_ptr, partial_ptr, slot_stride, softcap,
+    BN: tl.constexpr, EXP: tl.constexpr, SUMS: tl.constexpr, PROFILE: tl.constexpr,
+    ENTROPY: tl.constexpr, SQUARED: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile's partial results, and returns the tile of E or dZ."""
+    # within the tile, where columns are constants of the program and take no registers
+    column = tl.arange(0, BN)[None, :]
+    target = (tl.load(target_ptr + rows, mask=here, other=-1) - v0).to(tl.int32) - n0
+    if MEAN:
+        tl.store(partial_ptr + LOGITS * slot_stride + at, tl.sum(z, 1), mask=here)
+    own = target[:, None] == column
+    if SUMS:
+        # Tensor cores round otherwise than a dot product in fp32 does, so the target's logit is taken
+        # from the accumulator that the others come from.
+        mine = here & (target >= 0) & (target < BN)
+        tl.store(target_logit_ptr + rows, tl.sum(tl.where(own, z, 0.0), 1), mask=mine)
+    # The same comparison in other words: one kept from above would hold a register per column.
+    own = column + n0 == (target + n0)[:, None]
+    z = tl.where(own | (column >= N - n0), float("-inf"), z)
+    if PROFILE:
+        _leave_profile(partial_ptr, slot_stride, z, at, here, ENTROPY, SQUARED)
+    e = z
+    if EXP:
+        reference = tl.load(reference_ptr + rows, mask=here, other=0.0)
+        bits = tl.fma(z, BITS, -reference[:, None])
+        e = tl.exp2(bits)  # inf or NaN in a row make its sum so, and the row is done again
+        if SUMS:
+            tl.store(partial_ptr + SUM * slot_stride + at, tl.sum(e, 1), mask=here)
+        if factor_ptr is not None:
+            e = _gradient(e, bits, factor_ptr, by_logit_ptr, rows, here)
+        if softcap is not None:
+            part = tl.maximum(z, -softcap) / softcap
+            e *= 1 - part * part
+    return e
+
+
+@triton.jit
+def head_tiles(
+    x_ptr,  # [M, D]
+    w_ptr,  # [N, D]
+    bias_ptr,  # [N] or None
+    out_ptr,  # E or dZ [M, N], or None
+    target_ptr,  # i64[M], in the whole vocabulary
+    target_logit_ptr,  # f32[M], written with SUMS
+    reference_ptr,  # f32[M]: r in bits
+    factor_ptr,  # f32[M] or None: dZ = E * (factor + by_logit * (z - r))
+    by_logit_ptr,  # f32[M] or None
+    partial_ptr,  # f32[slots, tiles of N, M] or None
+    rows_ptr,  # i32[count] or None: only these rows, whose partial results lie at 0 .. count - 1
+    count_ptr,  # i32[1] or None
+    M, N, D,
+    v0,  # where the chunk starts in the vocabulary
+    stride_x, stride_w, stride_out, slot_stride, scale, softcap, programs,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SUMS: tl.constexpr, PROFILE: tl.constexpr, ENTROPY: tl.constexpr, SQUARED: tl.constexpr,
+    MEAN: tl.constexpr,
+):  # fmt: skip
+    """A persistent program walks the tiles pid, pid + programs, ... of logits."""
+    height = M
+    if rows_ptr is not None:
+        height = tl.load(count_ptr)
+    tiles_m, tiles_n = tl.cdiv(height, BM), tl.cdiv(N, BN)
+    if DESCRIPTORS:
+        x = tl.make_tensor_descriptor(x_ptr, [M, D], [stride_x, 1], [BM, BK])
+        w = tl.make_tensor_descriptor(w_ptr, [N, D], [stride_w, 1], [BN, BK])
+        if out_ptr is not None:
+            out = tl.make_tensor_descriptor(out_ptr, [M, N], [stride_out, 1], [BM, BN])
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=DESCRIPTORS):
+        m, n = _place(tile, tiles_m, tiles_n, GROUP)
+        position = m * BM + tl.arange(0, BM)
+        here = position < height
+        rows = position
+        if rows_ptr is not None:
+            rows = tl.load(rows_ptr + position, mask=here, other=0)
+        cols = n * BN + tl.arange(0, BN)
+        valid = cols < N
+        if DESCRIPTORS:
+            z = _product_of_descriptors(x, w, m * BM, n * BN, D, BM, BN, BK)
+        else:
+            z = _product_of_pointers(x_ptr, w_ptr, rows, cols, here, valid, stride_x, stride_w, D, BK)
+        z = _logits(z, bias_ptr, cols, valid, scale, softcap)
+        e = _tile(
+            z, rows, n.to(tl.int64) * M + position, here, n * BN, N, v0, target_ptr,
+            target_logit_ptr, reference_ptr, factor_ptr, by_logit_ptr, partial_ptr, slot_stride, softcap,
+            BN, SUMS or out_ptr is not None, SUMS, PROFILE, ENTROPY, SQUARED, MEAN,
+        )  # fmt: skip
+        if out_ptr is not None:
+            if DESCRIPTORS:
+                out.store([m * BM, n * BN], e.to(out_ptr.dtype.element_ty))
+            else:
+                spot = out_ptr + rows.to(tl.int64)[:, None] * stride_out + cols[None, :]
+                tl.store(spot, e.to(out_ptr.dtype.element_ty), mask=here[:, None] & valid[None, :])

@@ -1,0 +1,52 @@
+"""What the interpreter's tests share: small tiles on CPU tensors, with and without descriptors."""
+
+import os
+
+import pytest
+import torch
+from fastdpo_kernels import linear_logp, reference, tiles
+
+from .cases import case, error, plan_module
+
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+SMALL = tiles.Tile(rows=64, columns=64, depth=16, group=2, warps=4, stages=1, descriptors=True)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Every call goes to Triton, where 130 tokens are two tiles and two columns."""
+    from fastdpo_kernels import launch
+
+    monkeypatch.setattr(tiles, "tile", lambda device, dtype: SMALL)
+    monkeypatch.setattr(launch, "processors", lambda device: 3)
+
+
+@pytest.fixture
+def many_chunks(monkeypatch):
+    """Chunks of one tile, where a plan has chunks."""
+    from fastdpo_kernels import launch
+
+    monkeypatch.setattr(launch, "MERGED", 1)
+    monkeypatch.setattr(plan_module, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(plan_module, "BLOCK_WIDTH", 7)
+
+
+def head_case(M=7, V=130, D=36, **options):
+    """A case without LoRA (which takes torch); rows of 36 floats suit descriptors, of 33 do not."""
+    return case(M, V, D, lora=False, **options)
+
+
+def assert_right(c, wanted=(), stats=(), **options):
+    """Every result in float32 is within 5e-6 of the truth, or twice as far as plain torch's. An exponent
+    near 40 nats is rounded to 3e-6, which is what E allows itself."""
+    c = c.to(torch.float32)
+    assert c.a is None and c.weight.stride(1) == 1, "would take torch"
+    truth = c.to(torch.float64).run(reference.linear_logp, wanted, stats)
+    plain = c.run(reference.linear_logp, wanted, stats)
+    got = c.run(linear_logp, wanted, stats, **options)
+    for name, value in truth.items():
+        if value is None:
+            assert got[name] is None, f"{name}: nobody asked for it"
+        else:
+            ours, theirs = error(got[name], value), error(plain[name], value)
+            assert ours <= 2 * theirs + 5e-6, f"{name}: {ours:.2e}, plain torch {theirs:.2e}"

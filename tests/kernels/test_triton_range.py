@@ -1,0 +1,165 @@
+"""Both ends of the range, NaN and inf, and masked tokens, by the Triton kernels."""
+
+import importlib
+import math
+
+import pytest
+import torch
+from fastdpo_kernels import linear_logp, reference
+
+from .cases import STATS, budget
+from .interpreted import assert_right, head_case, interpreted, many_chunks, small_tiles  # noqa: F401
+from .test_edges import logits_case as strided_logits_case
+
+if not interpreted:
+    pytest.skip("test_interpreter.py runs this", allow_module_level=True)
+
+from fastdpo_kernels import Plan, launch
+from fastdpo_kernels.head import Head
+from fastdpo_kernels.triton_pass import TritonPass
+
+ALL = ("hidden", "weight", "bias")
+WAYS = {"forward": (), "frozen": ("hidden",), "keep": ALL, "recompute": ALL}
+
+
+def logits_case(logits, target):
+    c = strided_logits_case(logits, target).to(torch.float32)
+    c.weight = c.weight.contiguous()  # strided weights take torch
+    return c
+
+
+def options_of(name, c):
+    return {"memory_budget": budget(name, c)} if name in ("keep", "recompute") else {}
+
+
+def extremes(V, target):
+    """Rows whose target is sure, hopeless, out of range both ways, and like all others."""
+    rows = {name: [0.0] * V for name in ("sure", "surest", "low", "lower", "lowest", "wide", "equal")}
+    other, third = (target + V // 2) % V, (target + 1) % V
+    rows["sure"][target], rows["surest"][target] = 40.0, 95.0
+    for name, gap in (("low", 100.0), ("lower", 130.0), ("lowest", 1000.0)):
+        rows[name][target], rows[name][other] = -gap / 2, gap / 2
+    rows["wide"][target], rows["wide"][other], rows["wide"][third] = 1e4, -1e4, 9999.0
+    rows["deep"] = [-1e4] * V
+    rows["deep"][other] = 1e4
+    return list(rows.values())
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("target", (2, 137))
+def test_extreme_logits(name, target, many_chunks):  # noqa: F811
+    # the target in the first chunk or in the last; frozen and recompute go by chunks
+    c = logits_case(extremes(140, target), [target] * 8)
+    got = c.run(linear_logp, WAYS[name], **options_of(name, c))["logp"]
+    truth = c.to(torch.float64).run(reference.linear_logp, ())["logp"]
+    truth[0] = -139 * math.exp(-40)  # float64 has no digits for it beside 1
+    truth[1] = 0.0
+    torch.testing.assert_close(got.double(), truth, rtol=5e-6, atol=1e-37)
+    assert truth[4] == -1000 and truth[7] == -2e4
+    assert_right(c, WAYS[name], STATS, **options_of(name, c))
+
+
+@pytest.mark.parametrize("name", ("frozen", "keep", "recompute"))
+def test_gradients_of_rows_out_of_range_beside_others(name, many_chunks):  # noqa: F811
+    # most of the even rows lose their target by more than 113 nats, to tokens of any chunk
+    c = head_case(70, 150)
+    c.hidden[::2] *= 40
+    z = c.to(torch.float64).run(reference.linear_logp, ())["logp"]
+    assert (z[::2] < -114).sum() > 10 and (z[1::2] > -114).all()
+    assert_right(c, WAYS[name], **options_of(name, c))
+    got, truth = (
+        c.to(dtype).run(function, ("hidden",))["d_hidden"].double()
+        for dtype, function in ((torch.float32, linear_logp), (torch.float64, reference.linear_logp))
+    )
+    torch.testing.assert_close(got, truth, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ("frozen", "keep", "recompute"))
+@pytest.mark.parametrize("bad", (math.nan, math.inf, -math.inf))
+def test_a_bad_row_stays_alone(name, bad, many_chunks):  # noqa: F811
+    c = head_case(7, 130).to(torch.float32)
+    run = lambda: c.run(linear_logp, WAYS[name], ("entropy", "mean_logit"), **options_of(name, c))
+    good = run()
+    c.hidden[3, 1] = bad
+    got = run()
+    others = [i for i in range(7) if i != 3]
+    for key in ("logp", "entropy", "mean_logit", "d_hidden"):
+        assert torch.equal(got[key][others], good[key][others]), key
+    assert got["logp"][3].isnan() and got["entropy"][3].isnan()
+    assert got["d_hidden"][3].isnan().all()
+
+
+@pytest.mark.parametrize("name", ("frozen", "keep", "recompute"))
+def test_tokens_masked_by_bias(name, many_chunks):  # noqa: F811
+    # the whole first tile and then some; the others must be as if those tokens did not exist
+    stats = ("entropy", "log_sum_sq_probs", "is_top1")
+    c = head_case(7, 150, entropy=True).to(torch.float32)
+    c.target = c.target.clamp(min=80)
+    small = head_case(7, 150)
+    small.__dict__.update(c.to(torch.float64).__dict__)
+    small.weight, small.bias = small.weight[80:], small.bias[80:]
+    small.target = c.target - 80
+    c.bias[:80] = -math.inf
+    got = c.run(linear_logp, WAYS[name], stats, **options_of(name, c))
+    truth = small.run(reference.linear_logp, WAYS[name], stats)
+    for key, value in truth.items():
+        if value is None:
+            continue
+        if key in ("d_weight", "d_bias"):
+            assert (got[key][:80] == 0).all()
+            got[key] = got[key][80:]
+        torch.testing.assert_close(got[key].double(), value, rtol=2e-5, atol=2e-5)
+
+
+def test_a_masked_target_is_minus_infinity():
+    c = head_case(3, 70)
+    c.bias[c.target] = -math.inf
+    got = c.to(torch.float32).run(linear_logp, ())["logp"]
+    assert (got == -math.inf).all()
+
+
+@pytest.mark.parametrize("target", (-100, 70))
+def test_a_target_outside_the_vocabulary_is_nan(target, monkeypatch):
+    # on a device, where looking would wait for it
+    monkeypatch.setattr(
+        importlib.import_module("fastdpo_kernels.linear_logp"), "check_target_values", lambda target, V: None
+    )
+    c = head_case(3, 70).to(torch.float32)
+    good = c.run(linear_logp, ("hidden",))
+    c.target[1] = target
+    got = c.run(linear_logp, ("hidden",))
+    assert got["logp"][1].isnan() and got["d_hidden"][1].isnan().all()
+    assert torch.equal(got["logp"][::2], good["logp"][::2])
+    assert torch.equal(got["d_hidden"][::2], good["d_hidden"][::2])
+
+
+def test_which_rows_are_out_of_range():
+    gaps = (0.0, 40.0, 100.0, 112.0, 116.0, 1000.0)
+    logits = [[-gap / 2] + [-2e3] * 68 + [gap / 2] for gap in gaps]
+    c = logits_case(logits, [0] * len(gaps))
+    head = Head(c.weight, None, None, None, 1.0, 1.0, None)
+    rows = TritonPass(head, c.hidden, c.target, Plan("forward", 0, 0, 1, len(gaps))).rows
+    reference_ = rows.peak * math.log(2)
+    own, greatest = c.hidden @ c.weight[0], c.hidden @ c.weight[69]
+    torch.testing.assert_close(reference_, torch.cat((own[:4] + 40, greatest[4:])))
+
+
+def test_the_targets_logit_is_the_accumulators(monkeypatch):
+    # as if tensor cores and the dot product in fp32 differed by 0.01: only the reference may notice
+    c = head_case(7, 130).to(torch.float32)
+    right = c.run(linear_logp, ALL)
+    start_rows = launch.start_rows
+
+    class Off:
+        def __init__(self, head, x, target, state):
+            self.launch, self.state = start_rows(head, x, target, state), state
+
+        def run(self):
+            self.launch.run()
+            self.state.target_logit.add_(0.01)
+            self.state.reference.add_(0.01)
+
+    monkeypatch.setattr(launch, "start_rows", Off)
+    for key, value in c.run(linear_logp, ALL).items():
+        if value is not None:
+            torch.testing.assert_close(value, right[key], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,163 @@
+"""Values and gradients of linear_logp by the Triton kernels, against the reference in float64."""
+
+import itertools
+
+import pytest
+import torch
+from fastdpo_kernels import linear_logp, reference, tiles
+
+from .cases import STATS, budget, needs_vectors, vectors
+from .interpreted import assert_right, head_case, interpreted, many_chunks, small_tiles  # noqa: F401
+
+if not interpreted:
+    pytest.skip("test_interpreter.py runs this", allow_module_level=True)
+
+ALL = ("hidden", "weight", "bias")
+PLANS = ("keep", "recompute")
+
+
+@pytest.mark.parametrize("D", (36, 33), ids=("descriptors", "pointers"))
+@pytest.mark.parametrize("softcap", (None, 3.0))
+@pytest.mark.parametrize("name", PLANS)
+def test_trained(D, softcap, name):
+    c = head_case(70, D=D, softcap=softcap).to(torch.float32)
+    assert_right(c, ALL, memory_budget=budget(name, c))
+
+
+@pytest.mark.parametrize("D", (36, 33), ids=("descriptors", "pointers"))
+@pytest.mark.parametrize("softcap", (None, 3.0))
+@pytest.mark.parametrize("wanted", ((), ("hidden",)), ids=("forward", "frozen"))
+def test_frozen_and_forward(D, softcap, wanted):
+    assert_right(head_case(70, D=D, softcap=softcap), wanted)
+
+
+@pytest.mark.parametrize("softcap", (None, 3.0))
+@pytest.mark.parametrize("name", PLANS)
+def test_stats_and_the_gradient_of_entropy(softcap, name):
+    c = head_case(40, softcap=softcap, entropy=True).to(torch.float32)
+    assert_right(c, ALL, STATS, memory_budget=budget(name, c))
+    assert_right(c, ("hidden",), STATS)
+
+
+@pytest.mark.parametrize("stat", STATS)
+def test_each_statistic_alone(stat):
+    assert_right(head_case(), ("hidden",), (stat,))
+
+
+@pytest.mark.parametrize(("M", "V", "D"), ((1, 2, 3), (1, 257, 33), (65, 5, 16), (70, 65, 20)))
+@pytest.mark.parametrize("name", PLANS)
+def test_odd_shapes(M, V, D, name):
+    c = head_case(M, V, D).to(torch.float32)
+    assert_right(c, ALL, STATS, memory_budget=budget(name, c))
+    assert_right(c, ("hidden",))
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("wanted", [s for n in (1, 2) for s in itertools.combinations(ALL, n)], ids="-".join)
+def test_gradient_subsets(name, wanted):
+    c = head_case().to(torch.float32)
+    assert_right(c, wanted, memory_budget=budget(name, c))
+
+
+@pytest.mark.parametrize("wanted", (("hidden",), ALL), ids=("frozen", "recompute"))
+def test_chunks(wanted, many_chunks):  # noqa: F811
+    c = head_case(40, 150, softcap=3.0).to(torch.float32)
+    options = {"memory_budget": budget("recompute", c)} if "weight" in wanted else {}
+    assert_right(c, wanted, STATS, **options)
+    # a pass without gradient goes over the whole vocabulary at once, and has the same bits
+    with_gradient, without = (c.run(linear_logp, w, **options)["logp"] for w in (wanted, ()))
+    assert torch.equal(with_gradient, without)
+
+
+@pytest.mark.parametrize("softcap", (None, 3.0))
+def test_uninitialised_memory_is_never_read(softcap, monkeypatch):
+    def poisoned(real):
+        def empty(*args, **kwargs):
+            out = real(*args, **kwargs)
+            return out.fill_(float("nan")) if out.dtype.is_floating_point else out.fill_(1 << 30)
+
+        return empty
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    c = head_case(softcap=softcap).to(torch.float32)
+    for wanted, name in itertools.product(((), ("hidden",), ALL), PLANS):
+        assert_right(c, wanted, STATS, memory_budget=budget(name, c))
+
+
+@pytest.mark.parametrize(("name", "wanted"), (("keep", ("hidden",)), ("keep", ALL), ("recompute", ALL)))
+def test_same_bits_again(name, wanted):
+    c = head_case(65, 130, softcap=5.0).to(torch.float32)
+    first, second = (
+        c.run(linear_logp, wanted, ("entropy",), memory_budget=budget(name, c)) for _ in range(2)
+    )
+    for key, value in first.items():
+        assert value is None or torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_backward_twice(name):
+    c = head_case().to(torch.float32)
+    hidden, weight = c.hidden.requires_grad_(), c.weight.requires_grad_()
+    logp = linear_logp(hidden, weight, c.target, memory_budget=budget(name, c))
+    first, second = (torch.autograd.grad(logp.sum(), (hidden, weight), retain_graph=True) for _ in "12")
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_strided_inputs_and_what_takes_torch():
+    c = head_case(bias=False, scale=1).to(torch.float32)
+    wide = torch.stack((c.hidden, -c.hidden), -1)[..., 0]
+    rows = torch.stack((c.weight, c.weight), 1)[:, 0]
+    same = linear_logp(c.hidden, c.weight, c.target)
+    assert torch.equal(linear_logp(wide, rows, c.target), same)
+    columns = c.weight.t().contiguous().t()
+    head = reference_head(columns)
+    assert not tiles.takes_triton(head, c.hidden) and tiles.takes_triton(reference_head(rows), c.hidden)
+    torch.testing.assert_close(linear_logp(c.hidden, columns, c.target), same)
+
+
+def reference_head(weight):
+    from fastdpo_kernels.head import Head
+
+    return Head(weight, None, None, None, 1.0, 1.0, None)
+
+
+def test_no_rows():
+    c = head_case(0).to(torch.float32)
+    got = c.run(linear_logp, ALL, STATS)
+    assert got["logp"].shape == got["entropy"].shape == (0,)
+    assert not got["d_weight"].any() and not got["d_bias"].any()
+
+
+@needs_vectors
+def test_published_vectors():
+    v = vectors()["fused_linear_logp"]
+    exact = lambda name: torch.tensor(v[name])
+    labels = torch.tensor(v["labels"])
+    scored = labels >= 0
+    for budget_ in (None, 1):
+        hidden, weight, bias = (exact(n).requires_grad_() for n in ("hidden", "weight", "bias"))
+        logp = linear_logp(hidden[scored], weight, labels[scored], bias, memory_budget=budget_)
+        (logp * exact("upstream_grad")[scored]).sum().backward()
+        near = dict(rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(logp.detach(), exact("per_token_logps")[scored], **near)
+        for got, name in ((hidden, "hidden"), (weight, "weight"), (bias, "bias")):
+            torch.testing.assert_close(got.grad, exact(f"grad_{name}"), **near)
+
+
+def test_error_in_nats():
+    c = head_case(70, size=3).to(torch.float32)
+    truth = c.to(torch.float64).run(reference.linear_logp, ())["logp"]
+    assert (c.run(linear_logp, ())["logp"] - truth).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_calls(seed):
+    torch.manual_seed(seed)
+    pick = lambda *choices: choices[torch.randint(len(choices), ()).item()]
+    size = lambda most: torch.randint(1, most, ()).item()
+    options = dict(bias=pick(True, False), scale=pick(1, 0.3), softcap=pick(None, 2.0, 30.0), size=pick(1, 4))
+    c = head_case(size(90), size(200) + 1, size(50), entropy=pick(True, False), **options).to(torch.float32)
+    wanted = [name for name in ALL if pick(True, False) and (name != "bias" or c.bias is not None)]
+    stats = [name for name in STATS if pick(True, False) or (name == "entropy" and c.d_entropy is not None)]
+    assert_right(c, tuple(wanted), tuple(stats), memory_budget=budget(pick(*PLANS), c))
