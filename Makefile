@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test lint bench bench-cpu clean
+.PHONY: venv demo test lint bench bench-cpu aot clean
 
 venv: .venv/installed
 
@@ -29,6 +29,12 @@ bench-cpu: venv
 
 bench: venv
 	bash benchmarks/gpu_all.sh
+
+# what each kernel needs on each chip, under the installed triton and under 3.6.0
+aot: venv
+	$(BIN)/python -m benchmarks.aot
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-3.6.0 triton==3.6.0
+	PYTHONPATH=.venv/triton-3.6.0 $(BIN)/python -m benchmarks.aot
 
 clean:
 	rm -rf .venv
