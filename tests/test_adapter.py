@@ -81,7 +81,8 @@ def test_a_run_goes_on_from_it_and_refers_to_it(first, tmp_path, key):
     folder = first.folder / "model"
     keys = dict(model=first.start) | {key: str(folder)}
     run = Run(tmp_path, learning_rate=1e-2, max_steps=10, **keys)
-    assert run.evals[0]["eval_rewards/margins"] == 0 and run.steps[0]["rewards/margins"] == 0
+    assert run.evals[0]["eval_rewards/margins"] == 0
+    assert abs(run.steps[0]["rewards/margins"]) < 1e-6  # training rows are packed otherwise: rounding
     assert run.evals[-1]["eval_rewards/margins"] > 0.05
 
     tokenizer = AutoTokenizer.from_pretrained(first.start)
