@@ -170,7 +170,7 @@ def _add_parameters(out, need, dz, x, xa, span, accumulate, put):
     if need.weight:
         put(dz, x, out.weight[v0:v1])
     if need.lora_b:
-        put(dz, xa, out.lora_b[v0:v1])
+        put(dz, xa[:, : out.lora_b.shape[1]], out.lora_b[v0:v1])
 
 
 def _factors(head, rows, d_logp, d_entropy):

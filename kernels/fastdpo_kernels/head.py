@@ -24,14 +24,25 @@ class Head:
     softcap: float | None
 
     def low_rank(self, x):
-        """lora_scale * x A^T [M, r], or None."""
-        return None if self.lora_a is None else self.lora_scale * (x @ operand(self.lora_a).t())
+        """lora_scale * x A^T [M, r], or None. Of half operands [M, 2 r]: rounded to them, and beside it
+        what that lost, so that logits keep their float32."""
+        if self.lora_a is None:
+            return None
+        a, wide = operand(self.lora_a), torch.promote_types(x.dtype, torch.float32)
+        out = torch.empty(len(x), len(a), dtype=wide, device=x.device)
+        matmul(x, a.t(), out)
+        out.mul_(self.lora_scale)
+        if x.dtype == wide:
+            return out
+        high = out.to(x.dtype)
+        return torch.cat((high, (out - high).to(x.dtype)), 1)
 
     def product(self, x, xa, v0, v1, out):
         """Writes h W^T and the LoRA's part of the vocabulary chunk [v0, v1) to out [v, M]."""
         matmul(operand(self.weight[v0:v1]), x.t(), out)
         if xa is not None:
-            matmul_add(operand(self.lora_b[v0:v1]), xa.t(), out)
+            b = operand(self.lora_b[v0:v1])
+            matmul_add(b if xa.shape[1] == b.shape[1] else torch.cat((b, b), 1), xa.t(), out)
 
     def finish_logits(self, out, v0, v1):
         """Turns the product into the final logits."""

@@ -7,6 +7,7 @@ Letters: M scored rows, D hidden, V vocab, R responses, P pairs, r the LoRA rank
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 
@@ -14,7 +15,7 @@ from .checks import check_head, check_pair_values, check_pairs, check_softcap, c
 from .chunked import Gradients
 from .head import Head
 from .head_pass import head_pass
-from .ops import empty
+from .ops import empty, exact_on, scale_
 from .pair_losses import LOSSES, PairLoss, groups_of
 from .plan import plan
 from .reference import DPOStats
@@ -54,7 +55,8 @@ def linear_dpo(
 
     Differentiable once in hidden, weight, bias, A and B; the stats, and what a loss function captures,
     carry no gradient. The forward makes the gradients somebody needs, the backward scales them in place:
-    a second backward over the same call raises.
+    a second backward over the same call raises. Since they are made before the backward brings its
+    factor, a float16 loss scale belongs into pair_weight.
 
     A trained head goes by parts of whole groups (`plan`). groups: the rows of each, in order, as Python
     ints or a CPU tensor; a pair lies in one group. None: on a CPU the smallest blocks of neighbouring
@@ -63,21 +65,21 @@ def linear_dpo(
     with log-ratios of 0. Whatever couples groups gets wrong gradients: use linear_logp for it.
 
     Raises ValueError for shapes, dtypes, devices or options that do not fit, and, on a CPU only, for
-    targets, cu_resp, pairs or groups that do not hold together. On a device, groups that cut a pair or
-    response apart give NaN.
+    targets, cu_resp, pairs or groups that do not hold together. On a device, a cu_resp that does not rise
+    from 0 to M and groups that cut a pair or response apart give NaN.
     """
     a, b, lora_scale = (None, None, 1.0) if lora is None else lora
     check_head("linear_dpo", hidden, weight, target, bias, a, b)
     by_row = {"ref_token_logp": ref_token_logp, "token_weight": token_weight}
     check_pairs(hidden, cu_resp, pairs, by_row, {"offset": offset, "pair_weight": pair_weight})
     _check_options(loss, beta, label_smoothing, softcap)
+    target, bias = target.contiguous(), None if bias is None else bias.contiguous()
     leaves = (hidden, weight, bias, a, b)
     need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves]
     train_head = any(t is not None and t.requires_grad for t in leaves[1:])
     tensors = (target, cu_resp, pairs, ref_token_logp, offset, pair_weight, token_weight, _as_tensor(groups))
     options = (loss, beta, label_smoothing, lora_scale, scale, softcap, memory_budget, train_head, need)
-    with torch.autocast(hidden.device.type, enabled=False):
-        total, *stats = _op(loss)(*leaves, *tensors, *options)
+    total, *stats = _op(loss)(*leaves, *tensors, *options)
     return total, DPOStats(*stats)
 
 
@@ -108,7 +110,7 @@ class _LinearDPO(torch.autograd.Function):
         if d_total is None:
             return (None,) * ctx.inputs
         # in place, so that no second [V, D] is made; autograd refuses a later use of what was saved
-        grads = iter([grad.mul_(d_total) for grad in ctx.saved_tensors])
+        grads = iter([scale_(grad, d_total) for grad in ctx.saved_tensors])
         return *(next(grads) if need else None for need in ctx.need), *(None,) * (ctx.inputs - 5)
 
 
@@ -160,12 +162,14 @@ def forward_and_gradients(
         pair_weight=pair_weight,
         token_weight=token_weight,
     )
-    run = _Parts(Head(weight, bias, a, b, lora_scale, scale, softcap), hidden, target, pair_loss, parts, need)
-    for part in parts:
-        run.step(part)
-    logratio, margin = pair_loss.margins(run.token_logp)
-    total = pair_loss.total(margin) * run.poison
-    return [total, run.token_logp, logratio, margin, *run.gradients()]
+    head = Head(weight, bias, a, b, lora_scale, scale, softcap)
+    with exact_on(hidden):
+        run = _Parts(head, hidden, target, pair_loss, parts, need)
+        for part in parts:
+            run.step(part)
+        logratio, margin = pair_loss.margins(run.token_logp)
+        total = pair_loss.total(margin) * run.poison
+        return [total, run.token_logp, logratio, margin, *run.gradients()]
 
 
 compiled_forward = torch.library.custom_op("fastdpo::linear_dpo", forward_and_gradients, mutates_args=())
@@ -195,10 +199,10 @@ class _Parts:
         self.d_hidden = None
         if self.several and self.need.hidden:
             self.d_hidden = empty(*hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        stops = torch.tensor([part.rows for part in parts[:-1]]).cumsum(0).tolist()
+        stops = list(accumulate(part.rows for part in parts[:-1]))
         self.poison = 1.0
-        if stops and hidden.device.type != "cpu":
-            self.poison = torch.where(pair_loss.cut_apart(stops), torch.nan, 1.0)
+        if hidden.device.type != "cpu":
+            self.poison = torch.where(pair_loss.unsound(stops), torch.nan, 1.0)
 
     def step(self, part):
         """The next part.rows rows. What it keeps of width V is gone when it returns."""
@@ -249,7 +253,7 @@ def _groups(groups, target, cu_resp, pairs, V):
     smallest = groups_of(cu_resp, pairs)
     if given is None:
         return smallest
-    bounds = lambda sizes: set(torch.tensor([0, *sizes]).cumsum(0).tolist())
+    bounds = lambda sizes: set(accumulate(sizes, initial=0))
     inside = sorted(bounds(given) - bounds(smallest))
     if inside and sum(given) == M:  # another sum is refused by plan
         raise ValueError(f"groups end inside a response or between the responses of a pair, at rows {inside}")

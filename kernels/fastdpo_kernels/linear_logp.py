@@ -27,8 +27,8 @@ def linear_logp(
     """log softmax(z)[target] for every row, z = softcap(scale * (h W^T + bias + s (h A^T) B^T)),
     without [M, V] logits.
 
-    hidden, weight, bias, A and B share one float dtype and device; autocast is ignored. Logits are
-    formed and reduced in float32 (float64 for float64), and the results are of that dtype: logp
+    hidden, weight, bias, A and B share one float dtype and device; autocast and TF32 are ignored. Logits
+    are formed and reduced in float32 (float64 for float64), and the results are of that dtype: logp
     [M], or (logp, {name: [M]}) when stats are named: "entropy", "log_sum_sq_probs" (log of sum_v
     p_v^2), "mean_logit" (over the vocabulary), "is_top1" (1.0 where no token is more probable).
     Differentiable once in hidden and every head parameter, through logp and entropy; only the
@@ -57,6 +57,7 @@ def linear_logp(
     if unknown:
         raise ValueError(f"linear_logp has the stats {', '.join(STATS)}, got {unknown}")
     check_softcap(softcap)
+    target, bias = target.contiguous(), None if bias is None else bias.contiguous()
     parameters = [p for p in (weight, bias, a, b) if p is not None]
     train_weight = any(p.requires_grad for p in parameters)
     how = plan(
@@ -68,8 +69,7 @@ def linear_logp(
         backend=backend_of(hidden, weight, a is not None),
     )
     options = (float(lora_scale), float(scale), None if softcap is None else float(softcap), ",".join(stats))
-    with torch.autocast(hidden.device.type, enabled=False):
-        logp, *values = _LinearLogp.apply(hidden, weight, bias, a, b, target, *options, how.name, how.chunks)
+    logp, *values = _LinearLogp.apply(hidden, weight, bias, a, b, target, *options, how.name, how.chunks)
     return (logp, dict(zip(stats, values))) if stats else logp
 
 
@@ -111,6 +111,5 @@ class _LinearLogp(torch.autograd.Function):
             row_grad = saved[-1]
             return (row_grad * d_logp[:, None]).to(row_grad.dtype), None, None, None, None, *nothing
         run, need = (compiled_backward if compiling else backward_pass), list(ctx.needs_input_grad[:5])
-        with torch.autocast(logp.device.type, enabled=False):
-            grads = iter(run(d_logp, d_entropy, *inputs, logp, entropy, saved, *ctx.options, *ctx.how, need))
+        grads = iter(run(d_logp, d_entropy, *inputs, logp, entropy, saved, *ctx.options, *ctx.how, need))
         return *(next(grads) if wanted else None for wanted in need), *nothing

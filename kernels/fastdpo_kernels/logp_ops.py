@@ -12,7 +12,7 @@ from . import chunked
 from .chunk import chunk_of
 from .chunked import Gradients, Rows
 from .head import Head, HiddenGrad
-from .ops import operand
+from .ops import exact_on, operand
 from .plan import Plan, spans
 from .tiles import backend_of, padded, takes_triton
 
@@ -47,7 +47,8 @@ def forward_pass(
     stats = tuple(stats.split(",")) if stats else ()
     head, how = Head(weight, bias, a, b, lora_scale, scale, softcap), _how(plan, chunks, hidden)
     run = _forward_triton if takes_triton(head, hidden) else _forward_torch
-    rows, values, *saved = run(head, hidden.contiguous(), target, how, stats)
+    with exact_on(hidden):
+        rows, values, *saved = run(head, hidden.contiguous(), target, how, stats)
     out = [rows.logp, *(values[name] for name in stats)]
     if plan != "forward":
         saved = Saved(rows.peak, rows.total, rows.target_logit, *saved)
@@ -81,7 +82,8 @@ def backward_pass(
     upstream = dict(d_logp=d_logp, d_entropy=d_entropy)
     run = _backward_triton if takes_triton(head, hidden) else _backward_torch
     kept = rest if plan == "keep" else []
-    out = run(head, hidden.contiguous(), target, how, rows, Gradients(*need), kept, upstream)
+    with exact_on(hidden):
+        out = run(head, hidden.contiguous(), target, how, rows, Gradients(*need), kept, upstream)
     parts = (out.hidden, out.weight, out.bias, out.lora_a, out.lora_b)
     return [part.to(hidden.dtype) for part, wanted in zip(parts, need) if wanted]
 

@@ -1,12 +1,30 @@
-"""The three tensor operations that differ by device and dtype, so that nothing else has to ask."""
+"""What differs by device and dtype, so that nothing else has to ask."""
 
 import ctypes
 import mmap
+from contextlib import contextmanager
 
 import torch
 
 _HUGE = 4 << 20
 _libc = ctypes.CDLL(None) if hasattr(mmap, "MADV_HUGEPAGE") else None
+
+
+@contextmanager
+def exact_on(like: torch.Tensor):
+    """GEMMs of float32 in float32, whatever the caller allows: autocast, TF32, or bfloat16 on a CPU. And
+    like's device is the current one, where Triton launches."""
+    matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    allowed = [(matmul, matmul.fp32_precision) for matmul in matmuls]
+    lowered = [(matmul, precision) for matmul, precision in allowed if precision in ("tf32", "bf16")]
+    with torch.autocast(like.device.type, enabled=False), torch.cuda.device_of(like):
+        try:
+            for matmul, _ in lowered:
+                matmul.fp32_precision = "ieee"
+            yield
+        finally:
+            for matmul, precision in lowered:
+                matmul.fp32_precision = precision
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -49,3 +67,9 @@ def matmul_add(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         out.addmm_(a, b)
     else:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+
+
+def scale_(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """tensor *= factor, which has no dimension, without rounding factor to a half tensor's dtype first,
+    as CUDA does with numbers that are on the device."""
+    return tensor.mul_(factor[None] if tensor.is_cuda else factor)

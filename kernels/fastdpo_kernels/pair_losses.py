@@ -52,7 +52,8 @@ class PairLoss:
         self.ref_token_logp, self.token_weight = ref_token_logp, token_weight
         self.loss, self.beta, self.label_smoothing = loss, beta, label_smoothing
         self.offset, self.pair_weight = offset, pair_weight
-        self.cu = cu_resp.long()
+        self.cu = cu_resp.long().clamp(0, rows)
+        self.cu_rises = (cu_resp[0] == 0) & (cu_resp[-1] == rows) & (cu_resp.diff() >= 0).all()
         # a row beyond the last response finds none: check_pair_values refuses that on a CPU, and a
         # device reads a response that exists
         places = torch.arange(rows, device=self.cu.device)
@@ -106,10 +107,12 @@ class PairLoss:
             d_token = d_token * self.token_weight
         return d_token.to(token_logp.dtype)
 
-    def cut_apart(self, bounds):
-        """Whether a response, or a pair, has rows on both sides of one of the row bounds: bool tensor."""
+    def unsound(self, bounds):
+        """Whether cu_resp does not rise from 0 to all rows, a pair names a response below 0 (one above R - 1
+        stops the device), or a response, or a pair, has rows on both sides of one of the row bounds: bool
+        tensor."""
         starts, stops = self.cu[:-1], self.cu[1:]
-        cut = torch.zeros((), dtype=torch.bool, device=self.cu.device)
+        cut = ~self.cu_rises | (self.winner < 0).any() | (self.loser < 0).any()
         for bound in bounds:
             left, right = (starts < bound), (stops > bound)
             before, after = left & ~right, right & ~left

@@ -157,12 +157,18 @@ def _whole(M, V, D, dtype, budget, backend, train_weight, need_grad) -> Plan:
 
 def _triton_blocks(M, V, dtype, name, chunk):
     """Bytes of width V or of a chunk that the Triton kernels hold."""
-    tiles = M * -(-V // TILE)
-    if name in ("forward", "keep"):
-        kept = M * (V + ALIGNED) * dtype.itemsize if name == "keep" else 0
-        return kept + tiles * (SETTLE_BYTES + PROFILE_BYTES)
-    least = M * min(V + ALIGNED, NARROWEST) * dtype.itemsize + SETTLE_BYTES * M * NARROWEST // TILE
-    return max(chunk, least) + tiles * PROFILE_BYTES
+    tiles, narrowest = M * -(-V // TILE), M * min(V + ALIGNED, NARROWEST) * dtype.itemsize
+    sums = tiles * (SETTLE_BYTES + PROFILE_BYTES)
+    if name == "forward":
+        return sums
+    if name == "keep":  # a gradient through entropy makes dZ in chunks, after the sums are gone
+        return M * (V + ALIGNED) * dtype.itemsize + max(sums, narrowest)
+    return max(chunk, narrowest + SETTLE_BYTES * M * NARROWEST // TILE) + tiles * PROFILE_BYTES
+
+
+def spare_width(V, dtype):
+    """Columns of a chunk as large as the sums of all tiles that the Triton kernels hold in the forward."""
+    return -(-V // TILE) * (SETTLE_BYTES + PROFILE_BYTES) // dtype.itemsize
 
 
 def _whole_groups(groups: Iterable[int], keeps) -> list[int]:

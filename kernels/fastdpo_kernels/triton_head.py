@@ -14,6 +14,7 @@ import triton
 from . import launch, tiles
 from .chunked import Gradients, Rows, target_coefficient
 from .ops import matmul, matmul_add
+from .plan import spare_width
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,13 @@ def spans(V, how, tile):
     width of whole merges of tiles keeps the order of sums the same however many chunks there are: a
     pass without gradient gives the same log-probs.
     """
-    if how.name in ("forward", "keep"):
-        return [(0, V)]
+    return [(0, V)] if how.name in ("forward", "keep") else _cut(V, tile, 5 * -(-V // how.chunks))
+
+
+def _cut(V, tile, most):
+    """[start, stop) of chunks of about `most` columns."""
     unit = tile.columns * launch.MERGED
-    width = max(unit, 5 * -(-V // how.chunks) // unit * unit)
+    width = max(unit, most // unit * unit)
     return [(v, min(v + width, V)) for v in range(0, V, width)]
 
 
@@ -142,6 +146,8 @@ def gradients(head, x, target, spans, tile, rows, need, *, d_logp, d_entropy=Non
             # dH/dz = -p (log p + H) and log p = (z - r) - log(total)
             by_logit = -head.scale * d_entropy / rows.total
             factor = factor + by_logit * (rows.entropy - torch.log(rows.total))
+        if kept is not None:  # beside it there is room for what the forward held of tiles' sums
+            spans = _cut(len(head.weight), tile, spare_width(len(head.weight), x.dtype))
         again = _Again(head, x, target, tile, rows, factor, by_logit, at_target)
         sums, factor = again.run(spans, need, out, put), None
     if need.hidden:

@@ -155,17 +155,22 @@ def test_one_backward_and_first_order_only():
         torch.autograd.grad(total, hidden, create_graph=True)
 
 
-def test_groups_that_cut_are_seen_without_looking():
+def test_what_does_not_hold_together_is_seen_without_looking():
     # what makes a device's loss NaN, where a CPU raises
     cu = torch.tensor([0, 3, 7, 7, 9, 10])
     nothing = dict.fromkeys(("ref_token_logp", "offset", "pair_weight", "token_weight"))
     options = dict(loss="sigmoid", beta=0.1, label_smoothing=0.0, **nothing)
-    cut = lambda pairs, *bounds: PairLoss(cu, torch.tensor(pairs), 10, **options).cut_apart(bounds).item()
+    loss = lambda pairs, cu=cu: PairLoss(cu, torch.tensor(pairs), 10, **options)
+    cut = lambda pairs, *bounds: loss(pairs).unsound(bounds).item()
     apart, within_one = [[0, 1], [4, 3]], [[0, 1], [4, 1]]
     assert not cut(apart) and not cut(apart, 7) and not cut(within_one)
     assert cut(apart, 3) and cut(apart, 7, 9) and cut(within_one, 7) and cut(within_one[::-1], 7)
     assert cut(apart, 8) and cut(apart, 5)  # inside a response
     assert not cut([[0, 2]], 7) and cut([[0, 2], [3, 0]], 7)  # an empty response is on either side
+    assert cut([[0, -1]])
+    for wrong in ([0, 3, 7, 7, 9, 11], [0, 3, 7, 7, 9, 9], [1, 3, 7, 7, 9, 10], [0, 7, 3, 7, 9, 10]):
+        seen = loss(within_one, torch.tensor(wrong))
+        assert seen.unsound(()).item() and seen.cu.max() <= 10, "nor is memory read that is not ours"
 
 
 def test_no_grad_costs_a_forward():

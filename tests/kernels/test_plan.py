@@ -1,5 +1,7 @@
 """plan() tells the truth about its choice, its chunks and its memory."""
 
+import gc
+
 import pytest
 import torch
 from fastdpo_kernels import linear_dpo, linear_logp, plan
@@ -52,6 +54,7 @@ def test_budget_bounds_what_has_width_V(kind, budget):
 
 def peak_of(run):
     """The most bytes of CPU tensors alive at once during run(), over those alive before."""
+    gc.collect()  # what another test left must not go during the run
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     now = peak = 0
@@ -214,8 +217,9 @@ def test_triton_keeps_with_room_for_its_matrix_alone():
         assert name("triton", exactly) == "keep"
         assert {name("triton", exactly - 1), name("cublas", exactly), name("torch", exactly)} == {"recompute"}
         told = plan(m, v, d, backend="triton", memory_budget=exactly, **sizes)
-        # what is not E: sums of its tiles, and with statistics their profile
-        assert exactly < told.peak_bytes < 1.15 * exactly + 4 * m * (4 * d + 100)
+        # what is not E: sums of its tiles, and with statistics their profile, or after them a chunk of dZ
+        chunk = 2 * m * min(v + plan_module.ALIGNED, plan_module.NARROWEST)
+        assert exactly < told.peak_bytes < 1.15 * exactly + 4 * m * (4 * d + 100) + chunk
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

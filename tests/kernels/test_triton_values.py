@@ -110,6 +110,9 @@ def test_strided_inputs_and_what_takes_torch():
     rows = torch.stack((c.weight, c.weight), 1)[:, 0]
     same = linear_logp(c.hidden, c.weight, c.target)
     assert torch.equal(linear_logp(wide, rows, c.target), same)
+    bias, every_other = torch.randn(130, 2), torch.stack((c.target, -c.target), 1)[:, 0]
+    with_bias = linear_logp(c.hidden, c.weight, c.target, bias[:, 0].clone())
+    assert torch.equal(linear_logp(c.hidden, c.weight, every_other, bias[:, 0]), with_bias)
     columns = c.weight.t().contiguous().t()
     head = reference_head(columns)
     assert not tiles.takes_triton(head, c.hidden) and tiles.takes_triton(reference_head(rows), c.hidden)
