@@ -23,12 +23,18 @@ lint: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# the gate first: what is red is not timed
 bench-cpu: venv
-	$(BIN)/python -m benchmarks.bench_cpu
-	$(BIN)/python -m benchmarks.bench_cache
+	$(BIN)/python -m benchmarks.gate --out benchmarks/results
+	$(BIN)/python -m benchmarks.small_pieces
+	$(BIN)/python -m benchmarks.bench_cpu --minutes 4.5
+	$(BIN)/python -m benchmarks.parity
+	$(BIN)/python -m benchmarks.bench_cache --forward-pairs 40
+	$(BIN)/python -m benchmarks.growth --small
+	$(BIN)/python -m benchmarks.tables
 
 bench: venv
-	bash benchmarks/gpu_all.sh
+	bash benchmarks/gpu_all.sh; status=$$?; $(BIN)/python -m benchmarks.tables; exit $$status
 
 # what each kernel needs on each chip, under the installed triton and under 3.6.0
 aot: venv

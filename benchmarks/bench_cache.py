@@ -1,6 +1,6 @@
 """The reference cache: its file's size, how fast it is read and looked up, and what a fill pays for it.
 
-    python -m benchmarks.bench_cache [--pairs 100000] [--forward-pairs 100] [--out FILE.json]
+    python -m benchmarks.bench_cache [--pairs 100000] [--forward-pairs 100] [--out DIR]
 
 The rows are random ids with the lengths of two well-known data sets. Size, load and lookup are measured
 on all of them, with random numbers in place of log-probs, since what a value is does not matter there;
@@ -11,7 +11,6 @@ weights and rows, cutting packs, the look-ups, the commits and the progress bar.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -23,12 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.process import provenance
+from benchmarks.results import RESULTS, write_result
 from fastdpo import ref_fill
 from fastdpo.model import Policy
 from fastdpo.records import Pair, PreferenceGroup, Response
 
-ROOT = Path(__file__).resolve().parents[1]
 VOCAB, STEP_PAIRS, MAX_TOKENS, MAX_LENGTH = 49_152, 64, 8192, 1024
 # name -> (median prompt, median response) in tokens; both log-normal with sigma 0.8, cut at MAX_LENGTH
 LENGTHS = {"hh-rlhf": (110, 50), "ultrafeedback": (110, 280)}
@@ -154,8 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--forward-pairs", type=int, default=100)
-    today = time.strftime("%Y-%m-%d")
-    parser.add_argument("--out", type=Path, default=ROOT / f"benchmarks/results/cpu_cache_{today}.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the JSON")
     args = parser.parse_args()
     policy, results = make_policy(), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -167,10 +164,7 @@ def main() -> None:
             }
             results[name]["fill of all"] = results[name]["stored"].pop("fill")
     print_table(results)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"limits": LIMITS, "results": results} | provenance()
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {args.out}")
+    write_result("cache", {"limits": LIMITS, "results": results}, args.out)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,59 @@
 #!/usr/bin/env bash
 # All GPU work, in priority order: benchmarks/gpu_all.sh [--dry-run] [STAGE...]
 #
-# Each stage is independent, takes at most 8 minutes, writes its own JSON under $OUT (default:
-# benchmarks/results) and leaves the next one running when it fails. No network is needed.
-# Stages: gate (GPU tests), head (the lm_head beside every other one), steps (training steps, each idea
-# on and off).
+#   gate       correctness first: GPU tests and the numbers' own check
+#   head       the lm_head beside every other one
+#   steps      whole training steps beside TRL and plain Hugging Face, and each idea's share
+#   parity     learning beside TRL: the same losses?
+#   memory     the largest pair and model that fit
+#   attention  shared prompts against padded rows
+#   growth     tokens, vocabulary, responses, cached pairs
+#   tuning     the fastest tile of this chip
+#
+# Each stage is independent, ends within 8 minutes, writes its own JSON to $OUT (default: benchmarks/results)
+# and leaves the next one running when it fails. --dry-run runs every stage's code on tiny shapes, on a CPU
+# too, into a temporary $OUT. No network is needed: wheels in $WHEELS (default: .whl; fetch_peers.sh makes
+# it) are installed for this run alone. $MINUTES: what a stage may take before it begins nothing new (7.5).
 set -u
 cd "$(dirname "$0")/.."
-export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
+ALL=(gate head steps parity memory attention growth tuning)
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+WHEELS=${WHEELS:-.whl}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+options=(--minutes "${MINUTES:-7.5}")
+if [ "${1:-}" = --dry-run ]; then
+    shift
+    options+=(--dry-run)
+    OUT=${OUT:-$scratch/results}
+fi
 OUT=${OUT:-benchmarks/results}
-DRY=
-[ "${1:-}" = --dry-run ] && { DRY=--dry-run; shift; }
-STAGES=("$@")
-[ ${#STAGES[@]} -eq 0 ] && STAGES=(gate head steps)
-failed=()
-for stage in "${STAGES[@]}"; do
-    echo "== $stage"
-    timeout 480 "$PYTHON" -m "benchmarks.gpu_$stage" $DRY --out "$OUT/gpu_$stage.json"
-    code=$?
-    [ $code -eq 0 ] || { echo "== $stage failed with $code"; failed+=("$stage"); }
+stages=("$@")
+[ ${#stages[@]} -eq 0 ] && stages=("${ALL[@]}")
+for stage in "${stages[@]}"; do
+    [[ " ${ALL[*]} " == *" $stage "* ]] || { echo "no stage $stage; there are: ${ALL[*]}"; exit 2; }
 done
-[ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+if compgen -G "$WHEELS/*.whl" >/dev/null; then
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
+        --target "$scratch/site" "$WHEELS"/*.whl || echo "the wheels in $WHEELS do not fit this Python"
+    export PYTHONPATH="$PYTHONPATH:$scratch/site"
+fi
+
+summary=()
+failed=0
+for stage in "${stages[@]}"; do
+    echo "== $stage"
+    begun=$SECONDS
+    timeout 480 "$PYTHON" -m "benchmarks.gpu_$stage" "${options[@]}" --out "$OUT"
+    code=$?
+    case $code in
+    0) how=done ;;
+    124) how="stopped at 8 minutes" failed=1 ;;
+    *) how="failed with $code" failed=1 ;;
+    esac
+    summary+=("$(printf '%-10s %-22s %4d s' "$stage" "$how" $((SECONDS - begun)))")
+done
+echo
+printf '%s\n' "${summary[@]}"
+exit $failed

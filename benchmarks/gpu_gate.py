@@ -1,36 +1,49 @@
-"""Stage `gate`: the GPU tests. No speed claim stands on a red gate."""
+"""Stage `gate`: the correctness gate, then the GPU tests. No speed claim stands on a red gate."""
 
-import argparse
-import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
-from benchmarks.process import provenance
+from benchmarks.gate import run_gate
+from benchmarks.process import ROOT
+from benchmarks.results import stage_arguments, write_result
+
+
+def gpu_tests() -> list[str]:
+    """The files that have any: the others need packages that the machine may lack."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(file) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
+
+
+def run_tests(dry_run: bool, seconds: float) -> tuple[int, list[str]]:
+    """(exit status, last lines) of `pytest -m gpu`, which a dry run only collects."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *gpu_tests()]
+    command += ["--collect-only"] if dry_run else []
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds
+        )
+    except subprocess.TimeoutExpired as error:
+        lines = (error.stdout or b"").decode(errors="replace").splitlines()
+        return 124, [*lines, f"stopped after {seconds:.0f} s"][-60:]
+    return done.returncode, done.stdout.splitlines()[-60:]
 
 
 def main() -> int:
-    """Runs `pytest -m gpu` (with --dry-run only collects) and records its verdict."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dry-run", action="store_true")
-    args = parser.parse_args()
-    collect = ["--collect-only", "-q"] if args.dry_run else []
+    """The verdict of both, recorded and told."""
+    args = stage_arguments(__doc__)
     start = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *collect]
-    done = subprocess.run(command, capture_output=True, text=True)
-    print(done.stdout[-6000:], done.stderr[-2000:])
-    if not args.dry_run:
-        passed = done.returncode == 0 and torch.cuda.is_available()  # all skipped is no pass
-        record = {"passed": passed, "summary": done.stdout.splitlines()[-30:]}
-        record |= {"seconds": time.perf_counter() - start} | provenance()
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-        return 0 if passed else 1
-    return done.returncode
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    record = run_gate(device)
+    left = 60 * args.minutes - (time.perf_counter() - start)
+    code, lines = run_tests(args.dry_run, left)
+    print("\n".join([*lines, *record["failures"]]))
+    real = device == "cuda" or args.dry_run  # tests that were all skipped are no pass
+    record |= {"passed": record["passed"] and code == 0 and real, "tests_exit": code, "tests": lines}
+    write_result("gate", record | {"seconds": time.perf_counter() - start}, args.out)
+    return 0 if record["passed"] else 1
 
 
 if __name__ == "__main__":

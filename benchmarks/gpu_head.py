@@ -1,6 +1,8 @@
 """Stage `head`: `benchmarks.head` on the GPU."""
 
-from benchmarks.head import main
+from benchmarks.head import run
+from benchmarks.results import stage_arguments
 
 if __name__ == "__main__":
-    main()
+    args = stage_arguments(__doc__)
+    run(args.dry_run, args.minutes, args.out)

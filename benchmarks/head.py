@@ -1,17 +1,16 @@
 """The lm_head of a preference step: fastdpo's plans beside every other head, on the same scored rows.
 
-    python -m benchmarks.head [--smoke] [--dry-run] [--out FILE.json]
+    python -m benchmarks.head [--smoke] [--out DIR]     `gpu_head` is the same as a stage
 
 For each shape and mode (forward; frozen: gradient of hidden; trained: of the weight too) all contenders
 take turns, so that a drifting clock meets all of them, and the median counts. The floor is the three
-GEMMs that no head can do without, measured in the same turns. --smoke: small shapes, any device;
---dry-run: that, and nothing is written. On a GPU it stops before MINUTES are over and says what is left.
+GEMMs that no head can do without, measured in the same turns. --smoke: small shapes, any device, and
+nothing is written without --out. It begins nothing new after some minutes and says what is left.
 """
 
 import argparse
 import gc
 import importlib.metadata
-import json
 import statistics
 import time
 from pathlib import Path
@@ -22,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.figures import Bar, bars
 from benchmarks.head_inputs import Gemms, Inputs, Shape, Truth
 from benchmarks.peers import head_others, head_ours
-from benchmarks.process import provenance
+from benchmarks.results import RESULTS, write_result
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPES = (
     Shape(8192, 4096, 128256, 256),
     Shape(8192, 2048, 151936, 256),
@@ -42,7 +41,6 @@ SMALL = (
 )
 MODES = {"forward": 1, "frozen": 2, "trained": 3}  # and the GEMMs of 2MVD that are its floor
 TURNS = 7
-MINUTES = 7.5
 
 
 def timed(call) -> float:
@@ -196,24 +194,16 @@ def print_table(results: dict, console: Console) -> None:
     )
 
 
-def main() -> None:
-    """Every shape and mode, then the tables and one JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="small shapes, on whatever is here")
-    parser.add_argument("--dry-run", action="store_true", help="--smoke, and nothing is written")
-    parser.add_argument("--out", type=Path, help="the JSON; without it, none for --smoke")
-    args = parser.parse_args()
-    small = args.smoke or args.dry_run
+def run(small: bool, minutes: float, out: Path | None) -> None:
+    """Every shape and mode, then the tables, and one JSON in the folder `out`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not small:
-        parser.error("no GPU here: --smoke runs small shapes on a CPU")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     started, results, left = time.perf_counter(), {}, []
     for shape in SMALL if small else SHAPES:
         results[str(shape)] = {}
         inputs = truth = None
         for mode in MODES:
-            if time.perf_counter() - started > 60 * MINUTES:
+            if time.perf_counter() - started > 60 * minutes:
                 left.append(f"{shape}, {mode}")
                 continue
             if inputs is None:
@@ -224,25 +214,44 @@ def main() -> None:
     print_table(results, Console(width=130))
     if left:
         print(f"no time for: {'; '.join(left)}")
-    if args.out and not args.dry_run:
-        write(args.out, results, left, str(dtype))
+    if out:
+        write(out, results, left, str(dtype))
 
 
 def write(out: Path, results: dict, left: list[str], dtype: str) -> None:
-    """The JSON: every single time, and what it was measured on."""
+    """The JSON: every single time, and what it was measured on; and a plot of the first shape."""
     found = {}
     for name in head_others.DISTRIBUTIONS:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    gate = out.parent / "gpu_gate.json"
-    green = json.loads(gate.read_text())["passed"] if gate.exists() else None
-    record = {"dtype": dtype, "memory_budget": MEMORY_BUDGET, "gate_passed": green, "no_time_for": left}
-    record |= {"peers": found, "results": results} | provenance()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written: {out}")
+    record = {"dtype": dtype, "memory_budget": MEMORY_BUDGET, "no_time_for": left}
+    path = write_result("head", record | {"peers": found, "results": results}, out)
+    shape, modes = next(iter(results.items()))
+    for mode, (measured, _) in modes.items():
+        title = f"The lm_head, {mode}, {shape} (M x D x V)"
+        drawn = [
+            Bar(name, 1e3 * r["median_s"], *spread_ms(r), ours=name in head_ours.CONTENDERS)
+            for name, r in measured.items()
+        ]
+        bars(f"{path.stem}_{mode}", title, "milliseconds", drawn, out)
+
+
+def spread_ms(r: dict) -> tuple[float, float] | tuple[()]:
+    """The fastest and the slowest turn; nothing for the floor, which is a sum of medians."""
+    return (1e3 * min(r["seconds"]), 1e3 * max(r["seconds"])) if "seconds" in r else ()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="small shapes, on whatever is here")
+    parser.add_argument("--out", type=Path, help="the folder of the JSON; without it none for --smoke")
+    parser.add_argument("--minutes", type=float, default=60, help="begin nothing new after these")
+    args = parser.parse_args()
+    if not torch.cuda.is_available() and not args.smoke:
+        parser.error("no GPU here: --smoke runs small shapes on a CPU")
+    run(args.smoke, args.minutes, args.out or (None if args.smoke else RESULTS))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a benchmark says of its own process and machine."""
 
 import importlib.metadata
+import os
 import platform
 import re
 import resource
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "datasets", "numpy", "fastdpo")
+PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "fastdpo")
+PACKAGES += ("liger-kernel", "flash-attn", "cut-cross-entropy", "quack-kernels")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def resident(key: str) -> int:
@@ -41,13 +44,26 @@ def versions() -> dict:
     return found
 
 
+def commit() -> dict:
+    """The commit this tree is of, and whether files differ from it. A copy without .git is told by
+    BENCH_COMMIT, else unknown: None."""
+    if told := os.environ.get("BENCH_COMMIT"):
+        return {"git": told, "git_dirty": None}
+    try:
+        return {"git": _git("rev-parse", "HEAD"), "git_dirty": bool(_git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"git": None, "git_dirty": None}
+
+
+def _git(*args: str) -> str:
+    command = ["git", "-C", str(ROOT), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def provenance() -> dict:
     """Versions, git commit, processor and GPU: what a result must carry to mean anything."""
-    git = lambda *args: subprocess.run(["git", *args], capture_output=True, text=True).stdout.strip()
     cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "git": git("rev-parse", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+    return commit() | {
         "versions": versions(),
         "python": platform.python_version(),
         "cpu": cpu[1] if cpu else platform.processor(),

@@ -1,21 +1,22 @@
 """Finds the row of fastdpo_kernels.tiles.TILES for the GPU at hand: times the passes over the head with
 every tile that compiles without spills, and prints the fastest.
 
-python -m benchmarks.tune_tiles [--rows 8192] [--hidden 4096] [--vocab 128256]
-python -m benchmarks.tune_tiles --dry-run      (no GPU: which tiles would be tried, for each chip)
+python -m benchmarks.tune_tiles [--rows 8192] [--hidden 4096] [--vocab 128256] [--minutes 60]
 """
 
 import argparse
 import itertools
+import time
 
 import torch
 from fastdpo_kernels import launch, triton_head
 from fastdpo_kernels.head import Head
-from fastdpo_kernels.tiles import Tile
+from fastdpo_kernels.tiles import TILES, Tile
 
-from . import aot
+from benchmarks import aot
 
 DTYPE = torch.bfloat16
+HEAD = (8192, 4096, 128256)  # M, D, V
 NAMES = ("E", "sums only", "dZ")  # what every plan spends its time in, beside cuBLAS
 
 
@@ -52,39 +53,70 @@ def passes(tile, head, x, target):
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--vocab", type=int, default=128256)
-    parser.add_argument("--dry-run", action="store_true")
-    args = parser.parse_args()
-    if args.dry_run:
-        for capability in aot.SHARED_BYTES:
-            tried = list(candidates(capability))
-            print(f"{aot.chip(capability)}: {len(tried)} tiles, the first {tried[0]}")
-        return
-    from triton.testing import do_bench
-
-    capability = torch.cuda.get_device_capability()
-    real = torch.cuda.get_device_properties(0).multi_processor_count
-    launch.processors = lambda device: real
-    x = torch.randn(args.rows, args.hidden, device="cuda", dtype=DTYPE)
-    weight = torch.randn(args.vocab, args.hidden, device="cuda", dtype=DTYPE) / args.hidden**0.5
-    target = torch.randint(0, args.vocab, (args.rows,), device="cuda")
+def tune(rows: int, hidden: int, vocab: int, minutes: float, device="cuda", capability=None) -> dict:
+    """{"capability", "shape", "flops" of a pass, "tiles": [{"tile", "ms" of each of NAMES}] fastest first,
+    "faulty": tiles that spill, "no_time_for": how many were not tried}, the tile in use before others."""
+    begun, dry = time.monotonic(), device == "cpu"
+    capability = capability or torch.cuda.get_device_capability()
+    real = 1 if dry else torch.cuda.get_device_properties(0).multi_processor_count
+    launch.processors = lambda device: real  # aot, which is of no device, says 132
+    x = torch.randn(rows, hidden, device=device, dtype=DTYPE)
+    weight = torch.randn(vocab, hidden, device=device, dtype=DTYPE) / hidden**0.5
+    target = torch.randint(0, vocab, (rows,), device=device)
     head = Head(weight, None, None, None, 1.0, 1.0, None)
-    flops = 2 * args.rows * args.hidden * args.vocab
+    used = TILES.get((capability, DTYPE))
+    todo = sorted(candidates(capability), key=lambda tile: tile != used)
     sound, found = {}, []
-    for tile in candidates(capability):
+    while todo and time.monotonic() - begun < 60 * minutes and not (dry and found):
+        tile = todo.pop(0)
         kind = tile._replace(group=0)
         if kind not in sound:
-            sound[kind] = compiles(tile, capability)
+            sound[kind] = dry or compiles(tile, capability)
         if sound[kind]:
-            times = [do_bench(spec.run, return_mode="median") for spec in passes(tile, head, x, target)]
-            found.append((sum(times), tile))
-            rates = ", ".join(f"{name} {flops / ms / 1e9:.0f}" for name, ms in zip(NAMES, times))
-            print(f"{tile}: TFLOP/s of {rates}", flush=True)
-    print(f"\n    ({capability}, {DTYPE}): {min(found)[1]},")
+            ms = {name: measured(spec, dry) for name, spec in zip(NAMES, passes(tile, head, x, target))}
+            found.append({"tile": tile._asdict(), "ms": ms})
+            print(tile, ", ".join(f"{name} {t:.2f} ms" for name, t in ms.items()), flush=True)
+    return {
+        "capability": capability,
+        "shape": {"rows": rows, "hidden": hidden, "vocab": vocab, "dtype": str(DTYPE)},
+        "flops": 2 * rows * hidden * vocab,
+        "tiles": sorted(found, key=lambda row: sum(row["ms"].values())),
+        "faulty": [kind._asdict() for kind, good in sound.items() if not good],
+        "no_time_for": len(todo),
+    }
+
+
+def measured(spec, dry: bool) -> float:
+    """Milliseconds of a launch, the median; of one run on a CPU, where Triton's interpreter has it."""
+    if dry:
+        begun = time.perf_counter()
+        spec.run()
+        return 1e3 * (time.perf_counter() - begun)
+    from triton.testing import do_bench
+
+    return do_bench(spec.run, return_mode="median")
+
+
+def tell(record: dict) -> None:
+    """The fastest tile as a row of tiles.TILES, and what it reaches."""
+    if not record["tiles"]:
+        print("no tile was tried")
+        return
+    best = record["tiles"][0]
+    rates = ", ".join(f"{name} {record['flops'] / ms / 1e9:.0f}" for name, ms in best["ms"].items())
+    print(f"\n    ({tuple(record['capability'])}, {DTYPE}): {Tile(**best['tile'])},\nTFLOP/s of {rates}")
+    if record["no_time_for"]:
+        print(f"no time for {record['no_time_for']} tiles")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=int, default=HEAD[0])
+    parser.add_argument("--hidden", type=int, default=HEAD[1])
+    parser.add_argument("--vocab", type=int, default=HEAD[2])
+    parser.add_argument("--minutes", type=float, default=60)
+    args = parser.parse_args()
+    tell(tune(args.rows, args.hidden, args.vocab, args.minutes))
 
 
 if __name__ == "__main__":

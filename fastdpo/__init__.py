@@ -13,7 +13,6 @@ _HOME = {
     "Policy": "model",
     "PreferenceGroup": "records",
     "ResponseLogps": "records",
-    "dpo_sigmoid": "objectives",
     "load_groups": "groups",
     "pack": "packing",
     "prepare": "support",

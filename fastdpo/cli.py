@@ -7,10 +7,11 @@ from fastdpo.errors import ConfigError, FastDPOError, Stopped
 USAGE = """usage: fastdpo COMMAND [CONFIG.yaml] [--key value ...]
 
 commands:
-  train   train on preference rows; the model ends up in OUTPUT_DIR/model
-  ref     compute the reference's log-probs into the cache, before any training
-  data    show what the rows become: counts, lengths, drops, one row decoded
-  demo    make a small model and preferences, train, show before and after (no network)
+  train        train on preference rows; the model ends up in OUTPUT_DIR/model
+  ref          compute the reference's log-probs into the cache, before any training
+  data         show what the rows become: counts, lengths, drops, one row decoded
+  objectives   list every loss: what it is, its options, its paper
+  demo         make a small model and preferences, train, show before and after (no network)
 
 `fastdpo train --help` lists the keys."""
 
@@ -85,6 +86,16 @@ def _data(argv):
                 show(groups, report, tokenizer, console)
 
 
+def _objectives(argv):
+    if argv:
+        raise ConfigError(f"objectives takes no arguments, got: {' '.join(argv)}")
+    from rich.console import Console
+
+    from fastdpo.objectives import table
+
+    table(Console())
+
+
 def _demo(argv):
     if "-h" in argv or "--help" in argv:
         print("usage: fastdpo demo [OUTPUT_DIR]   (default: runs/demo)")
@@ -96,7 +107,7 @@ def _demo(argv):
     demo(argv[0] if argv else "runs/demo")
 
 
-COMMANDS = {"train": _train, "ref": _ref, "data": _data, "demo": _demo}
+COMMANDS = {"train": _train, "ref": _ref, "data": _data, "objectives": _objectives, "demo": _demo}
 
 if __name__ == "__main__":
     sys.exit(main())

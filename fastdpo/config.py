@@ -34,9 +34,30 @@ class Config:
     )
     output_dir: str = _key("runs/fastdpo", "the run folder")
     chat_template: str | None = _key(None, "a Jinja file that replaces the tokenizer's chat template")
-    objective: str = _key("sigmoid", "the loss: sigmoid (DPO) or sft (on the chosen responses)")
-    beta: float = _key(0.1, "strength of the pull towards the reference")
-    label_smoothing: float = _key(0.0, "conservative DPO: the assumed share of flipped pairs, 0 <= x < 0.5")
+    objective: str | dict | list = _key(
+        "sigmoid",
+        "the loss: sigmoid is DPO, sft trains on the chosen responses, `fastdpo objectives` lists all; "
+        "or several with their weights: {sigmoid: 0.8, sft: 0.2}",
+    )
+    objective_args: dict | None = _key(None, "the objective's options, as `fastdpo objectives` lists them")
+    beta: float | None = _key(
+        None, "strength of the pull towards the reference (default: the objective's own, mostly 0.1)"
+    )
+    label_smoothing: float | None = _key(
+        None, "the assumed share of flipped pairs, 0 <= x < 0.5, where the objective reads it"
+    )
+    pairs: str = _key(
+        "all",
+        "the pairs of a ranked row that train: all (every pair whose scores differ), best_worst, or easy, "
+        "medium, hard: the best response against the last, the middle one, the second (Curry-DPO's stages)",
+    )
+    pair_gap: str = _key(
+        "rating", "what easy and hard are told by: the rating, or logp (how far apart the reference has them)"
+    )
+    flip_pairs: float = _key(
+        0.0,
+        "noise, to study robustness: this share of the training pairs is flipped, by seed; never held-out",
+    )
     learning_rate: float = _key(1e-6, "peak learning rate (1e-5 or more suits LoRA)")
     warmup_steps: int = _key(0, "linear warm-up steps")
     lr_scheduler_type: str = _key(
@@ -129,8 +150,10 @@ class Config:
         unknown = [name for name in self.trackers if name not in _TRACKERS]
         if unknown:
             raise ConfigError(f"report_to: {unknown[0]!r} is not one of {', '.join(_TRACKERS)}")
-        if not 0 <= self.label_smoothing < 0.5:
+        if not 0 <= (self.label_smoothing or 0) < 0.5:
             raise ConfigError(f"label_smoothing: {self.label_smoothing} is not in [0, 0.5)")
+        if self.flip_pairs > 1:
+            raise ConfigError(f"flip_pairs: {self.flip_pairs} is a share, not over 1")
         if isinstance(self.eval_data, float) and not 0 < self.eval_data < 1:
             raise ConfigError(
                 f"eval_data: {self.eval_data} is neither a data set nor a fraction between 0 and 1"
@@ -160,16 +183,40 @@ class Config:
                     )
             try:
                 values = {name: coerce(name, value) for name, value in overrides.items()}
-                out.append(Config(**plain | values))
+                out.append(Config(**_inherited(plain, values) | values))
             except ConfigError as error:
                 raise ConfigError(f"stages: stage {number}: {error}") from None
+        self._check_options_reach(out)
         return out
+
+    def _check_options_reach(self, stages: list["Config"]) -> None:
+        """Raises ConfigError for an option above the stages that none of them reads."""
+        for name in ("beta", "label_smoothing"):
+            if getattr(self, name) is not None and all(getattr(stage, name) is None for stage in stages):
+                raise ConfigError(f"{name}: no stage's objective reads it")
+        for name in self.objective_args or {}:
+            if not any(name in (stage.objective_args or {}) for stage in stages):
+                raise ConfigError(f"objective_args: no stage's objective reads {name!r}")
+
+
+def _inherited(above: dict, overrides: dict) -> dict:
+    """The keys above the stages, as one stage has them: options that its objective does not read are for the
+    other stages."""
+    from fastdpo.objectives.make import options_read  # it reads configs itself
+
+    given = above | overrides
+    read = options_read(given["objective"], (given["objective_args"] or {}).get("base_loss"))
+    kept = {name: above[name] for name in above if name in read or name not in ("beta", "label_smoothing")}
+    args = {name: value for name, value in (above["objective_args"] or {}).items() if name in read}
+    return kept | {"objective_args": args or None}
 
 
 STAGE_KEYS = (
     "objective",
+    "objective_args",
     "beta",
     "label_smoothing",
+    "pairs",
     "learning_rate",
     "warmup_steps",
     "lr_scheduler_type",
@@ -188,9 +235,12 @@ _CHOICES = {
     "truncation": ("keep_start", "keep_end", "drop"),
     "dtype": ("auto", "bf16", "fp32"),
     "optim": ("adamw_torch_fused",),
+    "pairs": ("all", "best_worst", "easy", "medium", "hard"),
+    "pair_gap": ("rating", "logp"),
 }
 _AT_LEAST = {
     "beta": 0,
+    "flip_pairs": 0,
     "learning_rate": 0,
     "warmup_steps": 0,
     "weight_decay": 0,

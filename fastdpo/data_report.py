@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastdpo.records import PreferenceGroup
-from fastdpo.rows import RowProblem
+from fastdpo.row_fields import RowProblem
 
 _EXAMPLES = 5
 _BINS = 12
@@ -17,6 +17,7 @@ MEANING = {  # of the notes
     "identical_pair": "pairs skipped, their responses having the same tokens",
     "merged_boundary": "responses whose first token also ends the prompt, so it is not scored",
     "trailing_turns": "turns cut that follow a response's last assistant turn",
+    "span_unscored": "spans without a scored token, so nothing is weighted by them",
     "no_end_of_turn": "responses that the chat template ends with no token of its own",
     "template_not_prefix": "responses whose prompt the template prints otherwise when alone",
     "ref_columns": "responses with a reference log-prob in the row's columns",
@@ -56,6 +57,10 @@ class DataReport:
     notes: dict[str, Tally] = field(default_factory=dict)
     responses: int = 0
     pairs: int = 0
+    desirable: int = 0  # of unpaired rows, one response each
+    undesirable: int = 0
+    weighted: int = 0  # responses with token weights
+    relevant_tokens: int = 0  # of these, the scored tokens with a weight above 0
     prompt_tokens: int = 0
     response_tokens: int = 0
     scored_tokens: int = 0
@@ -67,6 +72,10 @@ class DataReport:
     def rows(self) -> int:
         return self.kept.rows + sum(tally.rows for tally in self.dropped.values())
 
+    @property
+    def unpaired_rows(self) -> int:
+        return self.desirable + self.undesirable
+
     def drop(self, row: int, problem: RowProblem) -> None:
         self.dropped.setdefault(problem.reason, Tally()).add(row, message=str(problem))
 
@@ -77,6 +86,12 @@ class DataReport:
         lengths = [len(group.prompt) + len(r.ids) for r in group.responses]
         self.responses += len(group.responses)
         self.pairs += len(group.pairs)
+        for response in group.responses:
+            self.desirable += response.label is True
+            self.undesirable += response.label is False
+            if response.token_weight is not None:
+                self.weighted += 1
+                self.relevant_tokens += int((response.token_weight > 0).sum())
         self.prompt_tokens += len(group.prompt)
         self.response_tokens += sum(len(r.ids) for r in group.responses)
         self.scored_tokens += group.scored_tokens
@@ -108,6 +123,12 @@ class DataReport:
             "groups": self.kept.rows,
             "responses": self.responses,
             "pairs": self.pairs,
+            "paired_rows": self.kept.rows - self.unpaired_rows,
+            "unpaired_rows": self.unpaired_rows,
+            "desirable": self.desirable,
+            "undesirable": self.undesirable,
+            "weighted_responses": self.weighted,
+            "relevant_tokens": self.relevant_tokens,
             "prompt_tokens": self.prompt_tokens,
             "response_tokens": self.response_tokens,
             "scored_tokens": self.scored_tokens,
@@ -146,6 +167,18 @@ class DataReport:
             f"{self.separate_tokens:,} with a row a response ({saved:.0%} saved)",
             highlight=False,
         )
+
+        if self.unpaired_rows:
+            console.print(
+                f"{self.unpaired_rows:,} unpaired rows ({self.desirable:,} desirable, {self.undesirable:,} "
+                f"undesirable), {self.kept.rows - self.unpaired_rows:,} rows of pairs",
+                highlight=False,
+            )
+        if self.weighted:
+            console.print(
+                f"{self.weighted:,} responses have token weights: {self.relevant_tokens:,} relevant tokens",
+                highlight=False,
+            )
 
     def print_lengths(self, console) -> None:
         percentiles = ", ".join(f"{n} {v:,}" for n, v in self.length_percentiles().items())

@@ -22,6 +22,7 @@ _SERIOUS = {  # notes on kept rows that stop a strict run
     "trailing_turns": "{} turn(s) after a response's last assistant turn; remove them",
     "truncated": "{} response(s) cut at max_length; raise max_length, or shorten the row",
     "identical_pair": "{} pair(s) of responses with the same tokens; remove the duplicate",
+    "span_unscored": "{} span(s) without a scored token; correct them",
 }
 TRUNCATIONS = ("keep_start", "keep_end", "drop")
 
@@ -140,8 +141,11 @@ def _group(draft: Draft, ids: dict[str, np.ndarray], encoder: Encoder, limits: L
         notes["truncated"] = cut.truncated
     pairs = _differing_pairs(row, cut, notes)
     ref_logps = _whole_ref_logps(row, cut, notes)
-    responses = map(Response, *zip(*cut.tails), row.scores, ref_logps)
-    return PreferenceGroup(row.number, cut.prompt, tuple(responses), pairs), notes
+    responses = tuple(
+        Response(tail.ids, tail.scored, score, ref_logp, row.label, tail.weight)
+        for tail, score, ref_logp in zip(cut.tails, row.scores, ref_logps)
+    )
+    return PreferenceGroup(row.number, cut.prompt, responses, pairs), notes
 
 
 def _whole_ref_logps(row: Row, cut: Cut, notes: Counter) -> tuple[float | None, ...]:
@@ -158,16 +162,18 @@ def _whole_ref_logps(row: Row, cut: Cut, notes: Counter) -> tuple[float | None, 
 
 
 def _differing_pairs(row: Row, cut: Cut, notes: Counter) -> tuple[Pair, ...]:
-    """The pairs whose responses differ as tokens; equal ones have margin 0 whatever is learnt."""
+    """The pairs whose responses differ as tokens; equal ones have margin 0 whatever is learnt. None of an
+    unpaired row."""
     ids = [tail.ids for tail in cut.tails]
     pairs = tuple(Pair(i, j) for i, j in row.pairs if not np.array_equal(ids[i], ids[j]))
+    if len(pairs) == len(row.pairs):
+        return pairs
     if not pairs and cut.truncated:
         message = "within max_length the responses have the same tokens; raise max_length"
         raise RowProblem("identical_after_truncation", "responses", message)
     if not pairs:
         raise RowProblem("identical", "responses", "they have the same tokens: nothing to prefer")
-    if len(pairs) < len(row.pairs):
-        notes["identical_pair"] = len(row.pairs) - len(pairs)
+    notes["identical_pair"] = len(row.pairs) - len(pairs)
     return pairs
 
 

@@ -7,6 +7,7 @@ import time
 import torch
 from torch import Tensor
 
+from fastdpo.objectives.seam import Reward
 from fastdpo.records import PackedGroups, ResponseLogps
 
 EVAL_STATS = ("entropy", "mean_logit", "is_top1")
@@ -45,35 +46,40 @@ class Sums:
         return sums
 
     def means(self) -> dict[str, float]:
-        """Each name's sum over its count; names that counted nothing are left out."""
+        """Each name's sum over its count; names that counted nothing are left out. Without pairs the margin
+        is that of the two means, as in TRL's KTO."""
         sums = dict.fromkeys(self._counts, 0.0) | self._numbers
         if self._tensors:
             fetched = torch.stack(list(self._tensors.values())).tolist()
             for name, value in zip(self._tensors, fetched):
                 sums[name] = value + self._numbers.get(name, 0.0)
-        return {name: sums[name] / count for name, count in self._counts.items() if count}
+        means = {name: sums[name] / count for name, count in self._counts.items() if count}
+        if "rewards/chosen" in means and "rewards/rejected" in means:
+            means.setdefault("rewards/margins", means["rewards/chosen"] - means["rewards/rejected"])
+        return means
 
 
 @torch.no_grad()
-def add_pair_metrics(sums: Sums, logps: ResponseLogps, beta: float) -> None:
-    """TRL's DPO metrics, one value a pair: rewards are beta * (log pi - log pi_ref).
+def add_pair_metrics(sums: Sums, logps: ResponseLogps, reward: Reward | None) -> None:
+    """TRL's DPO metrics, one value a pair; of unpaired rows (as TRL's KTO), one value a labelled response.
 
-    `logps/accuracies` is ours: whether the policy itself, with no reference, finds the winner likelier.
+    `reward` is the objective's (beta * (log pi - log pi_ref) in DPO). `logps/accuracies` is ours: whether
+    the policy itself, with no reference, finds the winner likelier.
     """
-    logp = logps.logp
-    if not len(logps.pairs):
+    logp, good, bad = logps.logp, logps.desirable, logps.undesirable
+    if not len(good) and not len(bad):
         sums.add("logps/chosen", logp[logps.chosen])
         return
     w, l = logps.winner, logps.loser
-    sums.add("logps/chosen", logp[w])
-    sums.add("logps/rejected", logp[l])
+    sums.add("logps/chosen", logp[good])
+    sums.add("logps/rejected", logp[bad])
     sums.add("logps/accuracies", logp[w] > logp[l])
-    if logps.ref_token_logp is not None:
-        reward = beta * logps.log_ratio
-        sums.add("rewards/chosen", reward[w])
-        sums.add("rewards/rejected", reward[l])
-        sums.add("rewards/accuracies", reward[w] > reward[l])
-        sums.add("rewards/margins", reward[w] - reward[l])
+    if reward is not None:
+        rewards = reward(logps)
+        sums.add("rewards/chosen", rewards[good])
+        sums.add("rewards/rejected", rewards[bad])
+        sums.add("rewards/accuracies", rewards[w] > rewards[l])
+        sums.add("rewards/margins", rewards[w] - rewards[l])
 
 
 @torch.no_grad()
@@ -111,6 +117,9 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+_COUNTS = ("num_tokens", "pairs", "responses", "tokens", "first_pass")
+
+
 class Window:
     """What happened since the last log line."""
 
@@ -118,6 +127,7 @@ class Window:
         self.sums, self.start = Sums(), time.perf_counter()
         self.num_tokens = num_tokens  # of the whole stage, as TRL counts: separate rows, no padding
         self.pairs = self.responses = self.tokens = 0
+        self.first_pass = 0  # tokens of forwards without gradient that the objective needed first
 
     def count(self, batch: PackedGroups) -> None:
         self.pairs += len(batch.pairs)
@@ -127,7 +137,7 @@ class Window:
 
     def state(self) -> dict:
         """What `restored` goes on from; JSON."""
-        counts = {name: getattr(self, name) for name in ("num_tokens", "pairs", "responses", "tokens")}
+        counts = {name: getattr(self, name) for name in _COUNTS}
         return {"sums": self.sums.state(), "seconds": time.perf_counter() - self.start, "counts": counts}
 
     @classmethod
@@ -154,6 +164,8 @@ class Window:
             "tokens_per_second": round(self.tokens / seconds, 1),
             "peak_memory_gb": round(peak_memory_gb(), 3),
         }
+        if self.first_pass:
+            out["first_pass_tokens"] = self.first_pass
         if self.pairs:
             out["pairs_per_second"] = round(self.pairs / seconds, 3)
         return out

@@ -4,6 +4,7 @@ Everything here is a pure function of its arguments: numpy in, CPU tensors out. 
 of groups, whatever the cap: packing never changes what an optimizer step sees, only how it is cut.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -105,7 +106,11 @@ def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
         pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
         offset=torch.tensor([p.offset for g in groups for p in g.pairs], dtype=torch.float32),
         weight=torch.tensor([p.weight for g in groups for p in g.pairs], dtype=torch.float32),
-        chosen=torch.tensor([f + c for f, g in zip(group_resp, groups) for c in g.chosen]),
+        chosen=_responses(groups, group_resp, lambda g: g.chosen),
+        desirable=_responses(groups, group_resp, lambda g: g.judged(True)),
+        undesirable=_responses(groups, group_resp, lambda g: g.judged(False)),
+        score=torch.tensor([math.nan if r.score is None else r.score for r in responses]),
+        token_weight=_token_weight(responses),
         ref_token_logp=None,
         rows=tuple(g.row for g in groups),
         group_resp=group_resp,
@@ -113,6 +118,21 @@ def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
         input_tokens=sum(g.input_tokens if share else _separate_tokens(g) for g in groups),
         unshared_tokens=sum(sum(len(g.prompt) + len(r.ids) for r in g.responses) for g in groups),
     )
+
+
+def _responses(groups, group_resp, of) -> torch.Tensor:
+    """The responses that `of` names in each group, as indices of the whole microbatch, i64."""
+    found = [first + i for first, group in zip(group_resp, groups) for i in of(group)]
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def _token_weight(responses) -> torch.Tensor | None:
+    """f32[M]; None where no response has weights, NaN in those without."""
+    if all(r.token_weight is None for r in responses):
+        return None
+    missing = lambda r: np.full(len(r.ids), np.nan, np.float32)
+    weights = [(missing(r) if r.token_weight is None else r.token_weight)[r.target_mask] for r in responses]
+    return torch.from_numpy(np.concatenate(weights))
 
 
 def _separate_tokens(group: PreferenceGroup) -> int:

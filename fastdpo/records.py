@@ -4,7 +4,9 @@ Letters, here and everywhere: T packed tokens, D hidden, V vocabulary, M scored 
 P pairs, G groups, S attention segments, K gathered keys.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,8 @@ class Response:
     target_mask: np.ndarray  # bool[n]: which of them are scored
     score: float | None = None  # the row's rating, where it has one
     ref_logp: float | None = None  # the row's reference log-prob of the whole response, where it has one
+    label: bool | None = None  # of an unpaired row (KTO): desirable or not
+    token_weight: np.ndarray | None = None  # f32[n] in [0, 1]: how relevant each token is (weighted DPO)
 
 
 class Pair(NamedTuple):
@@ -51,9 +55,16 @@ class PreferenceGroup:
 
     @property
     def chosen(self) -> tuple[int, ...]:
-        """The responses that no other response beats (of a plain row: the chosen one)."""
+        """The responses that no other response beats and no label calls undesirable (of a plain row: the
+        chosen one)."""
         losers = {pair.loser for pair in self.pairs}
-        return tuple(i for i in range(len(self.responses)) if i not in losers)
+        return tuple(i for i, r in enumerate(self.responses) if i not in losers and r.label is not False)
+
+    def judged(self, good: bool) -> tuple[int, ...]:
+        """The responses labelled desirable (or undesirable); in a paired row each pair labels two, as TRL
+        unpairs rows, so that a response may occur more than once."""
+        labelled = tuple(i for i, r in enumerate(self.responses) if r.label is good)
+        return labelled + tuple(p.winner if good else p.loser for p in self.pairs)
 
     def only_chosen(self) -> "PreferenceGroup":
         """The same prompt with only the chosen responses, and so without pairs: what SFT trains on."""
@@ -116,6 +127,10 @@ class PackedGroups(_Movable):
     offset: Tensor  # f32[P]
     weight: Tensor  # f32[P]
     chosen: Tensor  # i64[C]: responses that no other response beats
+    desirable: Tensor  # i64[.]: responses labelled so, or the winner of each pair
+    undesirable: Tensor  # i64[.]: ... or the loser of each pair
+    score: Tensor  # f32[R]: the rows' ratings, NaN where there is none
+    token_weight: Tensor | None  # f32[M]; None where no row has any, NaN in the responses without
     ref_token_logp: Tensor | None  # f32[M]
     rows: tuple[int, ...]  # the data set's row numbers, one a group
     group_resp: tuple[int, ...]  # G+1 bounds: responses of group g are group_resp[g]:group_resp[g+1]
@@ -135,7 +150,12 @@ class ResponseLogps:
     offset: Tensor  # f32[P]
     weight: Tensor  # f32[P]
     chosen: Tensor  # i64[C]
+    desirable: Tensor  # i64[.]
+    undesirable: Tensor  # i64[.]
+    score: Tensor  # f32[R], NaN where there is none
+    token_weight: Tensor | None  # f32[M]
     token_stats: dict[str, Tensor]  # f32[M] each; only those the objective named
+    context: dict[str, Tensor] = field(default_factory=dict)  # what the objective knows of the whole step
 
     @classmethod
     def of(cls, batch: PackedGroups, token_logp, ref_token_logp=None, token_stats=None):
@@ -147,10 +167,44 @@ class ResponseLogps:
             **shared,
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence["ResponseLogps"]) -> "ResponseLogps":
+        """Several microbatches as one, response after response."""
+        first, together = parts[0], {}
+        starts = list(accumulate((len(p.cu_resp) - 1 for p in parts), initial=0))
+        for name in ("token_logp", "ref_token_logp", "offset", "weight", "score"):
+            values = [getattr(p, name) for p in parts]
+            together[name] = None if values[0] is None else torch.cat(values)
+        for name in ("pairs", "chosen", "desirable", "undesirable"):
+            together[name] = torch.cat([getattr(p, name) + start for p, start in zip(parts, starts)])
+        lengths = torch.cat([p.lengths for p in parts])
+        together["cu_resp"] = torch.cat([first.cu_resp[:1], lengths.cumsum(0)])
+        if any(p.token_weight is not None for p in parts):
+            together["token_weight"] = torch.cat([p.token_weights for p in parts])
+        else:
+            together["token_weight"] = None
+        stats = {name: torch.cat([p.token_stats[name] for p in parts]) for name in first.token_stats}
+        return cls(token_stats=stats, context=first.context, **together)
+
+    def detached(self) -> "ResponseLogps":
+        """The same values without gradient."""
+        return replace(self, token_logp=self.token_logp.detach())
+
     def per_response(self, per_token: Tensor) -> Tensor:
-        """Sums [M] values over each response, f32[R]. Sums in fp64: a response can be thousands of
-        nats, where one fp32 step is already 5e-4."""
-        return torch.segment_reduce(per_token.double(), "sum", offsets=self.cu_resp).float()
+        """Sums [M] values over each response, [R] in their dtype. Sums in fp64: a response can be
+        thousands of nats, where one fp32 step is already 5e-4."""
+        sums = torch.segment_reduce(per_token.double(), "sum", offsets=self.cu_resp)
+        return sums.to(per_token.dtype)
+
+    def per_token(self, per_response: Tensor) -> Tensor:
+        """Repeats [R] values over the tokens of each response, [M]."""
+        return per_response.repeat_interleave(self.lengths, output_size=len(self.token_logp))
+
+    @property
+    def token_weights(self) -> Tensor:
+        """f32[M]: token_weight, NaN where there is none."""
+        missing = torch.full_like(self.token_logp, torch.nan, requires_grad=False)
+        return missing if self.token_weight is None else self.token_weight
 
     @property
     def lengths(self) -> Tensor:
@@ -184,4 +238,5 @@ class ResponseLogps:
         return self.pairs[:, 1]
 
 
-_FROM_BATCH = {"cu_resp", "pairs", "offset", "weight", "chosen"}
+_FROM_BATCH = {f.name for f in fields(ResponseLogps)} & {f.name for f in fields(PackedGroups)}
+_FROM_BATCH -= {"ref_token_logp"}

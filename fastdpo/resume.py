@@ -123,12 +123,15 @@ def check_start(expected: str | None, namespace: str) -> None:
 
 
 def rows_digest(*sets: list[PreferenceGroup]) -> str:
-    """Fingerprint of the rows in their order: tokens, what is scored, the pairs, the reference columns."""
+    """Fingerprint of the rows in their order: tokens, what is scored, the pairs, scores, labels, token
+    weights and the reference columns."""
     digest = hashlib.blake2b(digest_size=16)
     for groups in sets:
         digest.update(len(groups).to_bytes(8, "little"))
         for group in groups:
             digest.update(b"".join(response_keys(group)))
-            known = [response.ref_logp for response in group.responses]
+            known = [(r.ref_logp, r.score, r.label) for r in group.responses]
             digest.update(repr([known, [tuple(pair) for pair in group.pairs]]).encode())
+            for r in group.responses:
+                digest.update(b"-" if r.token_weight is None else r.token_weight.tobytes())
     return digest.hexdigest()

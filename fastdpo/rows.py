@@ -5,28 +5,21 @@ Known formats, told apart by their columns:
     {chosen, rejected}              the prompt is what the two have in common
     {prompt: str, chosen: [...]}    whole conversations beside a prompt (ultrafeedback_binarized)
     {prompt, responses: [{text, score}, ...]}   ranked: every pair whose scores differ
+    {prompt, completion, label}     one response, desirable or not (TRL's format for KTO)
+One source may mix them. How a row says which tokens are relevant is in row_fields.py.
 """
 
 import json
-import math
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from fastdpo.errors import DataError
+from fastdpo import row_fields
+from fastdpo.row_fields import Relevance, RowProblem, kind
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Messages = list[dict]
-
-_ROUNDING = 0.01  # how far above 0 a sum of log-probs may come out
-
-
-class RowProblem(DataError):
-    """One row cannot be used: `reason` is what reports count by, `field` where in the row."""
-
-    def __init__(self, reason: str, field: str, message: str):
-        super().__init__(f"{field}: {message}")
-        self.reason, self.field, self.message = reason, field, message
 
 
 @dataclass(frozen=True)
@@ -42,6 +35,21 @@ class Row:
     tools: list | None
     chat_template_kwargs: dict
     ties: int  # pairs of a ranked row that equal scores left out
+    label: bool | None  # of an unpaired row
+    relevance: tuple[Relevance | None, ...]
+
+
+class _Columns(NamedTuple):
+    """What the columns of one format say, before prompt and responses are taken apart."""
+
+    fields: tuple[str, ...]  # what to call the responses in messages
+    values: tuple  # the responses as given
+    scores: tuple[float | None, ...]
+    pairs: tuple[tuple[int, int], ...]
+    marks: tuple[tuple[dict, str, str], ...]  # per response: where its spans are, their prefix, their place
+    ref_logps: tuple[float | None, ...]
+    ties: int = 0
+    label: bool | None = None
 
 
 def parse_row(row: dict, number: int) -> Row:
@@ -49,97 +57,109 @@ def parse_row(row: dict, number: int) -> Row:
     if isinstance(row, RowProblem):  # a line that could not be read as JSON
         raise row
     if not isinstance(row, dict):
-        raise RowProblem("wrong_type", "row", f"a JSON object is needed, got {_kind(row)}")
+        raise RowProblem("wrong_type", "row", f"a JSON object is needed, got {kind(row)}")
     row = {name: value for name, value in row.items() if value is not None}
-    if "responses" in row and not ("chosen" in row and "rejected" in row):
-        fields, values, scores, pairs, ties = _ranked(row)
-        ref_logps = (None,) * len(scores)
-    else:
-        fields, pairs, ties = ("chosen", "rejected"), ((0, 1),), 0
-        values = tuple(_column(row, name) for name in fields)
-        scores = tuple(_score(row.get(f"score_{name}"), f"score_{name}") for name in fields)
-        ref_logps = _ref_logps(row)
-    prompt, responses = _conversation(row.get("prompt"), values, fields)
+    columns = _format(row)(row)
+    fields = columns.fields
+    prompt, responses = _conversation(row.get("prompt"), columns.values, fields)
     _check_prompt(prompt)
     for field, response in zip(fields, responses):
         _check_response(response, field)
-    if all(response == responses[0] for response in responses[1:]):
+    if columns.pairs and all(response == responses[0] for response in responses[1:]):
         raise RowProblem("identical", " and ".join(fields), "they are the same: nothing to prefer")
     kwargs = row.get("chat_template_kwargs", {})
     if not isinstance(kwargs, dict):
-        raise RowProblem("wrong_type", "chat_template_kwargs", f"an object, not {_kind(kwargs)}")
-    kwargs = _without_none(kwargs)
-    return Row(number, prompt, responses, scores, ref_logps, pairs, _tools(row), kwargs, ties)
+        raise RowProblem("wrong_type", "chat_template_kwargs", f"an object, not {kind(kwargs)}")
+    return Row(
+        number=number,
+        prompt=prompt,
+        responses=responses,
+        scores=columns.scores,
+        ref_logps=columns.ref_logps,
+        pairs=columns.pairs,
+        tools=_tools(row),
+        chat_template_kwargs=_without_none(kwargs),
+        ties=columns.ties,
+        label=columns.label,
+        relevance=_relevance(columns, responses, "prompt" in row),
+    )
+
+
+def _format(row: dict):
+    """The function that reads this row's format, told by its columns."""
+    pair, completion = "chosen" in row and "rejected" in row, "completion" in row
+    if completion and "label" in row and (pair or "responses" in row):
+        message = "both an unpaired row's completion and label, and a paired row's columns; make it two rows"
+        raise RowProblem("ambiguous_row", "row", message)
+    if "responses" in row and not pair:
+        return _ranked
+    return _unpaired if completion and not ("chosen" in row or "rejected" in row) else _paired
+
+
+def _paired(row: dict) -> _Columns:
+    names = ("chosen", "rejected")
+    values = tuple(_column(row, name) for name in names)
+    scores = tuple(row_fields.score(row.get(f"score_{name}"), f"score_{name}") for name in names)
+    marks = tuple((row, f"{name}_", "") for name in names)
+    return _Columns(names, values, scores, ((0, 1),), marks, row_fields.ref_logps(row))
+
+
+def _unpaired(row: dict) -> _Columns:
+    _, completion, label = (_column(row, name) for name in ("prompt", "completion", "label"))
+    label = row_fields.label(label, "label")
+    return _Columns(("completion",), (completion,), (None,), (), ((row, "", ""),), (None,), label=label)
+
+
+def _relevance(columns: _Columns, responses: tuple, has_prompt: bool) -> tuple[Relevance | None, ...]:
+    found, missing = [], []
+    for (source, prefix, where), value, response in zip(columns.marks, columns.values, responses):
+        before = len(value) - len(response) if isinstance(value, list) else 0
+        if isinstance(response, str) and not has_prompt:
+            before = None
+        found.append(row_fields.relevance(source, prefix, where, response, before))
+        missing.append(f"{where}{prefix}spans")
+    return row_fields.all_or_none(found, tuple(missing))
 
 
 def _column(row: dict, name: str):
     if name not in row:
-        wanted = "{prompt, chosen, rejected}, {chosen, rejected} or {prompt, responses}"
+        wanted = "{prompt, chosen, rejected}, {chosen, rejected}, {prompt, responses} or "
+        wanted += "{prompt, completion, label}"
         has = ", ".join(map(str, row)) or "none"
         message = f"the column is missing or null (this row has: {has}; a row is {wanted})"
         raise RowProblem("missing_column", name, message)
     return row[name]
 
 
-def _ranked(row: dict):
-    """(fields, texts, scores, pairs, ties): a pair wherever one score is higher than another."""
+def _ranked(row: dict) -> _Columns:
+    """A pair wherever one score is higher than another."""
     responses = row["responses"]
     _column(row, "prompt")
     if not isinstance(responses, list):
-        message = f"a list of {{text, score}}, not {_kind(responses)}"
+        message = f"a list of {{text, score}}, not {kind(responses)}"
         raise RowProblem("wrong_type", "responses", message)
     if len(responses) < 2:
         raise RowProblem("too_few_responses", "responses", f"two at least, got {len(responses)}")
-    fields, values, scores = [], [], []
+    fields, values, scores, marks = [], [], [], []
     for i, response in enumerate(responses):
         if not isinstance(response, dict):
-            message = f"an object with text and score, not {_kind(response)}"
+            message = f"an object with text and score, not {kind(response)}"
             raise RowProblem("wrong_type", f"responses[{i}]", message)
         for name in ("text", "score"):
             if response.get(name) is None:
                 raise RowProblem("missing_column", f"responses[{i}].{name}", "missing or null")
         fields.append(f"responses[{i}].text")
         values.append(response["text"])
-        scores.append(_score(response["score"], f"responses[{i}].score"))
+        scores.append(row_fields.score(response["score"], f"responses[{i}].score"))
+        marks.append((response, "", f"responses[{i}]."))
     several = range(len(scores))
     pairs = tuple((i, j) for i in several for j in several if scores[i] > scores[j])
     if not pairs:
         message = "all scores are equal, so no response is preferred"
         raise RowProblem("no_pair", "responses", message)
     ties = len(scores) * (len(scores) - 1) // 2 - len(pairs)
-    return tuple(fields), tuple(values), tuple(scores), pairs, ties
-
-
-def _score(value, field: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowProblem("wrong_type", field, f"a number, not {_kind(value)}")
-    if not math.isfinite(value):
-        raise RowProblem("nan_score", field, f"a finite number, not {value}")
-    return float(value)
-
-
-def _ref_logps(row: dict) -> tuple[float | None, float | None]:
-    """What a reference model gave (chosen, rejected): both sums, or None twice where the row has neither."""
-    fields = []
-    for name in ("ref_chosen_logps", "ref_rejected_logps"):
-        old = name.replace("ref_", "reference_", 1)  # TRL's name for it until 0.11
-        fields.append(old if name not in row and old in row else name)
-    if not any(field in row for field in fields):
-        return None, None
-    problem = lambda field, message: RowProblem("malformed_ref_logps", field, message)
-    for field in fields:
-        value = row.get(field)
-        if field not in row:
-            raise problem(field, "missing or null, where the row has the other response's; give both or none")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise problem(field, f"a number, the sum over the response's tokens, not {_kind(value)}")
-        if not math.isfinite(value):
-            raise problem(field, f"a finite number, not {value}")
-        if value > _ROUNDING:
-            raise problem(field, f"a log-probability is at most 0, not {value} (its sign may be turned)")
-    return tuple(float(row[field]) for field in fields)
+    lists = (fields, values, scores, pairs, marks, (None,) * len(scores))
+    return _Columns(*map(tuple, lists), ties=ties)
 
 
 def _conversation(prompt, values: tuple, fields: tuple):
@@ -160,13 +180,16 @@ def _conversation(prompt, values: tuple, fields: tuple):
         values = tuple(turn(v) if isinstance(v, str) else v for v in values)
         prompt = _messages(prompt, "prompt")
     elif prompt is not None and not isinstance(prompt, str):
-        message = f"text or a list of messages, not {_kind(prompt)}"
+        message = f"text or a list of messages, not {kind(prompt)}"
         raise RowProblem("wrong_type", "prompt", message)
     conversations = tuple(_messages(v, f) for v, f in zip(values, fields))
     if isinstance(prompt, list):
         return prompt, conversations
     if isinstance(prompt, str) and all(c and c[0]["role"] == "assistant" for c in conversations):
         return [{"role": "user", "content": prompt}], conversations
+    if len(conversations) == 1:
+        message = "it starts with an assistant turn; the turns before it belong into the prompt"
+        raise RowProblem("response_start", fields[0], message)
     turns, conversations = _split_turns(conversations)
     if prompt is not None and not any(_same_text(prompt, turn) for turn in turns):
         message = "it is none of the turns that the responses have in common; one of them is wrong"
@@ -204,7 +227,7 @@ def _common(a, b) -> int:
 def _messages(value, field: str) -> Messages:
     """Checked messages, without the nulls with which Arrow fills absent keys."""
     if not isinstance(value, list):
-        message = f"a list of messages, not {_kind(value)} (a row is all text or all messages)"
+        message = f"a list of messages, not {kind(value)} (a row is all text or all messages)"
         raise RowProblem("wrong_type", field, message)
     messages = []
     for i, message in enumerate(value):
@@ -219,7 +242,7 @@ def _messages(value, field: str) -> Messages:
         if content is None and message.get("tool_calls"):
             message = {**message, "content": ""}  # many templates would print "None"
         elif not isinstance(content, str):
-            raise RowProblem("wrong_type", f"{where}.content", f"text, not {_kind(content)}")
+            raise RowProblem("wrong_type", f"{where}.content", f"text, not {kind(content)}")
         messages.append(message)
     return messages
 
@@ -267,9 +290,5 @@ def _tools(row: dict) -> list | None:
         except ValueError as error:
             raise RowProblem("wrong_type", "tools", f"the string is not JSON: {error}") from None
     if tools is not None and not isinstance(tools, list):
-        raise RowProblem("wrong_type", "tools", f"a list, not {_kind(tools)}")
+        raise RowProblem("wrong_type", "tools", f"a list, not {kind(tools)}")
     return _without_none(tools) or None  # some templates print tool boilerplate for []
-
-
-def _kind(value) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

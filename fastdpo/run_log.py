@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastdpo.metrics import Sums, Window
+from fastdpo.objectives.seam import Coupled
 from fastdpo.progress import make_progress
 
 _SHOWN = {
@@ -96,6 +97,12 @@ class RunLog:
             f"({tokens / separate:.0%}); lm_head: {facts['head_plan']}",
             highlight=False,
         )
+        if isinstance(stage.objective, Coupled) and len(batches) > 1:
+            text = f"{stage.objective.name} looks at a step as a whole: its {len(batches)} microbatches are "
+            self.console.print(f"{text}scored once without gradient first", highlight=False)
+        if stage.objective.mismatched:
+            text = f"{stage.objective.name} also scores each prompt with another row's response"
+            self.console.print(f"{text}, without gradient", highlight=False)
         self._announce_caps(stage)
         return facts
 

@@ -51,7 +51,7 @@ def complete(
             "row": group.row,
             "prompt": text(group.prompt.tolist()),
             "completion": text(completions[id(group)]),
-            "chosen": text(group.responses[group.chosen[0]].ids.tolist()),
+            "chosen": text(group.responses[group.chosen[0]].ids.tolist()) if group.chosen else None,
         }
         for group in groups
     ]

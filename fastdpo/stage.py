@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from fastdpo.accumulate import Accumulator, context_of
 from fastdpo.config import Config
 from fastdpo.errors import ConfigError, TrainingError
-from fastdpo.failures import WAY_OUT, not_finite, out_of_memory
+from fastdpo.failures import WAY_OUT, memory_guard, not_finite
 from fastdpo.metrics import EVAL_STATS, Sums, Window, add_kl, add_pair_metrics, add_token_metrics
+from fastdpo.mismatched import mismatched
 from fastdpo.model import Policy
 from fastdpo.objectives import make_objective
 from fastdpo.packing import epoch_order, in_row_order, pack, places, split_step
@@ -28,6 +30,7 @@ class Progress:
     evaluated: bool = False  # False while held-out rows are due at this step
     eval_loss: float | None = None  # at this step
     best: dict | None = None  # {"step", "eval_loss"} of the stage's best checkpoint
+    memory: dict[str, float] = field(default_factory=dict)  # the objective's own (BCO's running mean)
     window: Window = field(default_factory=Window)
 
     def state(self) -> dict:
@@ -50,6 +53,9 @@ class Stage:
         self.objective = make_objective(config)
         self.groups = [self.objective.select(g) for g in groups]
         self.eval_groups = [self.objective.select(g) for g in eval_groups]
+        if self.objective.mismatched:
+            self.mismatched = mismatched(self.groups, config.max_length)
+            self.eval_mismatched = mismatched(self.eval_groups, config.max_length)
         self.per_epoch = math.ceil(len(self.groups) / config.batch_size)
         self.total = total_steps(config, len(self.groups))
         self.drifts = None  # of the first step's microbatches, while it runs
@@ -60,7 +66,7 @@ class Stage:
         optimizer, schedule = make_optimizer(self.policy, self.config, self.total)
         progress = Progress()
         with run.log.bar(self.objective.name, resumed.steps if resumed else 0, self.total):
-            eval_batches = self.eval_batches()
+            eval_batches = self.in_row_order(self.eval_groups)
             if resumed:  # the reference is made: the start weights are needed no more
                 progress = Progress.restored(resumed.state["progress"], self.policy.device)
                 resumed.load_weights(self.policy)
@@ -71,7 +77,7 @@ class Stage:
                 settle()
             self.drifts = [] if self.reference and progress.steps == 0 else None
             for groups in step_groups(self.groups, self.config, self.total, progress.steps):
-                norm = self.step(groups, progress.window, run.place.first + progress.steps + 1)
+                norm = self.step(groups, progress, run.place.first + progress.steps + 1)
                 if self.drifts is not None:
                     run.tell_drift(float(torch.stack(self.drifts).max()), self.policy.dtype)
                     self.drifts = None
@@ -107,34 +113,32 @@ class Stage:
                 run.save(self.policy, optimizer, progress, may_be_best=due)
         run.stopping.check()
 
-    def step(self, groups: list[PreferenceGroup], window: Window, step: int):
-        """Forward and backward of one optimizer step, in microbatches; returns the gradient norm.
+    def step(self, groups: list[PreferenceGroup], progress: Progress, step: int):
+        """Forward and backward of one optimizer step, in microbatches; returns the gradient norm, before
+        clipping. The gradient is that of the whole step's loss however the step was cut."""
+        window = progress.window
 
-        Each microbatch's loss is divided by the whole step's count, so the gradient is that of the
-        step's mean loss however the step was cut.
-        """
-        total = sum(self.objective.count(g) for g in groups)
-        losses, rows = [], []
-        for batch in self.microbatches(groups):
-            try:
-                logps = self.score(batch.to(self.policy.device), self.objective.stats)
-                loss = self.objective.loss_sum(logps) / total
-                loss.backward()
-            except torch.OutOfMemoryError:
-                raise out_of_memory(step, batch) from None
-            losses.append(loss.detach())
+        def see(batch: PackedGroups, logps: ResponseLogps) -> None:
             if self.drifts is not None:
                 self.drifts.append(self.drift(logps))
-            rows.append(batch.rows)
             self.add_metrics(window.sums, logps)
             window.count(batch)
+
         parameters = self.policy.trained()
+        guard = lambda batch: memory_guard(step, batch)
+        accumulator = Accumulator(
+            parameters, self.microbatches, self.score, guard, see, dict(progress.memory)
+        )
+        done = accumulator.run(self.objective, groups, self.aside(groups))
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        losses = torch.stack(losses)
-        window.sums.add("loss", losses, count=1)
-        if not math.isfinite(float(losses.sum() + norm)):
-            raise not_finite(step, losses, rows, norm)
+        if not math.isfinite(float(done.loss + norm)):
+            raise not_finite(step, done, norm)
+        window.sums.add("loss", done.loss)
+        window.first_pass += done.scored_first
+        if "z0" in done.context:
+            window.sums.add("z0", done.context["z0"])
+        progress.memory = accumulator.memory
         return norm
 
     @torch.no_grad()
@@ -146,7 +150,7 @@ class Stage:
         return (logps.per_response(apart) / logps.lengths).max()
 
     def add_metrics(self, sums: Sums, logps: ResponseLogps) -> None:
-        add_pair_metrics(sums, logps, self.config.beta)
+        add_pair_metrics(sums, logps, self.objective.reward)
         if self.reference and self.reference.per_token:
             add_kl(sums, logps)
 
@@ -165,15 +169,29 @@ class Stage:
             yield replace(batch, ref_token_logp=self.reference.of(part)) if self.reference else batch
 
     def score(self, batch: PackedGroups, stats=()) -> ResponseLogps:
+        """The policy's log-probs of a microbatch beside the reference's, and what the objective reads."""
+        batch = batch.to(self.policy.device)
+        stats = tuple(dict.fromkeys((*self.objective.stats, *stats)))
         out = self.policy.token_logp(batch, stats)
         token_logp, token_stats = out if stats else (out, {})
         return ResponseLogps.of(batch, token_logp, batch.ref_token_logp, token_stats)
 
-    def eval_batches(self) -> list[PackedGroups]:
-        """The held-out rows, packed as the reference packs what it computes: equal models then agree bit
-        by bit."""
-        parts = in_row_order(self.eval_groups, self.config.max_tokens, self.policy.share)
-        return list(self.packed(parts))
+    def in_row_order(self, groups: list[PreferenceGroup]) -> list[PackedGroups]:
+        """Rows packed as the reference packs what it computes: equal models then agree bit by bit."""
+        return list(self.packed(in_row_order(groups, self.config.max_tokens, self.policy.share)))
+
+    def aside(self, groups: list[PreferenceGroup]) -> list[PreferenceGroup]:
+        """The mismatched groups beside these, where the objective looks at them."""
+        if not self.objective.mismatched:
+            return []
+        of = self.eval_mismatched if groups is self.eval_groups else self.mismatched
+        return [of[group.row] for group in groups if group.row in of]
+
+    def reference_sets(self) -> list[list[PreferenceGroup]]:
+        """What the reference must know: training rows, held-out rows, and what lies beside either."""
+        used = self.used_groups()
+        sets = [used, self.eval_groups]
+        return sets + [self.aside(some) for some in sets] if self.objective.mismatched else sets
 
     def first_step(self) -> list[PreferenceGroup]:
         """The groups of the first optimizer step."""
@@ -188,28 +206,29 @@ class Stage:
 
     @torch.no_grad()
     def evaluate(self, batches, run, progress: Progress) -> None:
-        """Loss and metrics of the held-out rows, the vocabulary-wide ones too, where they are due; after
-        a signal they stay due."""
+        """Loss and metrics of the held-out rows as one batch, the vocabulary-wide ones too, where they are
+        due; after a signal they stay due."""
         if progress.evaluated:
             return
-        sums = Sums()
+        sums, seen = Sums(), []
         self.policy.model.eval()
-        for batch in run.log.track(batches, "held-out"):
+        aside = self.in_row_order(self.aside(self.eval_groups)) if batches else []
+        for batch in run.log.track([*batches, *aside], "held-out"):
             if run.stopping.requested:
                 break
-            batch = batch.to(self.policy.device)
-            logps = self.score(batch, EVAL_STATS)
-            sums.add("loss", self.objective.loss_sum(logps), count=0)
-            self.add_metrics(sums, logps)
-            add_token_metrics(sums, batch, logps.token_stats)
+            seen.append(self.score(batch, EVAL_STATS))
+            if len(seen) <= len(batches):
+                self.add_metrics(sums, seen[-1])
+                add_token_metrics(sums, batch, seen[-1].token_stats)
         self.policy.model.train()
         if batches and run.stopping.requested:
             return
         progress.evaluated = True
         if not batches:
             return
-        count = sum(self.objective.count(g) for g in self.eval_groups)
-        sums.add("loss", 0.0, count=count)
+        context = progress.memory | context_of(seen[len(batches) :])
+        logps = replace(ResponseLogps.joined(seen[: len(batches)]), context=context)
+        sums.add("loss", self.objective.whole(logps))
         step = run.place.first + progress.steps
         run.log.held_out(step, sums)
         progress.eval_loss = sums.means()["loss"]

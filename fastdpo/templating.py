@@ -9,7 +9,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from fastdpo.errors import DataError
+from fastdpo.row_fields import Relevance
 from fastdpo.rows import Messages, Row, RowProblem
+from fastdpo.spans import Marks, mark_text, mark_turns
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Script:
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    marks: Marks | None = None  # which of it is relevant, where the row says so
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,24 @@ def write(row: Row, tokenizer) -> Draft:
     if isinstance(row.prompt, str):
         texts = [row.prompt + response for response in row.responses]
         spans = [((len(row.prompt), len(text)),) for text in texts]
-        return Draft(row, tuple(map(Script, texts, spans)), True, notes)
+        marks = [mark_text(one, *span) for one, (span,) in zip(row.relevance, spans)]
+        return Draft(row, tuple(map(Script, texts, spans, marks)), True, notes)
     if not tokenizer.chat_template:
         raise DataError(
             f"row {row.number} is a conversation, and the tokenizer has no chat template.\n"
             "Name one in the config (chat_template: FILE.jinja), or give rows of plain text."
         )
     prompt = _render(row, tokenizer, row.prompt, to_answer=True)
-    scripts = tuple(_script(row, tokenizer, prompt, turns, notes) for turns in row.responses)
+    scripts = tuple(
+        _script(row, tokenizer, prompt, turns, relevance, notes)
+        for turns, relevance in zip(row.responses, row.relevance)
+    )
     return Draft(row, scripts, False, notes)
 
 
-def _script(row: Row, tokenizer, prompt: str, turns: Messages, notes: Counter) -> Script:
+def _script(
+    row: Row, tokenizer, prompt: str, turns: Messages, relevance: Relevance | None, notes: Counter
+) -> Script:
     """The text up to the end of the last assistant turn. Each assistant turn is scored from where
     the template would let the model answer to its end of turn; headers and other turns are not."""
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -66,7 +75,7 @@ def _script(row: Row, tokenizer, prompt: str, turns: Messages, notes: Counter) -
     content = turns[answers[-1]]["content"].rstrip()
     if content and text.endswith(content):
         notes["no_end_of_turn"] += 1  # the model is never shown where to stop
-    spans, faithful = [], True
+    stretches, faithful = {}, True
     for i in answers:
         before = row.prompt + turns[:i]
         opening = prompt if i == 0 else _render(row, tokenizer, before, to_answer=True)
@@ -75,13 +84,14 @@ def _script(row: Row, tokenizer, prompt: str, turns: Messages, notes: Counter) -
             closing = _render(row, tokenizer, [*before, turns[i]]).rstrip()
         start, end = _shared_length(opening, text), _shared_length(closing, text)
         faithful &= (start, end) == (len(opening), len(closing))
-        if start < end:
-            spans.append((start, end))
+        stretches[i] = start, end
     if not faithful:
         # The template prints a beginning otherwise when it stands alone (it drops old reasoning, or
         # ends generation prompts in a newline): what the two have in common is what is known.
         notes["template_not_prefix"] += 1
-    return Script(text, tuple(spans))
+    spans = tuple((start, end) for start, end in stretches.values() if start < end)
+    contents = {i: turns[i]["content"] for i in answers}
+    return Script(text, spans, mark_turns(relevance, contents, stretches, text))
 
 
 def _render(row: Row, tokenizer, messages: Messages, to_answer: bool = False) -> str:

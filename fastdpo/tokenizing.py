@@ -8,24 +8,30 @@ from typing import NamedTuple
 import numpy as np
 
 from fastdpo.errors import ModelError
+from fastdpo.spans import Places, closed, places_by_decoding, weigh
 from fastdpo.templating import Script
 
 
 class Tokens(NamedTuple):
-    """Token ids, and which of them are scored."""
+    """Token ids, which of them are scored, and where the row says so, how relevant each is."""
 
     ids: np.ndarray  # i64[n]
     scored: np.ndarray  # bool[n]
+    weight: np.ndarray | None = None  # f32[n]
 
     def until(self, length: int) -> "Tokens":
         """At most `length` tokens, and none after the last scored one."""
         where = np.flatnonzero(self.scored[:length])
         end = int(where[-1]) + 1 if len(where) else 0
-        return Tokens(self.ids[:end], self.scored[:end])
+        return self._map(lambda values: values[:end])
 
     def after(self, start: int) -> "Tokens":
         # copies, so that a group of a long data set does not keep its prompt once a response
-        return Tokens(self.ids[start:].copy(), self.scored[start:].copy())
+        return self._map(lambda values: values[start:].copy())
+
+    def _map(self, cut) -> "Tokens":
+        weight = None if self.weight is None else cut(self.weight)
+        return Tokens(cut(self.ids), cut(self.scored), weight)
 
 
 class Encoder:
@@ -49,6 +55,27 @@ class Encoder:
         ids = self._encode_parts(list({part for some in parts.values() for part in some}))
         empty = np.zeros(0, np.int64)
         return {text: np.concatenate([empty, *(ids[p] for p in some)]) for text, some in parts.items()}
+
+    def places(self, text: str) -> Places | None:
+        """The characters that each token of `encode` spells; a piece of a character counts as all of it. None
+        where the tokenizer does not tell."""
+        found, before = [np.zeros((2, 0), np.int64)], 0
+        for part in self._parts(text):
+            places = self._places_of_part(part)
+            if places is None:
+                return None
+            found.append(np.stack(places) + before)
+            before += len(part)
+        return tuple(np.concatenate(found, axis=1))
+
+    def _places_of_part(self, text: str) -> Places | None:
+        ids = self._encode_parts([text])[text]
+        if self.tokenizer.is_fast:
+            (told,) = self.tokenizer.backend_tokenizer.encode_batch([text], add_special_tokens=False)
+            places = np.array(told.offsets, np.int64).reshape(-1, 2).T
+            if np.array_equal(told.ids, ids) and (whole := closed(*places, text)):
+                return whole
+        return places_by_decoding(ids, text, self.decode)
 
     def decode(self, ids: np.ndarray) -> str:
         return self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
@@ -90,36 +117,42 @@ def tokenize(
 ) -> Tokens:
     """A script's tokens. Plain text gets the tokenizer's own BOS and the
     EOS, each once even where the text spells it; a template spells its own."""
-    full = ids[script.text]
+    text = script.text
+    full = ids[text]
     scored = np.zeros(len(full), bool)
     merged = False
     for start, end in script.spans:
-        first, holds_both = _first_after(ids[script.text[:start]], full, encoder)
+        first, holds_both = _first_after(ids[text[:start]], full, encoder)
         # an end of turn that merged with what follows says more than the turn: not scored either
-        scored[first : shared_length(ids[script.text[:end]], full)] = True
+        scored[first : shared_length(ids[text[:end]], full)] = True
         merged |= holds_both
     if merged:
         notes["merged_boundary"] += 1
+    lead = 0
     if plain:
-        full, scored = _with_specials(full, scored, encoder)
-    return Tokens(full, scored)
+        full, scored, lead = _with_specials(full, scored, encoder)
+    if script.marks is None:
+        return Tokens(full, scored)
+    return Tokens(full, scored, weigh(script.marks, lambda: encoder.places(text), scored, lead, notes))
 
 
 def _with_specials(full: np.ndarray, scored: np.ndarray, encoder: Encoder):
+    """(ids, scored, how many ids were added in front)."""
     eos = encoder.tokenizer.eos_token_id
     if eos is None:
         raise ModelError(
             "the tokenizer has no EOS token, so plain text cannot end.\n"
             "Set eos_token in its tokenizer_config.json, or use message rows with a chat_template."
         )
-    lead = encoder.lead
+    lead, added = encoder.lead, 0
     if not np.array_equal(full[: len(lead)], lead):
+        added = len(lead)
         full = np.concatenate([lead, full])
         scored = np.concatenate([np.zeros(len(lead), bool), scored])
     if full[-1] != eos:
         full = np.append(full, eos)
         scored = np.append(scored, True)
-    return full, scored
+    return full, scored, added
 
 
 def _first_after(prefix: np.ndarray, full: np.ndarray, encoder: Encoder) -> tuple[int, bool]:

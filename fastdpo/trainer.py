@@ -4,6 +4,7 @@ import contextlib
 import math
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
@@ -15,8 +16,9 @@ from fastdpo.failures import check_weights
 from fastdpo.fingerprint import reference_fingerprint
 from fastdpo.groups import Limits, load_groups
 from fastdpo.model import Policy, load_model_config, load_policy, load_tokenizer, save_model
-from fastdpo.objectives import make_objective
+from fastdpo.objectives import check_rows, make_objective
 from fastdpo.packing import epoch_order
+from fastdpo.pairs import flip_pairs, select_pairs
 from fastdpo.records import PreferenceGroup
 from fastdpo.ref_cache import cache_path
 from fastdpo.ref_columns import reference_columns
@@ -37,7 +39,9 @@ def train(config: Config, console: Console | None = None) -> Path:
     """
     console = console or Console()
     for stage in config.per_stage():  # what is wrong shows before any work
-        make_objective(stage)
+        objective = make_objective(stage)
+        if stage.flip_pairs and "ordered scores" in objective.needs:
+            raise ConfigError(f"flip_pairs: flipped pairs contradict the scores that {objective.name} reads")
         check_schedule(stage)
     check_trackers(config.trackers)
     folder = free_folder(config)
@@ -48,6 +52,9 @@ def train(config: Config, console: Console | None = None) -> Path:
         tokenizer = load_tokenizer(config)
         load_model_config(config)  # a wrong model or max_length shows before the data is read
         groups, eval_groups, reports = load_data(config, tokenizer, console)
+        for stage in config.per_stage():
+            check_rows(make_objective(stage), groups)
+            check_rows(make_objective(stage), eval_groups, "eval_data")
         data = rows_digest(groups, eval_groups)
         check_same_run(found, config, data, len(groups))
         policy = load_policy(config, console)
@@ -115,11 +122,12 @@ def spread(groups: list[PreferenceGroup], count: int) -> list[PreferenceGroup]:
 
 
 def run_stage(run: Run, config: Config, policy: Policy, groups, eval_groups, resumed):
-    """Makes a stage's reference, while the policy stands at its start weights, and runs it."""
+    """Makes a stage's pairs and reference, while the policy stands at its start weights, and runs it."""
     place = run.place
     run.log.stage = place.stage
-    stage = Stage(config, policy, groups, eval_groups)
     expected = resumed.state["namespace"] if resumed else None
+    groups = stage_groups(run, config, policy, groups, expected)
+    stage = Stage(config, policy, groups, eval_groups)
     place.total, place.namespace = stage.total, None
     if stage.objective.needs_reference:
         stage.reference, place.namespace = make_reference(run, stage, expected)
@@ -130,29 +138,58 @@ def run_stage(run: Run, config: Config, policy: Policy, groups, eval_groups, res
     return stage.run(run, resumed)
 
 
+def stage_groups(run: Run, config: Config, policy: Policy, groups, expected: str | None):
+    """A stage's training rows with the pairs that its config selects, and the noise it asks for."""
+    by = None
+    if config.pairs in ("easy", "medium", "hard") and config.pair_gap == "logp":
+        table = compute_reference(run, policy, [groups], config.max_tokens, expected)
+        ends = [np.cumsum([int(r.target_mask.sum()) for r in group.responses])[:-1] for group in groups]
+        values = [table.of([group]).double().numpy() for group in groups]
+        by = [[part.sum() for part in np.split(*pair)] for pair in zip(values, ends)]
+    groups, left_out = select_pairs(groups, config.pairs, by)
+    facts = {"left_out": dict(left_out)} if left_out else {}
+    if left_out:
+        text = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in left_out.items())
+        run.console.print(f"pairs: {config.pairs} (by {config.pair_gap}) leaves out {text}", highlight=False)
+    if config.flip_pairs:
+        groups, flipped = flip_pairs(groups, config.flip_pairs, config.seed)
+        facts["flipped_rows"] = len(flipped)
+        text = f"[yellow]flip_pairs: turned in {len(flipped):,} of {len(groups):,} rows, on purpose"
+        run.console.print(text, highlight=False)
+    if facts:
+        run.events.add("pairs", stage=run.place.stage, pairs=config.pairs, **facts)
+    return groups
+
+
 def make_reference(run: Run, stage: Stage, expected: str | None):
     """The reference's log-probs, from the data's own columns, or looked up and computed, and then also the
     namespace of the start weights."""
-    sets = [stage.used_groups(), stage.eval_groups]
+    sets = stage.reference_sets()
+    sums_do = not stage.objective.mismatched and "per-token reference" not in stage.objective.needs
     path = cache_path(run.config.reference_cache)
-    if run.place.start is None and path:  # the columns are of the model the run starts from
+    if run.place.start is None and path and sums_do:  # the columns are of the model the run starts from
         columns = reference_columns(sets, run.console)
         if columns:
             run.events.add("reference", stage=run.place.stage, **columns.account)
             return columns, None
-    table = load_reference(
-        stage.policy,
+    table = compute_reference(run, stage.policy, sets, stage.config.max_tokens, expected)
+    source = "computed" if table.account["file"] is None else "cache"
+    run.events.add("reference", stage=run.place.stage, source=source, **table.account)
+    return table, table.account["namespace"]
+
+
+def compute_reference(run: Run, policy: Policy, sets, max_tokens: int, expected: str | None):
+    """The reference of sets of groups, looked up and computed: the policy as it stands."""
+    return load_reference(
+        policy,
         sets,
-        path=path,
+        path=cache_path(run.config.reference_cache),
         fresh_lora=run.fresh_lora,
-        max_tokens=stage.config.max_tokens,
+        max_tokens=max_tokens,
         console=run.console,
         check=run.stopping.check,
         expected_namespace=expected,
     )
-    source = "computed" if table.account["file"] is None else "cache"
-    run.events.add("reference", stage=run.place.stage, source=source, **table.account)
-    return table, table.account["namespace"]
 
 
 def fill_reference(config: Config, console: Console | None = None) -> None:
@@ -176,7 +213,7 @@ def fill_reference(config: Config, console: Console | None = None) -> None:
         stopping.saves = True
         load_reference(
             policy,
-            [stage.used_groups(), stage.eval_groups],
+            stage.reference_sets(),
             path=path,
             fresh_lora=config.lora_rank is not None,
             max_tokens=stage.config.max_tokens,

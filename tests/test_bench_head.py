@@ -1,7 +1,5 @@
 """The head benchmark measures what it says, on shapes too small to time."""
 
-import json
-
 import pytest
 import torch
 from fastdpo_kernels import reference
@@ -9,6 +7,7 @@ from fastdpo_kernels import reference
 from benchmarks import head
 from benchmarks.head_inputs import Inputs, Shape, Truth
 from benchmarks.peers import head_others, head_ours
+from benchmarks.results import newest
 
 TINY = Shape(16, 8, 67, 4, softcap=20.0, budget=4000)
 
@@ -54,5 +53,5 @@ def test_every_column_of_every_mode(inputs, mode, tmp_path, monkeypatch, capsys)
     results = {str(TINY): {mode: (measured, absent)}}
     head.print_table(results, head.Console(width=130))
     assert "liger DPO" in capsys.readouterr().out
-    head.write(tmp_path / "head.json", results, [], "float32")
-    assert json.loads((tmp_path / "head.json").read_text())["git"]
+    head.write(tmp_path, results, [], "float32")
+    assert newest("head", folder=tmp_path)["results"][str(TINY)][mode][1] == absent

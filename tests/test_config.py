@@ -8,6 +8,7 @@ import pytest
 from fastdpo.config import STAGE_KEYS, Config
 from fastdpo.config_io import help_text, keys_table, load_config, to_yaml
 from fastdpo.errors import ConfigError
+from fastdpo.objectives import objectives_table
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_values_are_brought_to_their_types(file):
     "argv, message",
     [
         (["--leraning_rate", "1"], "unknown key 'leraning_rate'. Did you mean 'learning_rate'?"),
-        (["--beta", "high"], "beta: expected float, got 'high'"),
+        (["--beta", "high"], "beta: expected float or nothing, got 'high'"),
         (["--batch_size", "2.5"], "batch_size: expected int, got 2.5"),
         (["--batch_size", "0"], "batch_size: 0 is below 1"),
         (["--strict", "maybe"], "strict: expected bool"),
@@ -82,7 +83,7 @@ def test_missing_file():
 def test_stages_override_and_inherit():
     config = Config(model="m", data="d", beta=0.3, stages=[{"objective": "sft"}, {"beta": 1}])
     first, second = config.per_stage()
-    assert (first.objective, first.beta) == ("sft", 0.3)
+    assert (first.objective, first.beta) == ("sft", None)
     assert (second.objective, second.beta) == ("sigmoid", 1.0)
 
 
@@ -108,3 +109,15 @@ def test_examples_are_valid(path):
 def test_the_readme_has_every_key():
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
     assert keys_table() in readme, "make the README's table anew: it is what keys_table() returns"
+    assert objectives_table() in readme, "make the README's table anew: it is what objectives_table() returns"
+
+
+def test_options_above_the_stages_reach_those_that_read_them():
+    stages = [dict(objective="sft"), dict(objective="ipo"), dict(beta=0.5, objective="odpo")]
+    made = Config(model="m", data="d", beta=0.2, objective_args={"alpha": 2}, stages=stages).per_stage()
+    assert [stage.beta for stage in made] == [None, 0.2, 0.5]
+    assert [stage.objective_args for stage in made] == [None, None, {"alpha": 2}]
+    with pytest.raises(ConfigError, match="beta: no stage's objective reads it"):
+        Config(model="m", data="d", beta=0.2, stages=[dict(objective="sft")])
+    with pytest.raises(ConfigError, match="no stage's objective reads 'alhpa'"):
+        Config(model="m", data="d", objective_args={"alhpa": 2}, stages=stages)

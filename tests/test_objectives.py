@@ -1,18 +1,21 @@
-"""Objectives against hand-computed numbers, and against how a step may be cut."""
+"""Objectives by name: what is made of a config, what is refused, how a step may be cut."""
 
-import json
+import io
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastdpo.config import Config
 from fastdpo.errors import ConfigError
-from fastdpo.objectives import dpo_sigmoid, make_objective, sft
+from fastdpo.objectives import dpo, make, make_objective, objectives_table, table
+from fastdpo.objectives.catalogue import CATALOGUE, NAMES, options_of, rows
+from fastdpo.objectives.seam import Coupled, Decomposable, Rescaled
 from fastdpo.packing import pack
 from fastdpo.records import ResponseLogps
-from tests.shared_data import SHARED, needs_shared
+from tests.losses import of_sums, random_logps
 from tests.tiny import group, groups
 
 
@@ -20,65 +23,23 @@ def config(**values):
     return Config(model="m", data="d", **values)
 
 
-def of_sums(policy_w, policy_l, ref_w, ref_l):
-    """ResponseLogps of pairs whose responses are two tokens each, summing to the given values (fp64)."""
-    batch = pack([group(i, 2, [2, 2]) for i in range(len(policy_w))])
-
-    def tokens(winners, losers):
-        sums = torch.tensor([winners, losers], dtype=torch.float64).T.flatten()
-        return torch.stack([0.25 * sums, 0.75 * sums], 1).flatten()
-
-    policy = tokens(policy_w, policy_l).requires_grad_()
-    return ResponseLogps.of(batch, policy, tokens(ref_w, ref_l)), policy
-
-
 def test_dpo_by_hand():
     """One pair, h = 1.5, beta = 0.1: -log sigmoid(0.15) and its gradient -beta * sigmoid(-0.15)."""
     logps, token_logp = of_sums([-12.0], [-14.0], [-13.0], [-13.5])
-    loss = dpo_sigmoid(logps, beta=0.1)
-    assert float(loss) == pytest.approx(math.log1p(math.exp(-0.15)), abs=1e-7)
-    loss.sum().backward()
+    loss = make("sigmoid").whole(logps)
+    assert float(loss.detach()) == pytest.approx(math.log1p(math.exp(-0.15)), abs=1e-12)
+    loss.backward()
     g = 0.1 / (1 + math.exp(0.15))
-    torch.testing.assert_close(token_logp.grad, torch.tensor([-g, -g, g, g]).double(), rtol=1e-6, atol=0)
-
-
-@needs_shared
-@pytest.mark.parametrize(
-    "name, beta, eps",
-    [("dpo_beta0.1", 0.1, 0), ("dpo_beta0.5", 0.5, 0), ("cdpo_beta0.1_eps0.1", 0.1, 0.1)],
-)
-def test_dpo_vectors(name, beta, eps):
-    vectors = json.loads((SHARED / "research/vectors.json").read_text())
-    inputs, want = vectors["sequence_inputs"], vectors["sequence_losses"][name]
-    sides = ["policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"]
-    logps, token_logp = of_sums(*(inputs[f"{side}_logps"] for side in sides))
-    losses = dpo_sigmoid(logps, beta, eps)
     torch.testing.assert_close(
-        losses.double(), torch.tensor(want["per_pair_losses"]).double(), rtol=0, atol=2e-7
+        token_logp.grad, torch.tensor([-g, -g, g, g], dtype=torch.float64), rtol=1e-12, atol=0
     )
-    losses.mean().backward()
-    grad = token_logp.grad[::2]  # each response's first token carries its sequence's gradient
-    for side, got in (("chosen", grad[::2]), ("rejected", grad[1::2])):
-        expected = torch.tensor(want[f"grad_policy_{side}_logps"]).double()
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
 
 
-def test_offset_shifts_and_weight_scales():
-    logps, _ = of_sums([-12.0], [-14.0], [-13.0], [-13.5])
-    shifted = replace(logps, offset=torch.tensor([0.4]))
-    assert float(dpo_sigmoid(shifted, 0.1)) == pytest.approx(math.log1p(math.exp(0.25)), abs=1e-7)
-    objective = make_objective(config())
-    double = objective.loss_sum(replace(logps, weight=torch.tensor([2.0])))
-    assert float(double) == pytest.approx(2 * float(objective.loss_sum(logps)), rel=1e-6)
-
-
-def test_equal_models_give_exactly_log_2():
-    """Differences are taken a token first: a sum of 3,000 large log-probs cancels to exactly 0."""
-    batch = pack([group(0, 2, [3000, 1500])])
-    logp = -100 * torch.rand(len(batch.target))
-    logps = ResponseLogps.of(batch, logp, logp.clone())
-    assert logps.log_ratio.tolist() == [0, 0]
-    assert float(dpo_sigmoid(logps, 0.1)) == float(torch.tensor(2.0).log())
+def test_weight_scales():
+    logps, _ = random_logps()
+    objective = make("sigmoid")
+    doubled = objective.whole(replace(logps, weight=2 * logps.weight))
+    torch.testing.assert_close(doubled, 2 * objective.whole(logps))
 
 
 def test_response_sums_are_accurate():
@@ -91,39 +52,221 @@ def test_response_sums_are_accurate():
     assert logps.lengths.tolist() == batch.cu_resp.diff().tolist()
 
 
-def test_objective_without_reference_is_an_error():
-    batch = pack(groups())
-    with pytest.raises(ValueError, match="needs reference"):
-        dpo_sigmoid(ResponseLogps.of(batch, torch.zeros(len(batch.target))), 0.1)
-
-
 def test_sft_scores_the_chosen_tokens_only():
     objective = make_objective(config(objective="sft"))
     selected = [objective.select(g) for g in groups()]
     assert [len(g.responses) for g in selected] == [1] * 5  # the others are not even computed
     batch = pack(selected)
     logp = -torch.rand(len(batch.target))
-    logps = ResponseLogps.of(batch, logp)
-    torch.testing.assert_close(sft(logps).sum(), -logp.sum())
-    assert sum(objective.count(g) for g in selected) == len(batch.target)
+    torch.testing.assert_close(objective.whole(ResponseLogps.of(batch, logp)), -logp.mean())
+    assert objective.counts(selected) == [len(batch.target)]
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "sft"])
+@pytest.mark.parametrize("name", [n for n in NAMES if isinstance(make(n), Decomposable)])
 def test_any_cut_of_a_step_gives_the_same_sum(name):
-    objective = make_objective(config(objective=name))
-    selected = [objective.select(g) for g in groups() if g.pairs or name == "sft"]
+    objective = make(name)
+    selected = [objective.select(g) for g in scored_groups()]
+    counts = objective.counts(selected)
 
     def total(parts):
-        out = 0.0
-        for part in parts:
-            batch = pack(part)
-            seeds = batch.target.double().sin()
-            out += float(objective.loss_sum(ResponseLogps.of(batch, -seeds.abs(), seeds.cos())))
-        return out
+        return sum(float(objective.part(logps_of(part), counts)) for part in parts)
 
-    assert total([[g] for g in selected]) == pytest.approx(total([selected]), rel=1e-6)
+    whole = float(objective.whole(logps_of(selected)))
+    assert total([[g] for g in selected]) == pytest.approx(whole, rel=1e-9)
+    assert total([selected[:2], selected[2:]]) == pytest.approx(whole, rel=1e-9)
 
 
-def test_unknown_objective():
-    with pytest.raises(ConfigError, match="not one of sigmoid, sft"):
-        make_objective(config(objective="dpoo"))
+def scored_groups():
+    """groups() that have pairs, with scores that fall along every pair."""
+    out = []
+    for some in groups():
+        if some.pairs:
+            n = len(some.responses)
+            responses = tuple(replace(r, score=5.0 - 4 * i / n) for i, r in enumerate(some.responses))
+            out.append(replace(some, responses=responses))
+    return out
+
+
+def logps_of(part):
+    batch = pack(part)
+    seeds = batch.target.double().sin()
+    stats = {"log_sum_sq_probs": -seeds.abs() - 1}
+    logps = ResponseLogps.of(batch, -seeds.abs(), seeds.cos(), stats)
+    return replace(logps, context={"z0": torch.tensor(0.1)})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_makes_every_objective_with_its_defaults(name):
+    logps, _ = random_logps(graph=True)
+    made, by_name = make_objective(config(objective=name)), make(name)
+    assert made.name == name
+    assert torch.equal(made.whole(logps), by_name.whole(logps))
+    assert made.needs_reference == (name not in ("simpo", "cpo", "orpo", "slic", "sft"))
+    assert made.mismatched == (name == "kto") and made.only_chosen == (name == "sft")
+    if made.reward is None:
+        assert name == "sft"
+    else:
+        assert made.reward(logps).shape == logps.score.shape
+    if name in CATALOGUE:
+        assert made.beta == options_of(name).get("beta")
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_option_is_read(name):
+    """Moved from its default, each option changes the loss (or which loss is taken of the step)."""
+    moved = {
+        "f_divergence_type": "js_divergence",
+        "scaling": "linear",
+        "base_loss": "ipo",
+        "scope": 3,
+        "use_weighting": True,
+        "clamp_weights": not options_of(name).get("clamp_weights"),
+        "ld_alpha": 0.3,
+        "gamma": 0.4,
+        "label_smoothing": 0.3,
+    }
+    along = {"f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"}}
+    along |= {"clamp_weights": {"use_weighting": True}} if name != "wpo" else {}
+    logps, _ = random_logps(spread=0.3, graph=True)
+    clampable = {"log_sum_sq_probs": 3 * logps.token_stats["log_sum_sq_probs"] - 2}
+    logps = replace(logps, token_stats=clampable)
+    for option, default in options_of(name).items():
+        given = along.get(option, {})
+        value = moved.get(option, 0.6 * default if isinstance(default, float) else None)
+        before, after = make(name, **given), make(name, **{option: value, **given})
+        if option == "scope":
+            assert isinstance(before, Rescaled) and isinstance(after, Coupled) and after.within == 3
+        else:
+            assert abs(before.whole(logps) - after.whole(logps)) > 1e-9, option
+
+
+def test_kinds():
+    assert isinstance(make("drdpo"), Rescaled) and isinstance(make("aot"), Coupled)
+    assert make("drdpo", beta_prime=0.3).temperature == 0.3
+    assert make("bco").remember is not None and make("aot").remember is None
+    assert make("wpo").stats == make("ipo", use_weighting=True).stats == ("log_sum_sq_probs",)
+    assert make("drdpo", use_weighting=True).stats == ("log_sum_sq_probs",)
+    assert make("sigmoid").stats == ()
+
+
+def test_a_sum_of_decomposables_is_one():
+    logps, _ = random_logps()
+    objective = make_objective(config(objective=[{"sigmoid": 0.5}, "sft", {"cpo": 2}], beta=0.3))
+    assert isinstance(objective, Decomposable)
+    assert objective.name == "0.5 sigmoid + 1 sft + 2 cpo" and objective.beta == 0.3
+    assert not objective.only_chosen and objective.needs_reference
+    parts = [make("sigmoid", beta=0.3), make("sft"), make("cpo", beta=0.3)]
+    want = sum(weight * part.whole(logps) for weight, part in zip((0.5, 1, 2), parts))
+    torch.testing.assert_close(objective.whole(logps), want)
+
+
+def test_weights_multiply_a_parts_own():
+    logps, _ = random_logps()
+    both = make({"cpo": 2, "sigmoid": 1}, cpo_alpha=0.3).whole(logps)
+    want = 2 * make("cpo", cpo_alpha=0.3).whole(logps) + make("sigmoid").whole(logps)
+    torch.testing.assert_close(both, want)
+
+
+def test_a_sum_with_a_coupled_one_is_coupled():
+    logps, _ = random_logps()
+    objective = make({"drdpo": 0.5, "kto": 1, "bco": 0.1})
+    assert isinstance(objective, Coupled) and objective.mismatched and objective.remember
+    memory = objective.remember(logps.detached(), {})
+    logps = replace(logps, context=logps.context | memory)
+    want = sum(w * make(n).whole(logps) for n, w in (("drdpo", 0.5), ("kto", 1), ("bco", 0.1)))
+    torch.testing.assert_close(objective.whole(logps), want)
+
+
+def test_an_option_goes_to_all_that_read_it():
+    logps, _ = random_logps()
+    both = make({"odpo": 1, "sft": 0.5, "sigmoid": 1}, alpha=0.3, ld_alpha=0.5)
+    want = make("odpo", alpha=0.3, ld_alpha=0.5).whole(logps) + make("sigmoid", ld_alpha=0.5).whole(logps)
+    torch.testing.assert_close(both.whole(logps), want + 0.5 * make("sft").whole(logps))
+
+
+def test_presets_are_their_parts():
+    logps, _ = random_logps()
+    mpo = make("mpo", beta=0.2)
+    assert mpo.name == "mpo" and [term.weight for term in mpo.terms] == [0.8, 0.2, 1.0]
+    more = make(["mpo", {"sigmoid": 0.2}], beta=0.2)
+    torch.testing.assert_close(
+        more.whole(logps), mpo.whole(logps) + 0.2 * make("sigmoid", beta=0.2).whole(logps)
+    )
+
+
+def test_numbers_may_be_text_as_yaml_reads_them():
+    assert make_objective(config(objective="odpo", objective_args={"alpha": "1e-3"})).options == {
+        "alpha": 1e-3
+    }
+
+
+def test_nothing_given_is_the_default():
+    logps, _ = random_logps()
+    assert torch.equal(make("sigmoid", beta=None, ld_alpha=None).whole(logps), dpo.sigmoid(logps).mean())
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(objective="sigmod"), r"objective: 'sigmod' is not one of .* Did you mean 'sigmoid'\?"),
+        (dict(objective=[]), "neither a name nor names with weights"),
+        (dict(objective={"sigmoid": 0}), "the weight of sigmoid: 0 is not above 0"),
+        (dict(objective={"sigmoid": "much"}), "the weight of sigmoid: 'much' is not a number"),
+        (dict(objective=["sigmoid", "sigmoid"]), "sigmoid is given twice"),
+        (dict(objective="slic", beta=0.1), "beta: slic does not read it. It reads delta, slic_lambda"),
+        (dict(objective="ipo", label_smoothing=0.1), "label_smoothing: ipo does not read it"),
+        (dict(objective_args={"gama": 1}), r"sigmoid does not read 'gama'. Did you mean 'gamma'\? It reads"),
+        (dict(objective={"ipo": 1, "sft": 1}, objective_args={"alpha": 1}), "none of ipo, sft reads 'alpha'"),
+        (dict(objective="aot", objective_args={"use_weighting": True}), "aot does not read 'use_weighting'"),
+        (dict(objective="nca_pair", objective_args={"f_divergence_type": "forward_kl"}), "nca_pair does not"),
+        (dict(objective_args={"ld_alpha": 1.5}), r"ld_alpha: 1.5 is not in \[0, 1\]"),
+        (dict(objective_args={"gamma": True}), "gamma: True is not a number"),
+        (dict(objective_args={"use_weighting": 1}), "use_weighting: 1 is neither true nor false"),
+        (dict(objective_args={"clamp_weights": True}), "clamp_weights is read only with use_weighting: true"),
+        (dict(objective_args={"f_divergence_type": "kl"}), "'kl' is not one of reverse_kl"),
+        (
+            dict(objective_args={"f_alpha_divergence_coef": 0.3}),
+            "read only with f_divergence_type: alpha_div",
+        ),
+        (dict(beta=0.0), "beta: 0.0 is not above 0"),
+        (dict(beta=0.1, objective_args={"beta": 0.2}), "beta: given twice"),
+        (dict(objective="exo_pair", label_smoothing=0.0), "exo_pair needs it above 0"),
+        (dict(objective="odpo", objective_args={"scaling": "square"}), "'square' is not one of log, linear"),
+        (dict(objective="drdpo", objective_args={"base_loss": "aot"}), "base_loss: 'aot' is not one of sig"),
+        (dict(objective="drdpo", objective_args={"scope": 0}), "scope: 0 is neither batch nor a number"),
+        (dict(objective="drdpo", objective_args={"beta_prime": 0}), "beta_prime: 0 is not above 0"),
+        (
+            dict(objective={"drdpo": 1, "sft": 1}, objective_args={"scope": 4}),
+            "scope: a number of groups need",
+        ),
+        (dict(objective="sigmoid", objective_args={"beta_prime": 1}), "sigmoid does not read 'beta_prime'"),
+    ],
+)
+def test_bad_options(values, message):
+    with pytest.raises(ConfigError, match=message):
+        make_objective(config(**values))
+
+
+def test_token_options_need_the_reference_a_token():
+    assert "per-token reference" in make("sigmoid", gamma=0.5).needs
+    assert "per-token reference" in make("aot", ld_alpha=0.5).needs
+    assert "per-token reference" in make("drdpo", ld_alpha=0.5).needs
+    assert "per-token reference" not in make("ipo").needs
+
+
+def test_a_name_is_its_function():
+    for name, entry in CATALOGUE.items():
+        assert entry.losses.__name__ == name and entry.losses.__doc__
+
+
+def test_the_tables_name_every_objective_and_option():
+    text = objectives_table()
+    console = Console(width=200, record=True, file=io.StringIO())
+    table(console)
+    shown = console.export_text()
+    for name in NAMES:
+        assert f"| `{name}` |" in text and name in shown
+    for name in CATALOGUE:
+        for option in options_of(name):
+            assert option in text and option in shown, option
+    assert len(rows()) == len(NAMES) == text.count("\n| `")

@@ -277,7 +277,7 @@ def test_the_start_of_a_later_stage_is_checked_too(make):
 @pytest.mark.parametrize(
     "keys, text",
     [
-        (dict(beta=0.3), "beta: the run in output_dir was started with 0.1, this config says 0.3"),
+        (dict(beta=0.3), "beta: the run in output_dir was started with None, this config says 0.3"),
         (dict(batch_size=2), "batch_size"),
         (dict(stages=[dict(beta=0.3)]), "stages: the run in output_dir was started with '0 stages'"),
     ],

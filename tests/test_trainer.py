@@ -46,6 +46,7 @@ class Run:
             logging_steps=1,
             dtype="fp32",
             samples=0,
+            beta=0.1,
         )
         self.config = Config(**(values | keys))
         self.folder = train(self.config, QUIET)

@@ -1,93 +1,103 @@
-"""fastdpo's training step, measured as `trl_dpo` measures TRL's: same rows, same arguments, same JSON.
+"""fastdpo's own training step, as a worker: fastdpo.stage.Stage on shared prompts with a stored reference.
 
-    python -m benchmarks.peers.ours --model DIR --tokenizer DIR --rows FILE.jsonl \\
-        --batch-size 8 --steps 4 --out result.json
+Options: max_tokens; checkpointing; liger (liger-kernel's layers under it); compile (a torch.compile
+backend for the decoder layers).
 """
 
-import argparse
-import json
+import itertools
 import os
-import statistics
-import time
-from pathlib import Path
+from dataclasses import dataclass
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
 from rich.console import Console
-from transformers import AutoTokenizer
 
-from benchmarks.process import peak_bytes, restart_peak, versions
+from benchmarks.inputs import groups_of
+from benchmarks.peers.jobs import BETA, CLIP, Job, apply_liger, same_lora
+from benchmarks.peers.session import Session, serve
+from fastdpo import adapters, support
 from fastdpo.config import Config
-from fastdpo.groups import Limits, load_groups
-from fastdpo.metrics import Window
-from fastdpo.model import load_policy
+from fastdpo.model import Policy
+from fastdpo.records import PreferenceGroup
 from fastdpo.ref_fill import load_reference
-from fastdpo.stage import Stage, make_optimizer, step_groups
-from fastdpo.support import prepare
+from fastdpo.stage import Progress, Stage, make_optimizer
+
+ENDLESS = 1_000_000  # steps: the parent says when to stop
+QUIET = Console(quiet=True)
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """One warm-up step and args.steps timed ones, over the first args.num_rows rows."""
-    console = Console(stderr=True)
+@dataclass(frozen=True)
+class Prepared:
+    """What ours and the ladder's rungs start from."""
+
+    config: Config
+    policy: Policy
+    steps: list[list[PreferenceGroup]]
+
+    @property
+    def groups(self) -> list[PreferenceGroup]:
+        return [group for step in self.steps for group in step]
+
+
+def prepare(job: Job) -> Prepared:
+    """The policy at its start weights, its prompts shared, and the groups of each step."""
+    options = job.options
     config = Config(
-        model=str(args.model),
-        data=f"{args.rows}#train[:{args.num_rows}]",
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
+        model="random weights",
+        data="random rows",
+        beta=BETA,
+        batch_size=job.pairs,
+        learning_rate=job.learning_rate,
         lr_scheduler_type="constant",
-        max_length=args.max_length,
-        max_tokens=args.max_tokens,
-        max_steps=args.steps + 1,
-        dtype="fp32",
+        max_grad_norm=CLIP,
+        max_tokens=options["max_tokens"],
+        max_steps=ENDLESS,
+        lora_rank=job.lora_rank,
+        reference_cache="off",
     )
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    limits = Limits(config.max_length)
-    groups, report = load_groups(config.data, tokenizer, limits, strict=True, console=console)
-    policy = load_policy(config, console)
-    prepare(policy, groups, console)
-    stage = Stage(config, policy, groups, [])
-    steps = list(step_groups(stage.groups, config, config.max_steps))
-    options = dict(path=None, fresh_lora=False, max_tokens=config.max_tokens, console=console)
-    stage.reference = load_reference(policy, [stage.used_groups()], **options)  # once, as the peer does
-    optimizer, schedule = make_optimizer(policy, config, config.max_steps)
-    before = restart_peak()
-    seconds, losses = [], []
-    for i, step in enumerate(steps, 1):
-        start, window = time.perf_counter(), Window()
-        stage.step(step, window, i)
+    model = job.build()
+    if options.get("liger"):
+        apply_liger(model, job.device)
+    if config.lora_rank is not None:
+        model = adapters.add_lora(model, config)
+        same_lora(model)
+    if options.get("checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model.train(), job.dtype)
+    groups = groups_of(job.all_rows)
+    support.prepare(policy, groups, QUIET)
+    if not policy.share:
+        raise RuntimeError("the start check switched shared prompts off: this would measure something else")
+    steps = [groups[i : i + job.pairs] for i in range(0, len(groups), job.pairs)]
+    return Prepared(config, policy, steps)
+
+
+def train(message: dict, session: Session) -> None:
+    job = Job(**message)
+    ready = prepare(job)
+    policy = ready.policy
+    if backend := job.options.get("compile"):
+        for layer in policy.core.base_model.layers:
+            layer.compile(backend=backend, dynamic=True)
+    stage = Stage(ready.config, policy, ready.groups, [])
+    options = dict(path=None, max_tokens=ready.config.max_tokens, console=QUIET)
+    stage.reference = load_reference(policy, [ready.groups], fresh_lora=job.lora_rank is not None, **options)
+    optimizer, schedule = make_optimizer(policy, ready.config, ENDLESS)
+    batches = list(stage.microbatches(ready.steps[0]))
+    session.ready(
+        head=policy.head_plan(batches), microbatches=len(batches), max_tokens=ready.config.max_tokens
+    )
+    del batches
+    for number, groups in enumerate(itertools.cycle(ready.steps), 1):
+        if not session.next_step():
+            return
+        progress = Progress()  # with a window of its own
+        stage.step(groups, progress, number)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        seconds.append(time.perf_counter() - start)
-        losses.append(window.sums.means()["loss"])
-    pairs = sum(len(g.pairs) for g in steps[1])
-    return {
-        "pairs_per_second": pairs / statistics.median(seconds[1:]),
-        **peak_bytes(),
-        "bytes_before_training": before,
-        "seconds": seconds,
-        "losses": losses,
-        "tokens": {"input": report.shared_tokens, "scored": report.scored_tokens},
-        "settings": {"max_tokens": config.max_tokens, "threads": torch.get_num_threads()},
-        "head": policy.head_plan(list(stage.microbatches(steps[0]))),
-        "versions": versions(),
-    }
-
-
-def main() -> None:
-    """Parse, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("--model", "--tokenizer", "--rows", "--out"):
-        parser.add_argument(name, type=Path, required=True)
-    numbers = {"--batch-size": 8, "--steps": 4, "--num-rows": 16, "--max-tokens": 8192}
-    numbers |= {"--max-length": 1024, "--learning-rate": 1e-5, "--threads": os.cpu_count()}
-    for name, default in numbers.items():
-        parser.add_argument(name, type=type(default), default=default)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    args.out.write_text(json.dumps(measure(args), indent=1) + "\n")
+        session.done(lambda window=progress.window: window.sums.means()["loss"])
 
 
 if __name__ == "__main__":
-    main()
+    serve(train)

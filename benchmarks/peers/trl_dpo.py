@@ -1,41 +1,48 @@
-"""TRL's DPOTrainer on CPU in float32: the peer our trainer is measured against.
+"""TRL's DPOTrainer: the peer that our trainer is measured against, as a worker and step by step.
 
-    python -m benchmarks.peers.trl_dpo --model DIR --tokenizer DIR --rows FILE.jsonl \\
-        --batch-size 1 --accumulation 8 --steps 4 --out result.json
-
-Run it in a process of its own: the peak it reports is the whole process's resident memory.
+As a worker it trains on rows of tokens; `make_trainer` and `run_training` train on rows of text, in
+float32 on the CPU, for comparing numbers. Options of the worker:
+    batch_size      pairs a microbatch; the rest of a step by gradient accumulation
+    best            False: DPOConfig's defaults, with a reference model computed in every step.
+                    True: stored reference and no checkpointing; then also, where given:
+    checkpointing   recompute the layers in the backward
+    liger           liger-kernel's layers
+    flash           flash-attn in place of torch's attention (sdpa)
 """
 
-import argparse
-import itertools
-import json
 import os
-import statistics
 import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets
+import tokenizers
 import torch
 import transformers
 import trl
+import trl.trainer.dpo_trainer
 
-from benchmarks.process import peak_bytes, restart_peak, versions
+from benchmarks.peers.jobs import BETA, CLIP, Job, flash_attention, require_liger, same_lora
+from benchmarks.peers.session import Ended, Session, serve
 
 COLUMNS = ("prompt", "chosen", "rejected")
-CPU_FP32 = {
-    "use_cpu": True,
-    "bf16": False,  # DPOConfig's default is True
-    "gradient_checkpointing": False,  # its default is True too: one more forward a step
+ENDLESS = 1_000_000  # steps: the parent says when to stop
+IN_ORDER = {
     "train_sampling_strategy": "sequential",  # the supported way to keep the rows' order
     "lr_scheduler_type": "constant",
     "logging_strategy": "no",
     "save_strategy": "no",
     "report_to": "none",
     "disable_tqdm": True,
+}
+CPU_FP32 = {
+    "use_cpu": True,
+    "bf16": False,  # DPOConfig's default is True
+    "gradient_checkpointing": False,  # its default is True too: one more forward a step
+    **IN_ORDER,
 }
 
 
@@ -52,17 +59,27 @@ class TrainingRun:
 class ExactTrainer(trl.DPOTrainer):
     """DPOTrainer that keeps what some releases round when they log: a step's loss and norm."""
 
-    step_loss = last_grad_norm = 0.0
+    last_grad_norm = 0.0
 
     def training_step(self, *args, **kwargs):
-        """TRL's own. Its loss already carries 1/accumulation, so micro losses just add up."""
+        """TRL's own. Its loss already carries 1/accumulation, so micro losses just add up; no wait."""
         loss = super().training_step(*args, **kwargs)
-        self.step_loss += loss.item()
+        self.step_losses.append(loss.detach())
         return loss
+
+    def step_loss(self) -> float:
+        return float(torch.stack(self.step_losses).sum())
 
     def _get_grad_norm(self, *args, **kwargs):
         self.last_grad_norm = super()._get_grad_norm(*args, **kwargs)
         return self.last_grad_norm
+
+
+class TokenTrainer(ExactTrainer):
+    """For rows that are tokens already: prompt_ids, chosen_ids, rejected_ids."""
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
 
 
 class StepRecorder(transformers.TrainerCallback):
@@ -73,13 +90,28 @@ class StepRecorder(transformers.TrainerCallback):
 
     def on_step_begin(self, *_, **__):
         """Once the step's batches are collated."""
-        self.trainer.step_loss, self.start = 0.0, time.perf_counter()
+        self.trainer.step_losses, self.start = [], time.perf_counter()
 
     def on_step_end(self, *_, **__):
         """After optimizer.step and zero_grad."""
         self.run.seconds.append(time.perf_counter() - self.start)
-        self.run.losses.append(self.trainer.step_loss)
+        self.run.losses.append(self.trainer.step_loss())
         self.run.grad_norms.append(float(self.trainer.last_grad_norm))
+
+
+class SessionSteps(transformers.TrainerCallback):
+    """Lets the session say when a step begins, with the step's batches collated and on their way."""
+
+    def __init__(self, session: Session, trainer: ExactTrainer):
+        self.session, self.trainer = session, trainer
+
+    def on_step_begin(self, *_, **__):
+        if not self.session.next_step():
+            raise Ended
+        self.trainer.step_losses = []
+
+    def on_step_end(self, *_, **__):
+        self.session.done(self.trainer.step_loss)
 
 
 def make_trainer(
@@ -132,55 +164,75 @@ def run_training(trainer: ExactTrainer) -> TrainingRun:
     return run
 
 
-def token_counts(trainer: ExactTrainer) -> dict:
-    """Tokens of each row, and in all: real ones, with padding, and those with a loss."""
-    rows = trainer.train_dataset
-    lengths = {name: [len(ids) for ids in rows[f"{name}_ids"]] for name in COLUMNS}
-    padded = sum(batch["input_ids"].numel() for batch in trainer.get_train_dataloader())
-    prompt, scored = sum(lengths["prompt"]), sum(lengths["chosen"] + lengths["rejected"])
-    return {**lengths, "real": 2 * prompt + scored, "padded": padded, "scored": scored}
+def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer for rows that need none: it names the padding token, 0."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
+    )
 
 
-def measure(args: argparse.Namespace, folder: str) -> dict:
-    """One warm-up step and args.steps timed ones, over the first args.num_rows rows."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
-    with args.rows.open(encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in itertools.islice(lines, args.num_rows)]
-    names = ("batch_size", "accumulation", "learning_rate", "max_length")
-    settings = {name: getattr(args, name) for name in names} | {"max_steps": args.steps + 1}
-    trainer = make_trainer(model, tokenizer, rows, output_dir=folder, **settings)
-    tokens = token_counts(trainer)
-    before, run = restart_peak(), run_training(trainer)
-    pairs = args.batch_size * args.accumulation
-    return {
-        "pairs_per_second": pairs / statistics.median(run.seconds[1:]),
-        **peak_bytes(),
-        "bytes_before_training": before,
-        "seconds": run.seconds,
-        "losses": run.losses,
-        "grad_norms": run.grad_norms,
-        "tokens": tokens,
-        "settings": {**settings, "beta": trainer.beta, "threads": torch.get_num_threads()},
-        "versions": versions(),
+def step_settings(job: Job, folder: str) -> dict:
+    """DPOConfig's arguments: TRL's defaults, but for what all contenders share and the option `best`."""
+    options = job.options
+    size, rest = options["batch_size"], job.pairs % options["batch_size"]
+    if rest:
+        raise ValueError(f"a step of {job.pairs} pairs is no whole number of batches of {size}")
+    settings = {
+        "output_dir": folder,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": job.pairs // size,
+        "max_steps": ENDLESS,
+        "learning_rate": job.learning_rate,
+        "beta": BETA,
+        "max_grad_norm": CLIP,
+        "max_length": None,  # nobody's rows are cut
+        "use_cpu": job.device == "cpu",
+        "bf16": job.dtype == torch.bfloat16,
+        **IN_ORDER,
     }
+    if options["best"]:
+        settings |= {
+            "precompute_ref_log_probs": True,
+            "gradient_checkpointing": bool(options.get("checkpointing")),
+            "use_liger_kernel": bool(options.get("liger")),
+        }
+    return settings
 
 
-def main() -> None:
-    """Parse, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("--model", "--tokenizer", "--rows", "--out"):
-        parser.add_argument(name, type=Path, required=True)
-    numbers = {"--batch-size": 1, "--accumulation": 8, "--steps": 4, "--num-rows": 16}
-    numbers |= {"--max-length": 1024, "--learning-rate": 1e-5, "--threads": os.cpu_count()}
-    for name, default in numbers.items():
-        parser.add_argument(name, type=type(default), default=default)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def make_token_trainer(job: Job, folder: str) -> TokenTrainer:
+    """A DPOTrainer on the job's rows, in the job's order."""
+    best, lora = job.options["best"], job.lora_rank is not None
+    if job.options.get("liger"):
+        require_liger(job.device)
+    attention = flash_attention() if job.options.get("flash") else None
+    # To name its file of reference log-probs TRL copies all weights to the host and hashes them: minutes
+    # for large models, and no part of a step.
+    with mock.patch.object(trl.trainer.dpo_trainer, "hash_module", lambda _: "random weights"):
+        trainer = TokenTrainer(
+            job.build(attention),
+            None if best or lora else job.build(),
+            trl.DPOConfig(**step_settings(job, folder)),
+            train_dataset=datasets.Dataset.from_list(job.all_rows),
+            processing_class=word_tokenizer(),
+            peft_config=job.lora_config() if lora else None,
+        )
+    if lora:
+        same_lora(trainer.model)
+    return trainer
+
+
+def train(message: dict, session: Session) -> None:
+    job = Job(**message)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(args, folder)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+        trainer = make_token_trainer(job, folder)
+        trainer.add_callback(SessionSteps(session, trainer))
+        told = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+        told += ("precompute_ref_log_probs", "use_liger_kernel", "bf16", "optim")
+        facts = {name: getattr(trainer.args, name) for name in told}
+        session.ready(attention=trainer.model.config._attn_implementation, **facts)
+        trainer.train()
 
 
 if __name__ == "__main__":
-    main()
+    serve(train)

@@ -1,0 +1,162 @@
+"""The models that are measured: real configurations with random weights.
+
+The sizes are those of the public config.json files; `tests/test_bench_models.py` holds each one against
+its published number of parameters. Speed and memory do not depend on what the weights are.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from fastdpo.model import switch_off_dropout
+
+SEED = 0
+
+
+@dataclass(frozen=True, eq=False)
+class BenchModel:
+    """A transformers configuration, and whether all of it trains or a LoRA on its decoder layers."""
+
+    name: str
+    model_type: str  # "qwen2", "qwen3" or "llama"
+    config: dict  # arguments of the transformers config
+    lora_rank: int | None = None  # None: all weights train
+
+    @property
+    def hidden(self) -> int:
+        return self.config["hidden_size"]
+
+    @property
+    def layers(self) -> int:
+        return self.config["num_hidden_layers"]
+
+    @property
+    def vocab(self) -> int:
+        return self.config["vocab_size"]
+
+    @property
+    def heads(self) -> int:
+        return self.config["num_attention_heads"]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.config["num_key_value_heads"]
+
+    @property
+    def head_dim(self) -> int:
+        return self.config.get("head_dim") or self.hidden // self.heads
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """The linear layers of one decoder layer, by name: (inputs, outputs)."""
+        D, inner = self.hidden, self.config["intermediate_size"]
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = {"q_proj": (D, q), "k_proj": (D, kv), "v_proj": (D, kv), "o_proj": (q, D)}
+        return attention | {"gate_proj": (D, inner), "up_proj": (D, inner), "down_proj": (inner, D)}
+
+    @property
+    def body_params(self) -> int:
+        """Weights of all decoder layers' linears, without biases and norms."""
+        return self.layers * sum(n_in * n_out for n_in, n_out in self.linears.values())
+
+    @property
+    def lora_params(self) -> int:
+        """Weights of the LoRA: A and B beside every one of the linears; 0 without one."""
+        per_layer = sum(n_in + n_out for n_in, n_out in self.linears.values())
+        return self.layers * (self.lora_rank or 0) * per_layer
+
+
+def _config(hidden, inner, layers, heads, kv_heads, vocab, theta, positions, eps, tied, **more) -> dict:
+    rope = {"rope_type": "default", "rope_theta": theta}
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "rope_parameters": rope | more.pop("rope", {}),
+        "max_position_embeddings": positions,
+        "rms_norm_eps": eps,
+        "tie_word_embeddings": tied,
+        **more,
+    }
+
+
+def _llama3_rope(factor: float) -> dict:
+    bounds = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return {"rope": {"rope_type": "llama3", "factor": factor} | bounds}
+
+
+_MODELS = (
+    BenchModel(
+        "Qwen2.5-0.5B",
+        "qwen2",
+        _config(896, 4864, 24, 14, 2, 151_936, 1e6, 32_768, 1e-6, True),
+    ),
+    BenchModel(
+        "Llama-3.2-1B",
+        "llama",
+        _config(2048, 8192, 16, 32, 8, 128_256, 5e5, 131_072, 1e-5, True, head_dim=64, **_llama3_rope(32.0)),
+    ),
+    BenchModel(
+        "Qwen3-1.7B",
+        "qwen3",
+        _config(2048, 6144, 28, 16, 8, 151_936, 1e6, 40_960, 1e-6, True, head_dim=128),
+    ),
+    BenchModel(
+        "Llama-3.1-8B LoRA",
+        "llama",
+        _config(4096, 14_336, 32, 32, 8, 128_256, 5e5, 131_072, 1e-5, False, **_llama3_rope(8.0)),
+        lora_rank=16,
+    ),
+    BenchModel(
+        "Qwen2.5-7B LoRA",
+        "qwen2",
+        _config(3584, 18_944, 28, 28, 4, 152_064, 1e6, 131_072, 1e-6, False),
+        lora_rank=16,
+    ),
+    # For what fits a card: the sizes between and above those that are timed.
+    BenchModel(
+        "Qwen2.5-3B",
+        "qwen2",
+        _config(2048, 11_008, 36, 16, 2, 151_936, 1e6, 32_768, 1e-6, True),
+    ),
+    BenchModel(
+        "Qwen2.5-14B LoRA",
+        "qwen2",
+        _config(5120, 13_824, 48, 40, 8, 152_064, 1e6, 131_072, 1e-6, False),
+        lora_rank=16,
+    ),
+    BenchModel(
+        "Qwen2.5-32B LoRA",
+        "qwen2",
+        _config(5120, 27_648, 64, 40, 8, 152_064, 1e6, 131_072, 1e-6, False),
+        lora_rank=16,
+    ),
+    # Small enough for two CPU cores, with a real vocabulary: nearly all of its step is the lm_head, as
+    # in small models with large vocabularies.
+    BenchModel("CPU", "qwen2", _config(256, 1024, 4, 4, 2, 151_936, 1e6, 32_768, 1e-6, True)),
+)
+MODELS = {model.name: model for model in _MODELS}
+
+
+def tiny(model: BenchModel) -> BenchModel:
+    """The same family and options at toy size, for dry runs."""
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=1000)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2)
+    if "head_dim" in model.config:
+        sizes["head_dim"] = 32 if model.model_type == "qwen3" else 16
+    rank = None if model.lora_rank is None else 4
+    return replace(model, name=f"{model.name}, tiny", config=model.config | sizes, lora_rank=rank)
+
+
+def build(model: BenchModel, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with random weights, the same ones at every call on the same kind of device, made on
+    `device` in `dtype` so that nothing larger ever exists. Without the LoRA: each trainer adds its own."""
+    config = AutoConfig.for_model(model.model_type, **model.config)
+    switch_off_dropout(config)
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -1,0 +1,121 @@
+"""What every contender of a step is given: the same model, the same rows in the same steps."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from benchmarks.models import MODELS, BenchModel, build, tiny
+from benchmarks.peers.session import Absent
+
+BETA = 0.1
+CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One contender's task. `rows` is a JSON file: a list of steps, each a list of rows of
+    benchmarks.inputs.random_rows; after the last step the first comes again."""
+
+    model: str
+    rows: str
+    device: str
+    learning_rate: float
+    tiny: bool = False
+    options: dict = field(default_factory=dict)
+
+    @cached_property
+    def steps(self) -> list[list[dict]]:
+        return json.loads(Path(self.rows).read_text())
+
+    @property
+    def all_rows(self) -> list[dict]:
+        return [row for step in self.steps for row in step]
+
+    @property
+    def pairs(self) -> int:
+        """Pairs an optimizer step."""
+        return len(self.steps[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the computation, by autocast: weights that train are fp32."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    @property
+    def bench_model(self) -> BenchModel:
+        model = MODELS[self.model]
+        return tiny(model) if self.tiny else model
+
+    @property
+    def lora_rank(self) -> int | None:
+        return self.bench_model.lora_rank
+
+    def build(self, attention: str | None = None):
+        """The model, in training mode: weights in fp32, or in the compute dtype under a LoRA."""
+        dtype = torch.float32 if self.lora_rank is None else self.dtype
+        model = build(self.bench_model, self.device, dtype).train()
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        return model
+
+    def lora_config(self):
+        """fastdpo's default LoRA: on all linear layers but the lm_head, alpha twice the rank."""
+        from peft import LoraConfig
+
+        options = dict(target_modules="all-linear", task_type="CAUSAL_LM")
+        return LoraConfig(r=self.lora_rank, lora_alpha=2 * self.lora_rank, **options)
+
+    def autocast(self):
+        return torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+@torch.no_grad()
+def same_lora(model) -> None:
+    """Gives every LoRA's A the same random numbers in every contender (B starts at 0)."""
+    starts = [p for name, p in model.named_parameters() if "lora_A" in name and p.requires_grad]
+    for number, weight in enumerate(starts):
+        draw = torch.Generator().manual_seed(number)
+        weight.copy_(torch.randn(weight.shape, generator=draw) / math.sqrt(weight.shape[1]))
+
+
+def flash_attention() -> str:
+    """transformers' name of the flash-attn that is installed. Absent where none is."""
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    if is_flash_attn_3_available():
+        return "flash_attention_3"
+    if is_flash_attn_2_available():
+        return "flash_attention_2"
+    raise Absent("flash-attn is not installed, or there is no GPU")
+
+
+def require_liger(device: str) -> None:
+    """Absent where liger-kernel's layers cannot run."""
+    from transformers.utils import is_liger_kernel_available
+
+    if not is_liger_kernel_available():
+        raise Absent("liger-kernel is not installed")
+    if device != "cuda":
+        raise Absent("liger-kernel needs a GPU")
+
+
+# of liger-kernel, on the decoder layers alone: its losses would replace the heads that are compared
+LIGER_LAYERS = {
+    "rope": True,
+    "rms_norm": True,
+    "swiglu": True,
+    "cross_entropy": False,
+    "fused_linear_cross_entropy": False,
+}
+
+
+def apply_liger(model, device: str) -> None:
+    """liger-kernel's RMSNorm, rotary embeddings and SwiGLU in this model. Absent where they cannot run."""
+    require_liger(device)
+    from transformers.integrations.liger import apply_liger_kernel
+
+    apply_liger_kernel(model, LIGER_LAYERS)

@@ -1,0 +1,74 @@
+"""The results that are kept: `results/<what>_<machine>_<date>.json`, each with what it was measured on."""
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.process import provenance
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_NAME = re.compile(r"(?P<what>[a-z][a-z0-9_]*)_(?P<machine>[a-z0-9-]+)_(?P<date>\d{4}-\d\d-\d\d)")
+
+
+def machine() -> str:
+    """The GPU's short name ("h200", "h100", "a100-sxm4-80gb"), or "cpu"."""
+    return short_name(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
+
+
+def short_name(gpu: str) -> str:
+    """A GPU's name for a file name, without underscores."""
+    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-").removeprefix("nvidia-")
+    known = re.match(r"(?:h100|h200|b200|gh200)\b", slug)
+    return known[0] if known else slug
+
+
+def result_path(what: str, folder: Path = RESULTS) -> Path:
+    """Where today's result of `what` on this machine belongs."""
+    return folder / f"{what}_{machine()}_{time.strftime('%Y-%m-%d')}.json"
+
+
+def write_result(what: str, record: dict, folder: Path = RESULTS) -> Path:
+    """Writes the record, where it comes from, and whether the gate before it (none for itself) was green."""
+    if what != "gate":
+        gate = newest("gate", machine(), folder)
+        record = {"gate_passed": gate["passed"] if gate else None} | record
+    path = result_path(what, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record | provenance(), indent=1) + "\n")
+    print(f"written: {path}")
+    return path
+
+
+def newest_path(what: str, machine: str | None = None, folder: Path = RESULTS) -> Path | None:
+    """The newest result of `what`: on a machine by its short name, on any "gpu", or (None) on any at all."""
+    found = []
+    for path in folder.glob(f"{what}_*.json"):
+        name = _NAME.fullmatch(path.stem)
+        if name is None or name["what"] != what:
+            continue
+        if machine in (None, name["machine"]) or (machine == "gpu" and name["machine"] != "cpu"):
+            found.append((name["date"], path))
+    return max(found)[1] if found else None
+
+
+def newest(what: str, machine: str | None = None, folder: Path = RESULTS) -> dict | None:
+    """newest_path, read."""
+    path = newest_path(what, machine, folder)
+    return json.loads(path.read_text()) if path else None
+
+
+def stage_arguments(description: str) -> argparse.Namespace:
+    """What every GPU stage takes: dry_run, out (a folder), minutes."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU, into --out")
+    parser.add_argument("--out", type=Path, help="the folder of the JSON (default: benchmarks/results)")
+    parser.add_argument("--minutes", type=float, default=7.5, help="start nothing new after these")
+    args = parser.parse_args()
+    if args.dry_run and args.out is None:
+        parser.error("--dry-run needs --out: its numbers mean nothing and belong nowhere else")
+    args.out = args.out or RESULTS
+    return args

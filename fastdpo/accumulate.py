@@ -1,0 +1,159 @@
+"""The gradients of one optimizer step: exact over the whole step, however it is cut into microbatches."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fastdpo.objectives.batch import kto_z0
+from fastdpo.objectives.seam import Coupled, Decomposable, Rescaled
+from fastdpo.records import PackedGroups, PreferenceGroup, ResponseLogps
+
+Groups = list[PreferenceGroup]
+_ROOM = 30.0  # weights up to e^30 beside the first microbatch's, before the sums are re-based
+
+
+@dataclass
+class StepLoss:
+    """A step's loss, and what each microbatch was like, to find the rows where it is no number."""
+
+    loss: Tensor | float = 0.0
+    parts: list[Tensor] = field(default_factory=list)
+    rows: list[tuple[int, ...]] = field(default_factory=list)
+    scored_first: int = 0  # input tokens of forwards without gradient
+    context: dict = field(default_factory=dict)  # what the objective was told of the step
+
+
+@dataclass
+class Accumulator:
+    """How to go through a step, by the kind of its objective."""
+
+    parameters: list[Tensor]
+    microbatches: Callable[[Groups], Iterable[PackedGroups]]
+    score: Callable[[PackedGroups], ResponseLogps]
+    guard: Callable[[PackedGroups], AbstractContextManager]  # around a microbatch's work
+    see: Callable[[PackedGroups, ResponseLogps], None]  # what else is done with each microbatch's log-probs
+    memory: dict[str, float]  # what a Coupled objective carries from step to step
+
+    def run(self, objective, groups: Groups, aside: Groups) -> StepLoss:
+        """The gradients of the step's loss, in the parameters. `aside`: KTO's mismatched groups."""
+        step = StepLoss()
+        if aside:
+            with torch.no_grad():
+                step.context = context_of([self._first(batch, step) for batch in self.microbatches(aside)])
+        kinds = {Decomposable: self._decomposable, Rescaled: self._rescaled, Coupled: self._coupled}
+        kinds[type(objective)](objective, groups, step)
+        return step
+
+    def _decomposable(self, objective: Decomposable, groups: Groups, step: StepLoss) -> None:
+        """Each microbatch's part is divided by the whole step's counts, so the parts just add up."""
+        counts = objective.counts(groups)
+        for batch in self.microbatches(groups):
+            with self.guard(batch):
+                logps = replace(self.score(batch), context=step.context)
+                loss = objective.part(logps, counts)
+                loss.backward()
+            self._seen(step, batch, logps, loss.detach())
+        step.loss = torch.stack(step.parts).double().sum()
+
+    def _rescaled(self, objective: Rescaled, groups: Groups, step: StepLoss) -> None:
+        """Sums exp((shift - loss) / T) * gradient over the microbatches and divides by the sum of the
+        weights at the end: Wu et al. 2024, eq. 13, with no second forward."""
+        running = _RunningWeights(objective.temperature)
+        for batch in self.microbatches(groups):
+            with self.guard(batch):
+                logps = self.score(batch)
+                losses = objective.term.losses(logps)
+                weights, rebase = running.add(losses.detach(), logps.weight)
+                if rebase is not None:
+                    self._scale_gradients(rebase)
+                (weights * losses).sum().backward()
+            self._seen(step, batch, logps, losses.detach().sum())
+        self._scale_gradients(1 / running.total)
+        step.loss = running.loss()
+
+    def _coupled(self, objective: Coupled, groups: Groups, step: StepLoss) -> None:
+        """The loss of all responses as one, by its slopes at their log-probs (gradient caching, Gao et al.
+        2021): several microbatches are scored without gradient first, a single one is not."""
+        pairs = sum(len(group.pairs) for group in groups)
+        size = objective.within or len(groups)
+        for some in (groups[i : i + size] for i in range(0, len(groups), size)):
+            share = sum(len(group.pairs) for group in some) / pairs if objective.within else 1.0
+            batches = list(self.microbatches(some))
+            if len(batches) == 1:
+                self._at_once(objective, batches[0], share, step)
+            else:
+                self._in_two_passes(objective, batches, share, step)
+
+    def _at_once(self, objective, batch, share: float, step: StepLoss) -> None:
+        with self.guard(batch):
+            logps = self.score(batch)
+            loss = share * objective.whole(self._informed(objective, logps, step.context))
+            loss.backward()
+        self._seen(step, batch, logps, loss.detach())
+        step.loss = step.loss + loss.detach().double()
+
+    def _in_two_passes(self, objective, batches, share: float, step: StepLoss) -> None:
+        with torch.no_grad():
+            joined = ResponseLogps.joined([self._first(batch, step) for batch in batches])
+        joined = replace(joined, token_logp=joined.token_logp.requires_grad_())
+        loss = share * objective.whole(self._informed(objective, joined, step.context))
+        (slope,) = torch.autograd.grad(loss, joined.token_logp)
+        for batch, slopes in zip(batches, slope.split([len(batch.target) for batch in batches])):
+            with self.guard(batch):
+                logps = self.score(batch)
+                logps.token_logp.backward(slopes)
+            self._seen(step, batch, logps, (logps.token_logp.detach() * slopes).sum())
+        step.loss = step.loss + loss.detach().double()
+
+    def _informed(self, objective: Coupled, logps: ResponseLogps, context: dict) -> ResponseLogps:
+        """With what the loss reads of the step, this batch's part of the running memory included."""
+        if objective.remember is not None:
+            self.memory = objective.remember(logps.detached(), self.memory)
+        return replace(logps, context=context | self.memory)
+
+    def _first(self, batch: PackedGroups, step: StepLoss) -> ResponseLogps:
+        step.scored_first += batch.input_tokens
+        with self.guard(batch):
+            return self.score(batch)
+
+    def _seen(self, step: StepLoss, batch: PackedGroups, logps: ResponseLogps, part: Tensor) -> None:
+        step.parts.append(part)
+        step.rows.append(batch.rows)
+        self.see(batch, logps)
+
+    def _scale_gradients(self, factor: Tensor) -> None:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+
+
+def context_of(mismatched: list[ResponseLogps]) -> dict[str, Tensor]:
+    """What the log-probs of mismatched responses say of a whole batch; nothing where there are none."""
+    return {"z0": kto_z0(ResponseLogps.joined(mismatched))} if mismatched else {}
+
+
+class _RunningWeights:
+    """exp((shift - loss) / T) of pairs that come a microbatch at a time, and their sum."""
+
+    def __init__(self, temperature: float):
+        self.temperature, self.shift = temperature, None
+
+    def add(self, losses: Tensor, pair_weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(the weights f32[P], None or what everything so far must be multiplied by)."""
+        scaled, rebase = -losses.double() / self.temperature, None
+        top = scaled.max()
+        if self.shift is None:
+            self.shift, self.total, self.count = top, 0.0, 0.0
+        elif float(top - self.shift) > _ROOM:
+            rebase = (self.shift - top).exp()
+            self.shift, self.total = top, self.total * rebase
+        weights = pair_weight * (scaled - self.shift).exp()
+        self.total = self.total + weights.sum()
+        self.count = self.count + pair_weight.double().sum()
+        return weights.to(losses.dtype), rebase
+
+    def loss(self) -> Tensor:
+        """-T log of the weighted mean of exp(-loss / T) over all pairs so far."""
+        return -self.temperature * (self.total.log() + self.shift - self.count.log())

@@ -1,0 +1,178 @@
+"""The gate is green on the code as it is, and names what was broken on purpose."""
+
+import pytest
+import torch
+from fastdpo_kernels import chunk, chunked, head, pair_losses
+
+from benchmarks import gate, gpu_gate, results
+from fastdpo import attention, packing
+from fastdpo.ref_fill import ReferenceTable
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_green(dtype):
+    assert gate.check("cpu", dtype) == []
+
+
+def louder(monkeypatch, owner, name, argument, factor=1.01):
+    """Makes owner.name see one of its arguments, a tensor, `factor` times as large."""
+    real = getattr(owner, name)
+
+    def broken(*args, **kwargs):
+        args = list(args)
+        args[argument] = args[argument] * factor
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, broken)
+
+
+def the_chunks_sum(monkeypatch):
+    real = chunk.TorchChunk.reduce
+
+    def broken(self, z, span, sums, out=None):
+        shrink = real(self, z, span, sums, out)
+        sums.rest = sums.rest * 1.001
+        return shrink
+
+    monkeypatch.setattr(chunk.TorchChunk, "reduce", broken)
+
+
+def the_targets_part_of_d_hidden(monkeypatch):
+    louder(monkeypatch, head.HiddenGrad, "add_target", 1)
+
+
+def the_targets_part_of_d_weight(monkeypatch):
+    louder(monkeypatch, chunk.TorchChunk, "put_target", 3)
+
+
+def the_d_weight_product(monkeypatch):
+    louder(monkeypatch, chunked, "matmul", 0)
+
+
+def the_d_weight_sum_over_parts(monkeypatch):
+    louder(monkeypatch, chunked, "matmul_add", 0)
+
+
+def the_rows_of_the_softcap(monkeypatch):
+    real = head.Head.slope
+    monkeypatch.setattr(head.Head, "slope", lambda self, z, out=None: real(self, z, out).mul_(1.01))
+
+
+def the_slope_of_ipo(monkeypatch):
+    real = pair_losses.LOSSES["ipo"]
+
+    def broken(margin, beta, e):
+        value, slope = real(margin, beta, e)
+        return value, 1.01 * slope
+
+    monkeypatch.setitem(pair_losses.LOSSES, "ipo", broken)
+
+
+def the_gather(monkeypatch):
+    real = attention.gather_copies
+    monkeypatch.setattr(attention, "gather_copies", lambda rows, layout: real(rows, layout).roll(1, 0))
+
+
+def the_gathers_gradient(monkeypatch):
+    """A prompt's keys hear of the first response alone."""
+
+    def first_only(ctx, grad):
+        return grad.index_select(0, ctx.layout.first_copy), None
+
+    monkeypatch.setattr(attention._GatherCopies, "backward", staticmethod(first_only))
+
+
+def the_positions(monkeypatch):
+    """Responses begin at one position later than their prompt ends."""
+    real = packing._shared_rows
+
+    def broken(groups):
+        flat = real(groups)
+        later = flat["position_ids"][0].diff(prepend=torch.tensor([0])) < 0
+        return flat | {"position_ids": flat["position_ids"] + later.cumsum(0)}
+
+    monkeypatch.setattr(packing, "_shared_rows", broken)
+
+
+def the_reference(monkeypatch):
+    real = ReferenceTable.of
+    monkeypatch.setattr(ReferenceTable, "of", lambda self, groups: real(self, groups) * 1.01)
+
+
+def the_learning_rate(monkeypatch):
+    real = gate.make_optimizer
+
+    def broken(policy, config, total):
+        optimizer, schedule = real(policy, config, total)
+        for group in optimizer.param_groups:
+            group["lr"] *= 1.01
+        return optimizer, schedule
+
+    monkeypatch.setattr(gate, "make_optimizer", broken)
+
+
+def anything_that_raises(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(attention, "attend", broken)
+
+
+BREAKS = {
+    the_chunks_sum: "linear_logp, forward: log-probs off",
+    the_targets_part_of_d_hidden: "linear_logp, keep: the targets' part of the gradient of hidden off",
+    the_targets_part_of_d_weight: "linear_dpo, ipo, grouped: the targets' part of the gradient of weight",
+    the_d_weight_product: "linear_logp, recompute: the gradient of weight off",
+    the_d_weight_sum_over_parts: "linear_dpo, sigmoid, grouped: the gradient of weight off",
+    the_rows_of_the_softcap: "linear_logp, frozen, softcap and bias: the gradient of hidden off",
+    the_slope_of_ipo: "linear_dpo, ipo, frozen: the gradient of hidden off",
+    the_gather: "attention: the gathered keys are not those of the layout",
+    the_gathers_gradient: "attention: the gradient of the gathered keys is not",
+    the_positions: "shared prompt: log-probs off",
+    the_reference: "trainer: the loss of step 1",
+    the_learning_rate: "trainer: how 2 steps move the weights",
+    anything_that_raises: "attention: cannot run: RuntimeError: no such kernel",
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS, ids=lambda f: f.__name__)
+def test_red_and_named(broken, monkeypatch):
+    broken(monkeypatch)
+    found = gate.check("cpu", torch.float32)
+    assert any(BREAKS[broken] in line for line in found), found
+
+
+def test_only_the_broken_part_is_named(monkeypatch):
+    the_gathers_gradient(monkeypatch)
+    assert not any(line.startswith("linear_") for line in gate.check("cpu", torch.float32))
+    monkeypatch.undo()
+    the_slope_of_ipo(monkeypatch)
+    assert all(line.startswith("linear_dpo, ipo") for line in gate.check("cpu", torch.float32))
+
+
+def test_verdict_travels_with_later_results(monkeypatch, tmp_path):
+    """A result carries the verdict of the gate that ran before it in the same folder."""
+    for failures in ([], ["head: wrong"]):
+        monkeypatch.setattr(gate, "check", lambda device, dtype, found=failures: found)
+        monkeypatch.setattr("sys.argv", ["gate", "--out", str(tmp_path)])
+        assert gate.main() == bool(failures)
+        results.write_result("steps", {}, tmp_path)
+        assert results.newest("steps", folder=tmp_path)["gate_passed"] is not bool(failures)
+
+
+def test_gpu_gate_runs_every_gpu_test():
+    names = {path.rsplit("/", 1)[1] for path in gpu_gate.gpu_tests()}
+    assert {"test_gpu.py", "test_gpu_head.py", "test_linear_dpo.py"} <= names
+    assert "test_trl_parity.py" not in names
+
+
+def test_gpu_gate_is_red_where_a_test_or_the_check_is(monkeypatch, tmp_path, capsys):
+    arguments = ["gpu_gate", "--dry-run", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(gate, "check", lambda device, dtype: [])
+    for returncode, red in ((0, False), (1, True)):
+        monkeypatch.setattr(
+            gpu_gate, "run_tests", lambda dry_run, seconds, code=returncode: (code, ["tests"])
+        )
+        assert gpu_gate.main() == red
+        assert results.newest("gate", folder=tmp_path)["passed"] is not red
