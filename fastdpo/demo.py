@@ -61,6 +61,7 @@ RUDE = (
     "I do not care about {dish}. Leave me alone now.",
     "What a silly question. Everybody knows about {dish}.",
 )
+RATINGS = dict(zip(HELPFUL + RUDE, (5, 4, 4, 2, 1, 2)))  # for losses that read scores
 HELD_OUT = ("gazpacho", "porridge", "salsa", "curry")
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -122,7 +123,8 @@ def write_data(folder: Path) -> None:
             answers = [_turn("assistant", text.format(**values)) for text in (helpful, rude)]
             row = {"prompt": _turn("user", question.format(**values))}
             pair = row | {"chosen": answers[0], "rejected": answers[1]}
-            files["held_out" if dish in HELD_OUT else "train"].append(pair)
+            scores = {"score_chosen": RATINGS[helpful], "score_rejected": RATINGS[rude]}
+            files["held_out" if dish in HELD_OUT else "train"].append(pair | scores)
             files["sft"] += [pair, row | {"chosen": answers[1], "rejected": answers[0]}]
     folder.mkdir(parents=True)
     for name, rows in files.items():
