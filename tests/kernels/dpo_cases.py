@@ -1,6 +1,7 @@
 """Random batches of preference groups for linear_dpo, and how its tests compare."""
 
 import random
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ LOSSES = (
     {"loss": "ipo", "beta": 0.4},
     {"loss": FUNCTION},
 )
+named = lambda options: re.sub(r" at 0x\w+", "", str(options))  # the same id in every process
 
 
 @dataclass

@@ -10,7 +10,7 @@ from fastdpo_kernels.pair_losses import groups_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from .cases import NAMES, many_chunks  # noqa: F401
-from .dpo_cases import FUNCTION, LOSSES, UPSTREAM, assert_as_good, batch, budget_for, parts
+from .dpo_cases import FUNCTION, LOSSES, UPSTREAM, assert_as_good, batch, budget_for, named, parts
 
 pytestmark = pytest.mark.usefixtures("many_chunks")
 SUBSETS = [s for n in range(6) for s in itertools.combinations(NAMES, n)]
@@ -26,7 +26,7 @@ def budgets(b, dtype=torch.float64):
     return {"one": None, "several": several, "again": again}
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES, ids=named)
 @pytest.mark.parametrize("which", ("one", "several", "again"))
 @pytest.mark.parametrize("wanted", (NAMES, ("hidden",), ()), ids=("trained", "frozen", "none"))
 def test_every_loss(loss, which, wanted):
@@ -43,7 +43,7 @@ def test_every_gradient_subset(wanted, which):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("which", ("one", "several", "again"))
-@pytest.mark.parametrize("loss", (LOSSES[0], LOSSES[3], LOSSES[4]), ids=str)
+@pytest.mark.parametrize("loss", (LOSSES[0], LOSSES[3], LOSSES[4]), ids=named)
 def test_dtypes(dtype, which, loss):
     b = batch(2, V=1001)
     assert_as_good(b, dtype, memory_budget=budgets(b, dtype)[which], **loss)
@@ -249,7 +249,7 @@ def test_strided_hidden_and_a_tied_head():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.parametrize("loss", LOSSES, ids=named)
 def test_on_a_gpu(dtype, loss, device="cuda"):
     b = batch(14, V=1001, D=32)
     several = budgets(b, dtype)["several"]
