@@ -40,7 +40,7 @@ class Accumulator:
     def run(self, objective, groups: Groups, aside: Groups) -> StepLoss:
         """The gradients of the step's loss, in the parameters. `aside`: KTO's mismatched groups."""
         step = StepLoss()
-        if aside:
+        if objective.mismatched:
             with torch.no_grad():
                 step.context = context_of([self._first(batch, step) for batch in self.microbatches(aside)])
         kinds = {Decomposable: self._decomposable, Rescaled: self._rescaled, Coupled: self._coupled}
@@ -130,8 +130,9 @@ class Accumulator:
 
 
 def context_of(mismatched: list[ResponseLogps]) -> dict[str, Tensor]:
-    """What the log-probs of mismatched responses say of a whole batch; nothing where there are none."""
-    return {"z0": kto_z0(ResponseLogps.joined(mismatched))} if mismatched else {}
+    """What the log-probs of mismatched responses say of a whole batch: KTO's reference point, 0 where no
+    prompt has one."""
+    return {"z0": kto_z0(ResponseLogps.joined(mismatched)) if mismatched else torch.zeros(())}
 
 
 class _RunningWeights:

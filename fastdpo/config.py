@@ -183,7 +183,7 @@ class Config:
                     )
             try:
                 values = {name: coerce(name, value) for name, value in overrides.items()}
-                out.append(Config(**_inherited(plain, values) | values))
+                out.append(Config(**_inherited(plain, values)))
             except ConfigError as error:
                 raise ConfigError(f"stages: stage {number}: {error}") from None
         self._check_options_reach(out)
@@ -200,15 +200,16 @@ class Config:
 
 
 def _inherited(above: dict, overrides: dict) -> dict:
-    """The keys above the stages, as one stage has them: options that its objective does not read are for the
-    other stages."""
+    """A stage's keys: its own over those above the stages, objective_args option by option. Options above
+    that its objective does not read are for the other stages."""
     from fastdpo.objectives.make import options_read  # it reads configs itself
 
-    given = above | overrides
-    read = options_read(given["objective"], (given["objective_args"] or {}).get("base_loss"))
+    own_args = overrides.get("objective_args") or {}
+    args = (above["objective_args"] or {}) | own_args
+    read = options_read((above | overrides)["objective"], args.get("base_loss"))
     kept = {name: above[name] for name in above if name in read or name not in ("beta", "label_smoothing")}
-    args = {name: value for name, value in (above["objective_args"] or {}).items() if name in read}
-    return kept | {"objective_args": args or None}
+    args = {name: value for name, value in args.items() if name in read or name in own_args}
+    return kept | overrides | {"objective_args": args or None}
 
 
 STAGE_KEYS = (
@@ -288,7 +289,8 @@ def coerce(name, value):
             not isinstance(value, bool) or kind is bool
         ):
             return value
-    wanted = " or ".join("nothing" if k is type(None) else getattr(k, "__name__", str(k)) for k in allowed)
+    words = {type(None): "nothing", dict: "{option: value, ...}", str: "text"}
+    wanted = " or ".join(words.get(k) or getattr(k, "__name__", str(k)) for k in allowed)
     raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
 
 

@@ -63,8 +63,9 @@ class Sums:
 def add_pair_metrics(sums: Sums, logps: ResponseLogps, reward: Reward | None) -> None:
     """TRL's DPO metrics, one value a pair; of unpaired rows (as TRL's KTO), one value a labelled response.
 
-    `reward` is the objective's (beta * (log pi - log pi_ref) in DPO). `logps/accuracies` is ours: whether
-    the policy itself, with no reference, finds the winner likelier.
+    `logps` as the objective sees them: with token options, weighted, as TRL's under ld_alpha. `reward` is
+    the objective's (beta * (log pi - log pi_ref) in DPO). `logps/accuracies` is ours: whether the policy
+    itself, with no reference, finds the winner likelier.
     """
     logp, good, bad = logps.logp, logps.desirable, logps.undesirable
     if not len(good) and not len(bad):

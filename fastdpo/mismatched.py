@@ -9,15 +9,16 @@ from fastdpo.records import PreferenceGroup
 
 
 def mismatched(groups: Sequence[PreferenceGroup], max_length: int) -> dict[int, PreferenceGroup]:
-    """{row: its prompt with the first response of the next row} (the last row takes the first's), as TRL
-    pairs them within a batch (KTO; Ethayarajh et al. 2024, arXiv 2402.01306, section 4.2).
+    """{row: its prompt with the first response of the next row of another prompt}, around the end (KTO;
+    Ethayarajh et al. 2024, arXiv 2402.01306, section 4.2).
 
-    A function of the rows alone, so that the reference's log-probs can be cached. Responses are cut at
-    max_length; where nothing scored is left, the row has none.
+    TRL takes the row before, in a batch, whatever its prompt: where rows judge one prompt's responses one
+    after the other, that is the prompt's own response. A function of the rows alone, so that the reference's
+    log-probs can be cached. Responses are cut at max_length; where nothing scored is left, the row has none.
     """
     found = {}
-    for i, group in enumerate(groups):
-        response = groups[(i + 1) % len(groups)].responses[0]
+    for group, other in zip(groups, _of_another_prompt(groups)):
+        response = groups[other].responses[0]
         scored = np.flatnonzero(response.target_mask[: max(0, max_length - len(group.prompt))])
         if len(scored):
             end = int(scored[-1]) + 1
@@ -31,3 +32,13 @@ def mismatched(groups: Sequence[PreferenceGroup], max_length: int) -> dict[int, 
             )
             found[group.row] = replace(group, responses=(other,), pairs=())
     return found
+
+
+def _of_another_prompt(groups: Sequence[PreferenceGroup]) -> list[int]:
+    """Per group, the place of the next one with another prompt (of any, where all prompts are one)."""
+    n, prompts = len(groups), [group.prompt.tobytes() for group in groups]
+    after = [(i + 1) % n for i in range(n)]
+    for i in [*reversed(range(n))] * 2:  # twice: a prompt's rows may go on around the end
+        if prompts[after[i]] == prompts[i]:
+            after[i] = after[after[i]]
+    return after

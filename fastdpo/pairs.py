@@ -12,7 +12,8 @@ import numpy as np
 from fastdpo.errors import DataError
 from fastdpo.records import Pair, PreferenceGroup, Response
 
-RULES = ("all", "best_worst", "easy", "medium", "hard")
+BY_GAP = ("easy", "medium", "hard")
+RULES = ("all", "best_worst", *BY_GAP)
 
 
 def select_pairs(

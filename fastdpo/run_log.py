@@ -98,8 +98,12 @@ class RunLog:
             highlight=False,
         )
         if isinstance(stage.objective, Coupled) and len(batches) > 1:
-            text = f"{stage.objective.name} looks at a step as a whole: its {len(batches)} microbatches are "
-            self.console.print(f"{text}scored once without gradient first", highlight=False)
+            within = stage.objective.within
+            what = f"{within} groups" if within else "a step"
+            text = (
+                f"{stage.objective.name} looks at {what} as a whole: several microbatches of it are scored "
+            )
+            self.console.print(f"{text}once without gradient first", highlight=False)
         if stage.objective.mismatched:
             text = f"{stage.objective.name} also scores each prompt with another row's response"
             self.console.print(f"{text}, without gradient", highlight=False)

@@ -214,7 +214,14 @@ def _reference(event: dict) -> str:
     return f"{event.get('source')}: {hits:,} found, {misses:,} computed{spent}"
 
 
+def _pairs(event: dict) -> str:
+    left, flipped = event.get("left_out") or {}, event.get("flipped_rows")
+    text = f"{event['pairs']}: {counted(left.get('pairs', 0), 'pair')} left out"
+    return text + (f", {counted(flipped, 'row')} flipped on purpose" if flipped is not None else "")
+
+
 _TEXT = {
+    "pairs": _pairs,
     "start": _started,
     "resume": _started,
     "checkpoint": _checkpoint,

@@ -149,8 +149,9 @@ class Stage:
         apart = (logps.token_logp - logps.ref_token_logp).abs()
         return (logps.per_response(apart) / logps.lengths).max()
 
+    @torch.no_grad()
     def add_metrics(self, sums: Sums, logps: ResponseLogps) -> None:
-        add_pair_metrics(sums, logps, self.objective.reward)
+        add_pair_metrics(sums, self.objective.seen(logps), self.objective.reward)
         if self.reference and self.reference.per_token:
             add_kl(sums, logps)
 
@@ -226,9 +227,13 @@ class Stage:
         progress.evaluated = True
         if not batches:
             return
-        context = progress.memory | context_of(seen[len(batches) :])
+        context = dict(progress.memory)
+        if self.objective.mismatched:
+            context |= context_of(seen[len(batches) :])
         logps = replace(ResponseLogps.joined(seen[: len(batches)]), context=context)
         sums.add("loss", self.objective.whole(logps))
+        if "z0" in context:
+            sums.add("z0", context["z0"])
         step = run.place.first + progress.steps
         run.log.held_out(step, sums)
         progress.eval_loss = sums.means()["loss"]

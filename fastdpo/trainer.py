@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from fastdpo.groups import Limits, load_groups
 from fastdpo.model import Policy, load_model_config, load_policy, load_tokenizer, save_model
 from fastdpo.objectives import check_rows, make_objective
 from fastdpo.packing import epoch_order
-from fastdpo.pairs import flip_pairs, select_pairs
+from fastdpo.pairs import BY_GAP, flip_pairs, select_pairs
 from fastdpo.records import PreferenceGroup
 from fastdpo.ref_cache import cache_path
 from fastdpo.ref_columns import reference_columns
@@ -43,6 +44,8 @@ def train(config: Config, console: Console | None = None) -> Path:
         if stage.flip_pairs and "ordered scores" in objective.needs:
             raise ConfigError(f"flip_pairs: flipped pairs contradict the scores that {objective.name} reads")
         check_schedule(stage)
+    if config.pair_gap == "logp" and all(stage.pairs not in BY_GAP for stage in config.per_stage()):
+        raise ConfigError(f"pair_gap: logp is read only with pairs: {', '.join(BY_GAP)}")
     check_trackers(config.trackers)
     folder = free_folder(config)
     with Stopping(console) as stopping, only_run_in(folder):
@@ -55,6 +58,9 @@ def train(config: Config, console: Console | None = None) -> Path:
         for stage in config.per_stage():
             check_rows(make_objective(stage), groups)
             check_rows(make_objective(stage), eval_groups, "eval_data")
+            if stage.flip_pairs:
+                flipped, _ = flip_pairs(select_pairs(groups, stage.pairs)[0], stage.flip_pairs, stage.seed)
+                check_rows(make_objective(stage), flipped)
         data = rows_digest(groups, eval_groups)
         check_same_run(found, config, data, len(groups))
         policy = load_policy(config, console)
@@ -140,17 +146,14 @@ def run_stage(run: Run, config: Config, policy: Policy, groups, eval_groups, res
 
 def stage_groups(run: Run, config: Config, policy: Policy, groups, expected: str | None):
     """A stage's training rows with the pairs that its config selects, and the noise it asks for."""
-    by = None
-    if config.pairs in ("easy", "medium", "hard") and config.pair_gap == "logp":
-        table = compute_reference(run, policy, [groups], config.max_tokens, expected)
-        ends = [np.cumsum([int(r.target_mask.sum()) for r in group.responses])[:-1] for group in groups]
-        values = [table.of([group]).double().numpy() for group in groups]
-        by = [[part.sum() for part in np.split(*pair)] for pair in zip(values, ends)]
-    groups, left_out = select_pairs(groups, config.pairs, by)
+    reference = lambda: compute_reference(run, policy, [groups], config.max_tokens, expected)
+    groups, left_out = pairs_of_stage(config, groups, reference)
     facts = {"left_out": dict(left_out)} if left_out else {}
     if left_out:
-        text = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in left_out.items())
-        run.console.print(f"pairs: {config.pairs} (by {config.pair_gap}) leaves out {text}", highlight=False)
+        by = f" (by {config.pair_gap})" if config.pairs in BY_GAP else ""
+        text = f"pairs: {config.pairs}{by} leaves out {left_out['pairs']:,} pairs and "
+        text += f"{left_out['responses']:,} responses; in {left_out['one_loser']:,} rows the best response "
+        run.console.print(f"{text}beats one only, which every rule takes", highlight=False, soft_wrap=True)
     if config.flip_pairs:
         groups, flipped = flip_pairs(groups, config.flip_pairs, config.seed)
         facts["flipped_rows"] = len(flipped)
@@ -159,6 +162,18 @@ def stage_groups(run: Run, config: Config, policy: Policy, groups, expected: str
     if facts:
         run.events.add("pairs", stage=run.place.stage, pairs=config.pairs, **facts)
     return groups
+
+
+def pairs_of_stage(config: Config, groups, reference: Callable):
+    """What `select_pairs` makes of a config; `reference()` gives the log-probs of all responses, where the
+    config tells pairs by them."""
+    if config.pairs not in BY_GAP or config.pair_gap != "logp":
+        return select_pairs(groups, config.pairs)
+    table = reference()
+    ends = [np.cumsum([int(r.target_mask.sum()) for r in group.responses])[:-1] for group in groups]
+    values = [table.of([group]).double().numpy() for group in groups]
+    sums = [[part.sum() for part in np.split(*pair)] for pair in zip(values, ends)]
+    return select_pairs(groups, config.pairs, sums)
 
 
 def make_reference(run: Run, stage: Stage, expected: str | None):
@@ -195,7 +210,8 @@ def compute_reference(run: Run, policy: Policy, sets, max_tokens: int, expected:
 def fill_reference(config: Config, console: Console | None = None) -> None:
     """Computes the reference's log-probs of a config's first stage into the cache, and trains nothing."""
     console = console or Console()
-    if not make_objective(config.per_stage()[0]).needs_reference:
+    first = config.per_stage()[0]
+    if not make_objective(first).needs_reference:
         raise ConfigError(
             "objective: the first stage needs no reference, and what later stages refer to is not trained yet"
         )
@@ -206,20 +222,23 @@ def fill_reference(config: Config, console: Console | None = None) -> None:
         tokenizer = load_tokenizer(config)
         load_model_config(config)
         groups, eval_groups, _ = load_data(config, tokenizer, console)
+        check_rows(make_objective(first), groups)
+        check_rows(make_objective(first), eval_groups, "eval_data")
         policy = load_policy(config, console)
         check_vocabulary(policy, groups + eval_groups)
         prepare(policy, groups, console)
-        stage = Stage(config.per_stage()[0], policy, groups, eval_groups)
         stopping.saves = True
-        load_reference(
+        fill = lambda sets: load_reference(
             policy,
-            stage.reference_sets(),
+            sets,
             path=path,
             fresh_lora=config.lora_rank is not None,
-            max_tokens=stage.config.max_tokens,
+            max_tokens=first.max_tokens,
             console=console,
             check=stopping.check,
         )
+        groups, _ = pairs_of_stage(first, groups, lambda: fill([groups]))
+        fill(Stage(first, policy, groups, eval_groups).reference_sets())
 
 
 def load_data(config: Config, tokenizer, console: Console):

@@ -117,6 +117,9 @@ def test_options_above_the_stages_reach_those_that_read_them():
     made = Config(model="m", data="d", beta=0.2, objective_args={"alpha": 2}, stages=stages).per_stage()
     assert [stage.beta for stage in made] == [None, 0.2, 0.5]
     assert [stage.objective_args for stage in made] == [None, None, {"alpha": 2}]
+    drdpo = dict(objective="drdpo", objective_args={"beta_prime": 2.0})
+    (made,) = Config(model="m", data="d", objective_args={"scope": 2}, stages=[drdpo]).per_stage()
+    assert made.objective_args == {"scope": 2, "beta_prime": 2.0}
     with pytest.raises(ConfigError, match="beta: no stage's objective reads it"):
         Config(model="m", data="d", beta=0.2, stages=[dict(objective="sft")])
     with pytest.raises(ConfigError, match="no stage's objective reads 'alhpa'"):

@@ -12,7 +12,7 @@ from fastdpo.config import Config
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.objectives import make
 from fastdpo.objectives.catalogue import NAMES
-from fastdpo.trainer import train
+from fastdpo.trainer import fill_reference, train
 from tests.test_resume import outcome, stopped_in_step
 from tests.tiny import rows, save_model, sentence, write_jsonl
 
@@ -42,11 +42,14 @@ def inputs(tmp_path_factory):
         {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
         for i, row in enumerate(rows(16))
     ]
+    desirable = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in rows(16)]
     return {
         "model": save_model(folder / "model"),
         **{
             name: write_jsonl(folder / f"{name}.jsonl", data)
-            for name, data in dict(paired=paired, ranked=ranked, unpaired=unpaired).items()
+            for name, data in dict(
+                paired=paired, ranked=ranked, unpaired=unpaired, desirable=desirable
+            ).items()
         },
     }
 
@@ -99,7 +102,7 @@ def test_unpaired_rows_train(run, name):
     last = [line for line in lines if "loss" in line][-1]
     assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen"} <= last.keys()
     assert "rewards/accuracies" not in last
-    assert ("z0" in last) == (name == "kto") and ("first_pass_tokens" in last) == (
+    assert ("z0" in last) == ("eval_z0" in lines[0]) == (name == "kto") and ("first_pass_tokens" in last) == (
         name != "apo_zero_unpaired"
     )
 
@@ -129,6 +132,26 @@ def test_pairs_by_what_the_reference_finds_far_apart(run, tmp_path):
     assert [line["responses_computed"] for line in lines if "loss" in line] == [12, 6]
 
 
+@pytest.mark.parametrize("pair_gap", ["rating", "logp"])
+def test_ref_computes_what_the_pairs_of_the_first_stage_need(run, inputs, tmp_path, pair_gap):
+    """KTO's mismatched responses too, which depend on the pairs."""
+    cache = str(tmp_path / "cache.sqlite")
+    keys = dict(objective="kto", pairs="medium", pair_gap=pair_gap, reference_cache=cache)
+    values = dict(model=inputs["model"], data=inputs["ranked"], eval_data=0.25, max_length=64, dtype="fp32")
+    fill_reference(Config(**values, **keys), QUIET)
+    run("ranked", **keys)
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert [e["misses"] for e in events if e["event"] == "reference"] == [0]
+
+
+def test_ref_refuses_rows_that_training_would(inputs, tmp_path):
+    cache = tmp_path / "cache.sqlite"
+    config = Config(inputs["model"], data=inputs["unpaired"], max_length=64, reference_cache=str(cache))
+    with pytest.raises(DataError, match="row 0: an unpaired row"):
+        fill_reference(config, QUIET)
+    assert not cache.exists()
+
+
 def test_flipped_pairs_are_said_and_only_trained_on(run, tmp_path):
     lines = run(flip_pairs=1.0, objective="sft", max_steps=1)
     clean = run(output_dir=str(tmp_path / "clean"), objective="sft", max_steps=1)
@@ -154,6 +177,14 @@ def test_flipped_pairs_are_said_and_only_trained_on(run, tmp_path):
         ("ranked", dict(objective_args={"gamma": 0.5}), DataError, "no token weights"),
         ("unpaired", dict(objective="sft"), DataError, "undesirable"),
         ("paired", dict(objective="odpo", flip_pairs=0.2), ConfigError, "flip_pairs"),
+        ("desirable", dict(objective="sft", flip_pairs=0.5), DataError, "no chosen response"),
+        ("ranked", dict(objective="sft", flip_pairs=0.5), DataError, "no chosen response"),
+        (
+            "ranked",
+            dict(pair_gap="logp", pairs="best_worst"),
+            ConfigError,
+            "pair_gap: logp is read only with",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_before_training(run, tmp_path, data, keys, error, says):

@@ -10,9 +10,11 @@ from rich.console import Console
 
 from fastdpo.config import Config
 from fastdpo.errors import ConfigError
+from fastdpo.metrics import Sums, add_pair_metrics
 from fastdpo.objectives import dpo, make, make_objective, objectives_table, table
 from fastdpo.objectives.catalogue import CATALOGUE, NAMES, options_of, rows
 from fastdpo.objectives.seam import Coupled, Decomposable, Rescaled
+from fastdpo.objectives.tokens import transformed
 from fastdpo.packing import pack
 from fastdpo.records import ResponseLogps
 from tests.losses import of_sums, random_logps
@@ -147,6 +149,20 @@ def test_kinds():
     assert make("wpo").stats == make("ipo", use_weighting=True).stats == ("log_sum_sq_probs",)
     assert make("drdpo", use_weighting=True).stats == ("log_sum_sq_probs",)
     assert make("sigmoid").stats == ()
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "drdpo", "aot", {"sft": 1, "sigmoid": 2}], ids=str)
+def test_rewards_are_of_the_tokens_as_the_loss_weighs_them(name):
+    """As TRL's rewards/* and logps/* under ld_alpha: its log-probs are weighted from the start."""
+    logps = random_logps()[0].detached()
+    objective, sums = make(name, beta=0.3, gamma=0.4, ld_alpha=0.5), Sums()
+    add_pair_metrics(sums, objective.seen(logps), objective.reward)
+    seen = transformed(logps, gamma=0.4, ld_alpha=0.5)
+    margin = 0.3 * (seen.log_ratio[seen.winner] - seen.log_ratio[seen.loser])
+    assert sums.means()["rewards/margins"] == pytest.approx(float(margin.mean()), rel=1e-6)
+    assert sums.means()["logps/chosen"] == pytest.approx(float(seen.logp[seen.winner].mean()), rel=1e-6)
+    plain = 0.3 * (logps.log_ratio[logps.winner] - logps.log_ratio[logps.loser])
+    assert abs(margin.mean() - plain.mean()) > 1e-3
 
 
 def test_a_sum_of_decomposables_is_one():

@@ -180,6 +180,19 @@ def test_unpaired_rows(name):
     assert_exact(make(name), step_groups(unpaired=True))
 
 
+def test_mismatched_responses_are_of_another_prompt():
+    """Rows 0 and 4, and 1 and 2, judge two responses of one prompt each."""
+    groups = [group(row, 4, [3]) for row in range(5)]
+    groups[2] = replace(groups[2], prompt=groups[1].prompt)
+    groups[4] = replace(groups[4], prompt=groups[0].prompt)
+    found = mismatched(groups, 64)
+    taken = {row: other.responses[0].ids.tolist() for row, other in found.items()}
+    assert taken == {row: groups[i].responses[0].ids.tolist() for row, i in enumerate([1, 3, 3, 4, 1])}
+    assert all((found[g.row].prompt == g.prompt).all() for g in groups)
+    same = mismatched([replace(g, prompt=groups[0].prompt) for g in groups], 64)
+    assert len(same) == 5  # there is no other prompt
+
+
 def test_dr_dpo_in_the_authors_form_looks_at_so_many_groups_at_a_time():
     """scope: 3 is the mean over groups 0-2, 3-5 and 6 of their own Dr. DPO, weighted by their pairs, at any
     token cap; it is not the batch's."""

@@ -18,8 +18,9 @@ def check_rows(objective: Objective, groups: Sequence[PreferenceGroup], name: st
             if problem:
                 raise DataError(f"{where}row {group.row}: {problem} (objective {objective.name}).")
         if objective.only_chosen and not group.chosen:
-            text = "no chosen response: its one response is labelled undesirable"
-            raise DataError(f"{where}row {group.row}: {text} (objective {objective.name}).")
+            text = "no chosen response: each is labelled undesirable, or worse than another one"
+            way_out = "Leave the row out, or flip_pairs where that turned it."
+            raise DataError(f"{where}row {group.row}: {text} (objective {objective.name}). {way_out}")
     if "judged" in objective.needs and groups and not name:
         for good, label in ((True, "desirable (label: true)"), (False, "undesirable (label: false)")):
             if not any(group.judged(good) for group in groups):

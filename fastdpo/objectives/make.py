@@ -66,12 +66,14 @@ def _one(name: str, options: dict[str, Any]) -> Objective:
     common = dict(name=name, beta=beta, options=options, reward=_reward(entry, beta))
     if entry.kind == "rescaled":
         return _drdpo(common, options)
+    tokens = _only(options, TOKEN_OPTIONS) if entry.sums else {}
     common |= dict(
         needs_reference=entry.reference,
+        seen=partial(transformed, **tokens),
         stats=entry.stats or (("log_sum_sq_probs",) if options.get("use_weighting") else ()),
         needs=_needs(entry, options),
     )
-    losses = _losses(entry, options)
+    losses = _losses(entry, options, tokens)
     if entry.kind == "coupled":
         remember = partial(bco_remember, beta=beta) if name == "bco" else None
         return Coupled(loss=lambda logps: losses(logps).mean(), remember=remember, **common)
@@ -83,10 +85,11 @@ def _one(name: str, options: dict[str, Any]) -> Objective:
     return Decomposable(terms=terms, only_chosen=name == "sft", mismatched=name == "kto", **common)
 
 
-def _losses(entry: Entry, options: dict[str, Any]) -> Callable[[ResponseLogps], Tensor]:
+def _losses(
+    entry: Entry, options: dict[str, Any], tokens: dict[str, float]
+) -> Callable[[ResponseLogps], Tensor]:
     """The entry's function of log-probs alone: options bound, tokens weighted before, pairs after."""
     bound = partial(entry.losses, **_only(options, own_options(entry.losses)))
-    tokens = _only(options, TOKEN_OPTIONS) if entry.sums else {}
     plain = (lambda logps: bound(transformed(logps, **tokens))) if tokens else bound
     if not (entry.weighting and options.get("use_weighting")):
         return plain
@@ -98,7 +101,7 @@ def _drdpo(common: dict[str, Any], options: dict[str, Any]) -> Objective:
     """Dr. DPO over its base loss: of the whole step, or the authors' form, of every `scope` groups."""
     name = options.get("base_loss", "sigmoid")
     base = _one(name, _only(options, options_of(name)))
-    common |= dict(stats=base.stats, needs=base.needs)
+    common |= dict(stats=base.stats, needs=base.needs, seen=base.seen)
     (term,) = base.terms
     own = _only(options, own_options(drdpo))
     scope = options.get("scope", "batch")
@@ -113,6 +116,7 @@ def _sum(name: str, made: list[Objective], weights: list[float], options: dict[s
     """A weighted sum. Decomposable where all parts are; else one function of the whole step."""
     if any(isinstance(part, Coupled) and part.within for part in made):
         raise ConfigError("objective_args: scope: a number of groups needs drdpo alone; use scope: batch")
+    shown = next((part for part in made if part.reward), made[0])  # the metrics are of one part
     common = dict(
         name=name,
         beta=next((part.beta for part in made if part.beta is not None), None),
@@ -121,7 +125,8 @@ def _sum(name: str, made: list[Objective], weights: list[float], options: dict[s
         mismatched=any(part.mismatched for part in made),
         stats=tuple(dict.fromkeys(stat for part in made for stat in part.stats)),
         needs=frozenset().union(*(part.needs for part in made)),
-        reward=next((part.reward for part in made if part.reward), None),
+        seen=shown.seen,
+        reward=shown.reward,
     )
     if all(isinstance(part, Decomposable) for part in made):
         terms = tuple(

@@ -64,7 +64,8 @@ class Objective:
     mismatched: bool = False  # it also looks at each prompt with another row's response (KTO's z0)
     stats: tuple[str, ...] = ()  # the token_stats it reads
     needs: frozenset[str] = frozenset()  # what every row must have, see checks.py
-    reward: Reward | None = None  # of each response, for the metrics rewards/*
+    seen: Callable[[ResponseLogps], ResponseLogps] = lambda logps: logps  # with the token weights it applies
+    reward: Reward | None = None  # of each response as `seen`, for the metrics rewards/*
 
     def select(self, group: PreferenceGroup) -> PreferenceGroup:
         """The part of a group that this objective computes."""
@@ -106,7 +107,8 @@ class Rescaled(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Coupled(Objective):
-    """Any function of all responses of a step (or of each `within` of its groups, then averaged by pairs).
+    """Any function of all responses of a step (or of each `within` of its groups, then averaged by pairs;
+    held-out rows are one batch always).
 
     `remember(logps, memory)` moves what the objective carries from step to step (BCO's running mean) over
     a step, without gradient; the loss finds it in logps.context.
