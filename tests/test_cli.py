@@ -130,7 +130,7 @@ def test_nan_stops_with_the_rows_and_a_way_out(run, tmp_path):
         (["--bta", "1"], ["unknown key 'bta'", "'beta'"]),
         (["--lr_scheduler_type", "linaer"], ["lr_scheduler_type"]),
         (["--lora_rank", "2", "--lora_target_modules", "[nothing]"], ["lora_target_modules"]),
-        (["--objective", "dpoo"], ["objective", "sigmoid, sft"]),
+        (["--objective", "dpoo"], ["objective", "sigmoid, sigmoid_norm"]),
         (["--max_length", "4096"], ["max_length", "256"]),
         (["--chat_template", "none.jinja"], ["chat_template"]),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], ["lr_scheduler_type"]),
