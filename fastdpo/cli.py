@@ -10,6 +10,7 @@ commands:
   train        train on preference rows; the model ends up in OUTPUT_DIR/model
   ref          compute the reference's log-probs into the cache, before any training
   data         show what the rows become: counts, lengths, drops, one row decoded
+  convert      write the config of TRL, Axolotl or LLaMA-Factory as one of ours
   objectives   list every loss: what it is, its options, its paper
   demo         make a small model and preferences, train, show before and after (no network)
 
@@ -82,8 +83,39 @@ def _data(argv):
         limits = Limits(config.max_length, config.truncation)
         for spec in (config.data, config.eval_data):
             if isinstance(spec, str):
-                groups, report = load_groups(spec, tokenizer, limits, strict=config.strict, console=console)
+                groups, report = load_groups(
+                    spec,
+                    tokenizer,
+                    limits,
+                    strict=config.strict,
+                    console=console,
+                    data_format=config.data_format,
+                )
                 show(groups, report, tokenizer, console)
+
+
+def _convert(argv):
+    """Prints the YAML, or writes it to a file, and its notes as comments in it."""
+    usage = "usage: fastdpo convert THEIRS.yaml [--output OURS.yaml]   (default: printed)"
+    if "-h" in argv or "--help" in argv:
+        print(usage)
+        return
+    if len(argv) not in (1, 3) or argv[0].startswith("-") or argv[1:2] not in ([], ["--output"]):
+        raise ConfigError(usage)
+    from pathlib import Path
+
+    from fastdpo.config_io import read_yaml
+    from fastdpo.habits import converted
+
+    text = converted(read_yaml(Path(argv[0])))
+    if len(argv) == 1:
+        print(text, end="")
+        return
+    path = Path(argv[2])
+    if path.exists():
+        raise ConfigError(f"--output: {path} exists already; remove it, or name another file")
+    path.write_text(text, encoding="utf-8")
+    print("".join(line[2:] + "\n" for line in text.splitlines() if line.startswith("# ")), end="")
 
 
 def _objectives(argv):
@@ -107,7 +139,14 @@ def _demo(argv):
     demo(argv[0] if argv else "runs/demo")
 
 
-COMMANDS = {"train": _train, "ref": _ref, "data": _data, "objectives": _objectives, "demo": _demo}
+COMMANDS = {
+    "train": _train,
+    "ref": _ref,
+    "data": _data,
+    "convert": _convert,
+    "objectives": _objectives,
+    "demo": _demo,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,15 +1,12 @@
 """One flat config: YAML keys, flags, `--help` and the README's table all come from the fields below."""
 
 import dataclasses
-import difflib
 import math
-import types
 import typing
 from dataclasses import dataclass, field
 
-import yaml
-
 from fastdpo.errors import ConfigError
+from fastdpo.key_types import as_type, nearest
 
 
 def _key(default, doc):
@@ -27,7 +24,13 @@ class Config:
     data: str = _key(
         "",
         "preference rows (required): a .jsonl/.json/.csv/.parquet file, a folder, or a hub name; "
-        "NAME:CONFIG picks a hub configuration, #SPLIT a split, as in data.jsonl#train[:100]",
+        "NAME:CONFIG picks a hub configuration, FOLDER:NAME a data set of FOLDER/dataset_info.json, #SPLIT a "
+        "split, as in data.jsonl#train[:100]",
+    )
+    data_format: str | dict | None = _key(
+        None,
+        "how rows are read where their columns do not tell: a format's name (see the README's table), or "
+        "{our column: the rows' own name, ...}, as in {prompt: question, chosen: better, rejected: worse}",
     )
     eval_data: str | float | None = _key(
         None, "held-out rows: like data, or a fraction of data (0.05) split off by seed"
@@ -59,7 +62,7 @@ class Config:
         "noise, to study robustness: this share of the training pairs is flipped, by seed; never held-out",
     )
     learning_rate: float = _key(1e-6, "peak learning rate (1e-5 or more suits LoRA)")
-    warmup_steps: int = _key(0, "linear warm-up steps")
+    warmup_steps: float = _key(0, "linear warm-up steps; below 1, a share of all steps")
     lr_scheduler_type: str = _key(
         "linear", "schedule, by transformers' names: linear, cosine, constant_with_warmup, ..."
     )
@@ -138,6 +141,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(f"{name}: {value} is below {low}")
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            raise ConfigError(
+                f"warmup_steps: {self.warmup_steps} is neither a whole number nor a share below 1"
+            )
         if self.num_epochs == 0:
             raise ConfigError("num_epochs: 0 would train nothing")
         if self.seed >= 2**32:
@@ -158,6 +165,9 @@ class Config:
             raise ConfigError(
                 f"eval_data: {self.eval_data} is neither a data set nor a fraction between 0 and 1"
             )
+        from fastdpo.layouts import layout_of  # it reads this module itself
+
+        layout_of(self.data_format)
         self.per_stage()  # a bad stage shows before any work
 
     @property
@@ -267,33 +277,4 @@ def coerce(name, value):
     """Checks one key and brings its value (a YAML value or a flag's string) to the field's type."""
     if name not in FIELDS:
         raise ConfigError(f"unknown key {name!r}. {nearest(name, FIELDS)}`--help` lists all keys.")
-    kind = TYPES[name]
-    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if isinstance(value, str) and (allowed != (str,)):
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            parsed = value
-        if isinstance(parsed, str) and float in allowed:
-            try:
-                parsed = float(parsed)  # YAML 1.1 reads 1e-6 as a string
-            except ValueError:
-                pass
-        value = parsed
-    if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
-        value = float(value)
-    if isinstance(value, list) and list[str] in allowed and not all(isinstance(v, str) for v in value):
-        raise ConfigError(f"{name}: expected names, got {value!r}")
-    for kind in allowed:
-        if isinstance(value, typing.get_origin(kind) or kind) and (
-            not isinstance(value, bool) or kind is bool
-        ):
-            return value
-    words = {type(None): "nothing", dict: "{option: value, ...}", str: "text"}
-    wanted = " or ".join(words.get(k) or getattr(k, "__name__", str(k)) for k in allowed)
-    raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
-
-
-def nearest(name, names) -> str:
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}? " if close else ""
+    return as_type(name, value, TYPES[name])

@@ -1,6 +1,7 @@
 """The config as people write it: a YAML file, command-line flags, `--help`."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,12 +14,25 @@ from fastdpo.errors import ConfigError
 def load_config(argv: Sequence[str]) -> Config:
     """`[FILE.yaml] [--key value | --key=value]...` -> Config; flags win over the file.
 
-    Raises ConfigError for an unreadable file, an unknown key (naming the nearest) or a wrong type.
+    Keys of TRL, Axolotl and LLaMA-Factory are translated, and said. Raises ConfigError for an unreadable
+    file, an unknown key (naming the nearest) or a wrong type.
     """
     argv = list(argv)
-    values = _read_yaml(Path(argv.pop(0))) if argv and not argv[0].startswith("-") else {}
-    values.update(_parse_flags(argv))
+    values = read_yaml(Path(argv.pop(0))) if argv and not argv[0].startswith("-") else {}
+    values = _in_our_words(values) | _in_our_words(_parse_flags(argv), whole=False)
     return Config(**{name: coerce(name, value) for name, value in values.items()})
+
+
+def _in_our_words(values: dict, whole: bool = True) -> dict:
+    """The same, with the keys of other trainers (see habits.py) as ours; says what it made of them."""
+    if all(name in FIELDS for name in values):
+        return values
+    from fastdpo.habits import translate
+
+    values, notes = translate(values, whole=whole)
+    for note in notes:
+        print(note, file=sys.stderr)
+    return values
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -32,7 +46,8 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
+    """A file of `key: value` lines. Raises ConfigError."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:

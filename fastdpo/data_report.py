@@ -1,5 +1,6 @@
 """What became of every row: kept, dropped and why, cut, and what was noted on the way."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,6 +56,7 @@ class DataReport:
     kept: Tally = field(default_factory=Tally)  # items: responses
     dropped: dict[str, Tally] = field(default_factory=dict)
     notes: dict[str, Tally] = field(default_factory=dict)
+    formats: Counter = field(default_factory=Counter)  # what rows were read as, see formats.py
     responses: int = 0
     pairs: int = 0
     desirable: int = 0  # of unpaired rows, one response each
@@ -117,6 +119,7 @@ class DataReport:
         return {
             "source": self.source,
             "rows": self.rows,
+            "formats": dict(self.formats),
             "kept": self.kept.to_dict(),
             "dropped": {name: tally.to_dict() for name, tally in self.dropped.items()},
             "notes": {name: tally.to_dict() for name, tally in self.notes.items()},
@@ -147,6 +150,8 @@ class DataReport:
 
     def print(self, console) -> None:
         console.print(f"[bold]data: {escape(self.source)}", highlight=False, soft_wrap=True)
+        formats = ", ".join(f"{name} ({rows:,} rows)" for name, rows in self.formats.most_common())
+        console.print(f"format: {formats or 'none known'}", highlight=False, soft_wrap=True)
         table = Table(box=None, pad_edge=False)
         for name, justify in (("rows", "left"), ("", "right"), ("example rows", "left")):
             table.add_column(name, justify=justify)

@@ -10,6 +10,7 @@ import numpy as np
 
 from fastdpo.data_report import DataReport
 from fastdpo.errors import ConfigError, DataError
+from fastdpo.layouts import Layout
 from fastdpo.progress import make_progress
 from fastdpo.records import Pair, PreferenceGroup, Response
 from fastdpo.rows import Row, RowProblem, parse_row
@@ -63,20 +64,23 @@ def to_group(row: dict | Row, number: int, tokenizer, limits: Limits) -> tuple[P
 
 
 def load_groups(
-    spec: str, tokenizer, limits: Limits, *, strict: bool, console
+    spec: str, tokenizer, limits: Limits, *, strict: bool, console, data_format: str | dict | None = None
 ) -> tuple[list[PreferenceGroup], DataReport]:
-    """All usable rows of a data source (see load_rows) as groups, and the account of every row.
+    """All usable rows of a data source (see load_rows) as groups, and the account of every row. `data_format`
+    says how to read the rows, where their columns do not.
 
     Raises DataError when no row is left, or under `strict` at the first row that was dropped,
     truncated, identical or malformed.
     """
-    rows = load_rows(spec)
+    rows = load_rows(spec, data_format)
     encoder, report = Encoder(tokenizer), DataReport(spec)
     groups, numbered = [], enumerate(rows)
     with make_progress(console) as bar:
         task = bar.add_task("reading rows", total=len(rows), info="")
         while chunk := list(islice(numbered, _CHUNK)):
-            for (number, _), outcome in zip(chunk, _outcomes(chunk, encoder, limits)):
+            for (number, _), outcome in zip(
+                chunk, _outcomes(chunk, encoder, limits, rows.layout, report.formats)
+            ):
                 if strict:
                     _refuse(outcome, rows, number)
                 if isinstance(outcome, RowProblem):
@@ -104,9 +108,17 @@ def _refuse(outcome, rows: Rows, number: int) -> None:
     raise DataError(f"{rows.where(number)}: {problem}\n{way_out}") from None
 
 
-def _outcomes(chunk: list[tuple[int, dict | Row]], encoder: Encoder, limits: Limits) -> Iterator:
-    """Per numbered row its (group, notes) or its RowProblem, in order."""
-    drafts = [_draft(row, number, encoder.tokenizer) for number, row in chunk]
+def _outcomes(
+    chunk: list[tuple[int, dict | Row]],
+    encoder: Encoder,
+    limits: Limits,
+    layout: Layout | None = None,
+    formats: Counter | None = None,
+) -> Iterator:
+    """Per numbered row its (group, notes) or its RowProblem, in order; counts the rows' formats."""
+    drafts = [_draft(row, number, encoder.tokenizer, layout) for number, row in chunk]
+    if formats is not None:
+        formats.update(draft.row.format for draft in drafts if isinstance(draft, Draft))
     texts = set().union(*(draft.texts() for draft in drafts if isinstance(draft, Draft)))
     ids = encoder.encode(texts)
     for draft in drafts:
@@ -116,9 +128,9 @@ def _outcomes(chunk: list[tuple[int, dict | Row]], encoder: Encoder, limits: Lim
             yield problem
 
 
-def _draft(row: dict | Row, number: int, tokenizer) -> Draft | RowProblem:
+def _draft(row: dict | Row, number: int, tokenizer, layout: Layout | None) -> Draft | RowProblem:
     try:
-        return write(row if isinstance(row, Row) else parse_row(row, number), tokenizer)
+        return write(row if isinstance(row, Row) else parse_row(row, number, layout), tokenizer)
     except RowProblem as problem:
         return problem
 

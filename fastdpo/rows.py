@@ -1,20 +1,22 @@
-"""What a preference row may look like, and the one shape all of them become: `Row`.
+"""From a preference row of any format to the one shape all of them become: `Row`.
 
-Known formats, told apart by their columns:
+TRL's formats and ours are
     {prompt, chosen, rejected}      strings, or message lists ([{role, content}, ...])
     {chosen, rejected}              the prompt is what the two have in common
     {prompt: str, chosen: [...]}    whole conversations beside a prompt (ultrafeedback_binarized)
     {prompt, responses: [{text, score}, ...]}   ranked: every pair whose scores differ
     {prompt, completion, label}     one response, desirable or not (TRL's format for KTO)
-One source may mix them. How a row says which tokens are relevant is in row_fields.py.
+and formats.py has those of other tools. One source may mix them. How a row says which tokens are relevant
+is in row_fields.py.
 """
 
 import json
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from fastdpo import row_fields
+from fastdpo.columns import Columns
+from fastdpo.layouts import Layout, read
 from fastdpo.row_fields import Relevance, RowProblem, kind
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -27,6 +29,7 @@ class Row:
     """One row in the only shape the rest knows: all of it text, or all of it messages."""
 
     number: int
+    format: str  # the name of what the row was read as, see formats.py
     prompt: str | Messages
     responses: tuple[str | Messages, ...]
     scores: tuple[float | None, ...]
@@ -39,30 +42,30 @@ class Row:
     relevance: tuple[Relevance | None, ...]
 
 
-class _Columns(NamedTuple):
-    """What the columns of one format say, before prompt and responses are taken apart."""
-
-    fields: tuple[str, ...]  # what to call the responses in messages
-    values: tuple  # the responses as given
-    scores: tuple[float | None, ...]
-    pairs: tuple[tuple[int, int], ...]
-    marks: tuple[tuple[dict, str, str], ...]  # per response: where its spans are, their prefix, their place
-    ref_logps: tuple[float | None, ...]
-    ties: int = 0
-    label: bool | None = None
-
-
-def parse_row(row: dict, number: int) -> Row:
-    """One row of any known format as a Row. Raises RowProblem."""
+def parse_row(row: dict, number: int, layout: Layout | None = None) -> Row:
+    """One row of any known format as a Row; `layout` says how to read it, where its columns do not. Raises
+    RowProblem."""
     if isinstance(row, RowProblem):  # a line that could not be read as JSON
         raise row
     if not isinstance(row, dict):
         raise RowProblem("wrong_type", "row", f"a JSON object is needed, got {kind(row)}")
-    row = {name: value for name, value in row.items() if value is not None}
-    columns = _format(row)(row)
+    if layout is None:
+        return _parse(row, number, None)
+    try:
+        return _parse(layout.ours(row), number, layout)
+    except RowProblem as problem:
+        raise layout.problem(problem) from None
+
+
+def _parse(row: dict, number: int, layout: Layout | None) -> Row:
+    given = row
+    row = {name: value for name, value in given.items() if value is not None}
+    if "system" in given:
+        row.setdefault("system", "")  # the column is there: the row is a conversation, without a system turn
+    name, columns = read(row, layout)
     fields = columns.fields
-    prompt, responses = _conversation(row.get("prompt"), columns.values, fields)
-    _check_prompt(prompt)
+    prompt, responses = _conversation(columns)
+    _check_prompt(prompt, columns.prompt_field)
     for field, response in zip(fields, responses):
         _check_response(response, field)
     if columns.pairs and all(response == responses[0] for response in responses[1:]):
@@ -72,116 +75,59 @@ def parse_row(row: dict, number: int) -> Row:
         raise RowProblem("wrong_type", "chat_template_kwargs", f"an object, not {kind(kwargs)}")
     return Row(
         number=number,
-        prompt=prompt,
+        format=name,
+        prompt=_with_system(prompt, columns.system) if columns.system else prompt,
         responses=responses,
         scores=columns.scores,
         ref_logps=columns.ref_logps,
         pairs=columns.pairs,
-        tools=_tools(row),
+        tools=_tools(columns.tools),
         chat_template_kwargs=_without_none(kwargs),
         ties=columns.ties,
         label=columns.label,
-        relevance=_relevance(columns, responses, "prompt" in row),
+        relevance=_relevance(columns, responses),
     )
 
 
-def _format(row: dict):
-    """The function that reads this row's format, told by its columns."""
-    pair, completion = "chosen" in row and "rejected" in row, "completion" in row
-    if completion and "label" in row and (pair or "responses" in row):
-        message = "both an unpaired row's completion and label, and a paired row's columns; make it two rows"
-        raise RowProblem("ambiguous_row", "row", message)
-    if "responses" in row and not pair:
-        return _ranked
-    return _unpaired if completion and not ("chosen" in row or "rejected" in row) else _paired
-
-
-def _paired(row: dict) -> _Columns:
-    names = ("chosen", "rejected")
-    values = tuple(_column(row, name) for name in names)
-    scores = tuple(row_fields.score(row.get(f"score_{name}"), f"score_{name}") for name in names)
-    marks = tuple((row, f"{name}_", "") for name in names)
-    return _Columns(names, values, scores, ((0, 1),), marks, row_fields.ref_logps(row))
-
-
-def _unpaired(row: dict) -> _Columns:
-    _, completion, label = (_column(row, name) for name in ("prompt", "completion", "label"))
-    label = row_fields.label(label, "label")
-    return _Columns(("completion",), (completion,), (None,), (), ((row, "", ""),), (None,), label=label)
-
-
-def _relevance(columns: _Columns, responses: tuple, has_prompt: bool) -> tuple[Relevance | None, ...]:
+def _relevance(columns: Columns, responses: tuple) -> tuple[Relevance | None, ...]:
     found, missing = [], []
     for (source, prefix, where), value, response in zip(columns.marks, columns.values, responses):
         before = len(value) - len(response) if isinstance(value, list) else 0
-        if isinstance(response, str) and not has_prompt:
+        if isinstance(response, str) and columns.prompt is None:
             before = None
         found.append(row_fields.relevance(source, prefix, where, response, before))
         missing.append(f"{where}{prefix}spans")
     return row_fields.all_or_none(found, tuple(missing))
 
 
-def _column(row: dict, name: str):
-    if name not in row:
-        wanted = "{prompt, chosen, rejected}, {chosen, rejected}, {prompt, responses} or "
-        wanted += "{prompt, completion, label}"
-        has = ", ".join(map(str, row)) or "none"
-        message = f"the column is missing or null (this row has: {has}; a row is {wanted})"
-        raise RowProblem("missing_column", name, message)
-    return row[name]
-
-
-def _ranked(row: dict) -> _Columns:
-    """A pair wherever one score is higher than another."""
-    responses = row["responses"]
-    _column(row, "prompt")
-    if not isinstance(responses, list):
-        message = f"a list of {{text, score}}, not {kind(responses)}"
-        raise RowProblem("wrong_type", "responses", message)
-    if len(responses) < 2:
-        raise RowProblem("too_few_responses", "responses", f"two at least, got {len(responses)}")
-    fields, values, scores, marks = [], [], [], []
-    for i, response in enumerate(responses):
-        if not isinstance(response, dict):
-            message = f"an object with text and score, not {kind(response)}"
-            raise RowProblem("wrong_type", f"responses[{i}]", message)
-        for name in ("text", "score"):
-            if response.get(name) is None:
-                raise RowProblem("missing_column", f"responses[{i}].{name}", "missing or null")
-        fields.append(f"responses[{i}].text")
-        values.append(response["text"])
-        scores.append(row_fields.score(response["score"], f"responses[{i}].score"))
-        marks.append((response, "", f"responses[{i}]."))
-    several = range(len(scores))
-    pairs = tuple((i, j) for i in several for j in several if scores[i] > scores[j])
-    if not pairs:
-        message = "all scores are equal, so no response is preferred"
-        raise RowProblem("no_pair", "responses", message)
-    ties = len(scores) * (len(scores) - 1) // 2 - len(pairs)
-    lists = (fields, values, scores, pairs, marks, (None,) * len(scores))
-    return _Columns(*map(tuple, lists), ties=ties)
-
-
-def _conversation(prompt, values: tuple, fields: tuple):
+def _conversation(columns: Columns):
     """(prompt, responses), all text or all messages."""
-    for field, value in zip(("prompt", *fields), (prompt, *values)):
+    prompt, values, fields = columns.prompt, columns.values, columns.fields
+    for field, value in zip((columns.prompt_field, *fields), (prompt, *values)):
         if isinstance(value, str) and re.match(r"""\s*\[\s*\{.{0,99}?['"]role['"]\s*:""", value):
             message = "messages written as text (a CSV cannot hold them): use JSON lines or parquet"
             raise RowProblem("messages_as_text", field, message)
     if all(isinstance(value, str) for value in values):
+        if prompt is None and columns.chat:
+            message = "missing or null: beside a system column text needs its prompt in a column of its own"
+            raise RowProblem("missing_column", columns.prompt_field, message)
         if prompt is None:
             return _split_text(*values)
-        if isinstance(prompt, str):
+        if isinstance(prompt, str) and not columns.chat:
             return prompt, values
-        prompt = _messages(prompt, "prompt")
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        prompt = _messages(prompt, columns.prompt_field)
         return prompt, tuple([{"role": "assistant", "content": value}] for value in values)
-    if isinstance(prompt, list):  # a text answer to a conversation is one assistant turn
+    if isinstance(prompt, list) or (isinstance(prompt, str) and columns.chat):
+        # a text answer to a conversation is one assistant turn
         turn = lambda value: [{"role": "assistant", "content": value}]
         values = tuple(turn(v) if isinstance(v, str) else v for v in values)
-        prompt = _messages(prompt, "prompt")
+    if isinstance(prompt, list):
+        prompt = _messages(prompt, columns.prompt_field)
     elif prompt is not None and not isinstance(prompt, str):
         message = f"text or a list of messages, not {kind(prompt)}"
-        raise RowProblem("wrong_type", "prompt", message)
+        raise RowProblem("wrong_type", columns.prompt_field, message)
     conversations = tuple(_messages(v, f) for v, f in zip(values, fields))
     if isinstance(prompt, list):
         return prompt, conversations
@@ -193,7 +139,7 @@ def _conversation(prompt, values: tuple, fields: tuple):
     turns, conversations = _split_turns(conversations)
     if prompt is not None and not any(_same_text(prompt, turn) for turn in turns):
         message = "it is none of the turns that the responses have in common; one of them is wrong"
-        raise RowProblem("prompt_mismatch", "prompt", message)
+        raise RowProblem("prompt_mismatch", columns.prompt_field, message)
     return turns, conversations
 
 
@@ -255,16 +201,26 @@ def _without_none(value):
     return value
 
 
-def _check_prompt(prompt: str | Messages) -> None:
+def _check_prompt(prompt: str | Messages, field: str) -> None:
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise RowProblem("empty_prompt", "prompt", "there is none (or only white space)")
+            raise RowProblem("empty_prompt", field, "there is none (or only white space)")
         return
     if not any(turn["content"].strip() for turn in prompt):
-        raise RowProblem("empty_prompt", "prompt", "no turn comes before the responses")
+        raise RowProblem("empty_prompt", field, "no turn comes before the responses")
     if prompt[-1]["role"] == "assistant":
         message = "it ends with an assistant turn; the responses must be what comes next"
-        raise RowProblem("prompt_end", "prompt", message)
+        raise RowProblem("prompt_end", field, message)
+
+
+def _with_system(prompt: Messages, system: str) -> Messages:
+    """The prompt after the system column's turn."""
+    if prompt[0]["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": system}, *prompt]
+    if not _same_text(system, prompt[0]):
+        message = "it is another system prompt than the conversation's own; leave one out"
+        raise RowProblem("ambiguous_row", "system", message)
+    return prompt
 
 
 def _check_response(response: str | Messages, field: str) -> None:
@@ -282,8 +238,7 @@ def _check_response(response: str | Messages, field: str) -> None:
         raise RowProblem("empty_response", field, "there is no text")
 
 
-def _tools(row: dict) -> list | None:
-    tools = row.get("tools")
+def _tools(tools) -> list | None:
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None

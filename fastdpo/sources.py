@@ -1,17 +1,23 @@
-"""Where rows come from: a local file or folder, or a hub data set."""
+"""Where rows come from: a local file or folder, a hub data set, or a name in a dataset_info.json."""
 
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fastdpo.dataset_info import data_sets, listed
 from fastdpo.errors import DataError
-from fastdpo.rows import RowProblem
+from fastdpo.layouts import Layout, layout_of
+from fastdpo.row_fields import RowProblem
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 _FORMS = "a .jsonl, .json, .csv or .parquet file, a folder, or a hub name org/name[:config]"
+_WAY_OUT = (
+    "{!r} is not a local path, so it was looked up on the Hugging Face hub. Check the "
+    "name, :config and #split, and the network (or log-in); or download it and give a path"
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Rows:
     source: str
     rows: Sequence[dict | RowProblem]  # a RowProblem stands where a line is not JSON
     lines: Sequence[tuple[str, int]] | None = None  # (file, line from 1)
+    layout: Layout | None = None  # how to read them, where their columns are not to tell
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -39,33 +46,42 @@ class Rows:
         return f"row {number} of {self.source} (line {line} of {file})"
 
 
-def load_rows(spec: str) -> Rows:
-    """The rows of `PATH_OR_NAME[#SPLIT]`: SPLIT as in datasets (`train[:100]`), or train.
+def load_rows(spec: str, data_format: str | dict | None = None) -> Rows:
+    """The rows of `PATH_OR_NAME[#SPLIT]`: SPLIT as in datasets (`train[:100]`), or train. A name may be
+    FOLDER:NAME, of FOLDER's dataset_info.json. `data_format` as in the config: how to read the rows.
 
     Raises DataError for a source that is missing, unreadable or empty.
     """
     name, _, split = (spec, "", "") if Path(spec).exists() else spec.partition("#")
-    split = split or "train"
-    path = Path(name).expanduser()
+    path, layout = Path(name).expanduser(), layout_of(data_format)
     if name and path.exists():
-        rows = _load_path(path, split, spec)
+        rows = _load_path(path, split or "train", spec)
+    elif entry := listed(name):
+        if layout is not None:
+            way_out = "remove data_format, or give the file itself as data"
+            raise DataError(f"data: {name!r}: its dataset_info.json says how to read the rows; {way_out}")
+        layout, split = entry.layout, split or entry.split
+        if entry.path is not None:
+            rows = _load_path(entry.path, split, spec)
+        else:
+            way_out = _WAY_OUT.format(entry.hub["path"])
+            rows = Rows(spec, _with_datasets(spec, way_out, **entry.hub, split=split))
     elif path.suffix in _READERS or not (hub := _HUB_NAME.fullmatch(name)):
         raise DataError(f"data: {name!r} does not exist here. Give {_FORMS}.")
     else:
-        options = {"path": hub["name"], "name": hub["config"], "split": split}
-        way_out = (
-            f"{name!r} is not a local path, so it was looked up on the Hugging Face hub. Check the "
-            "name, :config and #split, and the network (or log-in); or download it and give a path"
-        )
-        rows = Rows(spec, _with_datasets(spec, way_out, **options))
+        options = {"path": hub["name"], "name": hub["config"], "split": split or "train"}
+        rows = Rows(spec, _with_datasets(spec, _WAY_OUT.format(name), **options))
     if not len(rows):
         raise DataError(f"data: {spec!r} has no rows.")
-    return rows
+    return replace(rows, layout=layout)
 
 
 def _load_path(path: Path, split: str, spec: str) -> Rows:
     if path.is_dir() and any((path / f).exists() for f in ("state.json", "dataset_dict.json")):
         return Rows(spec, _take(_load_from_disk(path, spec), split, spec))
+    if path.is_dir() and (known := data_sets(path)):
+        names = ", ".join(f"{path}:{name}" for name in known)
+        raise DataError(f"data: {str(path)!r} has a dataset_info.json; name one of its data sets: {names}")
     files = {"train": [path]} if path.is_file() else _files_by_split(path)
     suffixes = {file.suffix for some in files.values() for file in some}
     kinds = {_READERS.get(suffix) for suffix in suffixes}

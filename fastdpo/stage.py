@@ -268,7 +268,13 @@ def make_optimizer(policy: Policy, config: Config, total: int):
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(grouped, lr=config.learning_rate, fused=True)
-    return optimizer, get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, total)
+    return optimizer, get_scheduler(config.lr_scheduler_type, optimizer, warmup(config, total), total)
+
+
+def warmup(config: Config, total: int) -> int:
+    """Warm-up steps; below 1 it is a share of all steps, as transformers reads it."""
+    steps = config.warmup_steps
+    return math.ceil(steps * total) if steps < 1 else int(steps)
 
 
 def set_schedule(schedule: LambdaLR, steps: int) -> None:
@@ -283,7 +289,7 @@ def check_schedule(config: Config) -> None:
     """Raises ConfigError for a schedule that cannot be made or stepped, by trying one on no model."""
     try:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.1)
-        schedule = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, 100)
+        schedule = get_scheduler(config.lr_scheduler_type, optimizer, warmup(config, 100), 100)
         optimizer.step()
         schedule.step()
         if not isinstance(schedule, LambdaLR):

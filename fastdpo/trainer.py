@@ -246,7 +246,9 @@ def load_data(config: Config, tokenizer, console: Console):
     limits = Limits(config.max_length, config.truncation)
 
     def load(spec):
-        groups, report = load_groups(spec, tokenizer, limits, strict=config.strict, console=console)
+        groups, report = load_groups(
+            spec, tokenizer, limits, strict=config.strict, console=console, data_format=config.data_format
+        )
         report.print(console)
         return groups, report.to_dict()
 

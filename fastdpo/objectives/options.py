@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fastdpo.config import nearest
 from fastdpo.errors import ConfigError
+from fastdpo.key_types import nearest
 from fastdpo.objectives.catalogue import BASES, MIXTURES, NAMES
 
 _SHARE = (lambda x: 0 <= x <= 1, "in [0, 1]")

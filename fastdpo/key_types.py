@@ -1,0 +1,42 @@
+"""What people write as the value of a key, as the type it must have."""
+
+import difflib
+import types
+import typing
+
+import yaml
+
+from fastdpo.errors import ConfigError
+
+
+def as_type(name: str, value, kind):
+    """A YAML value or a flag's string as a type hint (a type, or a union of some). Raises ConfigError."""
+    allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if isinstance(value, str) and (allowed != (str,)):
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = value
+        if isinstance(parsed, str) and float in allowed:
+            try:
+                parsed = float(parsed)  # YAML 1.1 reads 1e-6 as a string
+            except ValueError:
+                pass
+        value = parsed
+    if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
+        value = float(value)
+    if isinstance(value, list) and list[str] in allowed and not all(isinstance(v, str) for v in value):
+        raise ConfigError(f"{name}: expected names, got {value!r}")
+    for kind in allowed:
+        if isinstance(value, typing.get_origin(kind) or kind) and (
+            not isinstance(value, bool) or kind is bool
+        ):
+            return value
+    words = {type(None): "nothing", dict: "{option: value, ...}", str: "text"}
+    wanted = " or ".join(words.get(k) or getattr(k, "__name__", str(k)) for k in allowed)
+    raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
+
+
+def nearest(name, names) -> str:
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}? " if close else ""
