@@ -263,16 +263,18 @@ def run(cases, tokens: int, turns: int, minutes: float, out: Path) -> Path:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     ceilings = measure_ceilings(device, small=device == "cpu")
+    record = {"tokens": tokens, "ceilings": ceilings, "problems": problems, "no_time_for": left}
+    write = lambda: write_result("attention", record, out)
     for mix, name in cases:
         if time.perf_counter() - started > 60 * minutes:
             left.append(f"{mix}, {name}")
             continue
         print(f"{mix}, {name}", flush=True)
         problems.append(problem(mix, heads_of(name), tokens, dtype, device, turns) | {"model": name})
+        write()  # what is measured stays, whatever comes next
         gc.collect()
     print_table(problems, ceilings, Console(width=130))
-    record = {"tokens": tokens, "ceilings": ceilings, "problems": problems, "no_time_for": left}
-    return write_result("attention", record, out)
+    return write()
 
 
 TOY = (("HH-RLHF", "CPU"), ("TL;DR", "CPU"))

@@ -18,7 +18,7 @@ def number(value: float) -> str:
 def where(record: dict) -> str:
     """The machine that a result is of."""
     n, cpu = record["threads"], record["cpu"]
-    cores = f"{n} core{'s' if n > 1 else ''} of {'an' if cpu[0] in 'AEIOU' else 'a'} {cpu}"
+    cores = f"{n} core{'s' if n > 1 else ''} of {'an' if cpu[:1] in 'AEIOU' else 'a'} {cpu}"
     return f"one {record['gpu']}" if record["gpu"] else cores
 
 
@@ -85,7 +85,8 @@ def steps_on_a_gpu(record: dict, link: str) -> str:
             [f"{model}, {mix}", number(ours["pairs_per_second"]), f"{ours['peak_gb']:.1f} GB", mfu, *cells]
         )
     text = (
-        f"Optimizer steps of {' or '.join(map(str, sorted(pairs)))} pairs on {where(record)}, bf16, against "
+        f"Optimizer steps of {' or '.join(map(str, sorted(pairs)))} pairs on {where(record)}, bf16 autocast "
+        "over fp32 weights (under a LoRA bf16 ones) and fused AdamW in all, against "
         f"the fastest batch size of each trainer in the same run ({link}): pairs a second, peak memory, "
         "useful FLOPs of the measured GEMM ceiling, and by how much fastdpo is faster, beside what the FLOPs "
         "alone would give:"
@@ -165,6 +166,8 @@ def attention(record: dict, link: str) -> str:
     for found in record["problems"]:
         times = {n: 1e3 * list(r["median_s"].values())[-1] for n, r in found["results"].items()}
         ours = times.pop("shared, fastdpo")
+        if not times:
+            continue
         best = min(times, key=times.get)
         row = [f"{found['mix']}, {found['model']}", f"{number(ours)} ms", f"{best}, {number(times[best])} ms"]
         rows.append([*row, f"{times[best] / ours:.2f}x"])
@@ -197,12 +200,13 @@ def parity(record: dict, link: str) -> str:
         first = max(abs(run["first_margin"]) for run in runs)
         theirs = max(abs(run["trl_first_margin"]) for run in runs)
         spread = r["mean_difference_between_orders"]
+        apart = "" if spread is None else f" and TRL's own runs on different orders are {spread:.0e} apart"
         said.append(
             f"{what['steps']} steps of {what['pairs']} pairs in {r['dtype']} on {where(record)}, "
             f"{r['model']}, {len(runs)} orders of the rows ({link}): the loss of a step differs from TRL "
             f"1.16's by {r['largest_difference']:.0e} at most and {r['mean_difference']:.0e} on average, "
-            f"while it falls by {r['fell_by']:.2f} and TRL's own runs on different orders are {spread:.0e} "
-            f"apart; the first step's margin is {first:.1g} (TRL's {theirs:.1g})."
+            f"while it falls by {r['fell_by']:.2f}{apart}; the first step's margin is {first:.1g} "
+            f"(TRL's {theirs:.1g})."
         )
     return "\n\n".join(said)
 

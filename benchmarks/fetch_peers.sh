@@ -12,7 +12,7 @@ DIR=${1:?usage: benchmarks/fetch_peers.sh DIR [PACKAGE...]}
 shift
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-PACKAGES=(trl==1.16.0 datasets dill multiprocess liger-kernel cut-cross-entropy flash-attn "$@")
+PACKAGES=(trl==1.16.0 datasets==5.2.0 "dill<0.4.2" "multiprocess<0.70.20" liger-kernel cut-cross-entropy flash-attn "$@")
 PLATFORMS=()
 for version in 2_35 2_34 2_31 2_28 2_27 2_24 2_17 2014 1; do
     PLATFORMS+=(--platform "manylinux${version/#2_/_2_}_x86_64")

@@ -4,20 +4,26 @@ Each goes as PNG and SVG to plots/ beside the JSON it is drawn from. The same nu
 of SVG.
 """
 
+import functools
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+try:
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    from fastdpo.plots import COLOURS, short
+except ModuleNotFoundError:  # numbers do not wait for plots
+    Axes = Figure = rc_context = None
 
 from benchmarks.results import RESULTS
-from fastdpo.plots import COLOURS, short
 
 LINES = ("train", "held-out", "chosen", "rejected", "ink", "muted")  # of COLOURS, in this order
 MARKERS = "osD^vP"
@@ -58,6 +64,20 @@ class Band:
     ys: Sequence[Sequence[float]]  # [seeds][steps]
 
 
+def _if_possible(draw: Callable[..., list[Path]]) -> Callable[..., list[Path]]:
+    """draw, or without matplotlib a word about it."""
+
+    @functools.wraps(draw)
+    def drawn(name, *args, **options):
+        if rc_context is None:
+            print(f"no plot of {name}: matplotlib is not installed")
+            return []
+        return draw(name, *args, **options)
+
+    return drawn
+
+
+@_if_possible
 def bars(name: str, title: str, unit: str, items: Sequence[Bar], folder: Path = RESULTS) -> list[Path]:
     """Contenders under each other, ours in blue, with their numbers."""
     with rc_context(STYLE):
@@ -85,6 +105,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
+@_if_possible
 def loglog(
     name: str, title: str, x_label: str, y_label: str, lines: Sequence[Line], folder: Path = RESULTS
 ) -> list[Path]:
@@ -117,6 +138,7 @@ def loglog(
         return _save(figure, name, folder)
 
 
+@_if_possible
 def curves(
     name: str, title: str, x_label: str, y_label: str, bands: Sequence[Band], folder: Path = RESULTS
 ) -> list[Path]:

@@ -11,9 +11,11 @@
 #   tuning     the fastest tile of this chip
 #
 # Each stage is independent, ends within 8 minutes, writes its own JSON to $OUT (default: benchmarks/results)
+# as it goes, reads there what an earlier visit of the day measured (and the gate's verdict),
 # and leaves the next one running when it fails. --dry-run runs every stage's code on tiny shapes, on a CPU
 # too, into a temporary $OUT. No network is needed: wheels in $WHEELS (default: .whl; fetch_peers.sh makes
-# it) are installed for this run alone. $MINUTES: what a stage may take before it begins nothing new (7.5).
+# it) are installed for this run alone. $MINUTES: what a stage may take before it begins nothing new (7.5);
+# half a minute later it is stopped. $BENCH_COMMIT: the commit, where this copy of the tree has no .git.
 set -u
 cd "$(dirname "$0")/.."
 ALL=(gate head steps parity memory attention growth tuning)
@@ -21,11 +23,16 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 WHEELS=${WHEELS:-.whl}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-options=(--minutes "${MINUTES:-7.5}")
+MINUTES=${MINUTES:-7.5}
+options=(--minutes "$MINUTES")
+limit=$(awk "BEGIN { print int(60 * $MINUTES + 30) }")
 if [ "${1:-}" = --dry-run ]; then
     shift
     options+=(--dry-run)
     OUT=${OUT:-$scratch/results}
+elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "no GPU here: --dry-run shows that all of it runs"
+    exit 2
 fi
 OUT=${OUT:-benchmarks/results}
 stages=("$@")
@@ -45,11 +52,11 @@ failed=0
 for stage in "${stages[@]}"; do
     echo "== $stage"
     begun=$SECONDS
-    timeout 480 "$PYTHON" -m "benchmarks.gpu_$stage" "${options[@]}" --out "$OUT"
+    timeout --kill-after=15 "$limit" "$PYTHON" -m "benchmarks.gpu_$stage" "${options[@]}" --out "$OUT"
     code=$?
     case $code in
     0) how=done ;;
-    124) how="stopped at 8 minutes" failed=1 ;;
+    124 | 137) how="stopped after $limit s" failed=1 ;;
     *) how="failed with $code" failed=1 ;;
     esac
     summary+=("$(printf '%-10s %-22s %4d s' "$stage" "$how" $((SECONDS - begun)))")

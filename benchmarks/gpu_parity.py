@@ -24,6 +24,7 @@ def main() -> int:
         small = small_setting(Path(folder), device, torch.float32, steps)
         _, tokenizer = demo_start(Path(folder))
     results = {"fp32": measure(small, orders, until)}
+    write(results, args.out)  # what is measured stays, whatever comes next
     model = tiny(MODELS[MODEL]) if args.dry_run else MODELS[MODEL]
     large = Setting(build(model, device, torch.float32), tokenizer, torch.bfloat16, RATE, steps)
     results["bf16"] = measure(large, orders, until)

@@ -34,7 +34,7 @@ ORDER = [("Qwen2.5-0.5B", m) for m in ("HH-RLHF", "UltraFeedback", "TL;DR", "Met
 ORDER += [("Llama-3.2-1B", mix) for mix in ("HH-RLHF", "UltraFeedback", "TL;DR")]
 ORDER += [("Qwen3-1.7B", mix) for mix in ("HH-RLHF", "UltraFeedback", "TL;DR")]
 ORDER += [("Llama-3.1-8B LoRA", "HH-RLHF"), ("Qwen2.5-7B LoRA", "HH-RLHF"), ("Qwen2.5-0.5B", "hh real")]
-LEAST_MINUTES = 2.0  # what a model and mix needs to say anything
+LEAST_MINUTES = 2.5  # what a model and mix needs to say anything
 GPU = Plan("", "", "cuda", pairs=PAIRS, turns=4, measured=2, minutes=0, warm=1, checks=3, distinct=4)
 FULL_RATE, LORA_RATE = 3e-6, 1e-4  # so that a second look at the same rows has another loss
 DRY_ORDER = [("Qwen2.5-0.5B", "HH-RLHF"), ("Llama-3.1-8B LoRA", "HH-RLHF")]
@@ -84,16 +84,21 @@ def earlier(out: Path) -> dict:
     return found["results"] if found["git"] == commit()["git"] else {}
 
 
+def to_do(results: dict) -> list[tuple[str, str]]:
+    """Of ORDER what has no results yet, and then what failed or had no time for all of its contenders."""
+    cut = lambda race: "failed" in race or any(r["state"] == "time" for r in race["summary"].values())
+    new = [(model, mix) for model, mix in ORDER if mix not in results.get(model, {})]
+    return new + [each for each in ORDER if each not in new and cut(results[each[0]][each[1]])]
+
+
 def run(args: Namespace, workers: Workers) -> None:
     """All of ORDER that there is time for; the JSON is written after each."""
     began = time.perf_counter()
     left = lambda: args.minutes - (time.perf_counter() - began) / 60
-    order = DRY_ORDER if args.dry_run else ORDER
     results, no_time = ({} if args.dry_run else earlier(args.out)), []
+    order = DRY_ORDER if args.dry_run else to_do(results)
     ceilings = measured_ceilings(small=args.dry_run)
     for model, mix in order:
-        if mix in results.get(model, {}):
-            continue
         if left() < LEAST_MINUTES and not args.dry_run:
             no_time.append(f"{model}, {mix}")
             continue

@@ -112,10 +112,10 @@ def make_policy(model: BenchModel, device: str) -> Policy:
 
 def step(policy: Policy, batch) -> None:
     """Forward and backward of a microbatch, with DPO's loss against a reference of zeros."""
-    policy.model.zero_grad(set_to_none=True)
     logp = ResponseLogps.of(batch, policy.token_logp(batch)).logp
     winner, loser = batch.pairs.T
     (-F.logsigmoid(BETA * (logp[winner] - logp[loser])).mean()).backward()
+    policy.model.zero_grad(set_to_none=True)  # at the end: the peak of the next call then has them in it
 
 
 def over_tokens(sizes: Sizes, device: str) -> Iterator[Point]:
@@ -220,19 +220,24 @@ def run(sizes: Sizes, minutes: float, out: Path) -> Path:
     started, series, left = time.perf_counter(), {}, []
     over = lambda: time.perf_counter() - started > 60 * minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    record = {"model": sizes.model.name, "mix": sizes.mix, "head": sizes.head, "group": sizes.group}
+    record |= {"series": series, "no_time_for": left}
+
+    def add(name: str, label: str, lines: dict) -> Path:
+        """Takes a series over and writes it down: what is measured stays, whatever comes next."""
+        powers = {line: slopes(rows) for line, rows in lines.items()}
+        series[name] = {"x": label, "lines": lines, "slopes": powers}
+        return write_result("growth", record, out)
+
     for name, (label, points) in SERIES.items():
         lines, missed = measure(points(sizes, device), sizes.turns, over)
-        series[name] = {"x": label, "lines": lines}
         left += [f"{name}: {what}" for what in missed]
+        add(name, label, lines)
         gc.collect()
     lines, missed = over_pairs(sizes, over)
-    series["cache"] = {"x": "pairs in the cache", "lines": lines}
     left += missed
-    for found in series.values():
-        found["slopes"] = {line: slopes(rows) for line, rows in found["lines"].items()}
+    path = add("cache", "pairs in the cache", lines)
     print_table(series, Console(width=130))
-    record = {"model": sizes.model.name, "mix": sizes.mix, "head": sizes.head, "group": sizes.group}
-    path = write_result("growth", record | {"series": series, "no_time_for": left}, out)
     draw_figures(series, out)
     return path
 

@@ -105,8 +105,8 @@ def contenders(inputs: Inputs, mode: str, absent: dict) -> dict:
     for name, make in head_others.MAKERS.items():
         try:
             found[name] = make(inputs)
-        except (ImportError, head_others.CannotRunError, RuntimeError, AttributeError) as error:
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+        except Exception as error:  # whatever a broken package makes of its import
+            absent[name] = f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:80]}"
     return found
 
 
@@ -211,15 +211,17 @@ def run(small: bool, minutes: float, out: Path | None) -> None:
                 truth = Truth(inputs)
             print(f"{shape}, {mode}", flush=True)
             results[str(shape)][mode] = measure_mode(inputs, mode, truth, 3 if small else TURNS)
+            if out:  # what is measured stays, whatever comes next
+                write(out, results, left, str(dtype))
     print_table(results, Console(width=130))
     if left:
         print(f"no time for: {'; '.join(left)}")
     if out:
-        write(out, results, left, str(dtype))
+        draw(write(out, results, left, str(dtype)), results)
 
 
-def write(out: Path, results: dict, left: list[str], dtype: str) -> None:
-    """The JSON: every single time, and what it was measured on; and a plot of the first shape."""
+def write(out: Path, results: dict, left: list[str], dtype: str) -> Path:
+    """The JSON: every single time, and what it was measured on."""
     found = {}
     for name in head_others.DISTRIBUTIONS:
         try:
@@ -227,7 +229,11 @@ def write(out: Path, results: dict, left: list[str], dtype: str) -> None:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     record = {"dtype": dtype, "memory_budget": MEMORY_BUDGET, "no_time_for": left}
-    path = write_result("head", record | {"peers": found, "results": results}, out)
+    return write_result("head", record | {"peers": found, "results": results}, out)
+
+
+def draw(path: Path, results: dict) -> None:
+    """A plot of each mode of the first shape, beside the JSON."""
     shape, modes = next(iter(results.items()))
     for mode, (measured, _) in modes.items():
         title = f"The lm_head, {mode}, {shape} (M x D x V)"
@@ -235,7 +241,7 @@ def write(out: Path, results: dict, left: list[str], dtype: str) -> None:
             Bar(name, 1e3 * r["median_s"], *spread_ms(r), ours=name in head_ours.CONTENDERS)
             for name, r in measured.items()
         ]
-        bars(f"{path.stem}_{mode}", title, "milliseconds", drawn, out)
+        bars(f"{path.stem}_{mode}", title, "milliseconds", drawn, path.parent)
 
 
 def spread_ms(r: dict) -> tuple[float, float] | tuple[()]:

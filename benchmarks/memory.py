@@ -37,9 +37,8 @@ LADDERS = {
     "all weights": ("Qwen2.5-0.5B", "Llama-3.2-1B", "Qwen3-1.7B", "Qwen2.5-3B"),
     "LoRA": ("Qwen2.5-7B LoRA", "Llama-3.1-8B LoRA", "Qwen2.5-14B LoRA", "Qwen2.5-32B LoRA"),
 }
-WARM = PairLengths(
-    32, 16, 16
-)  # the first step's pair: the optimizer's state exists before the one that counts
+# the first step's pair: the optimizer's state exists before the one that counts
+WARM = PairLengths(32, 16, 16)
 BESIDE = 1.5e9  # bytes of a process that its allocator does not count: the CUDA context, libraries
 GRACE = 15  # seconds that the last trial may go on after the minutes are over
 PRECISION = 1.1  # smallest that failed over largest that fit
@@ -146,8 +145,7 @@ class Trials:
         peak in bytes, or None. Raises TimeUp, and WorkerFailed for anything but memory."""
         if time.perf_counter() > self.until:
             raise TimeUp
-        half = row // 2
-        pairs = (WARM, PairLengths(row - half, half, half))
+        pairs = (WARM, PairLengths(row - row // 2, row // 2, row // 2))
         path = self.folder / f"{row}.json"
         vocab = 1000 if self.limits.tiny else MODELS[model].vocab
         path.write_text(json.dumps([random_rows([pair], vocab) for pair in pairs]))
@@ -174,9 +172,8 @@ class Trials:
 
     def living(self, module: str) -> Worker:
         if self.worker is None or not self.worker.alive:
-            environment = {"BENCH_PEER": module, "BENCH_BYTES": str(self.room)}
-            environment |= {"BENCH_DEVICE": self.limits.device}
-            self.worker = Worker("benchmarks.limited", environment, self.folder / "log")
+            limit = {"BENCH_BYTES": str(self.room), "BENCH_DEVICE": self.limits.device}
+            self.worker = Worker("benchmarks.limited", limit | {"BENCH_PEER": module}, self.folder / "log")
         return self.worker
 
     def stop(self) -> None:
@@ -200,8 +197,8 @@ def answer(limits: Limits, task: Task, until: float) -> dict:
                 names = limits.ladders[task.of]
                 which = [trials.fits(name, limits.row) is not None for name in _until_failure(names, trials)]
                 fitting, fails = which.count(True), False in which
-                out |= {"fits": names[fitting - 1] if fitting else None}
-                out |= {"fails": names[fitting] if fails else None}
+                out["fits"] = names[fitting - 1] if fitting else None
+                out["fails"] = names[fitting] if fails else None
         except TimeUp:
             out["no_answer"] = "no time left"
         except WorkerFailed as failed:
@@ -258,31 +255,33 @@ def run(limits: Limits, minutes: float, out: Path) -> Path:
     """Every task in order, as many side by side as there is room for."""
     until = time.perf_counter() + 60 * minutes
     found = {Task(*(f[k] for k in Task.__annotations__)): f for f in earlier(out)}
-    cuda = limits.device == "cuda"
-    room = Room(torch.cuda.get_device_properties(0).total_memory if cuda else 1.0)
+    room = Room(torch.cuda.get_device_properties(0).total_memory if limits.device == "cuda" else 1.0)
+
+    def write() -> Path:
+        told = {"limits": asdict(limits), "contenders": CONTENDERS}
+        return write_result("memory", told | {"found": list(found.values())}, out)
 
     def work(task: Task, taken: float) -> None:
         with room.back(taken):
-            found[task] = answer(limits, task, until)
+            answered = answer(limits, task, until)
+        with room.changed:  # what is answered stays, whatever comes next
+            found[task] = answered
+            if "no_answer" not in answered:
+                write()
 
     with ThreadPoolExecutor() as pool:
-        waiting = []
-        for task in (task for task in tasks(limits) if task not in found):
-            taken = room.take(task.gigabytes * 1e9 + BESIDE)
-            waiting.append(pool.submit(work, task, taken))
-        for future in waiting:
+        todo = [task for task in tasks(limits) if task not in found]
+        for future in [pool.submit(work, t, room.take(t.gigabytes * 1e9 + BESIDE)) for t in todo]:
             future.result()
-    record = {"limits": asdict(limits), "contenders": CONTENDERS, "found": list(found.values())}
-    print_table(record["found"], limits, Console(width=130))
-    return write_result("memory", record, out)
+    print_table(list(found.values()), limits, Console(width=130))
+    return write()
 
 
 def print_table(found: list[dict], limits: Limits, console: Console) -> None:
     """A row for every question, a column for every contender."""
     table = Table(title="What fits (one pair at a time, layers recomputed)")
-    table.add_column("")
-    for name in limits.contenders:
-        table.add_column(name, justify="right")
+    for name in ("", *limits.contenders):
+        table.add_column(name, justify="right" if name else "left")
     by_task = {tuple(f[k] for k in Task.__annotations__): f for f in found}
     asked = dict.fromkeys((t.kind, t.of, t.gigabytes) for t in tasks(limits))
     for kind, of, gb in asked:

@@ -16,8 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def resident(key: str) -> int:
-    """This process's VmHWM (peak) or VmRSS (now), in bytes."""
+    """This process's VmHWM (peak) or VmRSS (now), in bytes. Kernels without a VmHWM have the peak since
+    the process began."""
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None and key == "VmHWM":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return int(found[1]) * 1024
 
 

@@ -16,7 +16,8 @@ from benchmarks.workers import Worker, WorkerFailed, Workers
 SLOWER = 1.2  # of the batch sizes of one thing, those slower than this in the first steps leave
 SPARE = 1.05  # of the memory a step takes from the device
 DOORS = 0.7  # of the time is for first steps; then who stands takes turns
-TOO_LONG = {"prepare": 240, "steps": 240}  # seconds
+TOO_LONG = 240  # seconds for an answer
+GRACE = 20  # seconds that the last answer may come after the time is over
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,15 +93,15 @@ class Race:
     def run(self) -> None:
         for contender in self.contenders:  # all at once: they import while the first one builds
             self.worker(contender)
-        waiting = list(self.others)
-        while True:
-            waiting = self.run_set(waiting)
-            if not waiting:
-                return
-            if time.perf_counter() > self.deadline:
-                for contender in waiting:
-                    self.entries[contender.name] = Entry("time", "no time left")
-                return
+        waiting = self.run_set(list(self.others))
+        while waiting and time.perf_counter() < self.deadline:
+            try:
+                waiting = self.run_set(waiting)
+            except WorkerFailed as failed:  # fastdpo, which ran before: what is measured stays
+                self.say(f"  the last set ended: fastdpo: {failed.why}")
+                waiting = []
+        for contender in self.contenders:
+            self.entries.setdefault(contender.name, Entry("time", "no time left"))
 
     def worker(self, contender: Contender) -> Worker:
         return self.workers.get(contender.name, contender.module, contender.environment)
@@ -113,9 +114,14 @@ class Race:
         """Builds a contender and lets it make its first steps. Raises WorkerFailed."""
         self.say(f"  {contender.name}: first steps")
         worker = self.worker(contender)
-        entry = Entry("measured", facts=worker.prepare(self.job(contender), TOO_LONG["prepare"])["facts"])
-        entry.first_seconds = entry.add(worker.steps(self.course.checks, TOO_LONG["steps"]))
+        entry = Entry("measured", facts=worker.prepare(self.job(contender), self.patience(0.5))["facts"])
+        entry.first_seconds = entry.add(worker.steps(self.course.checks, self.patience(0.5)))
         return entry
+
+    def patience(self, part: float = 1.0) -> float:
+        """Seconds to wait for an answer, at most this part of what is left: who hangs must not take the
+        others' results with it."""
+        return min(TOO_LONG, max(1.0, part * (self.deadline + GRACE - time.perf_counter())))
 
     def run_set(self, waiting: list[Contender]) -> list[Contender]:
         """One set: fastdpo and whoever fits beside it. Returns those that did not."""
@@ -146,8 +152,8 @@ class Race:
         self.sets.append([contender.name for contender in standing])
         if number == 0:
             self.entries[self.ours.name] = standing[self.ours]
-        self.take_turns(standing)
         self.ours_turns.append(standing[self.ours].turns)
+        self.take_turns(standing)
         if number == 0:
             standing[self.ours].trace = self.traced()
         for contender in list(standing):
@@ -190,7 +196,9 @@ class Race:
         try:
             entry = self.entries[contender.name] = self.start(contender)
             why = self.disagreement(contender, entry)
-            for _ in range(0 if why else self.course.turns):
+            for number in range(0 if why else self.course.turns):
+                if number and time.perf_counter() > self.deadline:
+                    break
                 entry.turns.append(self.turn(contender, entry))
             if why:
                 entry.state, entry.why = "disagrees", why
@@ -205,28 +213,37 @@ class Race:
 
     def turn(self, contender: Contender, entry: Entry) -> list[float]:
         warm, measured = self.course.warm, self.course.measured
-        return entry.add(self.worker(contender).steps(warm + measured, TOO_LONG["steps"]))[warm:]
+        return entry.add(self.worker(contender).steps(warm + measured, self.patience()))[warm:]
 
     def take_turns(self, standing: dict[Contender, Entry]) -> None:
-        """A B C A B C. Who fails here has a reason instead of numbers; if it is fastdpo, the race is over."""
+        """A B C A B C. Who fails here has a reason instead of numbers; fastdpo ends the turns."""
         longest = 0.0
         for number in range(self.course.turns):
             if number and time.perf_counter() + longest > self.deadline:
-                return
+                break
             self.say(f"  turn {number + 1} of {self.course.turns}: {len(standing)} contenders")
             began = time.perf_counter()
-            for contender, entry in list(standing.items()):
-                try:
-                    entry.turns.append(self.turn(contender, entry))
-                except WorkerFailed as failed:
-                    if contender is self.ours:
-                        raise
-                    entry.state, entry.why = failed.kind, failed.why
-                    del standing[contender]
+            if not self.one_turn(standing):
+                break
             longest = max(longest, time.perf_counter() - began)
         for contender, entry in standing.items():
             if contender is not self.ours and (why := self.disagreement(contender, entry)):
                 entry.state, entry.why = "disagrees", why
+
+    def one_turn(self, standing: dict[Contender, Entry]) -> bool:
+        """Whether fastdpo made its turn, which comes first; raises WorkerFailed where it never made one."""
+        for contender, entry in list(standing.items()):
+            try:
+                entry.turns.append(self.turn(contender, entry))
+            except WorkerFailed as failed:
+                if contender is self.ours:
+                    if not entry.turns:
+                        raise
+                    self.say(f"  the turns ended: fastdpo: {failed.why}")
+                    return False
+                entry.state, entry.why = failed.kind, failed.why
+                del standing[contender]
+        return True
 
     def compared(self, contender: Contender, entry: Entry) -> list[tuple[float, float]]:
         """The first losses, each beside fastdpo's on the same rows."""
@@ -244,7 +261,7 @@ class Race:
     def traced(self) -> dict | None:
         """One more step of fastdpo under the profiler."""
         try:
-            return self.worker(self.ours).profile(TOO_LONG["steps"])["trace"]
+            return self.worker(self.ours).profile(self.patience())["trace"]
         except WorkerFailed as failed:
             self.say(f"  no profile: {failed.why}")
             return None

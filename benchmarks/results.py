@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.process import provenance
+from benchmarks.process import commit, provenance
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _NAME = re.compile(r"(?P<what>[a-z][a-z0-9_]*)_(?P<machine>[a-z0-9-]+)_(?P<date>\d{4}-\d\d-\d\d)")
@@ -32,10 +32,12 @@ def result_path(what: str, folder: Path = RESULTS) -> Path:
 
 
 def write_result(what: str, record: dict, folder: Path = RESULTS) -> Path:
-    """Writes the record, where it comes from, and whether the gate before it (none for itself) was green."""
+    """Writes the record, where it comes from, and whether the gate of its commit was green on this machine
+    (None: there was no gate)."""
     if what != "gate":
         gate = newest("gate", machine(), folder)
-        record = {"gate_passed": gate["passed"] if gate else None} | record
+        same = gate is not None and gate["git"] == commit()["git"]  # another commit's says nothing
+        record = {"gate_passed": gate["passed"] if same else None} | record
     path = result_path(what, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record | provenance(), indent=1) + "\n")

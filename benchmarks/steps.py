@@ -177,8 +177,10 @@ def told(contender: Contender, race: Race, rows_of: dict, plan: Plan, ceiling_tf
         "family": contender.family,
     }
     seconds = [s for turn in entry.turns for s in turn]
-    if entry.state != "measured" or not seconds:
+    if entry.state != "measured":
         return out
+    if not seconds:
+        return out | {"state": "time", "why": "no time for a turn"}
     tokens = tokens_a_step(steps)
     typical = statistics.mean(seconds) if contender.grouped else statistics.median(seconds)
     low, high = np.quantile(seconds, (0.25, 0.75)).tolist()
@@ -225,7 +227,7 @@ def mark_fastest(numbers: dict[str, dict]) -> None:
 def measured_ceilings(small: bool) -> dict:
     """What this machine can do at best, measured in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.ceilings", *(["--small"] if small else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
     return json.loads(done.stdout)
 
 

@@ -55,7 +55,8 @@ def passes(tile, head, x, target):
 
 def tune(rows: int, hidden: int, vocab: int, minutes: float, device="cuda", capability=None) -> dict:
     """{"capability", "shape", "flops" of a pass, "tiles": [{"tile", "ms" of each of NAMES}] fastest first,
-    "faulty": tiles that spill, "no_time_for": how many were not tried}, the tile in use before others."""
+    "failed": tiles that did not run, "faulty": tiles that spill, "no_time_for": how many were not tried}, the
+    tile in use before others."""
     begun, dry = time.monotonic(), device == "cpu"
     capability = capability or torch.cuda.get_device_capability()
     real = 1 if dry else torch.cuda.get_device_properties(0).multi_processor_count
@@ -66,14 +67,18 @@ def tune(rows: int, hidden: int, vocab: int, minutes: float, device="cuda", capa
     head = Head(weight, None, None, None, 1.0, 1.0, None)
     used = TILES.get((capability, DTYPE))
     todo = sorted(candidates(capability), key=lambda tile: tile != used)
-    sound, found = {}, []
+    sound, found, failed = {}, [], []
     while todo and time.monotonic() - begun < 60 * minutes and not (dry and found):
         tile = todo.pop(0)
         kind = tile._replace(group=0)
         if kind not in sound:
             sound[kind] = dry or compiles(tile, capability)
         if sound[kind]:
-            ms = {name: measured(spec, dry) for name, spec in zip(NAMES, passes(tile, head, x, target))}
+            try:
+                ms = {name: measured(spec, dry) for name, spec in zip(NAMES, passes(tile, head, x, target))}
+            except Exception as error:  # of a tile that this chip does not take: the others go on
+                failed.append({"tile": tile._asdict(), "why": f"{type(error).__name__}: {str(error)[:200]}"})
+                continue
             found.append({"tile": tile._asdict(), "ms": ms})
             print(tile, ", ".join(f"{name} {t:.2f} ms" for name, t in ms.items()), flush=True)
     return {
@@ -81,6 +86,7 @@ def tune(rows: int, hidden: int, vocab: int, minutes: float, device="cuda", capa
         "shape": {"rows": rows, "hidden": hidden, "vocab": vocab, "dtype": str(DTYPE)},
         "flops": 2 * rows * hidden * vocab,
         "tiles": sorted(found, key=lambda row: sum(row["ms"].values())),
+        "failed": failed,
         "faulty": [kind._asdict() for kind, good in sound.items() if not good],
         "no_time_for": len(todo),
     }

@@ -4,15 +4,19 @@ Only one of them computes at a time; the others keep their weights and wait. Wha
 benchmarks/peers/session.py.
 """
 
+import contextlib
 import json
 import os
 import select
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 300  # for any answer
+EXIT_SECONDS = 30  # for a process that no longer answers to be gone
+KEPT = 512 << 20  # bytes of a GPU that a job may leave in its worker: cuBLAS keeps room to work in
 
 
 class WorkerFailed(Exception):
@@ -46,10 +50,11 @@ class Worker:
 
     def prepare(self, job: dict, seconds: float = SECONDS) -> dict:
         """Builds the job's model and all else before its first step: {"facts", and memory's numbers}."""
+        until = time.monotonic() + seconds
         if not self.greeted:
             self._answer(seconds)
             self.greeted = True
-        return self.ask(seconds, do="prepare", job=job)
+        return self.ask(until - time.monotonic(), do="prepare", job=job)
 
     def steps(self, n: int, seconds: float = SECONDS) -> dict:
         """{"steps": [{"seconds", "loss"}, ...], and memory's numbers} of the next n steps."""
@@ -60,14 +65,19 @@ class Worker:
         return self.ask(seconds, do="profile")
 
     def end(self) -> None:
-        """Lets go of the job; the process stays for the next one."""
+        """Lets go of the job; the process stays for the next one, if it has given its GPU memory back."""
+        if not self.greeted:  # it has no job
+            return
         try:
-            self.ask(SECONDS, do="end")
+            if self.ask(EXIT_SECONDS, do="end")["kept_bytes"] > KEPT:
+                self.stop()
         except WorkerFailed:
             self.stop()
 
     def ask(self, seconds: float, **order) -> dict:
         """One order and its answer. WorkerFailed where there is none; the worker is then gone."""
+        if not self.greeted:
+            raise WorkerFailed("error", "it has no job")
         try:
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
@@ -82,25 +92,35 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             raise self._died()
-        answer = json.loads(line)
+        try:
+            answer = json.loads(line)
+        except json.JSONDecodeError:
+            self.stop()
+            raise WorkerFailed("error", f"no answer but {line[:200]!r}") from None
         if "failed" in answer:
-            self.process.wait()
+            self.stop()
             raise WorkerFailed(answer["failed"], answer["why"])
         return answer
 
     def _died(self) -> WorkerFailed:
         """What is known of a worker whose pipe is closed."""
-        code = self.process.wait()
+        try:
+            code = self.process.wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            return WorkerFailed("error", "answers no more, and did not exit")
         if code == -9:  # the kernel's way when memory is out, and nobody else's here
             return WorkerFailed("memory", "killed by signal 9, as by the kernel when memory runs out")
         lines = self.log.read_text(errors="replace").strip().splitlines() or ["it wrote nothing"]
-        return WorkerFailed("error", f"died with code {code}: {lines[-1][:200]}")
+        kind = "absent" if lines[-1].startswith(("ModuleNotFoundError", "ImportError")) else "error"
+        return WorkerFailed(kind, f"died with code {code}: {lines[-1][:200]}")
 
     def stop(self) -> None:
         """Ends the process, whatever it does."""
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # an order that it did not read
+            self.process.stdin.close()
         self.process.stdout.close()
 
 

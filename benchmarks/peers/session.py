@@ -12,6 +12,7 @@ Orders (benchmarks/workers.py sends them): {"do": "prepare", "job": {...}}, {"do
 waits for the order and starts the clock) and session.done(loss); next_step() is False at the end.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -108,7 +109,7 @@ def serve(train: Callable[[dict, Session], None]) -> None:
             session.answer(failed=kind_of(error), why=reason(error))
             sys.exit(1)
         settle()
-        session.answer(ended=True)
+        session.answer(kept_bytes=torch.cuda.memory_allocated())
 
 
 def kind_of(error: BaseException) -> str:
@@ -143,9 +144,12 @@ def settle() -> None:
 
 
 def restart_peaks() -> None:
-    restart_peak()
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
+    if not torch.cuda.is_initialized():
+        restart_peak()
+        return
+    torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # some kernels cannot: the process's peak, which is not the GPU's,
+        restart_peak()  # then counts from its start
 
 
 def memory() -> dict:

@@ -9,7 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 # What a step cannot do without, by its kernels' names.
 KINDS = {
     "GEMM": re.compile(
-        r"gemm|cutlass|cublas|nvjet|xmma|splitk|wgmma|addmm|::mm\b|::bmm|matmul|scaled_exp", re.IGNORECASE
+        r"gemm|cutlass|cublas|nvjet|xmma|splitk|wgmma|addmm|::mm\b|::bmm|matmul|scaled_exp|head_tiles",
+        re.IGNORECASE,
     ),
     "attention": re.compile(r"flash|fmha|attention|sdpa", re.IGNORECASE),
     "optimizer": re.compile(r"adam|multi_tensor", re.IGNORECASE),
