@@ -27,7 +27,7 @@ lint: venv
 bench-cpu: venv
 	$(BIN)/python -m benchmarks.gate --out benchmarks/results
 	$(BIN)/python -m benchmarks.small_pieces
-	$(BIN)/python -m benchmarks.bench_cpu --minutes 6.5
+	$(BIN)/python -m benchmarks.bench_cpu --minutes 5.6
 	$(BIN)/python -m benchmarks.parity
 	$(BIN)/python -m benchmarks.bench_cache --forward-pairs 40
 	$(BIN)/python -m benchmarks.growth --small
