@@ -82,7 +82,7 @@ def bars(name: str, title: str, unit: str, items: Sequence[Bar], folder: Path = 
     """Contenders under each other, ours in blue, with their numbers."""
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 0.9 + 0.33 * len(items)), layout="constrained")
-        axes = _axes(figure, title, grid="x")
+        axes = make_axes(figure, title, grid="x")
         places = np.arange(len(items))
         colours = [COLOURS["train" if item.ours else "muted"] for item in items]
         axes.barh(places, [item.value for item in items], 0.66, color=colours)
@@ -97,7 +97,7 @@ def bars(name: str, title: str, unit: str, items: Sequence[Bar], folder: Path = 
         axes.set_xlim(0, 1.15 * max(max(item.value, item.high or 0) for item in items))
         axes.xaxis.set_major_formatter(FuncFormatter(short))
         axes.set_xlabel(unit, color=COLOURS["ink"])
-        return _save(figure, name, folder)
+        return save_figure(figure, name, folder)
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
@@ -112,7 +112,7 @@ def loglog(
     """Points and the fitted power of each line, on two logarithmic axes; x_label and y_label with units."""
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = _axes(figure, title, grid="both")
+        axes = make_axes(figure, title, grid="both")
         for i, line in enumerate(lines):
             colour, label = COLOURS[LINES[i % len(LINES)]], line.label
             if len(line.x) > 1:
@@ -134,8 +134,8 @@ def loglog(
             axis.set_major_formatter(FuncFormatter(short))
         axes.set_xlabel(x_label, color=COLOURS["ink"])
         axes.set_ylabel(y_label, color=COLOURS["ink"])
-        _legend(axes)
-        return _save(figure, name, folder)
+        add_legend(axes)
+        return save_figure(figure, name, folder)
 
 
 @_if_possible
@@ -145,7 +145,7 @@ def curves(
     """Curves over steps 1, 2, ..., each with the band of its seeds."""
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axes = _axes(figure, title, grid="y")
+        axes = make_axes(figure, title, grid="y")
         for i, band in enumerate(bands):
             ys, colour = np.asarray(band.ys, float), COLOURS[LINES[i % len(LINES)]]
             steps = np.arange(1, ys.shape[1] + 1)
@@ -156,11 +156,11 @@ def curves(
         axes.yaxis.set_major_formatter(FuncFormatter(short))
         axes.set_xlabel(x_label, color=COLOURS["ink"])
         axes.set_ylabel(y_label, color=COLOURS["ink"])
-        _legend(axes)
-        return _save(figure, name, folder)
+        add_legend(axes)
+        return save_figure(figure, name, folder)
 
 
-def _axes(figure: Figure, title: str, grid: str) -> Axes:
+def make_axes(figure: Figure, title: str, grid: str) -> Axes:
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", weight="bold", size=11, color=COLOURS["ink"])
     axes.grid(True, axis=grid, color=COLOURS["grid"], lw=0.8)
@@ -172,11 +172,11 @@ def _axes(figure: Figure, title: str, grid: str) -> Axes:
     return axes
 
 
-def _legend(axes: Axes) -> None:
+def add_legend(axes: Axes) -> None:
     axes.legend(frameon=False, labelcolor=COLOURS["ink"], fontsize=9)
 
 
-def _save(figure: Figure, name: str, folder: Path) -> list[Path]:
+def save_figure(figure: Figure, name: str, folder: Path) -> list[Path]:
     """plots/<name>.svg and .png; name says what is shown as the JSON's name does."""
     stem = re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("_")
     plots = folder / "plots"

@@ -27,7 +27,7 @@ def lines(
     """plots/<name>.svg and .png."""
     with rc_context(figures.STYLE):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figures._axes(figure, title, grid="both")
+        axes = figures.make_axes(figure, title, grid="both")
         for i, curve in enumerate(curves):
             colour = COLOURS[figures.LINES[i % len(figures.LINES)]]
             axes.fill_between(curve.x, curve.ys.min(0), curve.ys.max(0), color=colour, alpha=0.12, lw=0)
@@ -35,5 +35,5 @@ def lines(
             axes.plot(curve.x, curve.ys.mean(0), color=colour, lw=1.6, marker=marker, ms=4, label=curve.label)
         axes.set_xlabel(x_label, color=COLOURS["ink"])
         axes.set_ylabel(y_label, color=COLOURS["ink"])
-        figures._legend(axes)
-        return figures._save(figure, name, folder)
+        figures.add_legend(axes)
+        return figures.save_figure(figure, name, folder)

@@ -114,7 +114,10 @@ def _convert(argv):
     path = Path(argv[2])
     if path.exists():
         raise ConfigError(f"--output: {path} exists already; remove it, or name another file")
-    path.write_text(text, encoding="utf-8")
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write {path}: {error}") from None
     print("".join(line[2:] + "\n" for line in text.splitlines() if line.startswith("# ")), end="")
 
 

@@ -14,11 +14,14 @@ def mismatched(groups: Sequence[PreferenceGroup], max_length: int) -> dict[int, 
 
     TRL takes the row before, in a batch, whatever its prompt: where rows judge one prompt's responses one
     after the other, that is the prompt's own response. A function of the rows alone, so that the reference's
-    log-probs can be cached. Responses are cut at max_length; where nothing scored is left, the row has none.
+    log-probs can be cached. Responses are cut at max_length. A row has none where nothing scored is left, or
+    where all rows have one prompt.
     """
     found = {}
     for group, other in zip(groups, _of_another_prompt(groups)):
         response = groups[other].responses[0]
+        if np.array_equal(groups[other].prompt, group.prompt):
+            continue
         scored = np.flatnonzero(response.target_mask[: max(0, max_length - len(group.prompt))])
         if len(scored):
             end = int(scored[-1]) + 1
@@ -35,7 +38,7 @@ def mismatched(groups: Sequence[PreferenceGroup], max_length: int) -> dict[int, 
 
 
 def _of_another_prompt(groups: Sequence[PreferenceGroup]) -> list[int]:
-    """Per group, the place of the next one with another prompt (of any, where all prompts are one)."""
+    """Per group, the place of the next one with another prompt (of its own, where all prompts are one)."""
     n, prompts = len(groups), [group.prompt.tobytes() for group in groups]
     after = [(i + 1) % n for i in range(n)]
     for i in [*reversed(range(n))] * 2:  # twice: a prompt's rows may go on around the end

@@ -107,6 +107,9 @@ class RunLog:
         if stage.objective.mismatched:
             text = f"{stage.objective.name} also scores each prompt with another row's response"
             self.console.print(f"{text}, without gradient", highlight=False)
+            if not stage.mismatched:
+                text = "[yellow]all rows have one prompt, so there is no such response and z0 is 0"
+                self.console.print(text, highlight=False)
         self._announce_caps(stage)
         return facts
 

@@ -53,9 +53,8 @@ class Stage:
         self.objective = make_objective(config)
         self.groups = [self.objective.select(g) for g in groups]
         self.eval_groups = [self.objective.select(g) for g in eval_groups]
-        if self.objective.mismatched:
-            self.mismatched = mismatched(self.groups, config.max_length)
-            self.eval_mismatched = mismatched(self.eval_groups, config.max_length)
+        aside = lambda some: mismatched(some, config.max_length) if self.objective.mismatched else {}
+        self.mismatched, self.eval_mismatched = aside(self.groups), aside(self.eval_groups)
         self.per_epoch = math.ceil(len(self.groups) / config.batch_size)
         self.total = total_steps(config, len(self.groups))
         self.drifts = None  # of the first step's microbatches, while it runs
@@ -182,17 +181,13 @@ class Stage:
         return list(self.packed(in_row_order(groups, self.config.max_tokens, self.policy.share)))
 
     def aside(self, groups: list[PreferenceGroup]) -> list[PreferenceGroup]:
-        """The mismatched groups beside these, where the objective looks at them."""
-        if not self.objective.mismatched:
-            return []
-        of = self.eval_mismatched if groups is self.eval_groups else self.mismatched
-        return [of[group.row] for group in groups if group.row in of]
+        """The mismatched groups beside these training rows, where the objective looks at them."""
+        return [self.mismatched[group.row] for group in groups if group.row in self.mismatched]
 
     def reference_sets(self) -> list[list[PreferenceGroup]]:
         """What the reference must know: training rows, held-out rows, and what lies beside either."""
         used = self.used_groups()
-        sets = [used, self.eval_groups]
-        return sets + [self.aside(some) for some in sets] if self.objective.mismatched else sets
+        return [used, self.eval_groups, self.aside(used), list(self.eval_mismatched.values())]
 
     def first_step(self) -> list[PreferenceGroup]:
         """The groups of the first optimizer step."""
@@ -213,7 +208,7 @@ class Stage:
             return
         sums, seen = Sums(), []
         self.policy.model.eval()
-        aside = self.in_row_order(self.aside(self.eval_groups)) if batches else []
+        aside = self.in_row_order(list(self.eval_mismatched.values()))
         for batch in run.log.track([*batches, *aside], "held-out"):
             if run.stopping.requested:
                 break

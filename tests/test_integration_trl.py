@@ -1,9 +1,13 @@
 """trl.DPOTrainer with and without `fastdpo.integrations.trl.patch()`: the same numbers, step by step."""
 
 import inspect
+import re
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
+import trl
 import trl.trainer.dpo_trainer as dpo_trainer
 import trl.trainer.utils as trl_utils
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -198,3 +202,23 @@ def test_other_trl_versions():
             fast.check_version(version)
     for version in ("1.15.0", "1.16.3"):
         fast.check_version(version)
+
+
+def test_the_readme_s_snippet(folder, tmp_path, monkeypatch):
+    """As written, but for what a CPU needs in DPOConfig."""
+    seen, real = [], trl_forward.FusedForward.shared
+    monkeypatch.setattr(trl_forward.FusedForward, "shared", lambda *a: seen.append(1) or real(*a))
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    section = re.search(r"^## Inside your trainer\n(.*?)^## ", readme, re.S | re.M)[1]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    short = dict(use_cpu=True, bf16=False, report_to="none", max_steps=1, save_strategy="no")
+    config = trl.DPOConfig(str(tmp_path), **short)
+    names = {"model": AutoModelForCausalLM.from_pretrained(folder), "config": config}
+    names["dataset"] = datasets.Dataset.from_list(rows(8))
+    before = [p.detach().clone() for p in names["model"].parameters()]
+    assert 'trl.DPOConfig("run")' in code
+    try:
+        exec(code.replace('trl.DPOConfig("run")', "config"), names)
+    finally:
+        fast.unpatch()
+    assert seen and any((a != b).any() for a, b in zip(before, names["model"].parameters()))

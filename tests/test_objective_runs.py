@@ -2,19 +2,23 @@
 
 import json
 import math
+import os
 import random
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from fastdpo.config import Config
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.objectives import make
 from fastdpo.objectives.catalogue import NAMES
-from fastdpo.trainer import fill_reference, train
+from fastdpo.trainer import fill_reference, pairs_of_stage, train
 from tests.test_resume import outcome, stopped_in_step
-from tests.tiny import rows, save_model, sentence, write_jsonl
+from tests.tiny import group, rows, save_model, sentence, write_jsonl
 
 QUIET = Console(quiet=True)
 
@@ -64,7 +68,7 @@ def run(inputs, tmp_path):
     def run(data="paired", console=QUIET, **keys):
         values = dict(
             model=inputs["model"],
-            data=inputs[data],
+            data=inputs.get(data, data),
             eval_data=0.25,
             output_dir=str(tmp_path / "run"),
             learning_rate=1e-3,
@@ -130,6 +134,31 @@ def test_curry_dpo_is_three_stages(run, inputs, tmp_path):
 def test_pairs_by_what_the_reference_finds_far_apart(run, tmp_path):
     lines = run("ranked", pairs="easy", pair_gap="logp")
     assert [line["responses_computed"] for line in lines if "loss" in line] == [12, 6]
+
+
+@pytest.mark.parametrize("rule, loser", [("easy", 2), ("medium", 1), ("hard", 3)])
+def test_the_gap_is_of_whole_responses_log_probs(rule, loser):
+    """The best response stands at -1; the others 4, 9 and 2 nats away, whatever their ratings."""
+    some = group(0, 3, [2, 1, 5, 3])
+    sums = [-1.0, -5.0, -10.0, 1.0]
+    responses = [replace(r, score=float(4 - i)) for i, r in enumerate(some.responses)]
+    some = replace(some, responses=tuple(responses))
+    lengths = [int(r.target_mask.sum()) for r in responses]
+    tokens = [torch.full((n,), total / n) for n, total in zip(lengths, sums)]
+    table = SimpleNamespace(of=lambda groups: torch.cat(tokens))
+    config = Config(model="m", data="d", pairs=rule, pair_gap="logp")
+    (kept,), _ = pairs_of_stage(config, [some], lambda: table)
+    (pair,) = kept.pairs
+    assert kept.responses[pair.winner] is responses[0] and kept.responses[pair.loser] is responses[loser]
+
+
+def test_kto_on_one_prompt_has_no_reference_point_and_says_so(inputs, run, tmp_path):
+    lines = [json.loads(line) for line in Path(inputs["unpaired"]).read_text().splitlines()]
+    data = write_jsonl(tmp_path / "one.jsonl", [line | {"prompt": lines[0]["prompt"]} for line in lines])
+    console = Console(record=True, width=250, file=open(os.devnull, "w"))
+    metrics = run(console=console, data=data, objective="kto")
+    assert "all rows have one prompt" in console.export_text()
+    assert [line["z0"] for line in metrics if "z0" in line] == [0, 0]
 
 
 @pytest.mark.parametrize("pair_gap", ["rating", "logp"])
