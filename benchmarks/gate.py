@@ -27,9 +27,10 @@ from benchmarks.results import write_result
 from fastdpo import attention
 from fastdpo.config import Config
 from fastdpo.model import Policy
+from fastdpo.optimizers import make_optimizer
 from fastdpo.packing import pack
 from fastdpo.ref_fill import load_reference
-from fastdpo.stage import Progress, Stage, make_optimizer
+from fastdpo.stage import Progress, Stage
 from fastdpo.support import stock_logp
 
 BETA, RATE, STEPS, BATCH = 0.1, 1e-3, 2, 4

@@ -1,7 +1,6 @@
 """One flat config: YAML keys, flags, `--help` and the README's table all come from the fields below."""
 
 import dataclasses
-import math
 import typing
 from dataclasses import dataclass, field
 
@@ -36,6 +35,11 @@ class Config:
         None, "held-out rows: like data, or a fraction of data (0.05) split off by seed"
     )
     output_dir: str = _key("runs/fastdpo", "the run folder")
+    push_to_hub: str | None = _key(
+        None,
+        "the hub repository that `model/` is uploaded to when training ends, as in me/my-dpo: made private "
+        "where it does not exist; the log-in is checked before training",
+    )
     chat_template: str | None = _key(None, "a Jinja file that replaces the tokenizer's chat template")
     objective: str | dict | list = _key(
         "sigmoid",
@@ -66,7 +70,20 @@ class Config:
     lr_scheduler_type: str = _key(
         "linear", "schedule, by transformers' names: linear, cosine, constant_with_warmup, ..."
     )
-    optim: str = _key("adamw_torch_fused", "optimizer: adamw_torch_fused (torch's AdamW)")
+    optim: str = _key(
+        "adamw_torch_fused",
+        "optimizer, by transformers' names: adamw_torch_fused (torch's AdamW), adamw_8bit, paged_adamw_8bit, "
+        "paged_adamw_32bit (bitsandbytes), adamw_torch_8bit, adamw_torch_4bit (torchao), adafactor, sgd",
+    )
+    offload_optimizer: bool = _key(False, "keep the optimizer's states in the host's memory and step there")
+    optimizer_in_backward: bool = _key(
+        False,
+        "update each weight as soon as its gradient is complete, so that no two gradients are kept; "
+        "needs max_grad_norm: 0",
+    )
+    pure_bf16: bool = _key(
+        False, "keep trained weights in bf16, updated with stochastic rounding, instead of fp32"
+    )
     weight_decay: float = _key(0.0, "AdamW's decay of matrices (never of norms and biases)")
     max_grad_norm: float = _key(1.0, "clip the gradient to this norm; 0 switches clipping off")
     batch_size: int = _key(8, "prompt groups an optimizer step")
@@ -102,14 +119,31 @@ class Config:
     dtype: str = _key(
         "auto",
         "compute dtype: bf16, fp32, or auto (bf16 where the GPU has it, else fp32); "
-        "trained weights are kept in fp32",
+        "trained weights are kept in fp32 unless pure_bf16",
     )
-    gradient_checkpointing: bool = _key(False, "recompute layers in the backward to save memory")
+    memory: str | None = _key(
+        None,
+        "the GPU memory that a run may take, as in 24GB or 22GiB: it then chooses max_tokens, head_memory, "
+        "gradient_checkpointing, activation_offloading and tiled_mlp where they are left at their defaults",
+    )
+    head_memory: str = _key("512MiB", "what the lm_head may take for its own buffers, above its gradients")
+    gradient_checkpointing: bool | int | str = _key(
+        False,
+        "recompute layers in the backward to save memory: true (every layer), a number k (every k-th), or "
+        "selective (all but matrix products and attention)",
+    )
+    activation_offloading: bool = _key(
+        False, "keep in the host's memory what the backward needs (with gradient_checkpointing: its inputs)"
+    )
+    tiled_mlp: bool = _key(False, "compute MLPs some thousand tokens at a time: for long rows")
+    load_in_4bit: bool = _key(False, "QLoRA: keep the frozen weights in 4 bits (bitsandbytes' NF4)")
     lora_rank: int | None = _key(None, "train a LoRA of this rank instead of all weights")
     lora_alpha: float | None = _key(None, "LoRA's alpha (default: twice the rank)")
     lora_target_modules: str | list[str] = _key(
         "all-linear", "modules that get a LoRA: names, or all-linear (all but the lm_head)"
     )
+    use_dora: bool = _key(False, "DoRA: a LoRA that learns the weights' magnitude apart (2402.09353)")
+    use_rslora: bool = _key(False, "scale the LoRA by alpha / sqrt(rank), not alpha / rank (2312.03732)")
     reference_cache: str = _key(
         "auto",
         "SQLite file that keeps the reference's log-probs for every later run with the same start weights; "
@@ -130,44 +164,9 @@ class Config:
     )
 
     def __post_init__(self):
-        for name in ("model", "data", "output_dir"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name}: missing. Give it in the YAML file or as --{name} VALUE")
-        for name in FIELDS:
-            value = getattr(self, name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"{name}: {value} is not a finite number")
-        for name, low in _AT_LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"{name}: {value} is below {low}")
-        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
-            raise ConfigError(
-                f"warmup_steps: {self.warmup_steps} is neither a whole number nor a share below 1"
-            )
-        if self.num_epochs == 0:
-            raise ConfigError("num_epochs: 0 would train nothing")
-        if self.seed >= 2**32:
-            raise ConfigError(f"seed: {self.seed} is not below 2^32")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(choices)}")
-        if self.load_best and self.eval_data is None:
-            raise ConfigError("load_best: needs held-out rows to judge by; set eval_data")
-        unknown = [name for name in self.trackers if name not in _TRACKERS]
-        if unknown:
-            raise ConfigError(f"report_to: {unknown[0]!r} is not one of {', '.join(_TRACKERS)}")
-        if not 0 <= (self.label_smoothing or 0) < 0.5:
-            raise ConfigError(f"label_smoothing: {self.label_smoothing} is not in [0, 0.5)")
-        if self.flip_pairs > 1:
-            raise ConfigError(f"flip_pairs: {self.flip_pairs} is a share, not over 1")
-        if isinstance(self.eval_data, float) and not 0 < self.eval_data < 1:
-            raise ConfigError(
-                f"eval_data: {self.eval_data} is neither a data set nor a fraction between 0 and 1"
-            )
-        from fastdpo.layouts import layout_of  # it reads this module itself
+        from fastdpo.config_checks import check  # it reads this module itself
 
-        layout_of(self.data_format)
+        check(self)
         self.per_stage()  # a bad stage shows before any work
 
     @property
@@ -241,34 +240,6 @@ STAGE_KEYS = (
     "logging_steps",
     "save_steps",
 )
-_TRACKERS = ("tensorboard", "wandb", "trackio")
-_CHOICES = {
-    "truncation": ("keep_start", "keep_end", "drop"),
-    "dtype": ("auto", "bf16", "fp32"),
-    "optim": ("adamw_torch_fused",),
-    "pairs": ("all", "best_worst", "easy", "medium", "hard"),
-    "pair_gap": ("rating", "logp"),
-}
-_AT_LEAST = {
-    "beta": 0,
-    "flip_pairs": 0,
-    "learning_rate": 0,
-    "warmup_steps": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "batch_size": 1,
-    "max_tokens": 1,
-    "max_length": 2,
-    "num_epochs": 0,
-    "max_steps": 1,
-    "eval_steps": 1,
-    "logging_steps": 1,
-    "save_steps": 1,
-    "save_total_limit": 1,
-    "samples": 0,
-    "lora_rank": 1,
-    "seed": 0,
-}
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
 

@@ -1,6 +1,7 @@
 """What people write as the value of a key, as the type it must have."""
 
 import difflib
+import re
 import types
 import typing
 
@@ -40,3 +41,19 @@ def as_type(name: str, value, kind):
 def nearest(name, names) -> str:
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}? " if close else ""
+
+
+_UNITS = {"": 1, "B": 1} | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+_UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
+
+
+def as_bytes(name: str, text: str) -> int:
+    """ "24GB" (24e9), "512MiB" (512 * 2^20) -> bytes. Raises ConfigError."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?B)\s*", text.upper())
+    try:
+        size = int(float(found[1]) * _UNITS[found[2]])
+    except (TypeError, ValueError, KeyError):
+        size = 0
+    if size <= 0:
+        raise ConfigError(f"{name}: {text!r} is not a size as in 24GB or 512MiB")
+    return size

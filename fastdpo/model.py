@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import attention
+from fastdpo.activations import set_up_activations
 from fastdpo.adapters import add_lora, find_start, load_adapter
 from fastdpo.config import Config
 from fastdpo.errors import ConfigError, ModelError
+from fastdpo.key_types import as_bytes
 from fastdpo.records import PackedGroups
 
 # How configs name a factor on the logits: (attribute, model types where it means that or None, power).
@@ -53,8 +55,15 @@ class Head:
 class Policy:
     """A model and how to score packed groups with it. Policy and reference share this one path."""
 
-    def __init__(self, model, dtype: torch.dtype, dropout: dict[str, float] | None = None):
+    def __init__(
+        self,
+        model,
+        dtype: torch.dtype,
+        dropout: dict[str, float] | None = None,
+        head_budget: int = MEMORY_BUDGET,
+    ):
         self.model = model
+        self.head_budget = head_budget  # bytes that the lm_head may take, see fastdpo_kernels.plan
         self.dtype = dtype  # of the computation; trained weights are fp32
         self.core = model.get_base_model() if hasattr(model, "peft_config") else model
         self.head = Head(self.core.get_output_embeddings(), *logit_transform(self.core.config))
@@ -109,6 +118,7 @@ class Policy:
             scale=self.head.scale,
             softcap=self.head.softcap,
             stats=stats,
+            memory_budget=self.head_budget,
             **self.head.tensors(self.dtype),
         )
 
@@ -122,14 +132,14 @@ class Policy:
         has_lora = hasattr(self.head.module, "base_layer")
         return "cublas" if name == "triton" and has_lora else name
 
-    def plan(self, scored: int, memory_budget: int = MEMORY_BUDGET) -> Plan:
+    def plan(self, scored: int, memory_budget: int | None = None) -> Plan:
         """How linear_logp runs the head on this many scored tokens."""
         V, D = self.core.get_output_embeddings().weight.shape
         return plan(
             *(scored, V, D),
             dtype=self.dtype,
             train_weight=self.head.trained,
-            memory_budget=memory_budget,
+            memory_budget=memory_budget or self.head_budget,
             backend=self.head_backend,
         )
 
@@ -140,7 +150,7 @@ class Policy:
         half is room for a single larger group. None with a frozen head, which keeps nothing."""
         if not self.head.trained:
             return None
-        recomputes = lambda m: self.plan(m, MEMORY_BUDGET // 2).name != "keep"
+        recomputes = lambda m: self.plan(m, self.head_budget // 2).name != "keep"
         return bisect_left(range(1, 1 << 22), True, key=recomputes) or None
 
     def head_plan(self, batches: list[PackedGroups]) -> str:
@@ -207,12 +217,8 @@ def load_policy(config: Config, console) -> Policy:
     elif config.lora_rank is not None:
         model = add_lora(model, config)
     model.train()
-    if config.gradient_checkpointing:
-        try:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        except ValueError as error:
-            raise ConfigError(f"gradient_checkpointing: {error}") from None
-    return Policy(model, dtype, dropped)
+    set_up_activations(model, config)
+    return Policy(model, dtype, dropped, head_budget=as_bytes("head_memory", config.head_memory))
 
 
 def load_tokenizer(config: Config):

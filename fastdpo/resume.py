@@ -18,7 +18,8 @@ from fastdpo.stage import total_steps
 # learning rate from there on); the rest changes no step, but for max_tokens' and checkpointing's rounding.
 FREE = set(
     "max_steps num_epochs eval_steps logging_steps save_steps save_total_limit load_best report_to samples "
-    "reference_cache max_tokens gradient_checkpointing output_dir resume overwrite strict".split()
+    "reference_cache memory max_tokens head_memory gradient_checkpointing activation_offloading "
+    "tiled_mlp push_to_hub output_dir resume overwrite strict".split()
 )
 
 

@@ -18,6 +18,7 @@ from fastdpo.fingerprint import reference_fingerprint
 from fastdpo.groups import Limits, load_groups
 from fastdpo.model import Policy, load_model_config, load_policy, load_tokenizer, save_model
 from fastdpo.objectives import check_rows, make_objective
+from fastdpo.optimizers import check_schedule
 from fastdpo.packing import epoch_order
 from fastdpo.pairs import BY_GAP, flip_pairs, select_pairs
 from fastdpo.records import PreferenceGroup
@@ -27,7 +28,7 @@ from fastdpo.ref_fill import load_reference
 from fastdpo.resume import check_same_run, check_start, find_checkpoint, rows_digest
 from fastdpo.run import Place, Run
 from fastdpo.run_folder import RUN_FILES, clear, free_folder, only_run_in, open_run
-from fastdpo.stage import Stage, check_schedule
+from fastdpo.stage import Stage
 from fastdpo.stopping import Stopping
 from fastdpo.support import prepare
 from fastdpo.trackers import check_trackers, open_trackers

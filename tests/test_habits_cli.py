@@ -98,7 +98,7 @@ def test_wrong_values(theirs, key, value, message):
 
 def test_a_share_of_warm_up_steps():
     from fastdpo.config import Config
-    from fastdpo.stage import warmup
+    from fastdpo.optimizers import warmup
 
     steps = lambda value, total: warmup(Config(model="m", data="d", warmup_steps=value), total)
     assert [steps(0.1, 25), steps(0.5, 3), steps(0, 9), steps(1, 9), steps(7.0, 9)] == [3, 2, 0, 1, 7]
