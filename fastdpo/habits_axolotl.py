@@ -1,6 +1,5 @@
 """Axolotl's configs key by key."""
 
-from fastdpo.config import FIELDS
 from fastdpo.habits_axolotl_data import data
 from fastdpo.habits_rules import (
     COMMON,
@@ -8,6 +7,7 @@ from fastdpo.habits_rules import (
     NO_CODE,
     NO_DROPOUT,
     NO_SUCH,
+    OPTIMIZERS,
     QUANTISED,
     SPEED,
     Draft,
@@ -23,8 +23,8 @@ from fastdpo.habits_rules import (
     to,
     trackers,
     unread,
+    upload,
     warmup,
-    where_known,
 )
 from fastdpo.habits_trl import TRANSFORMERS
 
@@ -70,8 +70,6 @@ def _adapter(draft: Draft) -> None:
     if kind is None or folder:
         return
     if kind == "qlora":
-        if "load_in_4bit" not in FIELDS:
-            draft.refuse("adapter", kind, "fastdpo has no quantised base model; set lora")
         draft.left["load_in_4bit"] = True
     elif kind != "lora":
         draft.refuse("adapter", kind, "fastdpo trains a LoRA or all weights; set lora or remove it")
@@ -86,8 +84,7 @@ def _adapter(draft: Draft) -> None:
 
 def _optimizer(draft: Draft) -> None:
     if (name := draft.take("optimizer")) is not None:
-        ours = "adamw_torch_fused" if name in ("adamw_torch", "adamw_hf") else name
-        draft.set("optim", ours, f"optimizer {name}")
+        draft.set("optim", OPTIMIZERS.get(name, name), f"optimizer {name}")
     long_rows = draft.take("excess_length_strategy", "drop" if draft.defaults else None)
     if long_rows == "raise":
         draft.set("strict", True, "excess_length_strategy raise")
@@ -99,6 +96,17 @@ def _optimizer(draft: Draft) -> None:
     for name in ("saves_per_epoch", "evals_per_epoch"):
         if (value := draft.take(name)) is not None:
             draft.notes.append(f"{name} {value}: left out; save_steps and eval_steps count steps here")
+
+
+def _activations(draft: Draft) -> None:
+    """Their checkpointing may say where its inputs go, and so may activation_offloading."""
+    level, offload = draft.take("gradient_checkpointing"), draft.take("activation_offloading")
+    if isinstance(level, str):
+        draft.set("activation_offloading", True, f"gradient_checkpointing {level}")
+    elif offload:
+        draft.set("activation_offloading", True, draft.word("activation_offloading", offload))
+    if level is not None:
+        draft.ours["gradient_checkpointing"] = bool(level)
 
 
 def _template(draft: Draft) -> None:
@@ -142,11 +150,13 @@ AXOLOTL = Tool(
         ),
         "trust_remote_code": only(False, otherwise=NO_CODE),
         "load_in_8bit": only(False, otherwise=QUANTISED),
-        "load_in_4bit": where_known("load_in_4bit", QUANTISED),
+        "load_in_4bit": to("load_in_4bit"),
         "lora_dropout": only(0, otherwise=NO_DROPOUT),
         "lora_modules_to_save": only([], otherwise=NO_SUCH),
-        "peft_use_dora": only(False, otherwise=NO_SUCH),
-        "peft_use_rslora": only(False, otherwise=NO_SUCH),
+        "peft_use_dora": to("use_dora"),
+        "peft_use_rslora": to("use_rslora"),
+        "tiled_mlp": to("tiled_mlp"),
+        "tiled_mlp_num_shards": unread("a tile has a fixed number of tokens"),
         "rl_adapter_ref_model": only(
             False, otherwise="the reference is what training starts from; remove it"
         ),
@@ -166,16 +176,13 @@ AXOLOTL = Tool(
         "precompute_ref_log_probs": unread("the reference is always computed once and kept"),
         "chat_template_jinja": part_of("chat_template: jinja"),
         "group_by_length": only(False, otherwise="rows are shuffled by seed; remove it"),
-        "gradient_checkpointing": to(
-            "gradient_checkpointing", dict.fromkeys(("offload", "unsloth", "offload_disk"), True)
-        ),
         **dict.fromkeys(("simpo_gamma", "cpo_alpha", "orpo_alpha", "dpo_label_smoothing"), part_of("rl")),
         **dict.fromkeys(("kto_desirable_weight", "kto_undesirable_weight"), part_of("rl: kto")),
         **dict.fromkeys(
             (
                 "model_type tokenizer_type sample_packing eval_sample_packing "
                 "pad_to_sequence_len flash_attention flex_attention sdp_attention xformers_attention "
-                "attn_implementation activation_offloading dataset_processes dataset_prepared_path "
+                "attn_implementation dataset_processes dataset_prepared_path "
                 "dpo_use_liger_kernel dpo_padding_free plugins liger_rope liger_rms_norm "
                 "liger_glu_activation liger_fused_linear_cross_entropy lora_mlp_kernel lora_qkv_kernel "
                 "lora_o_kernel eval_batch_size local_rank debug strict_config"
@@ -185,7 +192,7 @@ AXOLOTL = Tool(
         **dict.fromkeys(
             (
                 "wandb_entity wandb_watch wandb_name wandb_log_model wandb_run_id mlflow_experiment_name "
-                "use_tensorboard is_llama_derived_model hub_model_id"
+                "use_tensorboard is_llama_derived_model"
             ).split(),
             unread(LOOKS),
         ),
@@ -195,7 +202,7 @@ AXOLOTL = Tool(
         "micro_batch_size num_epochs adapter lora_model_dir lora_r lora_alpha lora_target_modules "
         "lora_target_linear datasets test_datasets val_set_size optimizer excess_length_strategy "
         "wandb_project saves_per_epoch evals_per_epoch chat_template rl rl_beta dpo_loss_type "
-        "dpo_loss_weights dpo_use_weighting".split()
+        "dpo_loss_weights dpo_use_weighting gradient_checkpointing activation_offloading".split()
     ),
     (
         batch("micro_batch_size"),
@@ -206,7 +213,9 @@ AXOLOTL = Tool(
         data,
         _optimizer,
         _template,
+        _activations,
         saving,
+        upload,
         trackers,
         _loss,
     ),

@@ -21,8 +21,8 @@ from fastdpo.habits_rules import (
     to,
     trackers,
     unread,
+    upload,
     warmup,
-    where_known,
 )
 from fastdpo.habits_trl import TRANSFORMERS
 
@@ -67,6 +67,17 @@ def _adapter(draft: Draft) -> None:
     if kind not in ("lora", "full", None):
         draft.refuse("finetuning_type", kind, "fastdpo trains a LoRA or all weights; set lora or full")
     rank, alpha, targets = (draft.take(key) for key in ("lora_rank", "lora_alpha", "lora_target"))
+    if draft.take("pure_bf16"):
+        if kind == "lora":
+            draft.check("pure_bf16 true: left out, a LoRA's weights are kept in fp32 here")
+        else:
+            draft.set("pure_bf16", True, "pure_bf16 true")
+            draft.check("pure_bf16: fastdpo rounds its updates stochastically, LLaMA-Factory to nearest")
+    bits, how = draft.take("quantization_bit"), draft.take("quantization_method", "bnb")
+    if bits is not None:
+        if bits != 4 or how not in ("bnb", "bitsandbytes"):
+            draft.refuse("quantization_bit", f"{bits} by {how}", QUANTISED)
+        draft.set("load_in_4bit", True, f"quantization_bit {bits}")
     if kind == "full":
         return
     if kind == "lora" and draft.left.get("adapter_name_or_path"):
@@ -119,7 +130,7 @@ LLAMA_FACTORY = Tool(
             "stage finetuning_type pref_loss pref_beta pref_ftx cutoff_len template dataset "
             "dataset_dir eval_dataset lora_target max_samples val_size plot_loss overwrite_cache "
             "quantization_bit flash_attn kto_chosen_weight kto_rejected_weight dpo_label_smoothing "
-            "pure_bf16 adapter_name_or_path"
+            "adapter_name_or_path"
         ).split()
     ),
     {"num_train_epochs": 3.0, "per_device_train_batch_size": 8, "learning_rate": 5e-5, "cutoff_len": 2048},
@@ -128,9 +139,9 @@ LLAMA_FACTORY = Tool(
         "model_name_or_path": to("model"),
         "adapter_name_or_path": to("adapter"),
         "trust_remote_code": only(False, otherwise=NO_CODE),
-        "quantization_bit": only(otherwise=QUANTISED),
-        "load_in_4bit": where_known("load_in_4bit", QUANTISED),
-        "quantization_method": part_of("quantization_bit"),
+        "load_in_4bit": to("load_in_4bit"),
+        "use_dora": to("use_dora"),
+        "use_rslora": to("use_rslora"),
         "lora_dropout": only(0, otherwise=NO_DROPOUT),
         "additional_target": only("", otherwise=NO_SUCH),
         "create_new_adapter": only(
@@ -158,8 +169,8 @@ LLAMA_FACTORY = Tool(
         "resize_vocab": only(False, otherwise=NO_SUCH),
         **dict.fromkeys(
             (
-                "use_dora use_rslora pissa_init use_galore use_apollo use_badam use_adam_mini use_muon "
-                "use_llama_pro pure_bf16 fp8 shift_attn mixture_of_depths disable_shuffling"
+                "pissa_init use_galore use_apollo use_badam use_adam_mini use_muon "
+                "use_llama_pro fp8 shift_attn mixture_of_depths disable_shuffling"
             ).split(),
             only(False, None, otherwise=NO_SUCH),
         ),
@@ -189,7 +200,8 @@ LLAMA_FACTORY = Tool(
     },
     COMMON
     | set(
-        "per_device_train_batch_size num_train_epochs finetuning_type lora_rank lora_alpha lora_target "
+        "per_device_train_batch_size num_train_epochs finetuning_type pure_bf16 quantization_bit "
+        "quantization_method lora_rank lora_alpha lora_target "
         "dataset eval_dataset dataset_dir max_samples val_size template cutoff_len stage pref_loss pref_beta "
         "pref_ftx".split()
     ),
@@ -202,6 +214,7 @@ LLAMA_FACTORY = Tool(
         _data,
         _template,
         saving,
+        upload,
         trackers,
         _stage_if_said,
     ),

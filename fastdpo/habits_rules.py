@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from fastdpo.config import FIELDS
 from fastdpo.errors import ConfigError
 
 SPEED = "it changes speed or memory only"
@@ -13,7 +12,15 @@ LOOKS = "it changes what is shown or stored only"
 NO_SUCH = "fastdpo does not have it, and training would not be the same; remove it"
 NO_DROPOUT = "fastdpo trains LoRA without dropout; set it to 0"
 NO_CODE = "fastdpo runs no code of a model's repository; set it to false"
-QUANTISED = "fastdpo has no quantised base model; remove it"
+QUANTISED = "fastdpo quantises to 4 bits only; set load_in_4bit: true"
+OPTIMIZERS = {
+    "adamw_torch": "adamw_torch_fused",
+    "adamw_hf": "adamw_torch_fused",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "ao_adamw_8bit": "adamw_torch_8bit",
+    "ao_adamw_4bit": "adamw_torch_4bit",
+}
 
 
 @dataclass
@@ -107,14 +114,10 @@ def only(*values, otherwise: str) -> Rule:
     return rule
 
 
-def where_known(name: str, otherwise: str) -> Rule:
-    """Our key of that name where this version has it, and `only(False)` where it has not."""
-    return to(name) if name in FIELDS else only(False, otherwise=otherwise)
-
-
-COMMON = frozenset(  # what batch, epochs, warmup, precision, saving and trackers read
+COMMON = frozenset(  # what batch, epochs, warmup, precision, saving, upload and trackers read
     "gradient_accumulation_steps max_steps warmup_steps warmup_ratio bf16 fp16 save_strategy save_steps "
-    "eval_strategy evaluation_strategy eval_steps load_best_model_at_end report_to".split()
+    "eval_strategy evaluation_strategy eval_steps load_best_model_at_end report_to push_to_hub "
+    "hub_model_id".split()
 )
 
 
@@ -242,6 +245,19 @@ def trackers(draft: Draft) -> None:
             draft.notes.append(f"report_to {name}: left out, metrics.jsonl has it all")
     if known:
         draft.ours["report_to"] = known
+
+
+def upload(draft: Draft) -> None:
+    """Their push_to_hub is yes or no, and hub_model_id the name; in Axolotl the name alone is a yes."""
+    said, name = draft.take("push_to_hub"), draft.take("hub_model_id")
+    if isinstance(said, str):  # our own key
+        draft.ours["push_to_hub"] = said
+    elif said and not name:
+        draft.refuse("push_to_hub", said, "name the repository: push_to_hub: me/my-model")
+    elif name and (said or draft.tool == "Axolotl"):
+        draft.set("push_to_hub", name, f"hub_model_id {name}")
+    elif name:
+        draft.notes.append(f"hub_model_id {name}: left out, push_to_hub is not set")
 
 
 def modules(value) -> str | list[str]:

@@ -6,6 +6,7 @@ from fastdpo.habits_rules import (
     NO_CODE,
     NO_DROPOUT,
     NO_SUCH,
+    OPTIMIZERS,
     QUANTISED,
     SPEED,
     Draft,
@@ -22,8 +23,8 @@ from fastdpo.habits_rules import (
     to,
     trackers,
     unread,
+    upload,
     warmup,
-    where_known,
 )
 
 _BATCHES = "batches are packed here"
@@ -39,7 +40,7 @@ TRANSFORMERS = {  # TrainingArguments, which TRL and LLaMA-Factory share
     "learning_rate": to("learning_rate"),
     "lr_scheduler_type": to("lr_scheduler_type"),
     "lr_scheduler_kwargs": only({}, otherwise=NO_SUCH),
-    "optim": to("optim", {"adamw_torch": "adamw_torch_fused", "adamw_hf": "adamw_torch_fused"}),
+    "optim": to("optim", OPTIMIZERS),
     "optim_args": only("", otherwise=NO_SUCH),
     "optim_target_modules": only(otherwise=NO_SUCH),
     "adam_beta1": only(0.9, otherwise=_ADAM),
@@ -61,7 +62,6 @@ TRANSFORMERS = {  # TrainingArguments, which TRL and LLaMA-Factory share
     "dataloader_drop_last": only(False, otherwise="every row is trained on; remove it"),
     "average_tokens_across_devices": unread("there is one device"),
     "auto_find_batch_size": unread("max_tokens bounds memory, and batch_size stays"),
-    "push_to_hub": unread("upload OUTPUT_DIR/model yourself"),
     "resume_from_checkpoint": unread("say --resume"),
     "overwrite_output_dir": to("overwrite"),
     "deepspeed": unread("there is one device: batch_size is the whole batch, of all devices together"),
@@ -80,7 +80,7 @@ TRANSFORMERS = {  # TrainingArguments, which TRL and LLaMA-Factory share
     ),
     **dict.fromkeys(
         "logging_strategy logging_first_step logging_dir log_level run_name disable_tqdm do_train do_eval "
-        "eval_on_start eval_delay save_only_model save_safetensors hub_model_id hub_strategy "
+        "eval_on_start eval_delay save_only_model save_safetensors hub_strategy "
         "hub_private_repo hub_token hub_revision hub_model_revision project include_num_input_tokens_seen "
         "prediction_loss_only save_on_each_node".split(),
         unread(LOOKS),
@@ -203,10 +203,11 @@ TRL = Tool(
         "model_name_or_path": to("model"),
         "model_revision": only("main", otherwise="download the revision and give its folder as model"),
         "trust_remote_code": only(False, otherwise=NO_CODE),
-        "load_in_4bit": where_known("load_in_4bit", QUANTISED),
+        "load_in_4bit": to("load_in_4bit"),
         "load_in_8bit": only(False, otherwise=QUANTISED),
-        "use_dora": only(False, otherwise=NO_SUCH),
-        "use_rslora": only(False, otherwise=NO_SUCH),
+        "use_dora": to("use_dora"),
+        "use_rslora": to("use_rslora"),
+        "activation_offloading": to("activation_offloading"),
         "lora_modules_to_save": only([], otherwise=NO_SUCH),
         "lora_target_parameters": only([], otherwise=NO_SUCH),
         "lora_task_type": only("CAUSAL_LM", otherwise=NO_SUCH),
@@ -233,7 +234,7 @@ TRL = Tool(
         **dict.fromkeys(
             (
                 "dataset_num_proc preprocessing_num_workers precompute_ref_batch_size "
-                "activation_offloading attn_implementation use_liger_loss ignore_bias_buffers "
+                "attn_implementation use_liger_loss ignore_bias_buffers "
                 "generate_during_eval"
             ).split(),
             unread(SPEED),
@@ -258,6 +259,7 @@ TRL = Tool(
         _model,
         _data,
         saving,
+        upload,
         trackers,
         _loss_if_said,
     ),

@@ -18,9 +18,10 @@ from benchmarks.peers.session import Session, serve
 from fastdpo import adapters, support
 from fastdpo.config import Config
 from fastdpo.model import Policy
+from fastdpo.optimizers import make_optimizer
 from fastdpo.records import PreferenceGroup
 from fastdpo.ref_fill import load_reference
-from fastdpo.stage import Progress, Stage, make_optimizer
+from fastdpo.stage import Progress, Stage
 
 ENDLESS = 1_000_000  # steps: the parent says when to stop
 QUIET = Console(quiet=True)
