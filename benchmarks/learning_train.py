@@ -22,10 +22,11 @@ from benchmarks import learning_world as world
 from fastdpo.config import Config
 from fastdpo.metrics import Sums, add_pair_metrics
 from fastdpo.model import Policy
+from fastdpo.optimizers import make_optimizer
 from fastdpo.pairs import flip_pairs, select_pairs
 from fastdpo.records import PreferenceGroup
 from fastdpo.ref_fill import ReferenceTable, load_reference
-from fastdpo.stage import Progress, Stage, make_optimizer, step_groups
+from fastdpo.stage import Progress, Stage, step_groups
 
 Groups = list[PreferenceGroup]
 QUIET = Console(quiet=True)

@@ -37,9 +37,10 @@ from fastdpo.config import Config
 from fastdpo.demo import make_model, write_data
 from fastdpo.groups import Limits, load_groups
 from fastdpo.model import Policy
+from fastdpo.optimizers import make_optimizer
 from fastdpo.packing import epoch_order
 from fastdpo.ref_fill import load_reference
-from fastdpo.stage import Progress, Stage, make_optimizer
+from fastdpo.stage import Progress, Stage
 
 LIMIT = 1e-4  # of a step's loss, in fp32
 FALL = 0.05  # what a loss must fall by: one that stays where it is agrees with anything

@@ -21,9 +21,9 @@ from benchmarks.peers.jobs import BETA, CLIP, Job
 from benchmarks.peers.ours import ENDLESS, prepare
 from benchmarks.peers.session import Session, serve
 from fastdpo.model import Policy
+from fastdpo.optimizers import make_optimizer
 from fastdpo.packing import pack, split_step
 from fastdpo.records import PackedGroups, PreferenceGroup, Response, ResponseLogps
-from fastdpo.stage import make_optimizer
 
 Groups = list[PreferenceGroup]
 
