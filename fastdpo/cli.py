@@ -10,6 +10,8 @@ commands:
   train        train on preference rows; the model ends up in OUTPUT_DIR/model
   ref          compute the reference's log-probs into the cache, before any training
   data         show what the rows become: counts, lengths, drops, one row decoded
+  merge        make one whole model of a LoRA adapter and its base
+  push         upload a run's model to the Hugging Face hub
   convert      write the config of TRL, Axolotl or LLaMA-Factory as one of ours
   objectives   list every loss: what it is, its options, its paper
   demo         make a small model and preferences, train, show before and after (no network)
@@ -94,6 +96,52 @@ def _data(argv):
                 show(groups, report, tokenizer, console)
 
 
+def _merge(argv):
+    usage = "usage: fastdpo merge RUN_OR_ADAPTER_FOLDER [--output DIR] [--dtype auto|bf16|fp32]\n"
+    usage += "  (default: RUN_OR_ADAPTER_FOLDER-merged, in the base's dtype)"
+    source, options = _folder_and_options(argv, usage, ("output", "dtype"))
+    if source is not None:
+        from fastdpo.merge import merge
+
+        merge(source, **options)
+
+
+def _push(argv):
+    usage = "usage: fastdpo push RUN_OR_MODEL_FOLDER --to NAME   (a new repository is made private)"
+    source, options = _folder_and_options(argv, usage, ("to",))
+    if source is not None:
+        from rich.console import Console
+
+        from fastdpo.hub import check_hub, push
+        from fastdpo.model_card import model_folder
+
+        if "to" not in options:
+            raise ConfigError(usage)
+        folder = model_folder(source, "push")
+        check_hub(options["to"], "--to")
+        push(folder, options["to"], Console())
+
+
+def _folder_and_options(argv: list[str], usage: str, names: tuple[str, ...]):
+    """(the folder, {option: value}) of `FOLDER [--option value]...`; (None, {}) after --help."""
+    if "-h" in argv or "--help" in argv:
+        print(usage)
+        return None, {}
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    folders, options = [], {}
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-"):
+            folders.append(word)
+        elif word[2:] in names and word[2:] not in options and words:
+            options[word[2:]] = words.pop(0)
+        else:
+            raise ConfigError(f"{word}: not understood\n{usage}")
+    if len(folders) != 1:
+        raise ConfigError(f"expected one folder, got {len(folders)}\n{usage}")
+    return folders[0], options
+
+
 def _convert(argv):
     """Prints the YAML, or writes it to a file, and its notes as comments in it."""
     usage = "usage: fastdpo convert THEIRS.yaml [--output OURS.yaml]   (default: printed)"
@@ -146,6 +194,8 @@ COMMANDS = {
     "train": _train,
     "ref": _ref,
     "data": _data,
+    "merge": _merge,
+    "push": _push,
     "convert": _convert,
     "objectives": _objectives,
     "demo": _demo,

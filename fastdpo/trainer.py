@@ -16,7 +16,9 @@ from fastdpo.errors import ConfigError, ModelError
 from fastdpo.failures import check_weights
 from fastdpo.fingerprint import reference_fingerprint
 from fastdpo.groups import Limits, load_groups
+from fastdpo.hub import check_hub, push
 from fastdpo.model import Policy, load_model_config, load_policy, load_tokenizer, save_model
+from fastdpo.model_card import add_card
 from fastdpo.objectives import check_rows, make_objective
 from fastdpo.optimizers import check_schedule
 from fastdpo.packing import epoch_order
@@ -48,6 +50,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     if config.pair_gap == "logp" and all(stage.pairs not in BY_GAP for stage in config.per_stage()):
         raise ConfigError(f"pair_gap: logp is read only with pairs: {', '.join(BY_GAP)}")
     check_trackers(config.trackers)
+    check_hub(config.push_to_hub)
     folder = free_folder(config)
     with Stopping(console) as stopping, only_run_in(folder):
         for place in (folder, folder / "checkpoints"):
@@ -80,8 +83,11 @@ def train(config: Config, console: Console | None = None) -> Path:
                     check_weights(policy)
                     with durable.new_folder(folder / "model") as part:
                         save_model(policy, tokenizer, part)
+                        add_card(folder, part, console)
     where = escape(f"the model is in {folder}/model, what happened in {folder}/report.html")
     console.print(f"[bold]done:[/] {where}", soft_wrap=True)
+    if config.push_to_hub is not None:
+        push(folder / "model", config.push_to_hub, console)
     return folder
 
 
