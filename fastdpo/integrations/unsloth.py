@@ -1,0 +1,99 @@
+"""Unsloth's DPO at our speed: `patch()` after `import unsloth`, and nothing else changes.
+
+    import unsloth
+    import trl
+    import fastdpo.integrations.unsloth as fast
+
+    fast.patch()
+    trainer = trl.DPOTrainer(model, args=..., train_dataset=..., processing_class=...)
+
+Unsloth writes a DPOTrainer of its own from TRL's source, which it puts in the place of trl.DPOTrainer. That
+one has TRL's fused lm_head, by a name of its own that fastdpo.integrations.trl.patch() does not reach; this
+does. Losses, metrics, PEFT, saving and Unsloth's precision rules stay as they are.
+
+Models that transformers runs share prompts and are packed, as with TRL. Unsloth's fast models compute
+attention outside transformers' AttentionInterface, so they run on padded separate rows, which is said once:
+what is left is our lm_head on the scored tokens alone.
+
+Written against 2026.10.9 with TRL 1.15.
+"""
+
+import functools
+import os
+import sys
+import types
+import warnings
+
+from fastdpo.errors import ConfigError
+
+# by Unsloth's PeftModel, as None or 0, and no wish of the caller
+_ALWAYS_GIVEN = ("causal_mask", "num_logits_to_keep", "logits_to_keep")
+
+
+def patch() -> None:
+    """Replaces the fused lm_head of Unsloth's DPOTrainer, and TRL's, for the trainers that are made from now
+    on. ConfigError where Unsloth is not imported, or with a TRL or DPOTrainer whose inside we do not know."""
+    module = _trainer_module()
+    import fastdpo.integrations.trl as fast
+
+    fast.patch()
+    module.add_fused_lm_head = add_fused_lm_head
+
+
+def unpatch() -> None:
+    """Unsloth and TRL as they were, in the trainers that exist too."""
+    module = _trainer_module()
+    import fastdpo.integrations.trl as fast
+    from fastdpo.integrations.trl_forward import STOCK_ADD
+
+    fast.unpatch()
+    module.add_fused_lm_head = STOCK_ADD
+
+
+def add_fused_lm_head(model, *args, **kwargs) -> None:
+    """trl_forward.add_fused_lm_head, for models as Unsloth makes and calls them."""
+    from fastdpo.integrations import trl_forward as ours
+
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        warnings.warn(
+            "fastdpo: the model lies on several devices, so Unsloth's own forward runs", stacklevel=2
+        )
+        ours.STOCK_ADD(model, *args, **kwargs)
+        return
+    ours.add_fused_lm_head(model, *args, **kwargs)
+    fused = model.forward
+
+    @functools.wraps(fused.__func__)
+    def forward(model, *args, fused_lm_head=False, **kwargs):
+        if fused_lm_head:
+            kwargs = {name: value for name, value in kwargs.items() if not _is_default(name, value)}
+        return fused(*args, fused_lm_head=fused_lm_head, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _is_default(name: str, value) -> bool:
+    return name in _ALWAYS_GIVEN and (value is None or (isinstance(value, int) and value == 0))
+
+
+def _trainer_module():
+    """Where trl.DPOTrainer looks add_fused_lm_head up: the module that Unsloth generated, or on a machine
+    without a GPU, where it generates none, TRL's own."""
+    if "unsloth" not in sys.modules:
+        raise ConfigError(
+            "fastdpo.integrations.unsloth: `import unsloth` comes first: it replaces TRL's trainers"
+        )
+    if os.environ.get("UNSLOTH_RETURN_HIDDEN_STATES", "0") == "1":
+        raise ConfigError("UNSLOTH_RETURN_HIDDEN_STATES: it gives hidden states for logits; unset it")
+    import trl
+
+    from fastdpo.integrations.trl import check_version
+
+    check_version(trl.__version__)
+    module = sys.modules[trl.DPOTrainer.__module__]
+    if not hasattr(module, "add_fused_lm_head"):
+        raise ConfigError(
+            f"fastdpo.integrations.unsloth: the DPOTrainer of {module.__name__} has no fused lm_head; this "
+            "knows what Unsloth 2026.10.9 makes of TRL 1.15: pip install unsloth==2026.10.9 trl==1.15.0"
+        )
+    return module
