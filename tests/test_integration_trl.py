@@ -210,7 +210,7 @@ def test_the_readme_s_snippet(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(trl_forward.FusedForward, "shared", lambda *a: seen.append(1) or real(*a))
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
     section = re.search(r"^## Inside your trainer\n(.*?)^## ", readme, re.S | re.M)[1]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    code = re.findall(r"```python\n(.*?)```", section, re.S)[0]
     short = dict(use_cpu=True, bf16=False, report_to="none", max_steps=1, save_strategy="no")
     config = trl.DPOConfig(str(tmp_path), **short)
     names = {"model": AutoModelForCausalLM.from_pretrained(folder), "config": config}

@@ -7,31 +7,26 @@ scored rows in the lm_head. For trainers that call the model themselves, whateve
 Letters: N rows (B chosen, then their B rejected), S padded length, M scored tokens.
 """
 
-import contextlib
 import functools
 import io
 import logging
 import types
-from dataclasses import replace
 
-import numpy as np
-import torch
-from fastdpo_kernels import MEMORY_BUDGET, linear_logp
+from fastdpo_kernels import linear_logp
 from rich.console import Console
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from fastdpo.errors import ModelError
 from fastdpo.integrations.head import one_dtype
+from fastdpo.integrations.inner import Inner, short
 from fastdpo.integrations.trl_attention import Sealed, random_module, switch_attention
 from fastdpo.integrations.trl_rows import IGNORED, PackedRows, pack_rows
-from fastdpo.model import Head, Policy, logit_transform
-from fastdpo.records import PreferenceGroup, Response
+from fastdpo.model import Head, logit_transform
 from fastdpo.support import prepare
 
 _LOG = logging.getLogger("fastdpo")
 _UNDERSTOOD = {"input_ids", "attention_mask", "use_cache", "return_dict"}
-_PROBE_TOKENS = 96  # of a prompt's end, and of a response
 
 
 class PackedForward:
@@ -173,39 +168,3 @@ def _score(model, hidden: Tensor, target: Tensor) -> dict[str, Tensor]:
     options = {"scale": head.scale, "softcap": head.softcap, "stats": ("mean_logit",)}
     logp, stats = linear_logp(hidden, target=target, **parts, **options)
     return {"logp": logp, **stats}
-
-
-class Inner(Policy):
-    """A model whose adapters, if any, are inside it, as prepare() takes it."""
-
-    def __init__(self, model, forward):
-        weight = model.get_input_embeddings().weight
-        self.model = self.core = model
-        self.device, self.dtype, self.dropout = weight.device, weight.dtype, {}
-        self.head_budget = MEMORY_BUDGET
-        if torch.is_autocast_enabled(self.device.type):
-            self.dtype = torch.get_autocast_dtype(self.device.type)
-        self.head = Head(model.get_output_embeddings(), *logit_transform(model.config.get_text_config()))
-        self.stock_attention = model.config._attn_implementation
-        self.share, self.forward = False, forward
-
-    def hidden(self, batch):
-        """With the layout sealed, as PackedForward gives it."""
-        sealed = None if batch.layout is None else Sealed(batch.layout)
-        return super().hidden(replace(batch, layout=sealed))
-
-    @contextlib.contextmanager
-    def stock(self):
-        """Calls the forward itself: what wraps the model's call is around us, and cannot be entered again."""
-        with super().stock():
-            yield self.forward
-
-
-def short(groups: tuple[PreferenceGroup, ...]) -> list[PreferenceGroup]:
-    """The same groups, short: any tokens do for comparing two ways to compute them."""
-    out = []
-    for group in groups:
-        pieces = [response.ids[:_PROBE_TOKENS] for response in group.responses]
-        responses = tuple(Response(ids, np.ones(len(ids), bool)) for ids in pieces)
-        out.append(PreferenceGroup(group.row, group.prompt[-_PROBE_TOKENS:], responses, ()))
-    return out

@@ -2,16 +2,12 @@
 lm_head. Takes the place of TRL's `add_fused_lm_head` and gives what that gives, on [rows, length - 1].
 """
 
-import contextlib
 import functools
 import io
 import types
 import warnings
 import weakref
-from dataclasses import replace
 
-import numpy as np
-import torch
 from rich.console import Console
 from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import PreTrainedModel
@@ -20,13 +16,13 @@ from trl.trainer import utils as trl_utils
 
 from fastdpo.errors import ModelError
 from fastdpo.integrations.head import token_logp
+from fastdpo.integrations.inner import Inner, short
 from fastdpo.integrations.trl_attention import Sealed, random_module, switch_attention
 from fastdpo.integrations.trl_rows import IGNORED, PackedRows, pack_rows
-from fastdpo.model import Head, Policy, logit_transform
-from fastdpo.records import PreferenceGroup, Response
+from fastdpo.model import logit_transform
 from fastdpo.support import prepare
 
-STOCK_ADD = trl_utils.add_fused_lm_head
+STOCK_ADD = getattr(trl_utils, "add_fused_lm_head", None)  # TRL before 1.15: see trl_older.py
 STOCK_KERNEL = trl_utils._ChunkedLogProbFunction
 _STATS = {
     "entropy": "entropy",
@@ -35,7 +31,6 @@ _STATS = {
     "is_top1": "is_top1",
 }
 _UNDERSTOOD = {"input_ids", "attention_mask", "use_cache", "output_router_logits"}
-_PROBE_TOKENS = 96  # of a prompt's end, and of a response
 _BY_TRL = "TRL's own forward runs: right, but slower"
 _LIVE = weakref.WeakSet()  # what unpatch() switches off
 
@@ -122,7 +117,7 @@ class FusedForward:
 
     def run(self, model, *args, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
         rest = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-        by_trl = lambda: self.trl_forward(*args, **kwargs, **rest, fused_lm_head=True)
+        by_trl = lambda: self.by_trl(args, kwargs, rest)
         unusual = [name for name, value in kwargs.items() if value is not None and name not in _UNDERSTOOD]
         if args or unusual or shift_labels is not None or kwargs.get("input_ids") is None:
             self.tell(f"the batch brings {', '.join(unusual) or 'more than input_ids'}, so {_BY_TRL}")
@@ -148,7 +143,20 @@ class FusedForward:
         if router:
             counts = rows.copies if self.mode == "shared" else kwargs.get("attention_mask")
             aux_loss = _balance(model, out.router_logits, counts)
-        return _finished(model, labels, num_items_in_batch, values, aux_loss)
+        return self.finished(model, labels, num_items_in_batch, values, aux_loss)
+
+    def by_trl(self, args: tuple, kwargs: dict, rest: dict):
+        """The call as TRL computes it. `rest` is what its fused head takes and no model does."""
+        return self.trl_forward(*args, **kwargs, **rest, fused_lm_head=True)
+
+    def finished(self, model, labels, num_items_in_batch, values, aux_loss):
+        """TRL's output record."""
+        mask = labels[:, 1:] != IGNORED
+        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = -values["log_probs"].sum() / count
+        if aux_loss is not None:
+            loss = loss + getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
+        return trl_utils.FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **values)
 
     def shared(self, model, rows: PackedRows, router: bool):
         """(what the backbone gave, {TRL's name: [N, S-1]})."""
@@ -182,7 +190,7 @@ class FusedForward:
             weight, bias = weight.full_tensor(), bias if bias is None else bias.full_tensor()
         hidden, target = hidden.to(weight.device), target.to(weight.device)
         with trl_utils.maybe_gather_lm_head_ctx(weight, bias):
-            chunk = trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE
+            chunk = getattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", None)
             options = (1.0, chunk, self.softcap, self.scale, self.outputs)
             logp, *stats = FusedLogProb.apply(hidden, weight, bias, target, *options)
         return {"log_probs": logp} | dict(zip(_STATS, stats))
@@ -194,10 +202,10 @@ class FusedForward:
             return "padded"
         console = Console(file=io.StringIO(), width=1000)
         head = model.get_output_embeddings()
-        policy = _Core(model, self.trl_forward)
+        policy = Inner(model, self.trl_forward)
         try:
             with trl_utils.maybe_gather_lm_head_ctx(head.weight, head.bias):
-                prepare(policy, _probe(rows.groups), console)
+                prepare(policy, short(rows.groups), console)
             shared = policy.share
         except ModelError as error:
             self.tell(f"{error}, so {_BY_TRL}")
@@ -220,54 +228,8 @@ def switch_off_all() -> None:
         fused.switch_off()
 
 
-class _Core(Policy):
-    """A model whose adapters, if any, are inside it, as prepare() takes it."""
-
-    def __init__(self, model, forward):
-        weight = model.get_input_embeddings().weight
-        self.model = self.core = model
-        self.device, self.dtype, self.dropout = weight.device, weight.dtype, {}
-        if torch.is_autocast_enabled(self.device.type):
-            self.dtype = torch.get_autocast_dtype(self.device.type)
-        self.head = Head(model.get_output_embeddings(), *logit_transform(model.config.get_text_config()))
-        self.stock_attention = model.config._attn_implementation
-        self.share, self.forward = False, forward
-
-    def hidden(self, batch):
-        """With the layout sealed, as FusedForward gives it."""
-        sealed = None if batch.layout is None else Sealed(batch.layout)
-        return super().hidden(replace(batch, layout=sealed))
-
-    @contextlib.contextmanager
-    def stock(self):
-        """Calls the forward itself: accelerate's autocast and FSDP's hooks are around the model's call, and
-        we are inside them, where they cannot be entered again."""
-        with super().stock():
-            yield self.forward
-
-
-def _probe(groups: tuple[PreferenceGroup, ...]) -> list[PreferenceGroup]:
-    """The same groups, short: any tokens do for comparing two ways to compute them."""
-    out = []
-    for group in groups:
-        pieces = [response.ids[:_PROBE_TOKENS] for response in group.responses]
-        responses = tuple(Response(ids, np.ones(len(ids), bool)) for ids in pieces)
-        out.append(PreferenceGroup(group.row, group.prompt[-_PROBE_TOKENS:], responses, ()))
-    return out
-
-
 def _balance(model, router_logits, counts):
     """A mixture of experts' load-balancing loss, of TRL's batch: `counts` says in how many of its rows each
     of the backbone's tokens stands."""
     config = model.config.get_text_config()
     return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, counts)
-
-
-def _finished(model, labels, num_items_in_batch, values, aux_loss):
-    """TRL's output record."""
-    mask = labels[:, 1:] != IGNORED
-    count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    loss = -values["log_probs"].sum() / count
-    if aux_loss is not None:
-        loss = loss + getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
-    return trl_utils.FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **values)

@@ -36,6 +36,8 @@ class FastDPOTrainer(trl.DPOTrainer):
     Rows of the same prompt follow each other in a random order of prompts, so that a batch shares them.
     """
 
+    _making = staticmethod(making_a_trainer)
+
     def __init__(self, *args, reference_cache: str | None = "auto", **kwargs):
         self._reference_cache = reference_cache
         config = kwargs.get("args") or (args[2] if len(args) > 2 else None)
@@ -43,7 +45,7 @@ class FastDPOTrainer(trl.DPOTrainer):
             if config is None:
                 raise ConfigError("args: FastDPOTrainer needs a DPOConfig (or reference_cache=None)")
             config.precompute_ref_log_probs = True
-        with making_a_trainer(), self._no_hash():
+        with self._making(), self._no_hash():
             super().__init__(*args, **kwargs)
 
     @contextlib.contextmanager

@@ -1,0 +1,51 @@
+"""The start check of fastdpo.support on a model that another trainer has wrapped already."""
+
+import contextlib
+from dataclasses import replace
+
+import numpy as np
+import torch
+from fastdpo_kernels import MEMORY_BUDGET
+
+from fastdpo.integrations.trl_attention import Sealed
+from fastdpo.model import Head, Policy, logit_transform
+from fastdpo.records import PreferenceGroup, Response
+
+_SHORT = 96  # tokens of a prompt's end, and of a response
+
+
+class Inner(Policy):
+    """A model whose adapters, if any, are inside it, as prepare() takes it."""
+
+    def __init__(self, model, forward):
+        weight = model.get_input_embeddings().weight
+        self.model = self.core = model
+        self.device, self.dtype, self.dropout = weight.device, weight.dtype, {}
+        self.head_budget = MEMORY_BUDGET
+        if torch.is_autocast_enabled(self.device.type):
+            self.dtype = torch.get_autocast_dtype(self.device.type)
+        self.head = Head(model.get_output_embeddings(), *logit_transform(model.config.get_text_config()))
+        self.stock_attention = model.config._attn_implementation
+        self.share, self.forward = False, forward
+
+    def hidden(self, batch):
+        """With the layout sealed, as the real calls do."""
+        sealed = None if batch.layout is None else Sealed(batch.layout)
+        return super().hidden(replace(batch, layout=sealed))
+
+    @contextlib.contextmanager
+    def stock(self):
+        """Calls the forward itself: what wraps the model's call (accelerate's autocast, FSDP's hooks) is
+        around us, and cannot be entered again."""
+        with super().stock():
+            yield self.forward
+
+
+def short(groups: tuple[PreferenceGroup, ...]) -> list[PreferenceGroup]:
+    """The same groups, short: any tokens do for comparing two ways to compute them."""
+    out = []
+    for group in groups:
+        pieces = [response.ids[:_SHORT] for response in group.responses]
+        responses = tuple(Response(ids, np.ones(len(ids), bool)) for ids in pieces)
+        out.append(PreferenceGroup(group.row, group.prompt[-_SHORT:], responses, ()))
+    return out
