@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Downloads the peers as wheels (3 MB), for a GPU machine that has no network:
+# Downloads the peers as wheels (46 MB, of which bitsandbytes is 43), for a GPU machine that has no network:
 #     benchmarks/fetch_peers.sh DIR [PACKAGE...]
 #
 # For Python 3.12 on x86-64 Linux, without what a machine with transformers, accelerate, peft, pandas and
@@ -12,7 +12,7 @@ DIR=${1:?usage: benchmarks/fetch_peers.sh DIR [PACKAGE...]}
 shift
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-PACKAGES=(trl==1.16.0 datasets==5.2.0 "dill<0.4.2" "multiprocess<0.70.20" liger-kernel cut-cross-entropy flash-attn "$@")
+PACKAGES=(trl==1.16.0 datasets==5.2.0 "dill<0.4.2" "multiprocess<0.70.20" liger-kernel cut-cross-entropy flash-attn bitsandbytes "$@")
 PLATFORMS=()
 for version in 2_35 2_34 2_31 2_28 2_27 2_24 2_17 2014 1; do
     PLATFORMS+=(--platform "manylinux${version/#2_/_2_}_x86_64")

@@ -1,6 +1,6 @@
 """The gradients of one optimizer step: exact over the whole step, however it is cut into microbatches."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdpo.objectives.batch import kto_z0
 from fastdpo.objectives.seam import Coupled, Decomposable, Rescaled
+from fastdpo.optim_stepping import InBackward
 from fastdpo.records import PackedGroups, PreferenceGroup, ResponseLogps
 
 Groups = list[PreferenceGroup]
@@ -26,6 +27,14 @@ class StepLoss:
     context: dict = field(default_factory=dict)  # what the objective was told of the step
 
 
+class NotFinite(Exception):
+    """A loss that is no number, before any weight was updated by it."""
+
+    def __init__(self, step: StepLoss):
+        super().__init__()
+        self.step = step
+
+
 @dataclass
 class Accumulator:
     """How to go through a step, by the kind of its objective."""
@@ -36,9 +45,11 @@ class Accumulator:
     guard: Callable[[PackedGroups], AbstractContextManager]  # around a microbatch's work
     see: Callable[[PackedGroups, ResponseLogps], None]  # what else is done with each microbatch's log-probs
     memory: dict[str, float]  # what a Coupled objective carries from step to step
+    in_backward: InBackward | None = None  # the optimizer, where it updates in the last backward
 
     def run(self, objective, groups: Groups, aside: Groups) -> StepLoss:
-        """The gradients of the step's loss, in the parameters. `aside`: KTO's mismatched groups."""
+        """The gradients of the step's loss, in the parameters, or the updates by them. `aside`: KTO's
+        mismatched groups. Raises NotFinite before a backward that would update."""
         step = StepLoss()
         if objective.mismatched:
             with torch.no_grad():
@@ -50,10 +61,11 @@ class Accumulator:
     def _decomposable(self, objective: Decomposable, groups: Groups, step: StepLoss) -> None:
         """Each microbatch's part is divided by the whole step's counts, so the parts just add up."""
         counts = objective.counts(groups)
-        for batch in self.microbatches(groups):
+        for batch, is_last in ending(self.microbatches(groups)):
             with self.guard(batch):
                 logps = replace(self.score(batch), context=step.context)
                 loss = objective.part(logps, counts)
+                self._before_backward(step, {batch.rows: loss.detach()}, is_last)
                 loss.backward()
             self._seen(step, batch, logps, loss.detach())
         step.loss = torch.stack(step.parts).double().sum()
@@ -79,34 +91,51 @@ class Accumulator:
         2021): several microbatches are scored without gradient first, a single one is not."""
         pairs = sum(len(group.pairs) for group in groups)
         size = objective.within or len(groups)
-        for some in (groups[i : i + size] for i in range(0, len(groups), size)):
+        for some, is_last in ending(groups[i : i + size] for i in range(0, len(groups), size)):
             share = sum(len(group.pairs) for group in some) / pairs if objective.within else 1.0
             batches = list(self.microbatches(some))
             if len(batches) == 1:
-                self._at_once(objective, batches[0], share, step)
+                self._at_once(objective, batches[0], share, step, is_last)
             else:
-                self._in_two_passes(objective, batches, share, step)
+                self._in_two_passes(objective, batches, share, step, is_last)
 
-    def _at_once(self, objective, batch, share: float, step: StepLoss) -> None:
+    def _at_once(self, objective, batch, share: float, step: StepLoss, is_last: bool) -> None:
         with self.guard(batch):
             logps = self.score(batch)
             loss = share * objective.whole(self._informed(objective, logps, step.context))
+            self._before_backward(step, {batch.rows: loss.detach()}, is_last)
             loss.backward()
         self._seen(step, batch, logps, loss.detach())
         step.loss = step.loss + loss.detach().double()
 
-    def _in_two_passes(self, objective, batches, share: float, step: StepLoss) -> None:
+    def _in_two_passes(self, objective, batches, share: float, step: StepLoss, is_last: bool) -> None:
         with torch.no_grad():
             joined = ResponseLogps.joined([self._first(batch, step) for batch in batches])
         joined = replace(joined, token_logp=joined.token_logp.requires_grad_())
         loss = share * objective.whole(self._informed(objective, joined, step.context))
         (slope,) = torch.autograd.grad(loss, joined.token_logp)
-        for batch, slopes in zip(batches, slope.split([len(batch.target) for batch in batches])):
+        sizes = [len(batch.target) for batch in batches]
+        slopes_of, first = slope.split(sizes), joined.token_logp.detach().split(sizes)
+        parts = {batch.rows: (a * b).sum() for batch, a, b in zip(batches, first, slopes_of)}
+        for (batch, slopes), ends in ending(zip(batches, slopes_of)):
             with self.guard(batch):
                 logps = self.score(batch)
+                self._before_backward(step, parts, is_last and ends)
                 logps.token_logp.backward(slopes)
             self._seen(step, batch, logps, (logps.token_logp.detach() * slopes).sum())
         step.loss = step.loss + loss.detach().double()
+
+    def _before_backward(self, step: StepLoss, parts: dict, is_last: bool) -> None:
+        """Where the backward updates weights: makes sure that the loss (by microbatch: {rows: part}) is a
+        number, as nothing could be undone, and says whether the backward is the step's last."""
+        if self.in_backward is None:
+            return
+        if not torch.stack(list(parts.values())).isfinite().all():
+            step.parts, step.rows = [*step.parts, *parts.values()], [*step.rows, *parts]
+            step.loss = torch.stack(step.parts).double().sum()
+            raise NotFinite(step)
+        if is_last:
+            self.in_backward.last_microbatch()
 
     def _informed(self, objective: Coupled, logps: ResponseLogps, context: dict) -> ResponseLogps:
         """With what the loss reads of the step, this batch's part of the running memory included."""
@@ -127,6 +156,16 @@ class Accumulator:
     def _scale_gradients(self, factor: Tensor) -> None:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+
+
+def ending(items: Iterable) -> Iterator[tuple]:
+    """(item, whether it is the last) of each."""
+    items = iter(items)
+    for item in items:
+        for following in items:
+            yield item, False
+            item = following
+        yield item, True
 
 
 def context_of(mismatched: list[ResponseLogps]) -> dict[str, Tensor]:

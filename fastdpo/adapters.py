@@ -1,6 +1,8 @@
 """LoRA adapters: a fresh one on a model, or the one that a peft folder holds, to train on."""
 
 import json
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,12 +109,73 @@ def add_lora(model, config: Config):
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
         target_modules=config.lora_target_modules,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
         task_type="CAUSAL_LM",
     )
     try:
-        return peft.get_peft_model(model, lora)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # tell_tied says it
+            model = peft.get_peft_model(model, lora)
     except ValueError as error:
         raise ConfigError(f"lora_target_modules: {error}") from None
+    if config.use_dora and hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):
+        raise ConfigError(
+            "use_dora: the lm_head cannot have it (each step would need its whole matrix once more); take it "
+            "out of lora_target_modules"
+        )
+    steady_dora(model, fresh=True)
+    return model
+
+
+def steady_dora(model, fresh: bool) -> None:
+    """Makes peft's DoRA take its norms in fp32, hand on the activations' dtype, and, where it is fresh,
+    change nothing at all.
+
+    DoRA scales each row of W + s B A by magnitude / norm (2402.09353, equation 5). peft takes the norm in the
+    activations' dtype: in bf16 it stands still, or moves by 2^-8, while the magnitude learns in fp32, and
+    before the first step the two differ. And on 4-bit weights, under CUDA's autocast, it goes on in fp32.
+    """
+    from peft.tuners.lora.dora import DoraEmbeddingLayer, DoraLinearLayer
+    from peft.utils.integrations import dequantize_module_weight
+
+    for module in model.modules():
+        for layer in getattr(module, "lora_magnitude_vector", {}).values():
+            if type(layer) not in (DoraLinearLayer, DoraEmbeddingLayer):
+                continue  # convolutions
+            layer.get_weight_norm = partial(_norm_in_fp32, layer.fan_in_fan_out)
+            if fresh:
+                weight = dequantize_module_weight(module.get_base_layer()).detach()
+                layer.weight.data = layer.get_weight_norm(weight, torch.zeros((), device=weight.device), 1.0)
+            if type(layer) is DoraLinearLayer:
+                module.register_forward_hook(_in_autocast_dtype)
+
+
+def _norm_in_fp32(transposed: bool, weight, lora_weight, scaling, adapter_name=None):
+    """|W + s B A| of each output feature, f32[out] (f64 of f64 weights): DoraLinearLayer.get_weight_norm."""
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        weight = weight.T if transposed else weight
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32)) + scaling * lora_weight.detach()
+        return torch.linalg.vector_norm(wide, dim=1)
+
+
+def _in_autocast_dtype(module, inputs, out):
+    device = out.device.type
+    return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
+
+
+def tell_tied(model, console) -> None:
+    """Says what an adapter on the lm_head or the embeddings means where these are one weight."""
+    configs = getattr(model, "peft_config", {}).values()
+    if not configs or any(getattr(config, "ensure_weight_tying", False) for config in configs):
+        return
+    core = model.get_base_model()
+    ends = {"lm_head": core.get_output_embeddings(), "embeddings": core.get_input_embeddings()}
+    changed = " and ".join(name for name, module in ends.items() if hasattr(module, "base_layer"))
+    if changed and core.config.get_text_config().tie_word_embeddings:
+        text = f"the model's lm_head and embeddings are one weight, and the LoRA on its {changed} sets them "
+        text += "apart; `fastdpo merge` gives each its own (peft's merge_and_unload would add to both)"
+        console.print(f"[yellow]{text}", highlight=False, soft_wrap=True)
 
 
 def load_adapter(model, start: Start, console):
@@ -129,7 +192,9 @@ def load_adapter(model, start: Start, console):
     lora.base_model_name_or_path = start.model  # where whoever loads the result finds it
     lora.inference_mode = False
     try:
-        model = peft.get_peft_model(model, lora)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # tell_tied says it
+            model = peft.get_peft_model(model, lora)
         result = model.load_adapter(start.adapter, "default", is_trainable=True)
         odd = [f"{key} is not in the base" for key in result.unexpected_keys]
         odd += [f"{key} is not in the adapter" for key in result.missing_keys]
@@ -147,6 +212,7 @@ def load_adapter(model, start: Start, console):
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft does this to LoRA's own weights only
             parameter.data = parameter.data.float()
+    steady_dora(model, fresh=False)
     _switch_off_dropout(model, lora, console)
     return model
 

@@ -22,6 +22,8 @@ from fastdpo.records import PrefixLayout
 
 NAME = "fastdpo_prefix"  # no "flash" and no "sdpa" in it: transformers tests for these substrings
 
+QUERY_BLOCK = 512  # queries that the segments backend computes under one mask
+
 # What transformers' layers hand to attention functions beside the tensors and that changes nothing
 # here. Anything else that is not None means a kind of attention that no backend knows: refused.
 _HARMLESS = {"position_ids", "position_embeddings", "use_cache", "cache_position", "return_dict"}
@@ -141,18 +143,33 @@ def gather_copies(rows, layout):
 
 
 def _segments(q, kg, vg, layout, scale, window, softcap):
-    """One SDPA call a segment: any device, any float dtype."""
+    """SDPA calls a segment at a time: any device, any float dtype. What the plain causal call cannot do runs
+    a block of queries at a time, so that no mask is quadratic in a row's length. (The scores that a softcap
+    needs still are, all blocks together, where a backward follows.)"""
     lengths_q = [q1 - q0 for q0, q1, _, _ in layout.segments]
     lengths_k = [k1 - k0 for _, _, k0, k1 in layout.segments]
     out = []
     for pieces in zip(q.split(lengths_q), kg.split(lengths_k), vg.split(lengths_k)):
-        args = [x[None].transpose(1, 2) for x in pieces]
-        n_q, n_k = len(pieces[0]), len(pieces[1])
+        q_, k_, v_ = (x[None].transpose(1, 2) for x in pieces)
+        n_q, n_k = q_.shape[2], k_.shape[2]
         if softcap is None and n_q == n_k and (window is None or window >= n_k):
-            piece = _sdpa(*args, scale=scale, is_causal=True)
-        else:
-            piece = _masked(*args, _lower_right(n_q, n_k, window, layout, q.device), scale, softcap)
-        out.append(piece[0].transpose(0, 1))
+            out.append(_sdpa(q_, k_, v_, scale=scale, is_causal=True)[0].transpose(0, 1))
+            continue
+        mask = _block_mask(layout, window, q)
+        for start in range(0, n_q, QUERY_BLOCK):
+            rows = min(QUERY_BLOCK, n_q - start)
+            stop = n_k - n_q + start + rows  # of the keys that the block's last query sees
+            first = 0 if window is None else max(0, stop - rows - window + 1)
+            corner = mask[len(mask) - rows :, mask.shape[1] - (stop - first) :]
+            piece = _masked(
+                q_[:, :, start : start + rows],
+                k_[:, :, first:stop],
+                v_[:, :, first:stop],
+                corner.contiguous() if q.is_cuda else corner,  # CUDA kernels want it aligned
+                scale,
+                softcap,
+            )
+            out.append(piece[0].transpose(0, 1))
     return torch.cat(out)
 
 
@@ -164,6 +181,7 @@ def _dense(q, k, v, layout, scale, window, softcap):
         # A response's rows sit far from its prompt, so distances count in positions, not places.
         position = _positions(layout, q.device)
         mask &= position[:, None] - position[None] < window
+    mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
     args = (x[None].transpose(1, 2) for x in (q, k, v))
     return _masked(*args, mask, scale, softcap)[0].transpose(0, 1)
 
@@ -175,15 +193,20 @@ def _positions(layout, device):
     return position
 
 
-def _lower_right(n_q, n_k, window, layout, device):
-    """bool[n_q, n_k]: query i sees key j when j <= i + n_k - n_q, and not further back than `window`.
-    Every layer asks for the same masks, so they stay with the layout."""
-    shape = (n_q, n_k, window)
-    if shape not in layout.masks:
-        place = torch.arange(n_q, device=device)[:, None] + n_k - n_q
-        key = torch.arange(n_k, device=device)[None]
-        layout.masks[shape] = (key <= place) & (key > place - (window or n_k + 1))
-    return layout.masks[shape]
+def _block_mask(layout, window, like):
+    """[rows, columns], 0 or -inf: what the last queries of a causal block see of the keys up to its end, and
+    not further back than `window`. A block of any place and size is a corner of it, so that one mask, kept
+    with the layout, serves all segments and layers."""
+    rows = min(QUERY_BLOCK, layout.max_q)
+    columns = layout.max_k if window is None else min(layout.max_k, rows + window - 1)
+    half = torch.is_autocast_enabled(like.device.type)
+    dtype = torch.get_autocast_dtype(like.device.type) if half else like.dtype
+    if (window, dtype) not in layout.masks:
+        query = torch.arange(rows, device=like.device)[:, None] + columns - rows
+        key = torch.arange(columns, device=like.device)[None]
+        sees = (key <= query) & (key > query - (window or columns + 1))
+        layout.masks[window, dtype] = torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -torch.inf)
+    return layout.masks[window, dtype]
 
 
 def _sdpa(q, k, v, **options):
@@ -191,7 +214,7 @@ def _sdpa(q, k, v, **options):
 
 
 def _masked(q, k, v, mask, scale, softcap):
-    """Attention under a bool mask, with Gemma 2's softcap where the model has one."""
+    """Attention under a mask that is added, with Gemma 2's softcap where the model has one."""
     if softcap is None:
         return _sdpa(q, k, v, attn_mask=mask, scale=scale)
     heads = q.shape[1] // k.shape[1]
@@ -199,7 +222,7 @@ def _masked(q, k, v, mask, scale, softcap):
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = softcap * torch.tanh(scores / softcap)
     wide = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide)
+    weights = (scores + mask).softmax(-1, dtype=wide)
     return weights.to(v.dtype) @ v
 
 

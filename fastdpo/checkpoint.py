@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastdpo import durable
 from fastdpo.errors import ConfigError, TrainingError
+from fastdpo.optim_stepping import WeightOptimizer
 
 FORMAT = 1
 TENSOR_FILES = ("weights.safetensors", "optimizer.safetensors")
@@ -58,22 +59,13 @@ class Checkpoint:
             for name, parameter in wanted.items():
                 parameter.copy_(saved[name])
 
-    def load_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        saved: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in load_file(self.folder / "optimizer.safetensors").items():
-            number, key = name.split(".", 1)
-            saved.setdefault(int(number), {})[key] = tensor
-        groups = optimizer.state_dict()["param_groups"]  # the config's, not the saved ones
-        optimizer.load_state_dict({"state": saved, "param_groups": groups})
+    def load_optimizer(self, optimizer: WeightOptimizer) -> None:
+        optimizer.load(load_file(self.folder / "optimizer.safetensors"), self.steps)
 
 
 def save(folder: Path, policy, optimizer, state: dict) -> int:
     """Writes a checkpoint, in place of one of the same name; returns its size in bytes."""
-    optimizer_tensors = {
-        f"{number}.{key}": tensor.contiguous()
-        for number, values in optimizer.state_dict()["state"].items()
-        for key, tensor in values.items()
-    }
+    optimizer_tensors = _apart(optimizer.tensors())
     weights = {name: p.detach().contiguous() for name, p in _trained(policy).items()}
     with durable.new_folder(folder) as part:
         for name, tensors in zip(TENSOR_FILES, (weights, optimizer_tensors)):
@@ -158,6 +150,16 @@ def _start_of(path: Path) -> str | None:
         return json.loads((path / "state.json").read_text(encoding="utf-8"))["state"]["start"]
     except (ValueError, KeyError, TypeError):
         return None  # damaged: `newest` will say so, should it come to that
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors writes no memory twice, and bitsandbytes has one table for all weights."""
+    seen, out = set(), {}
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        out[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return out
 
 
 def _trained(policy) -> dict[str, torch.nn.Parameter]:

@@ -1,5 +1,6 @@
 """The `fastdpo` command."""
 
+import logging
 import sys
 
 from fastdpo.errors import ConfigError, FastDPOError, Stopped
@@ -10,6 +11,7 @@ commands:
   train        train on preference rows; the model ends up in OUTPUT_DIR/model
   ref          compute the reference's log-probs into the cache, before any training
   data         show what the rows become: counts, lengths, drops, one row decoded
+  plan         predict the GPU memory of a run, whose it is, and what would make it fit
   merge        make one whole model of a LoRA adapter and its base
   push         upload a run's model to the Hugging Face hub
   convert      write the config of TRL, Axolotl or LLaMA-Factory as one of ours
@@ -23,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns 0, or 1 when it could not go on, 2 for a wrong config or command, or 128 + the
     number of the signal that stopped it (130 for SIGINT, 143 for SIGTERM)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # of kernels that a CPU does not have
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -94,6 +98,12 @@ def _data(argv):
                     data_format=config.data_format,
                 )
                 show(groups, report, tokenizer, console)
+
+
+def _plan(argv):
+    from fastdpo.planning.command import main as plan
+
+    plan(argv)
 
 
 def _merge(argv):
@@ -194,6 +204,7 @@ COMMANDS = {
     "train": _train,
     "ref": _ref,
     "data": _data,
+    "plan": _plan,
     "merge": _merge,
     "push": _push,
     "convert": _convert,

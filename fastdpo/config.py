@@ -78,8 +78,8 @@ class Config:
     offload_optimizer: bool = _key(False, "keep the optimizer's states in the host's memory and step there")
     optimizer_in_backward: bool = _key(
         False,
-        "update each weight as soon as its gradient is complete, so that no two gradients are kept; "
-        "needs max_grad_norm: 0",
+        "update each weight as soon as its gradient is complete, so that no two are kept (the sum of several "
+        "microbatches waits in the host's memory); needs max_grad_norm: 0",
     )
     pure_bf16: bool = _key(
         False, "keep trained weights in bf16, updated with stochastic rounding, instead of fp32"
@@ -129,13 +129,14 @@ class Config:
     head_memory: str = _key("512MiB", "what the lm_head may take for its own buffers, above its gradients")
     gradient_checkpointing: bool | int | str = _key(
         False,
-        "recompute layers in the backward to save memory: true (every layer), a number k (every k-th), or "
-        "selective (all but matrix products and attention)",
+        "recompute layers in the backward to save memory: true (every layer), a number k (layers 0, k, 2k, "
+        "...), or selective (all but matrix products and attention)",
     )
     activation_offloading: bool = _key(
-        False, "keep in the host's memory what the backward needs (with gradient_checkpointing: its inputs)"
+        False,
+        "keep in the host's memory what the layers save for the backward (of recomputed ones: their inputs)",
     )
-    tiled_mlp: bool = _key(False, "compute MLPs some thousand tokens at a time: for long rows")
+    tiled_mlp: bool = _key(False, "compute MLPs 8192 tokens at a time: for long rows")
     load_in_4bit: bool = _key(False, "QLoRA: keep the frozen weights in 4 bits (bitsandbytes' NF4)")
     lora_rank: int | None = _key(None, "train a LoRA of this rank instead of all weights")
     lora_alpha: float | None = _key(None, "LoRA's alpha (default: twice the rank)")

@@ -112,3 +112,9 @@ def _check_memory_keys(config: Config) -> None:
             "optimizer_in_backward: the norm of the whole gradient is never known, so it cannot be clipped; "
             "set max_grad_norm: 0"
         )
+    if config.offload_optimizer and config.optim == "sgd":
+        raise ConfigError("offload_optimizer: sgd has no states to keep in the host's memory")
+    if config.offload_optimizer and config.optim.startswith("paged_"):
+        raise ConfigError(
+            f"offload_optimizer: {config.optim} moves its states to the host by itself; leave one of them out"
+        )

@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import attention
 from fastdpo.activations import set_up_activations
-from fastdpo.adapters import add_lora, find_start, load_adapter
+from fastdpo.adapters import Start, add_lora, find_start, load_adapter, tell_tied
 from fastdpo.config import Config
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.key_types import as_bytes
+from fastdpo.quantised import check_quantisation, loading_in_4bit, set_up_4bit
 from fastdpo.records import PackedGroups
 
 # How configs name a factor on the logits: (attribute, model types where it means that or None, power).
@@ -97,6 +98,7 @@ class Policy:
             self.device.type,
             dtype=self.dtype,
             enabled=self.dtype in (torch.bfloat16, torch.float16),
+            cache_enabled=False,  # or a copy of every fp32 weight would stay until the forward ends
         )
 
     def hidden(self, batch: PackedGroups) -> Tensor:
@@ -190,34 +192,47 @@ def load_model_config(config: Config):
         whose = f", the base of the adapter {start.adapter}," if start.adapter else ""
         raise ModelError(f"model: cannot load {start.model!r}{whose}: {error}") from None
     _check_lengths(config, model_config)
+    _in_4bit(config, start, model_config)
     return model_config
+
+
+def _in_4bit(config: Config, start: Start, model_config) -> bool:
+    has_lora = start.adapter is not None or config.lora_rank is not None
+    return check_quantisation(config.load_in_4bit, has_lora, start.model, model_config)
 
 
 def load_policy(config: Config, console) -> Policy:
     """Loads the model, freezes what is not trained, adds a LoRA (a fresh one, or one to start from)
     where asked. Raises ModelError."""
     start = find_start(config)
-    dtype = resolve_dtype(config.dtype)
+    dtype = torch.bfloat16 if config.pure_bf16 else resolve_dtype(config.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model_config = load_model_config(config)
+    in_4bit = _in_4bit(config, start, model_config)
     dropped = switch_off_dropout(model_config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             start.model,
             config=model_config,
-            dtype=dtype if start.adapter or config.lora_rank else torch.float32,
+            dtype=dtype if start.adapter or config.lora_rank or config.pure_bf16 else torch.float32,
+            **(loading_in_4bit(model_config, dtype, device) if in_4bit else {}),
         )
     except Exception as error:
         raise ModelError(f"model: cannot load {start.model!r}: {type(error).__name__}: {error}") from None
-    model.to(device)
+    if in_4bit:
+        set_up_4bit(model, dtype, console)
+    else:
+        model.to(device)
     if dropped:
         console.print(f"dropout set to 0 for training: {', '.join(dropped)}")
     if start.adapter:
         model = load_adapter(model, start, console)
     elif config.lora_rank is not None:
         model = add_lora(model, config)
+    tell_tied(model, console)
     model.train()
-    set_up_activations(model, config)
+    for line in set_up_activations(model, config):
+        console.print(line, highlight=False)
     return Policy(model, dtype, dropped, head_budget=as_bytes("head_memory", config.head_memory))
 
 

@@ -9,16 +9,24 @@ from transformers import get_scheduler
 from fastdpo.config import Config
 from fastdpo.errors import ConfigError
 from fastdpo.model import Policy
+from fastdpo.objectives import make_objective
+from fastdpo.objectives.seam import Rescaled
+from fastdpo.optim_bytes import state_bytes
+from fastdpo.optim_library import check_library
+from fastdpo.optim_stepping import InBackward, WeightOptimizer
+
+__all__ = ["check_schedule", "make_optimizer", "set_schedule", "state_bytes", "warmup"]
 
 
-def make_optimizer(policy: Policy, config: Config, total: int):
-    """Fused AdamW with transformers' defaults, decaying matrices only, and a transformers schedule."""
+def make_optimizer(policy: Policy, config: Config, total: int) -> tuple[WeightOptimizer, LambdaLR]:
+    """The config's optimizer with transformers' defaults, decaying matrices only, and a transformers
+    schedule. close() the optimizer when no step follows."""
     parameters = policy.trained()
     grouped = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(grouped, lr=config.learning_rate, fused=True)
+    optimizer = (InBackward if config.optimizer_in_backward else WeightOptimizer)(grouped, config)
     return optimizer, get_scheduler(config.lr_scheduler_type, optimizer, warmup(config, total), total)
 
 
@@ -37,7 +45,16 @@ def set_schedule(schedule: LambdaLR, steps: int) -> None:
 
 
 def check_schedule(config: Config) -> None:
-    """Raises ConfigError for a schedule that cannot be made or stepped, by trying one on no model."""
+    """Raises ConfigError for an optimizer that this machine or this objective cannot use, and for a schedule
+    that cannot be made or stepped, by trying one on no model."""
+    check_library(config)
+    objective = make_objective(config)
+    if config.optimizer_in_backward and isinstance(objective, Rescaled):
+        raise ConfigError(
+            f"optimizer_in_backward: {objective.name} rescales the gradient after the last microbatch, when "
+            "the weights would be updated already; give it a scope (objective_args: {scope: N}) or leave "
+            "the key out"
+        )
     try:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.1)
         schedule = get_scheduler(config.lr_scheduler_type, optimizer, warmup(config, 100), 100)

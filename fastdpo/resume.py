@@ -19,7 +19,7 @@ from fastdpo.stage import total_steps
 FREE = set(
     "max_steps num_epochs eval_steps logging_steps save_steps save_total_limit load_best report_to samples "
     "reference_cache memory max_tokens head_memory gradient_checkpointing activation_offloading "
-    "tiled_mlp push_to_hub output_dir resume overwrite strict".split()
+    "tiled_mlp offload_optimizer optimizer_in_backward push_to_hub output_dir resume overwrite strict".split()
 )
 
 

@@ -110,20 +110,23 @@ class RunLog:
             if not stage.mismatched:
                 text = "[yellow]all rows have one prompt, so there is no such response and z0 is 0"
                 self.console.print(text, highlight=False)
-        self._announce_caps(stage)
-        return facts
+        return facts | self._announce_caps(stage)
 
-    def _announce_caps(self, stage) -> None:
+    def _announce_caps(self, stage) -> dict:
         cap = stage.config.max_tokens
         if stage.policy.max_scored is not None:
             self.console.print(
                 f"a microbatch ends at {stage.policy.max_scored:,} scored tokens or max_tokens={cap:,}",
                 highlight=False,
             )
-        over = [group.row for group in stage.groups if stage.cost(group) > cap]
+        sizes = [(stage.cost(group), group.row) for group in stage.groups]
+        over = [row for size, row in sizes if size > cap]
         if over:
+            largest, row = max(sizes)
             self.console.print(
-                f"[yellow]{len(over)} groups are larger than max_tokens={cap} and go alone, whole "
-                f"(rows {', '.join(map(str, over[:5]))}{', ...' * (len(over) > 5)})",
+                f"[yellow]{len(over)} groups are larger than max_tokens={cap:,} and go alone, whole "
+                f"(rows {', '.join(map(str, over[:5]))}{', ...' * (len(over) > 5)}); "
+                f"the largest has {largest:,} tokens (row {row})",
                 highlight=False,
             )
+        return {"groups_over_max_tokens": len(over), "largest_group_tokens": max(sizes)[0]}

@@ -1,5 +1,6 @@
 """One stage of a run: one objective on one data set, from the stage's start weights to its last step."""
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastdpo.accumulate import Accumulator, context_of
+from fastdpo.accumulate import Accumulator, NotFinite, context_of
 from fastdpo.config import Config
 from fastdpo.errors import TrainingError
 from fastdpo.failures import WAY_OUT, memory_guard, not_finite
@@ -62,8 +63,8 @@ class Stage:
         """Trains to the end, or from the checkpoint `resumed`; `run` (fastdpo.run.Run) knows the place.
         Raises Stopped after a signal, with a checkpoint written."""
         optimizer, schedule = make_optimizer(self.policy, self.config, self.total)
-        progress = Progress()
-        with run.log.bar(self.objective.name, resumed.steps if resumed else 0, self.total):
+        progress, done = Progress(), resumed.steps if resumed else 0
+        with contextlib.closing(optimizer), run.log.bar(self.objective.name, done, self.total):
             eval_batches = self.in_row_order(self.eval_groups)
             if resumed:  # the reference is made: the start weights are needed no more
                 progress = Progress.restored(resumed.state["progress"], self.policy.device)
@@ -75,7 +76,7 @@ class Stage:
                 settle()
             self.drifts = [] if self.reference and progress.steps == 0 else None
             for groups in step_groups(self.groups, self.config, self.total, progress.steps):
-                norm = self.step(groups, progress, run.place.first + progress.steps + 1)
+                norm = self.step(groups, progress, run.place.first + progress.steps + 1, optimizer)
                 if self.drifts is not None:
                     run.tell_drift(float(torch.stack(self.drifts).max()), self.policy.dtype)
                     self.drifts = None
@@ -111,9 +112,10 @@ class Stage:
                 run.save(self.policy, optimizer, progress, may_be_best=due)
         run.stopping.check()
 
-    def step(self, groups: list[PreferenceGroup], progress: Progress, step: int):
+    def step(self, groups: list[PreferenceGroup], progress: Progress, step: int, optimizer=None):
         """Forward and backward of one optimizer step, in microbatches; returns the gradient norm, before
-        clipping. The gradient is that of the whole step's loss however the step was cut."""
+        clipping. The gradient is that of the whole step's loss however the step was cut. Under
+        optimizer_in_backward the optimizer is needed, and has updated the weights."""
         window = progress.window
 
         def see(batch: PackedGroups, logps: ResponseLogps) -> None:
@@ -122,16 +124,22 @@ class Stage:
             self.add_metrics(window.sums, logps)
             window.count(batch)
 
-        parameters = self.policy.trained()
-        guard = lambda batch: memory_guard(step, batch)
+        parameters, in_backward = self.policy.trained(), self.config.optimizer_in_backward
+        guard = lambda batch: memory_guard(step, batch, self.config, self.policy.core.config)
         accumulator = Accumulator(
-            parameters, self.microbatches, self.score, guard, see, dict(progress.memory)
+            *(parameters, self.microbatches, self.score, guard, see, dict(progress.memory)),
+            in_backward=optimizer if in_backward else None,
         )
-        done = accumulator.run(self.objective, groups, self.aside(groups))
+        try:
+            done = accumulator.run(self.objective, groups, self.aside(groups))
+        except NotFinite as stop:
+            raise not_finite(step, stop.step) from None
         limit = self.config.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        norm = (
+            torch.nn.utils.clip_grad_norm_(parameters, limit) if not in_backward else optimizer.end_backward()
+        )
         if not math.isfinite(float(done.loss + norm)):
-            raise not_finite(step, done, norm)
+            raise not_finite(step, done, norm, updated=in_backward)
         window.sums.add("loss", done.loss)
         window.first_pass += done.scored_first
         if "z0" in done.context:

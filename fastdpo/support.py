@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from rich.markup import escape
 from torch import Tensor
@@ -10,10 +11,11 @@ from fastdpo import attention
 from fastdpo.errors import ModelError
 from fastdpo.model import Policy
 from fastdpo.packing import pack
-from fastdpo.records import PreferenceGroup
+from fastdpo.records import PreferenceGroup, Response
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _PROBE_ROWS, _PROBE_TOKENS = 200, 256  # groups looked at, and the longest row that is compared
+_PROBE_RESPONSES = 8  # of a group that is cut
 
 
 def sharing_refusal(config) -> str | None:
@@ -93,13 +95,31 @@ def _windowed_layers(config) -> int:
 
 
 def _probe(groups: list[PreferenceGroup]) -> list[PreferenceGroup]:
-    """The smallest group and the largest affordable one, several responses each where there are."""
+    """The smallest group, cut where it is long, and the largest affordable one, several responses each where
+    there are."""
     some = groups[:_PROBE_ROWS]
     several = [g for g in some if len(g.responses) > 1] or some
-    longest = lambda g: len(g.prompt) + max(len(r.ids) for r in g.responses)
     smallest = min(several, key=lambda g: g.input_tokens)
-    affordable = [g for g in several if longest(g) <= _PROBE_TOKENS and g is not smallest]
-    return [smallest, *sorted(affordable, key=longest)[-1:]]
+    affordable = [g for g in several if _longest(g) <= _PROBE_TOKENS and g is not smallest]
+    return [_cut(smallest), *sorted(affordable, key=_longest)[-1:]]
+
+
+def _longest(group: PreferenceGroup) -> int:
+    return len(group.prompt) + max(len(r.ids) for r in group.responses)
+
+
+def _cut(group: PreferenceGroup) -> PreferenceGroup:
+    """The prompt's end and each response's first scored part, _PROBE_TOKENS together at most, so that full
+    logits are affordable: any tokens serve to compare two ways of computing the same."""
+    if _longest(group) <= _PROBE_TOKENS:
+        return group
+    half, responses = _PROBE_TOKENS // 2, []
+    for response in group.responses[:_PROBE_RESPONSES]:
+        scored = np.flatnonzero(response.target_mask)
+        last = scored[max(0, np.searchsorted(scored, half) - 1)]
+        kept = slice(max(0, last + 1 - half), last + 1)
+        responses.append(Response(response.ids[kept], response.target_mask[kept]))
+    return PreferenceGroup(group.row, group.prompt[-half:], tuple(responses), ())
 
 
 def _difference(policy, probe, truth) -> tuple[float, list]:

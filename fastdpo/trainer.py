@@ -23,6 +23,7 @@ from fastdpo.objectives import check_rows, make_objective
 from fastdpo.optimizers import check_schedule
 from fastdpo.packing import epoch_order
 from fastdpo.pairs import BY_GAP, flip_pairs, select_pairs
+from fastdpo.planning.choose import choose
 from fastdpo.records import PreferenceGroup
 from fastdpo.ref_cache import cache_path
 from fastdpo.ref_columns import reference_columns
@@ -57,8 +58,9 @@ def train(config: Config, console: Console | None = None) -> Path:
             durable.recover(place)
         found, passed = find_checkpoint(folder, config, console)
         tokenizer = load_tokenizer(config)
-        load_model_config(config)  # a wrong model or max_length shows before the data is read
+        model_config = load_model_config(config)  # a wrong model or max_length shows before the data is read
         groups, eval_groups, reports = load_data(config, tokenizer, console)
+        config = choose(config, model_config, groups, console)
         for stage in config.per_stage():
             check_rows(make_objective(stage), groups)
             check_rows(make_objective(stage), eval_groups, "eval_data")
@@ -227,8 +229,10 @@ def fill_reference(config: Config, console: Console | None = None) -> None:
         raise ConfigError("reference_cache: off leaves nothing to fill; name a file, or auto")
     with Stopping(console) as stopping:
         tokenizer = load_tokenizer(config)
-        load_model_config(config)
+        model_config = load_model_config(config)
         groups, eval_groups, _ = load_data(config, tokenizer, console)
+        config = choose(config, model_config, groups, console)
+        first = config.per_stage()[0]
         check_rows(make_objective(first), groups)
         check_rows(make_objective(first), eval_groups, "eval_data")
         policy = load_policy(config, console)

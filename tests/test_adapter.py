@@ -132,6 +132,7 @@ VARIANTS = {
     "dora": dict(use_dora=True),
     "head": dict(target_modules=["q_proj", "lm_head"]),
     "embeddings": dict(target_modules=["q_proj", "embed_tokens"]),
+    "one on both ends": dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
     "whole head": dict(modules_to_save=["lm_head"]),
     "whole embeddings": dict(modules_to_save=["embed_tokens"]),
     "pissa": dict(init_lora_weights="pissa"),

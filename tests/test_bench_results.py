@@ -76,7 +76,8 @@ CLAIM = re.compile(rf"\d[\d,.]*\s?(?:{UNIT}|%|{FASTER})")
 
 
 def test_no_number_of_speed_or_memory_outside_the_blocks():
-    prose = re.sub(r"```.*?```", "", tables.BLOCK.sub("", README), flags=re.DOTALL)
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", tables.BLOCK.sub("", README), flags=re.DOTALL)
+    prose = prose.partition("## Every key")[0]  # sizes there are values of keys
     assert [found[0] for found in CLAIM.finditer(prose)] == []
 
 

@@ -1,0 +1,216 @@
+"""What the backward needs of the backbone waits for it in the host's memory.
+
+A pair of saved-tensor hooks around the backbone's forward. With checkpointed layers these see each layer's
+input and nothing that is recomputed; without, everything. On CUDA the copies run on a stream of their own,
+beside the computation, into pinned memory, and come back before the backward asks for them.
+
+Prior art, with thanks: torchtune's OffloadActivations, which TRL carries on, and torch's save_on_cpu (on the
+computing stream). Unlike them this moves storages, not tensors: views of one storage, such as what q, k and v
+save of their common input, go once and come back as views of one storage; and the low-precision copies that
+autocast makes of weights do not go at all, they are made again.
+"""
+
+import contextlib
+import weakref
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+MIN_BYTES = 1 << 20  # of a storage; what takes less time to copy than to ask for a copy stays
+AHEAD = 2  # storages that may be on their way at once, in the forward and in the backward
+HOST = "cpu"  # the device of the copies
+
+
+class Offloading:
+    """Hooks on a module: what its forward saves for the backward is moved to the host's memory."""
+
+    def __init__(self, module: torch.nn.Module):
+        self._entered: list[contextlib.AbstractContextManager] = []
+        self._handles = (
+            module.register_forward_pre_hook(self._enter),
+            module.register_forward_hook(self._leave, always_call=True),
+        )
+
+    def _enter(self, module, args) -> None:
+        hooks = contextlib.nullcontext()
+        if torch.is_grad_enabled():
+            one = Moves(module)
+            hooks = torch.autograd.graph.saved_tensors_hooks(one.pack, one.unpack)
+        hooks.__enter__()
+        self._entered.append(hooks)
+
+    def _leave(self, module, args, out) -> None:
+        self._entered.pop().__exit__(None, None, None)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor whose storage was moved."""
+
+    of: "_Moved"
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """A view of what autocast made of a parameter."""
+
+    parameter: Tensor
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def again(self) -> Tensor:
+        return self.parameter.detach().to(self.dtype).as_strided(self.size, self.stride, self.offset)
+
+
+class _Moved:
+    """A storage as a flat tensor: on the device, in the host's memory, or both while it is copied."""
+
+    def __init__(self, number: int, device: Tensor):
+        self.number, self.device, self.host = number, device, None
+        self.event = None  # of a copy to the device that nobody has waited for
+
+    def arrive(self) -> None:
+        """The computing stream waits for the copy to the device."""
+        if self.event is not None:
+            torch.cuda.current_stream(self.device.device).wait_event(self.event)
+            self.event = None
+
+    def __del__(self):
+        self.arrive()  # or the device's memory would be given away while it is being written
+
+
+class Moves:
+    """What one forward has moved. The hooks keep it alive for as long as the graph needs it."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.parameters = {id(p): p for p in module.parameters()}
+        self.device = next(module.parameters()).device
+        self.resident = {_storage_key(t) for t in (*module.parameters(), *module.buffers())}
+        self.stream = _side_stream(self.device) if self.device.type == "cuda" else None
+        self.known: dict[tuple, weakref.ref] = {}  # (storage, dtype, version) -> _Moved
+        self.order: list[weakref.ref] = []
+        self.leaving: deque = deque()  # (event, the device's tensor, weakref of its _Moved)
+
+    def pack(self, tensor: Tensor):
+        cast = self._cast(tensor)
+        if cast is not None:
+            return cast
+        tensor = tensor.detach()  # an output that kept its own graph would never be freed
+        if not self._is_worth_it(tensor):
+            return tensor
+        return _View(self._moved(tensor), tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def unpack(self, packed) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if isinstance(packed, _Cast):
+            return packed.again()
+        while self.leaving:  # what the forward saved last has not left, and stays
+            self._let_go(stays=True)
+        self._bring(packed.of)
+        packed.of.arrive()
+        earlier = (self.order[i]() for i in range(packed.of.number - 1, -1, -1))
+        alive = (moved for moved in earlier if moved is not None)
+        for moved, _ in zip(alive, range(AHEAD)):
+            self._bring(moved)
+        return packed.of.device.as_strided(packed.size, packed.stride, packed.offset)
+
+    def _cast(self, tensor: Tensor) -> _Cast | None:
+        """How to make a weight's copy in the autocast dtype again, where the tensor is (a view of) one."""
+        source = tensor._base if tensor._is_view() else tensor
+        made_by = source.grad_fn
+        if made_by is None or made_by.name() != "ToCopyBackward0":
+            return None
+        parameter = getattr(made_by.next_functions[0][0], "variable", None)
+        if id(parameter) not in self.parameters:
+            return None
+        return _Cast(parameter, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def _is_worth_it(self, tensor: Tensor) -> bool:
+        if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
+            return False
+        if tensor.device != self.device or tensor.untyped_storage().nbytes() < MIN_BYTES:
+            return False
+        return _storage_key(tensor) not in self.resident
+
+    def _moved(self, tensor: Tensor) -> _Moved:
+        # The weak reference keeps the address from being used again, so that a key means one storage.
+        key = (StorageWeakRef(tensor.untyped_storage()), tensor.dtype, tensor._version)
+        moved = self.known[key]() if key in self.known else None
+        if moved is None:
+            moved = self._send(tensor)
+            self.known[key] = weakref.ref(moved)
+        return moved
+
+    def _send(self, tensor: Tensor) -> _Moved:
+        flat = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
+        moved = _Moved(len(self.order), flat)
+        self.order.append(weakref.ref(moved))
+        moved.host = flat.new_empty(flat.shape, device=HOST, pin_memory=self.stream is not None)
+        event = self._copy(moved.host, flat)
+        self.leaving.append((event, flat, weakref.ref(moved)))
+        if len(self.leaving) > AHEAD:
+            self._let_go()
+        return moved
+
+    def _bring(self, moved: _Moved) -> None:
+        """Starts the copy to the device, unless it is there."""
+        if moved.device is None:
+            # From the computing stream's pool, where it is freed too.
+            moved.device = moved.host.new_empty(moved.host.shape, device=self.device)
+            moved.event = self._copy(moved.device, moved.host)
+            moved.host = None
+
+    def _copy(self, to: Tensor, source: Tensor):
+        """Copies once what was asked for until now is computed; returns an event on CUDA."""
+        if self.stream is None:
+            to.copy_(source)
+            return None
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            to.copy_(source, non_blocking=True)
+            return self.stream.record_event()
+
+    def _let_go(self, stays: bool = False) -> None:
+        """The oldest that is leaving has left: its memory on the device is free, unless it stays."""
+        event, _, ref = self.leaving.popleft()
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+        moved = ref()
+        if moved is None:
+            return
+        if stays:
+            moved.host = None
+        else:
+            moved.device = None
+
+    def __del__(self):
+        while self.leaving:
+            self._let_go()
+
+
+def _storage_key(tensor: Tensor) -> int | None:
+    """A number of a living storage; None where a tensor subclass has none of its own."""
+    return None if is_traceable_wrapper_subclass(tensor) else tensor.untyped_storage()._cdata
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]

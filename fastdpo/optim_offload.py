@@ -1,0 +1,100 @@
+"""Optimizer states and steps in the host's memory, while the device goes on.
+
+Not torchao's CPUOffloadOptimizer: that copies gradients in the backward, so it never sees what clipping or
+Dr. DPO's rescaling does to them afterwards, and it needs a GPU to be tested. Weights are not kept twice:
+each piece comes over, is stepped, and goes back.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from fastdpo.optim_pieces import Pieces
+
+
+class Host:
+    """A thread that works on the host's copies of a device's tensors, with a stream of its own on CUDA."""
+
+    def __init__(self, device: torch.device):
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="fastdpo-host")
+        self.jobs: list[Future] = []
+        self.cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.cuda else None
+
+    def submit(self, job: Callable[[Tensor], None], tensor: Tensor, copy: bool) -> None:
+        """job(tensor) in the thread, after the device's work so far and the earlier jobs; with copy,
+        job(a copy on the host), and the device's memory is free at once."""
+        if self.cuda:
+            self.stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        if copy and self.cuda:
+            with torch.cuda.stream(self.stream):
+                on_device, (tensor, _) = tensor, self.down(tensor)
+            on_device.record_stream(self.stream)
+        event = self.stream.record_event() if self.cuda else None
+        self.jobs.append(self.worker.submit(self._run, job, tensor, event))
+
+    @torch.no_grad()
+    def _run(self, job, tensor: Tensor, event) -> None:
+        with torch.cuda.stream(self.stream) if self.cuda else nullcontext():
+            if event:
+                event.synchronize()  # a copy is complete; the device no longer reads the weight
+            job(tensor)
+
+    def wait(self) -> None:
+        """Until all jobs are done; raises what one of them raised."""
+        jobs, self.jobs = self.jobs, []
+        for job in jobs:
+            job.result()
+        if self.cuda:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def close(self) -> None:
+        self.worker.shutdown(cancel_futures=True)
+
+    def down(self, tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """(a copy in pinned memory under way on the current stream, what waits for it); a tensor of the
+        host's own is copied at once."""
+        if not tensor.is_cuda:
+            return tensor.clone(), _no_wait
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copy.copy_(tensor, non_blocking=True)
+        return copy, torch.cuda.current_stream().record_event().synchronize
+
+    def up(self, values: Tensor) -> Tensor:
+        """The values where the device can copy them from while the host goes on."""
+        return values.pin_memory() if self.cuda and not values.is_pinned() else values
+
+
+class HostPieces(Pieces):
+    """A weight of the device whose pieces are stepped on the host, the next one on its way meanwhile."""
+
+    def __init__(self, weight, library, weight_decay: float, host: Host):
+        super().__init__(weight, library, weight_decay, device="cpu")
+        self.host = host
+
+    @torch.no_grad()
+    def update(self, gradient: Tensor, rate: float, seed: int) -> None:
+        flat, generator = self.weight.detach().view(-1), self.generator(seed)
+        for piece, span, (values, part) in zip(self.pieces, self.spans, self._fetched(flat, gradient)):
+            self.step_piece(piece, values, part, rate)
+            self.put_back(flat[span], self.host.up(values), generator)
+
+    def _fetched(self, flat: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each piece's (weights, gradient) on the host, fp32; the next is asked for before one is used."""
+        gradient, coming = gradient.reshape(-1), None
+        for span in [*self.spans, None]:
+            here, coming = coming, span and (self.host.down(flat[span]), self._part(gradient[span]))
+            if here:
+                (values, arrived), (part, part_arrived) = here
+                arrived(), part_arrived()
+                yield values.float(), part.float()
+
+    def _part(self, gradient: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        return self.host.down(gradient) if gradient.is_cuda else (gradient, _no_wait)
+
+
+def _no_wait() -> None:
+    pass

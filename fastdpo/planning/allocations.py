@@ -1,0 +1,136 @@
+"""Every allocation of a step: how large, whose, when it came and went.
+
+torch.distributed._tools.mem_tracker.MemTracker tells parameters, gradients, activations and temporaries
+apart as they are made. Whether a tensor of the forward is kept for the backward is known only at the
+forward's end, so this one keeps a log, and reads owners and peaks off it afterwards.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+WEIGHTS = "weights"
+ADAPTERS = "adapters"
+COPIES = "weight copies"  # in the compute dtype, or dequantised
+GRADIENTS = "gradients"
+STATES = "optimizer states"
+SAVED = "saved activations"
+LAYER = "layer workspace"
+ATTENTION = "attention workspace"
+HEAD = "head buffers"
+BATCH = "microbatch"
+OWNERS = (WEIGHTS, ADAPTERS, COPIES, GRADIENTS, STATES, SAVED, LAYER, ATTENTION, HEAD, BATCH)
+
+CUDA_BLOCK = 512  # bytes: CUDACachingAllocator's kMinBlockSize, to whose multiples it rounds a request
+CPU_BLOCK = 64  # bytes: c10's alignment on CPUs
+HOST = "meta"  # the device of fake tensors that stand for the host's memory
+
+
+@dataclass(slots=True)
+class Block:
+    """One allocation."""
+
+    size: int
+    owner: str | None  # None until the step is over: saved or workspace
+    where: str  # of the step, when it was made
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that was allocated at once while the step was at one place."""
+
+    where: str
+    bytes: dict[str, int]  # by owner
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+
+class Tracker(TorchDispatchMode):
+    """Enter it inside a FakeTensorMode (or around real tensors: it counts both)."""
+
+    def __init__(self, block: int = CUDA_BLOCK):
+        super().__init__()
+        self.block, self.where = block, ""
+        self.blocks: list[Block] = []
+        self._log: list[tuple[int, bool, str]] = []  # (number of the block, came or went, where)
+        self._live: dict[int, tuple[int, weakref.ref]] = {}  # storage -> number of its block
+        self._owner: str | None = None  # of what is made now
+        self.inside: dict = {}  # operator -> a function of its arguments: bytes it takes while it runs
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in self.inside:
+            self._passing(self.inside[func](*args, **(kwargs or {})))
+        copies = func is torch.ops.aten._to_copy.default and self.owner_of(args[0]) in (WEIGHTS, ADAPTERS)
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor, COPIES if copies else self._owner)
+        return out
+
+    def add(self, tensor: torch.Tensor, owner: str | None = None) -> None:
+        """Counts a tensor's storage from now until it is freed, unless it is counted already."""
+        if tensor.device.type == HOST:
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._live or not size:
+            return
+        number = len(self.blocks)
+        self.blocks.append(Block(-(-size // self.block) * self.block, owner, self.where))
+        self._live[key] = number, weakref.ref(storage, lambda _: self._gone(key))
+        self._log.append((number, True, self.where))
+
+    def _passing(self, size: int) -> None:
+        number = len(self.blocks)
+        self.blocks.append(Block(-(-size // self.block) * self.block, ATTENTION, self.where))
+        self._log += [(number, True, self.where), (number, False, self.where)]
+
+    def _gone(self, key: int) -> None:
+        number, _ = self._live.pop(key)
+        self._log.append((number, False, self.where))
+
+    def owner_of(self, tensor) -> str | None:
+        found = self._live.get(tensor.untyped_storage()._cdata)
+        return found and self.blocks[found[0]].owner
+
+    def own(self, tensor: torch.Tensor, owner: str) -> None:
+        """Says whose a counted tensor turned out to be."""
+        self.blocks[self._live[tensor.untyped_storage()._cdata][0]].owner = owner
+
+    @contextmanager
+    def owned_by(self, owner: str | None) -> Iterator[None]:
+        """Inside, whatever is made is this owner's; None: what the log will tell."""
+        before, self._owner = self._owner, owner
+        try:
+            yield
+        finally:
+            self._owner = before
+
+    def settle(self, owner: str) -> None:
+        """What is alive and nobody's becomes this owner's; what was nobody's and is gone stays so."""
+        for number, _ in self._live.values():
+            if self.blocks[number].owner is None:
+                self.blocks[number].owner = owner
+
+    def peaks(self) -> list[Peak]:
+        """The peak at each place of the step, in the order of the places. Nobody's is workspace."""
+        now, highest = 0, {}  # where -> (bytes, place in the log)
+        for i, (number, came, where) in enumerate(self._log):
+            now += self.blocks[number].size if came else -self.blocks[number].size
+            if now > highest.get(where, (-1, 0))[0]:
+                highest[where] = now, i
+        wanted = {i: where for where, (_, i) in highest.items()}
+        bytes_, out = dict.fromkeys(OWNERS, 0), []
+        for i, (number, came, _) in enumerate(self._log):
+            block = self.blocks[number]
+            bytes_[block.owner or LAYER] += block.size if came else -block.size
+            if i in wanted:
+                out.append(Peak(wanted[i], dict(bytes_)))
+        return out

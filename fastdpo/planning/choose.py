@@ -1,0 +1,78 @@
+"""`memory: 24GB` in a run's config: the keys that a run chooses by it."""
+
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+
+from fastdpo.config import Config
+from fastdpo.errors import ConfigError
+from fastdpo.key_types import as_bytes
+from fastdpo.planning import show
+from fastdpo.planning.microbatch import selected
+from fastdpo.planning.search import CHOSEN, SURE, Option, Planner
+from fastdpo.planning.target import Target
+
+
+def choose(config: Config, model_config, groups, console: Console, target: Target | None = None) -> Config:
+    """The config with max_tokens, head_memory, gradient_checkpointing, activation_offloading and tiled_mlp
+    such that each stage is predicted to fit `memory`; keys that are not at their defaults stay. Prints what
+    it chose and why. The same config, rows and device give the same choice. Raises ConfigError, with the
+    predicted bytes by owner, where nothing fits."""
+    if config.memory is None:
+        return config
+    target = target or (Target.here() if torch.cuda.is_available() else Target(is_cpu=True))
+    budget = as_bytes("memory", config.memory)
+    chosen: dict = {}
+    for stage in config.per_stage():
+        # what an earlier stage needed holds for all of the run
+        stage = replace(stage, **chosen)
+        planner = Planner(model_config, selected(stage, groups), target)
+        now = planner.predict(stage)
+        if abs(now.total / budget - 1) < SURE:
+            now = planner.predict(stage, exact=True)
+        if now.total <= budget:
+            console.print(f"memory: {show.verdict(now, budget)}, predicted", highlight=False, soft_wrap=True)
+            continue
+        found = planner.fitting(stage, budget)
+        found = found and planner.checked(stage, found, budget)
+        if found is None:
+            raise ConfigError(_nothing_fits(planner, stage, now, target, budget))
+        _tell(console, stage, now, found, budget)
+        chosen |= found.changes
+    return replace(config, **chosen) if chosen else config
+
+
+def _tell(console: Console, config: Config, now, found: Option, budget: int) -> None:
+    text = f"memory: as configured {show.verdict(now, budget)} (peak in the {now.peak.where}, predicted). "
+    text += f"Chosen: [bold]{show.words(found.changes)}[/]: {gigabytes_left(found, budget)}"
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def gigabytes_left(found: Option, budget: int) -> str:
+    rest = budget - found.prediction.total
+    return f"{show.gigabytes(found.prediction.total)} predicted, {show.gigabytes(rest)} left"
+
+
+def _nothing_fits(planner: Planner, config: Config, now, target: Target, budget: int) -> str:
+    """The table, as text, and what to do."""
+    console = Console(width=100, record=True, file=_Nowhere(), color_system=None)
+    console.print(show.owners_table(now, target))
+    options = list(planner.other_learning(config, budget))
+    if options:
+        time = planner.option(config, {}).time
+        console.print(show.options_table(options, time, budget, target))
+    return (
+        f"memory: no choice of {', '.join(CHOSEN)} fits {config.model} in {config.memory}.\n"
+        f"{console.export_text()}Take one of the changes above that fit, or a shorter max_length"
+    )
+
+
+class _Nowhere:
+    """A file that keeps nothing."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass

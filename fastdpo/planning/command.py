@@ -1,0 +1,117 @@
+"""`fastdpo plan CONFIG [--memory 24GB]`: will it fit, before any weight is loaded."""
+
+from rich.console import Console
+
+from fastdpo.config import Config
+from fastdpo.config_io import help_text, load_config
+from fastdpo.errors import ConfigError, DataError, ModelError
+from fastdpo.key_types import as_bytes
+from fastdpo.model import load_model_config
+from fastdpo.planning import show
+from fastdpo.planning.microbatch import assumed_groups, selected, step_loads
+from fastdpo.planning.search import SURE, Option, Planner
+from fastdpo.planning.target import CARDS, Target
+
+USAGE = f"""usage: fastdpo plan [CONFIG.yaml] [--memory 24GB] [--card NAME] [--device cpu] [--key value ...]
+
+Predicts the peak of GPU memory by owner, and what would make it fit. Reads the model's config.json and the
+data, never a weight. --card: {", ".join(CARDS)}; default: the GPU here.
+--device cpu plans a run on a CPU. All keys of `fastdpo train` are understood:
+"""
+WIDTH = 100
+
+
+def main(argv: list[str], console: Console | None = None) -> None:
+    """Prints the plan of each stage. Raises ConfigError and ModelError."""
+    console = console or Console(width=WIDTH)
+    if "-h" in argv or "--help" in argv:
+        print(USAGE + help_text("plan").partition("keys:")[2])
+        return
+    argv, target = _target(argv)
+    config = load_config(argv)
+    model_config = load_model_config(config)
+    groups = _groups(config, console)
+    budget = _budget(config, target)
+    stages = config.per_stage()
+    for number, stage in enumerate(stages, 1):
+        if len(stages) > 1:
+            console.rule(f"stage {number}")
+        plan_stage(stage, model_config, groups, target, budget, console)
+
+
+def plan_stage(config: Config, model_config, groups, target: Target, budget, console) -> None:
+    """Prints one stage's plan. groups: its rows, or None where there are none to read."""
+    assumed = groups is None
+    rows = assumed_groups(config) if assumed else groups
+    planner = Planner(model_config, selected(config, rows), target)
+    loads = step_loads(config, model_config, planner.groups, target)
+    now = planner.option(config, {})
+    if budget is None or abs(now.prediction.total / budget - 1) < SURE:  # else a few layers tell enough
+        now = planner.option(config, {}, exact=True)
+    lines = [show.load_line(config, loads, assumed), show.verdict(now.prediction, budget)]
+    show.print_plan(console, now.prediction, target, [*lines, show.time_line(now.time, target)])
+    if budget is None or now.prediction.total <= budget:
+        return
+    options = list(planner.singles(config))
+    found = planner.fitting(config, budget)
+    if found is not None:
+        options = [option for option in options if option.changes != found.changes]
+        found = planner.checked(config, found, budget)
+    options = [option for option in options if option.prediction.total < 0.98 * now.prediction.total]
+    options += [found] if found else []
+    options += planner.other_learning(config, budget)
+    console.print(show.options_table(options, now.time, budget, target))
+    console.print(_advice(options, found, budget), highlight=False, soft_wrap=True)
+
+
+def _advice(options: list[Option], found: Option | None, budget: int) -> str:
+    if found is not None:
+        return f"[bold]next:[/] {show.words(found.changes)} (memory: in the config lets a run choose it)"
+    fitting = [option for option in options if option.prediction.total <= budget]
+    if fitting:
+        best = min(fitting, key=lambda option: (not option.same_learning, option.time.seconds))
+        return f"[bold]next:[/] {show.words(best.changes)}; nothing that keeps the learning as it is fits"
+    return "[bold]next:[/] nothing tried fits: a shorter max_length, a smaller model or a larger card"
+
+
+def _target(argv: list[str]) -> tuple[list[str], Target]:
+    rest, given = [], {}
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while words:
+        word = words.pop(0)
+        if word in ("--card", "--device"):
+            if not words:
+                raise ConfigError(f"{word}: no value given")
+            given[word] = words.pop(0)
+        else:
+            rest.append(word)
+    device = given.get("--device", "cuda")
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: {device!r} is not cpu or cuda")
+    if device == "cpu":
+        return rest, Target(is_cpu=True)
+    if "--card" not in given:
+        return rest, Target.here()
+    target = Target.of_card(given["--card"])
+    if target is None:
+        raise ConfigError(f"--card: {given['--card']!r} is not one of {', '.join(CARDS)}")
+    return rest, target
+
+
+def _budget(config: Config, target: Target) -> int | None:
+    if config.memory is not None:
+        return as_bytes("memory", config.memory)
+    return target.card.memory if target.card else None
+
+
+def _groups(config: Config, console: Console):
+    """The training rows, or None, said aloud, where they or the tokenizer cannot be read."""
+    from fastdpo.model import load_tokenizer
+    from fastdpo.trainer import load_data  # it plans, too
+
+    try:
+        return load_data(config, load_tokenizer(config), console)[0]
+    except (DataError, ModelError) as error:
+        text = f"[yellow]the data was not read ({error}): rows of max_length are assumed"
+        console.print(text, highlight=False, soft_wrap=True)
+        return None

@@ -1,0 +1,72 @@
+"""What to say after an out-of-memory error: what was predicted, what was there, what to try next."""
+
+from dataclasses import replace
+
+import torch
+
+from fastdpo.config import Config
+from fastdpo.errors import ConfigError
+from fastdpo.planning import show
+from fastdpo.planning.allocations import OWNERS
+from fastdpo.planning.prediction import Prediction, predict
+from fastdpo.planning.simulate import Load
+from fastdpo.planning.target import Target
+from fastdpo.records import PackedGroups
+
+# from the least cost in speed to the most; the first that is not in use is the next to try
+_NEXT = (
+    {"gradient_checkpointing": "selective"},
+    {"gradient_checkpointing": True},
+    {"tiled_mlp": True},
+    {"activation_offloading": True},
+    {"offload_optimizer": True},
+)
+
+
+def explain(config: Config, model_config, batch: PackedGroups) -> str:
+    """Some lines: the plan's view of the microbatch, the measured view, and the next thing to try."""
+    target = Target.here() if torch.cuda.is_available() else Target(is_cpu=True)
+    load = Load((), several=True, batch=batch.to("cpu"))
+    plan = predict(config, model_config, [load], target, exact=False)
+    lines = [f"predicted for this microbatch: {show.gigabytes(plan.total)}, in the {plan.peak.where}:"]
+    sizes = {owner: plan.peak.bytes[owner] for owner in OWNERS}
+    sizes |= {"allocator slack": plan.slack, "CUDA context": plan.context}
+    lines.append("  " + ", ".join(f"{name} {show.gigabytes(n)}" for name, n in sizes.items() if n > 5e5))
+    lines.append(measured())
+    lines.append(f"next: {next_to_try(config, model_config, load, target, plan)}")
+    return "\n".join(lines)
+
+
+def measured() -> str:
+    """What torch's allocator counted."""
+    if not torch.cuda.is_available():
+        return "measured: nothing, no GPU's allocator is in use"
+    stats = torch.cuda.memory_stats()
+    allocated, reserved = stats["allocated_bytes.all.peak"], stats["reserved_bytes.all.peak"]
+    lost = stats["reserved_bytes.all.current"] - stats["allocated_bytes.all.current"]
+    free, total = torch.cuda.mem_get_info()
+    return (
+        f"measured: at most {show.gigabytes(allocated)} allocated, {show.gigabytes(reserved)} reserved, "
+        f"{show.gigabytes(lost)} reserved and unused now (fragments, if it is much: set "
+        f"PYTORCH_ALLOC_CONF=expandable_segments:True); {show.gigabytes(free)} of {show.gigabytes(total)} "
+        "free"
+    )
+
+
+def next_to_try(config: Config, model_config, load: Load, target: Target, now: Prediction) -> str:
+    """The change of least cost in speed that is predicted to lower the peak by a tenth or more."""
+    if load.batch is not None and len(load.batch.rows) > 1:
+        half = load.batch.input_ids.numel() // 2
+        return f"max_tokens: {half}; or memory: 24GB (what the card has), and the run chooses"
+    for change in _NEXT:
+        if all(getattr(config, name) == value for name, value in change.items()):
+            continue
+        if "gradient_checkpointing" in change and config.gradient_checkpointing is True:
+            continue
+        try:
+            after = predict(replace(config, **change), model_config, [load], target, exact=False)
+        except ConfigError:
+            continue
+        if after.total < 0.9 * now.total:
+            return f"{show.words(change)} (predicted: {show.gigabytes(after.total)})"
+    return "a shorter max_length, load_in_4bit with lora_rank, or a larger card (`fastdpo plan` shows more)"

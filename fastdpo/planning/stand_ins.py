@@ -1,0 +1,149 @@
+"""What stands, in a step without data, for kernels that only a GPU runs: tensors of the same sizes that
+come and go at the same times. None computes anything.
+
+Letters: T packed tokens, K gathered keys, H heads, Hk key/value heads, d a head's size, S segments,
+M scored rows, D hidden, V vocabulary.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from fastdpo import attention
+from fastdpo.planning.allocations import ATTENTION, COPIES, Tracker
+from fastdpo.quantised import nf4_bytes
+
+NAME = "fastdpo_plan"
+_ROUNDS = 128  # flash-attention's backward rounds each segment's queries up to this many
+
+
+def _attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    sliding_window=None,
+    softcap=None,
+    fastdpo_layout=None,
+    **options,
+):
+    """attention.prefix_attention as a GPU would run it. Its varlen kernel is an operator that knows what it
+    returns for tensors without data. The layout's `seen` is the tracker."""
+    layout = fastdpo_layout
+    tracker, layout = layout.seen, replace(layout, seen=None)
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else v.dtype
+    size = q.shape[-1]
+    fast = half.itemsize == 2 and size % 8 == 0 and size <= 256 and v.shape[-1] == size and softcap is None
+    options = {"scale": scaling, "window": sliding_window, "softcap": softcap}
+    if not fast:
+        return attention.attend(q, k, v, layout, backend="segments", **options)[None], None
+    with tracker.owned_by(ATTENTION):
+        k, v = attention.gather_copies(k, layout), attention.gather_copies(v, layout)
+        k, v = (t.to(half).contiguous() for t in (k, v))
+    q = q.to(half).contiguous()
+    return attention._varlen(q, k, v, layout, *options.values())[None], None
+
+
+def varlen_backward_bytes(grad, query, key, value, out, lse, cu_q, *rest) -> int:
+    """What FlashAttention 2's varlen backward (mha_varlen_bwd) takes beside its results: a sum a query and an
+    fp32 dq, both padded, and where query heads share keys dk and dv of each query head."""
+    padded = len(query) + _ROUNDS * (len(cu_q) - 1)
+    heads, size = query.shape[1:]
+    shared = 2 * len(key) * heads * size * key.itemsize if key.shape[1] != heads else 0
+    return 4 * padded * heads * (size + 1) + shared
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+class _Head(torch.autograd.Function):
+    """linear_logp by a Plan (fastdpo_kernels.plan): what it keeps, and its peak_bytes beside that."""
+
+    @staticmethod
+    def forward(ctx, hidden, plan, keeps, *parameters):
+        ctx.sizes = plan.peak_bytes - keeps
+        kept = hidden.new_empty(keeps, dtype=torch.uint8)
+        hidden.new_empty(ctx.sizes, dtype=torch.uint8)
+        ctx.save_for_backward(hidden, kept, *parameters)
+        return hidden.new_empty(len(hidden), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, _, *parameters = ctx.saved_tensors
+        work = hidden.new_empty(ctx.sizes, dtype=torch.uint8)
+        wanted = ctx.needs_input_grad[:1] + ctx.needs_input_grad[3:]
+        grads = [torch.empty_like(t) if w else None for t, w in zip((hidden, *parameters), wanted)]
+        del work
+        return grads[0], None, None, *grads[1:]
+
+
+def head(hidden, plan, tensors: dict):
+    """f32[M]. hidden [M, D]; plan: a fastdpo_kernels.Plan; tensors: model.Head.tensors."""
+    weight, bias, lora = tensors["weight"], tensors["bias"], tensors["lora"] or ()
+    parameters = [t for t in (weight, bias, *lora[:2]) if t is not None]
+    if plan.name == "frozen":
+        return _Frozen.apply(hidden, plan)
+    keeps = plan.rows * len(weight) * hidden.dtype.itemsize if plan.name == "keep" else 0
+    return _Head.apply(hidden, plan, keeps, *parameters)
+
+
+class _Frozen(torch.autograd.Function):
+    """linear_logp with a frozen head: the hidden gradient is made in the forward, and only scaled later."""
+
+    @staticmethod
+    def forward(ctx, hidden, plan):
+        hidden.new_empty(plan.peak_bytes, dtype=torch.uint8)
+        ctx.save_for_backward(torch.empty_like(hidden))
+        return hidden.new_empty(len(hidden), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        return (rows * grad[:, None]).to(rows.dtype), None
+
+
+class _Dequantised(torch.autograd.Function):
+    """bitsandbytes' MatMul4Bit: the weight is dequantised for each product, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, packed, bias, shape, tracker):
+        ctx.save_for_backward(packed)
+        ctx.shape, ctx.tracker, ctx.dtype = shape, tracker, x.dtype
+        return torch.nn.functional.linear(x, _dequantised(ctx, x), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ _dequantised(ctx, grad), None, None, None, None
+
+
+def _dequantised(ctx, like):
+    with ctx.tracker.owned_by(COPIES):
+        return like.new_empty(ctx.shape)
+
+
+class Linear4bit(nn.Module):
+    """Stands for bitsandbytes' Linear4bit under a LoRA: a frozen weight [out, in] in NF4."""
+
+    def __init__(self, of: nn.Module, out_features: int, in_features: int, dtype, tracker: Tracker):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        packed = torch.empty(nf4_bytes(out_features, in_features), dtype=torch.uint8)
+        self.packed = nn.Parameter(packed, requires_grad=False)
+        self.bias, self.dtype, self.tracker = of.bias, dtype, tracker
+
+    @property
+    def weight(self):
+        """Dequantised, as DoRA asks for it."""
+        with self.tracker.owned_by(COPIES):
+            return self.packed.new_empty(self.out_features, self.in_features, dtype=self.dtype)
+
+    def forward(self, x):
+        shape = (self.out_features, self.in_features)
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        out = _Dequantised.apply(x.to(self.dtype), self.packed, bias, shape, self.tracker)
+        return out.clone()  # as peft does after bitsandbytes' product

@@ -1,0 +1,102 @@
+"""The device that a plan is for: what it computes with, and what it needs beside what a step allocates."""
+
+from dataclasses import dataclass
+
+import torch
+from fastdpo_kernels import backend
+
+from fastdpo.config import Config
+from fastdpo.planning.allocations import CPU_BLOCK, CUDA_BLOCK
+
+# What a process takes of a card that torch's allocator does not count: the context, loaded kernels.
+# An assumption, not measured yet: 450 to 700 MB are usual with CUDA 12 and 13.
+CONTEXT = 600 << 20
+# cuBLAS's workspace, which torch's allocator does count: 32 MiB a handle from Hopper on, 8 MiB before
+# (torch/aten/src/ATen/cuda/CublasHandlePool.cpp), and as much for cublasLt.
+CUBLAS = {True: 64 << 20, False: 16 << 20}
+# Memory that the allocator holds and cannot use, as a share of what comes and goes in a step (weights and
+# states stay where they are). An assumption, not measured yet.
+SLACK = 0.05
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU: dense bf16 tensor FLOP/s with fp32 accumulation, bytes/s of its memory, bytes of it,
+    capability."""
+
+    flops: float
+    bandwidth: float
+    memory: int
+    capability: tuple[int, int]
+
+
+# From NVIDIA's data sheets and architecture whitepapers (dense rates; the 30 and 40 series accumulate in
+# fp32 at half of their rate for fp16).
+CARDS = {
+    "RTX 3090": Card(71e12, 936e9, 24 << 30, (8, 6)),
+    "RTX 4090": Card(165.2e12, 1008e9, 24 << 30, (8, 9)),
+    "RTX 5090": Card(209.5e12, 1792e9, 32 << 30, (12, 0)),
+    "A10": Card(125e12, 600e9, 24 << 30, (8, 6)),
+    "L4": Card(121e12, 300e9, 24 << 30, (8, 9)),
+    "L40S": Card(362e12, 864e9, 48 << 30, (8, 9)),
+    "A100": Card(312e12, 2039e9, 80 << 30, (8, 0)),
+    "H100": Card(989e12, 3350e9, 80 << 30, (9, 0)),
+    "H200": Card(989e12, 4800e9, 141 * 10**9, (9, 0)),
+    "B200": Card(2250e12, 8000e9, 180 * 10**9, (10, 0)),
+}
+
+
+def card_named(name: str) -> Card | None:
+    """The card whose name is part of a device's name, as in "NVIDIA H100 80GB HBM3"."""
+    text = name.upper()
+    found = [known for known in CARDS if known.upper() in text.replace("GEFORCE ", "")]
+    return CARDS[max(found, key=len)] if found else None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a step runs on. On a CPU it is simulated as the CPU runs it, without any stand-in."""
+
+    is_cpu: bool = False
+    card: Card | None = None
+    capability: tuple[int, int] = (8, 6)  # where nothing is known: no Triton GEMM, small workspaces
+
+    @classmethod
+    def here(cls) -> "Target":
+        """This machine's GPU, or an unknown one where there is none."""
+        if not torch.cuda.is_available():
+            return cls()
+        return cls(False, card_named(torch.cuda.get_device_name()), torch.cuda.get_device_capability())
+
+    @classmethod
+    def of_card(cls, name: str) -> "Target | None":
+        """A card by its name, or by enough of it: "4090"."""
+        short = [known for known in CARDS if name.upper() in known]
+        card = card_named(name) or (CARDS[short[0]] if len(short) == 1 else None)
+        return card and cls(False, card, card.capability)
+
+    def dtype(self, config: Config) -> torch.dtype:
+        """The compute dtype: model.resolve_dtype's, for the target. auto is bf16 on GPUs from sm_80 on."""
+        if config.dtype == "auto":
+            return torch.float32 if self.is_cpu else torch.bfloat16
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
+
+    def head_backend(self, dtype: torch.dtype) -> str:
+        """fastdpo_kernels.backend, for a device that need not be here."""
+        if self.is_cpu:
+            return backend("cpu", dtype)
+        from fastdpo_kernels.tiles import TILES
+
+        return "triton" if (self.capability, dtype) in TILES else "cublas"
+
+    @property
+    def block(self) -> int:
+        return CPU_BLOCK if self.is_cpu else CUDA_BLOCK
+
+    @property
+    def context(self) -> int:
+        return 0 if self.is_cpu else CONTEXT
+
+    @property
+    def cublas(self) -> int:
+        return 0 if self.is_cpu else CUBLAS[self.capability >= (9, 0)]

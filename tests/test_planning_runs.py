@@ -1,0 +1,129 @@
+"""The plan as people meet it: the command, `memory:` in a run, and after an out-of-memory error."""
+
+import io
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from fastdpo.config import Config
+from fastdpo.errors import ConfigError, TrainingError
+from fastdpo.failures import memory_guard
+from fastdpo.packing import pack
+from fastdpo.planning import command, show
+from fastdpo.planning.choose import choose
+from fastdpo.planning.search import CHOSEN, Planner
+from fastdpo.planning.target import Target
+from tests.tiny import group, model_config
+
+GPU = Target()
+
+
+def llama(**keys):
+    return model_config("llama", num_hidden_layers=3, hidden_size=128, intermediate_size=512, **keys)
+
+
+def config(**keys):
+    return Config(model="random", data="none", max_tokens=2048, batch_size=16, **keys)
+
+
+def rows():
+    return [group(i, 100, [60, 40]) for i in range(32)]
+
+
+def console():
+    return Console(file=io.StringIO(), width=100)
+
+
+def mb(size):
+    return f"{size / 1e6:.3f}MB"
+
+
+def test_a_run_that_fits_is_left_as_it_is():
+    given, said = config(memory="24GB"), console()
+    assert choose(given, llama(), rows(), said, GPU) is given
+    assert "fits" in said.file.getvalue()
+    without = config()
+    assert choose(without, llama(), rows(), said, GPU) is without
+
+
+def test_a_run_chooses_what_fits_and_says_so():
+    planner = Planner(llama(), rows(), GPU)
+    most = planner.predict(config(gradient_checkpointing=True), exact=True).total
+    assert most < planner.predict(config(), exact=True).total * 0.98
+    budget, said = mb(1.005 * most), console()
+    chosen = choose(config(memory=budget), llama(), rows(), said, GPU)
+    changed = {name for name in vars(chosen) if getattr(chosen, name) != getattr(config(), name)}
+    assert changed - {"memory"} <= set(CHOSEN)
+    assert changed - {"memory"}
+    assert chosen.max_tokens == 2048  # as it was set
+    assert planner.predict(chosen, exact=True).total <= 1.005 * most
+    assert "does not fit" in said.file.getvalue()
+    assert "Chosen" in said.file.getvalue()
+    assert choose(config(memory=budget), llama(), rows(), console(), GPU) == chosen
+
+
+def test_keys_that_are_set_stay():
+    planner = Planner(llama(), rows(), GPU)
+    level = planner.predict(config(gradient_checkpointing=True, head_memory="64MiB"), exact=True).total
+    fixed = config(gradient_checkpointing=False, head_memory="511MiB", memory=mb(1.005 * level))
+    assert choose(fixed, llama(), rows(), console(), GPU).head_memory == "511MiB"
+    with pytest.raises(ConfigError, match="no choice of max_tokens"):
+        choose(replace(fixed, memory="1MB"), llama(), rows(), console(), GPU)
+
+
+def test_what_does_not_fit_is_told_with_the_owners():
+    with pytest.raises(ConfigError) as caught:
+        choose(config(memory="1MB"), llama(), rows(), console(), GPU)
+    for word in ("optimizer states", "saved activations", "CUDA context", "lora_rank: 16"):
+        assert word in str(caught.value)
+
+
+def test_the_command_prints_tables_of_100_columns(tmp_path):
+    llama(num_key_value_heads=2).save_pretrained(tmp_path)
+    said = console()
+    words = ["--model", str(tmp_path), "--data", "none.jsonl", "--max_length", "256", "--memory", "615MB"]
+    command.main([*words, "--card", "RTX 4090"], said)
+    text = said.file.getvalue()
+    for word in ("weights", "gradients", "does not fit", "TFLOP", "not measured", "next:", "assumed"):
+        assert word in text, word
+    assert max(len(line) for line in text.splitlines() if "│" in line) <= 100
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(["--card", "Voodoo 2"], "--card"), (["--device", "tpu"], "--device"), (["--card"], "no value")],
+)
+def test_wrong_words_are_refused(words, told):
+    with pytest.raises(ConfigError, match=told):
+        command.main([*words, "--model", "x", "--data", "y"] if len(words) > 1 else words, console())
+
+
+def test_out_of_memory_ends_with_the_plan_and_what_to_try():
+    batch = pack(rows()[:4])
+    with pytest.raises(TrainingError) as caught, memory_guard(7, batch, config(), llama()):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    text = str(caught.value)
+    for word in (
+        "step 7",
+        "predicted for this microbatch",
+        "saved activations",
+        "measured",
+        "next: max_tokens",
+    ):
+        assert word in text, word
+    with pytest.raises(TrainingError, match="next: gradient_checkpointing"):
+        with memory_guard(7, pack(rows()[:1]), config(), llama()):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_an_out_of_memory_error_without_a_plan_is_told_all_the_same():
+    with pytest.raises(TrainingError, match="no plan of this microbatch"):
+        with memory_guard(1, pack(rows()[:1]), config(), None):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_sizes_read_well():
+    assert show.gigabytes(24e9) == "24.00 GB"
+    assert show.gigabytes(5e5) == "0.5 MB"
