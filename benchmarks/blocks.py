@@ -1,25 +1,9 @@
 """The README's tables and sentences of results: a function a block, from a record to Markdown."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from fastdpo.formatting import significant
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
-    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)
-
-
-def number(value: float) -> str:
-    return significant(value, 3)
-
-
-def where(record: dict) -> str:
-    """The machine that a result is of."""
-    n, cpu = record["threads"], record["cpu"]
-    cores = f"{n} core{'s' if n > 1 else ''} of {'an' if cpu[:1] in 'AEIOU' else 'a'} {cpu}"
-    return f"one {record['gpu']}" if record["gpu"] else cores
+from benchmarks import blocks_memory
+from benchmarks.markdown import markdown, number, where
 
 
 def races(record: dict) -> Iterator[tuple[str, str, dict]]:
@@ -101,6 +85,35 @@ def steps_on_a_gpu(record: dict, link: str) -> str:
         "over plain HF",
     )
     return f"{text}\n\n{markdown(header, rows)}"
+
+
+def dropin(record: dict, link: str) -> str:
+    """A line a mix and batch size."""
+    plan, rows, missing = record["plan"], [], []
+    for mix, found in record["results"].items():
+        for size, of in found["sizes"].items():
+            label = f"{mix}, batch size {size}"
+            if "failed" in of:
+                missing.append(f"\n\nNo numbers for {label}: {of['why']}.")
+                continue
+            stock, patched = of["stock"], of["patched"]
+            faster = patched["pairs_per_second"] / stock["pairs_per_second"]
+            rates = [
+                f"{number(r['pairs_per_second'])} ({' to '.join(map(number, r['quartiles']))})"
+                for r in (stock, patched)
+            ]
+            peaks = [f"{number(r['peak_bytes'] / 1e9)} GB" for r in (stock, patched)]
+            ratio = f"{faster:.1f}x faster, {patched['peak_bytes'] / stock['peak_bytes']:.2f}x memory"
+            rows.append([label, rates[0], peaks[0], rates[1], peaks[1], ratio])
+    how = "bf16 autocast over fp32 weights" if record["gpu"] else "fp32, malloc tuned in both"
+    model = "the model of the first table" if plan["model"] == "CPU" else plan["model"]
+    text = (
+        f"TRL 1.16's own DPOTrainer, stock and after `patch()`, on {where(record)}, {how}: {model}, "
+        f"optimizer steps of {plan['pairs']} pairs, reference precomputed, no gradient checkpointing, pairs "
+        f"a second with quartiles over interleaved turns ({link}):"
+    )
+    header = ("", "stock, pairs/s", "peak", "patched, pairs/s", "peak", "patched is")
+    return f"{text}\n\n{markdown(header, rows)}{''.join(missing)}"
 
 
 def cache(record: dict, link: str) -> str:
@@ -218,13 +231,35 @@ def _all(stage: str) -> str:
 # block -> (what, "cpu" or "gpu", its text, what is missing without a result, what measures it)
 BLOCKS = {
     "steps-cpu": ("steps", "cpu", steps_on_a_cpu, "training steps on a CPU", "make bench-cpu"),
+    "dropin-cpu": (
+        "dropin",
+        "cpu",
+        dropin,
+        "TRL stock and patched on a CPU",
+        "python -m benchmarks.dropin",
+    ),
     "parity-cpu": ("parity", "cpu", parity, "learning beside TRL in fp32", "make bench-cpu"),
     "cache": ("cache", "cpu", cache, "the reference cache", "make bench-cpu"),
     "growth-cpu": ("growth", "cpu", growth, "how cost grows on a CPU", "make bench-cpu"),
     "steps-gpu": ("steps", "gpu", steps_on_a_gpu, "training steps on a GPU, beside TRL", _all("steps")),
+    "dropin-gpu": ("dropin", "gpu", dropin, "TRL stock and patched on a GPU", _all("dropin")),
     "head-gpu": ("head", "gpu", head, "the lm_head on a GPU, beside every other one", _all("head")),
     "parity-gpu": ("parity", "gpu", parity, "learning beside TRL in bf16", _all("parity")),
     "memory-gpu": ("memory", "gpu", memory, "the largest pair and model that fit a GPU", _all("memory")),
+    "fit-gpu": (
+        "fit",
+        "gpu",
+        blocks_memory.fit,
+        "what trains on cards of 12 to 48 GB, ours and TRL's",
+        _all("fit"),
+    ),
+    "tricks-gpu": (
+        "tricks",
+        "gpu",
+        blocks_memory.tricks,
+        "what each trick that saves memory costs in speed",
+        _all("tricks"),
+    ),
     "attention-gpu": ("attention", "gpu", attention, "shared-prompt attention on a GPU", _all("attention")),
     "growth-gpu": ("growth", "gpu", growth, "how cost grows on a GPU", _all("growth")),
 }

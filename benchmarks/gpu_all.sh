@@ -4,8 +4,11 @@
 #   gate       correctness first: GPU tests and the numbers' own check
 #   head       the lm_head beside every other one
 #   steps      whole training steps beside TRL and plain Hugging Face, and each idea's share
+#   dropin     TRL stock and with our patch
 #   parity     learning beside TRL: the same losses?
 #   memory     the largest pair and model that fit
+#   fit        what trains on cards of 12 to 48 GB, beside TRL with the same tricks
+#   tricks     what each trick that saves memory costs
 #   attention  shared prompts against padded rows
 #   growth     tokens, vocabulary, responses, cached pairs
 #   tuning     the fastest tile of this chip
@@ -18,7 +21,7 @@
 # half a minute later it is stopped. $BENCH_COMMIT: the commit, where this copy of the tree has no .git.
 set -u
 cd "$(dirname "$0")/.."
-ALL=(gate head steps parity memory attention growth tuning)
+ALL=(gate head steps dropin parity memory fit tricks attention growth tuning)
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 WHEELS=${WHEELS:-.whl}
 scratch=$(mktemp -d)

@@ -7,11 +7,9 @@ train in the same precision. Steps are not timed, so trials run side by side whe
 
 import json
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,10 +22,11 @@ from benchmarks.lengths import PairLengths
 from benchmarks.models import MODELS
 from benchmarks.process import provenance
 from benchmarks.results import result_path, write_result
+from benchmarks.room import BESIDE, Room
 from benchmarks.workers import Worker, WorkerFailed
 
 CONTENDERS = {
-    "fastdpo": ("ours", {"max_tokens": 1 << 20, "checkpointing": True}),
+    "fastdpo": ("ours", {"max_tokens": 1 << 20, "keys": {"gradient_checkpointing": True}}),
     "TRL": ("trl_dpo", {"batch_size": 1, "best": True, "checkpointing": True}),
     "plain HF": ("hf_plain", {"batch_size": 1, "checkpointing": True}),
     "TRL default": ("trl_dpo", {"batch_size": 1, "best": False}),
@@ -39,7 +38,6 @@ LADDERS = {
 }
 # the first step's pair: the optimizer's state exists before the one that counts
 WARM = PairLengths(32, 16, 16)
-BESIDE = 1.5e9  # bytes of a process that its allocator does not count: the CUDA context, libraries
 GRACE = 15  # seconds that the last trial may go on after the minutes are over
 PRECISION = 1.1  # smallest that failed over largest that fit
 
@@ -140,31 +138,43 @@ class Trials:
     def room(self) -> int:
         return int(self.task.gigabytes * 1e9)
 
+    def steps(self, row: int) -> list[list[PairLengths]]:
+        """The pairs of a trial's steps; the last has rows of `row` tokens, half of them the prompt."""
+        return [[WARM], [PairLengths(row - row // 2, row // 2, row // 2)]]
+
+    def peer(self, row: int) -> tuple[str, dict]:
+        """The contender's module and options."""
+        return CONTENDERS[self.task.contender]
+
+    def told(self, model: str, row: int, answer: dict | None) -> dict:
+        """What the log keeps of a trial; `answer` is its worker's, or None where memory ran out."""
+        return {"model": model, "row": row, "peak_bytes": answer and answer["peak_bytes"]}
+
     def fits(self, model: str, row: int) -> int | None:
-        """Trains two steps, the second on a pair of rows of `row` tokens, half of them the prompt; the
-        peak in bytes, or None. Raises TimeUp, and WorkerFailed for anything but memory."""
+        """Trains the steps; the peak in bytes, or None. Raises TimeUp, and WorkerFailed for anything but
+        memory."""
         if time.perf_counter() > self.until:
             raise TimeUp
-        pairs = (WARM, PairLengths(row - row // 2, row // 2, row // 2))
+        steps = self.steps(row)
         path = self.folder / f"{row}.json"
         vocab = 1000 if self.limits.tiny else MODELS[model].vocab
-        path.write_text(json.dumps([random_rows([pair], vocab) for pair in pairs]))
-        module, options = CONTENDERS[self.task.contender]
+        path.write_text(json.dumps([random_rows(step, vocab) for step in steps]))
+        module, options = self.peer(row)
         job = {"model": model, "rows": str(path), "device": self.limits.device, "learning_rate": 1e-5}
-        peak = None
+        answer = None
         try:
             worker = self.living(f"benchmarks.peers.{module}")
             worker.prepare(job | {"tiny": self.limits.tiny, "options": options}, self.seconds())
-            peak = worker.steps(2, self.seconds())["peak_bytes"]
+            answer = worker.steps(len(steps), self.seconds())
             worker.end()
         except WorkerFailed as failed:
             if failed.kind == "time" and self.seconds() <= GRACE:
                 raise TimeUp from None
             if failed.kind != "memory":
                 raise
-        self.log.append({"model": model, "row": row, "peak_bytes": peak})
+        self.log.append(self.told(model, row, answer))
         print(self.task, self.log[-1], flush=True)
-        return peak
+        return self.log[-1]["peak_bytes"]
 
     def seconds(self) -> float:
         """How long a worker may take for an answer."""
@@ -184,28 +194,34 @@ class Trials:
 def answer(limits: Limits, task: Task, until: float) -> dict:
     """The task, {"fits", "fails"} (tokens of a row, or a model; None: nothing, or nothing failed), and
     every trial. Or why there is no answer."""
-    out = asdict(task)
+
+    def found() -> dict:
+        if task.kind == "pair":
+            most = min(limits.most, MODELS[task.of].config["max_position_embeddings"])
+            fits = lambda row: trials.fits(task.of, row)
+            low, high = longest(fits, limits.first, most, trials.room, limits.precision)
+            return {"fits": low or None, "fails": high}
+        names = limits.ladders[task.of]
+        which = [trials.fits(name, limits.row) is not None for name in _until_failure(names, trials)]
+        fitting, fails = which.count(True), False in which
+        return {"fits": names[fitting - 1] if fitting else None, "fails": names[fitting] if fails else None}
+
     with tempfile.TemporaryDirectory() as folder:
         trials = Trials(limits, task, Path(folder), until)
-        try:
-            if task.kind == "pair":
-                most = min(limits.most, MODELS[task.of].config["max_position_embeddings"])
-                fits = lambda row: trials.fits(task.of, row)
-                low, high = longest(fits, limits.first, most, trials.room, limits.precision)
-                out |= {"fits": low or None, "fails": high}
-            else:
-                names = limits.ladders[task.of]
-                which = [trials.fits(name, limits.row) is not None for name in _until_failure(names, trials)]
-                fitting, fails = which.count(True), False in which
-                out["fits"] = names[fitting - 1] if fitting else None
-                out["fails"] = names[fitting] if fails else None
-        except TimeUp:
-            out["no_answer"] = "no time left"
-        except WorkerFailed as failed:
-            out["no_answer"] = f"{failed.kind}: {failed.why}"
-        finally:
-            trials.stop()
-        return out | {"trials": trials.log}
+        return asdict(task) | settled(trials, found)
+
+
+def settled(trials: Trials, ask: Callable[[], dict]) -> dict:
+    """What ask() finds by the trials, or why there is no answer; and every trial. Ends their worker."""
+    try:
+        out = ask()
+    except TimeUp:
+        out = {"no_answer": "no time left"}
+    except WorkerFailed as failed:
+        out = {"no_answer": f"{failed.kind}: {failed.why}"}
+    finally:
+        trials.stop()
+    return out | {"trials": trials.log}
 
 
 def _until_failure(names: tuple[str, ...], trials: Trials) -> Iterator[str]:
@@ -216,45 +232,19 @@ def _until_failure(names: tuple[str, ...], trials: Trials) -> Iterator[str]:
             return
 
 
-class Room:
-    """Bytes of the device that are still free; take() waits for its turn."""
-
-    def __init__(self, n_bytes: float):
-        self.free, self.all, self.changed = n_bytes, n_bytes, threading.Condition()
-
-    def take(self, n_bytes: float) -> float:
-        """Waits until so much is free, or all, and takes it."""
-        n_bytes = min(n_bytes, self.all)
-        with self.changed:
-            self.changed.wait_for(lambda: self.free >= n_bytes)
-            self.free -= n_bytes
-        return n_bytes
-
-    @contextmanager
-    def back(self, n_bytes: float):
-        """Gives it back at the end."""
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.free += n_bytes
-                self.changed.notify_all()
-
-
-def earlier(out: Path) -> list[dict]:
-    """Today's answers of the same commit: a run that had no time for all goes on there."""
-    path = result_path("memory", out)
-    if not path.exists():
-        return []
-    record = json.loads(path.read_text())
-    same = record["git"] == provenance()["git"]
-    return [found for found in record["found"] if "no_answer" not in found] if same else []
+def result_of_today(what: str, out: Path) -> dict | None:
+    """Today's result of the same commit: a run that had no time for all goes on there."""
+    path = result_path(what, out)
+    record = json.loads(path.read_text()) if path.exists() else None
+    return record if record and record["git"] == provenance()["git"] else None
 
 
 def run(limits: Limits, minutes: float, out: Path) -> Path:
     """Every task in order, as many side by side as there is room for."""
     until = time.perf_counter() + 60 * minutes
-    found = {Task(*(f[k] for k in Task.__annotations__)): f for f in earlier(out)}
+    earlier = (result_of_today("memory", out) or {"found": []})["found"]
+    answered = [f for f in earlier if "no_answer" not in f]
+    found = {Task(*(f[k] for k in Task.__annotations__)): f for f in answered}
     room = Room(torch.cuda.get_device_properties(0).total_memory if limits.device == "cuda" else 1.0)
 
     def write() -> Path:
@@ -263,10 +253,10 @@ def run(limits: Limits, minutes: float, out: Path) -> Path:
 
     def work(task: Task, taken: float) -> None:
         with room.back(taken):
-            answered = answer(limits, task, until)
+            new = answer(limits, task, until)
         with room.changed:  # what is answered stays, whatever comes next
-            found[task] = answered
-            if "no_answer" not in answered:
+            found[task] = new
+            if "no_answer" not in new:
                 write()
 
     with ThreadPoolExecutor() as pool:

@@ -7,9 +7,11 @@ its published number of parameters. Speed and memory do not depend on what the w
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from fastdpo.model import switch_off_dropout
+from fastdpo.quantised import quantised_linears
 
 SEED = 0
 
@@ -89,6 +91,7 @@ def _llama3_rope(factor: float) -> dict:
     return {"rope": {"rope_type": "llama3", "factor": factor} | bounds}
 
 
+_LLAMA_8B = _config(4096, 14_336, 32, 32, 8, 128_256, 5e5, 131_072, 1e-5, False, **_llama3_rope(8.0))
 _MODELS = (
     BenchModel(
         "Qwen2.5-0.5B",
@@ -105,12 +108,7 @@ _MODELS = (
         "qwen3",
         _config(2048, 6144, 28, 16, 8, 151_936, 1e6, 40_960, 1e-6, True, head_dim=128),
     ),
-    BenchModel(
-        "Llama-3.1-8B LoRA",
-        "llama",
-        _config(4096, 14_336, 32, 32, 8, 128_256, 5e5, 131_072, 1e-5, False, **_llama3_rope(8.0)),
-        lora_rank=16,
-    ),
+    BenchModel("Llama-3.1-8B LoRA", "llama", _LLAMA_8B, lora_rank=16),
     BenchModel(
         "Qwen2.5-7B LoRA",
         "qwen2",
@@ -135,6 +133,13 @@ _MODELS = (
         _config(5120, 27_648, 64, 40, 8, 152_064, 1e6, 131_072, 1e-6, False),
         lora_rank=16,
     ),
+    BenchModel("Llama-3.1-8B", "llama", _LLAMA_8B),
+    BenchModel(
+        "Llama-3.1-70B LoRA",
+        "llama",
+        _config(8192, 28_672, 80, 64, 8, 128_256, 5e5, 131_072, 1e-5, False, **_llama3_rope(8.0)),
+        lora_rank=16,
+    ),
     # Small enough for two CPU cores, with a real vocabulary: nearly all of its step is the lm_head, as
     # in small models with large vocabularies.
     BenchModel("CPU", "qwen2", _config(256, 1024, 4, 4, 2, 151_936, 1e6, 32_768, 1e-6, True)),
@@ -155,8 +160,55 @@ def tiny(model: BenchModel) -> BenchModel:
 def build(model: BenchModel, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The model with random weights, the same ones at every call on the same kind of device, made on
     `device` in `dtype` so that nothing larger ever exists. Without the LoRA: each trainer adds its own."""
-    config = AutoConfig.for_model(model.model_type, **model.config)
-    switch_off_dropout(config)
     torch.manual_seed(SEED)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(_transformers_config(model), dtype=dtype)
+
+
+def _transformers_config(model: BenchModel):
+    config = AutoConfig.for_model(model.model_type, **model.config)
+    switch_off_dropout(config)
+    return config
+
+
+@torch.no_grad()
+def build_4bit(model: BenchModel, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """As `build`, with the linears that load_in_4bit quantises in bitsandbytes' NF4 (double quantisation)
+    and the rest in `dtype`, the compute dtype. One linear is made and quantised at a time, so that the
+    whole model never exists in `dtype`. Raises ImportError without bitsandbytes."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(SEED)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(_transformers_config(model), dtype=dtype)
+    std = built.config.initializer_range
+    nf4 = dict(quant_type="nf4", compress_statistics=True)
+    for name, (rows, columns) in quantised_linears(built).items():
+        bias = built.get_submodule(name).bias
+        linear = bnb.nn.Linear4bit(columns, rows, bias is not None, dtype, device="meta", **nf4)
+        weight = torch.empty(rows, columns, dtype=dtype, device=device).normal_(std=std)
+        linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, **nf4).to(device)
+        del weight
+        linear.bias = bias  # still on the meta device
+        built.set_submodule(name, linear)
+    _materialise(built, device, std)
+    built.is_loaded_in_4bit = True  # what peft and TRL ask
+    return built
+
+
+def _materialise(built: PreTrainedModel, device: str | torch.device, std: float) -> None:
+    """Gives what is on the meta device values on `device`: matrices random ones, norms 1, biases 0; rotary
+    frequencies are computed anew. Tied weights stay tied."""
+    made = {}
+    for name, module in list(built.named_modules()):
+        for key, old in module.named_parameters(recurse=False):
+            if not old.is_meta:
+                continue
+            if old not in made:
+                new = torch.empty_like(old, device=device)
+                value = 0.0 if key == "bias" else 1.0
+                made[old] = nn.Parameter(new.normal_(std=std) if new.ndim > 1 else new.fill_(value))
+            setattr(module, key, made[old])
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            with torch.device(device):
+                built.set_submodule(name, type(module)(module.config))

@@ -19,6 +19,8 @@ BILLIONS = {
     "Qwen2.5-3B": 3.086,
     "Qwen2.5-14B LoRA": 14.770,
     "Qwen2.5-32B LoRA": 32.764,
+    "Llama-3.1-8B": 8.030,
+    "Llama-3.1-70B LoRA": 70.554,
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.models import MODELS, BenchModel, build, tiny
+from benchmarks.models import MODELS, BenchModel, build, build_4bit, tiny
 from benchmarks.peers.session import Absent
 
 BETA = 0.1
@@ -18,7 +18,9 @@ CLIP = 1.0
 @dataclass(frozen=True)
 class Job:
     """One contender's task. `rows` is a JSON file: a list of steps, each a list of rows of
-    benchmarks.inputs.random_rows; after the last step the first comes again."""
+    benchmarks.inputs.random_rows; after the last step the first comes again. The option `keys` holds
+    fastdpo's config keys; lora_rank, pure_bf16 and load_in_4bit are what the model is made by, whoever
+    trains it."""
 
     model: str
     rows: str
@@ -42,8 +44,12 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the computation, by autocast: weights that train are fp32."""
-        return torch.bfloat16 if self.device == "cuda" else torch.float32
+        """Of the computation, by autocast: weights that train are fp32, unless pure_bf16."""
+        return torch.bfloat16 if self.device == "cuda" or self.keys.get("pure_bf16") else torch.float32
+
+    @property
+    def keys(self) -> dict:
+        return self.options.get("keys", {})
 
     @property
     def bench_model(self) -> BenchModel:
@@ -52,12 +58,15 @@ class Job:
 
     @property
     def lora_rank(self) -> int | None:
-        return self.bench_model.lora_rank
+        return self.keys.get("lora_rank", self.bench_model.lora_rank)
 
     def build(self, attention: str | None = None):
         """The model, in training mode: weights in fp32, or in the compute dtype under a LoRA."""
-        dtype = torch.float32 if self.lora_rank is None else self.dtype
-        model = build(self.bench_model, self.device, dtype).train()
+        fp32 = self.lora_rank is None and not self.keys.get("pure_bf16")
+        if self.keys.get("load_in_4bit"):
+            model = build_4bit(self.bench_model, self.device, self.dtype).train()
+        else:
+            model = build(self.bench_model, self.device, torch.float32 if fp32 else self.dtype).train()
         if attention is not None:
             model.set_attn_implementation(attention)
         return model

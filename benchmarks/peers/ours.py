@@ -1,9 +1,10 @@
 """fastdpo's own training step, as a worker: fastdpo.stage.Stage on shared prompts with a stored reference.
 
-Options: max_tokens; checkpointing; liger (liger-kernel's layers under it); compile (a torch.compile
-backend for the decoder layers).
+Options: max_tokens; keys (config keys over those that all contenders share); liger (liger-kernel's layers
+under it); compile (a torch.compile backend for the decoder layers).
 """
 
+import contextlib
 import itertools
 import os
 from dataclasses import dataclass
@@ -14,11 +15,16 @@ from rich.console import Console
 
 from benchmarks.inputs import groups_of
 from benchmarks.peers.jobs import BETA, CLIP, Job, apply_liger, same_lora
-from benchmarks.peers.session import Session, serve
+from benchmarks.peers.session import Absent, Session, serve
 from fastdpo import adapters, support
+from fastdpo.activations import set_up_activations
 from fastdpo.config import Config
+from fastdpo.errors import ConfigError
+from fastdpo.key_types import as_bytes
 from fastdpo.model import Policy
+from fastdpo.optim_library import check_library
 from fastdpo.optimizers import make_optimizer
+from fastdpo.quantised import set_up_4bit
 from fastdpo.records import PreferenceGroup
 from fastdpo.ref_fill import load_reference
 from fastdpo.stage import Progress, Stage
@@ -43,28 +49,34 @@ class Prepared:
 def prepare(job: Job) -> Prepared:
     """The policy at its start weights, its prompts shared, and the groups of each step."""
     options = job.options
-    config = Config(
-        model="random weights",
-        data="random rows",
-        beta=BETA,
-        batch_size=job.pairs,
-        learning_rate=job.learning_rate,
-        lr_scheduler_type="constant",
-        max_grad_norm=CLIP,
-        max_tokens=options["max_tokens"],
-        max_steps=ENDLESS,
-        lora_rank=job.lora_rank,
-        reference_cache="off",
-    )
+    shared = {
+        "model": "random weights",
+        "data": "random rows",
+        "beta": BETA,
+        "batch_size": job.pairs,
+        "learning_rate": job.learning_rate,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": CLIP,
+        "max_tokens": options["max_tokens"],
+        "max_steps": ENDLESS,
+        "lora_rank": job.lora_rank,
+        "reference_cache": "off",
+    }
+    config = Config(**shared | job.keys)
+    try:
+        check_library(config)
+    except ConfigError as error:
+        raise Absent(str(error)) from None
     model = job.build()
+    if config.load_in_4bit:
+        set_up_4bit(model, job.dtype, QUIET)
     if options.get("liger"):
         apply_liger(model, job.device)
     if config.lora_rank is not None:
         model = adapters.add_lora(model, config)
         same_lora(model)
-    if options.get("checkpointing"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model.train(), job.dtype)
+    set_up_activations(model.train(), config)
+    policy = Policy(model, job.dtype, head_budget=as_bytes("head_memory", config.head_memory))
     groups = groups_of(job.all_rows)
     support.prepare(policy, groups, QUIET)
     if not policy.share:
@@ -89,15 +101,16 @@ def train(message: dict, session: Session) -> None:
         head=policy.head_plan(batches), microbatches=len(batches), max_tokens=ready.config.max_tokens
     )
     del batches
-    for number, groups in enumerate(itertools.cycle(ready.steps), 1):
-        if not session.next_step():
-            return
-        progress = Progress()  # with a window of its own
-        stage.step(groups, progress, number)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        session.done(lambda window=progress.window: window.sums.means()["loss"])
+    with contextlib.closing(optimizer):
+        for number, groups in enumerate(itertools.cycle(ready.steps), 1):
+            if not session.next_step():
+                return
+            progress = Progress()  # with a window of its own
+            stage.step(groups, progress, number, optimizer)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            session.done(lambda window=progress.window: window.sums.means()["loss"])
 
 
 if __name__ == "__main__":

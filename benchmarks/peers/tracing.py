@@ -1,6 +1,7 @@
 """What one training step spends its time on: a summary of torch.profiler's trace."""
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch.autograd import DeviceType
@@ -67,8 +68,39 @@ class Trace:
             "large_others": [k for k in ranked if k["kind"] == "other" and k["share"] > LARGE],
             "top": ranked[:TOP],
             "waits": {e.key: e.count for e in events if e.key in WAITS},
+            "host_copies": self.host_copies(),
             "copies_from_device": sum(e.count for e in events if e.key.startswith("Memcpy DtoH")),
         }
+
+    def host_copies(self) -> dict | None:
+        """{"seconds" of a GPU's copies to and from the host, "hidden": the share of them in which it
+        computes}; None without any."""
+        spans = {True: [], False: []}
+        for event in self.profiler.events() if self.gpu else ():
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+                is_copy = event.name.startswith(("Memcpy DtoH", "Memcpy HtoD"))
+                spans[is_copy].append((event.time_range.start, event.time_range.end))
+        seconds = sum(end - start for start, end in spans[True]) / 1e6
+        return {"seconds": seconds, "hidden": covered(spans[True], spans[False])} if seconds else None
+
+
+def covered(copies: Sequence[tuple[float, float]], work: Sequence[tuple[float, float]]) -> float:
+    """The share of the (start, end) of copies in which at least one span of work runs."""
+    edges = sorted(
+        (
+            *((s, 1, 0) for s, _ in copies),
+            *((e, -1, 0) for _, e in copies),
+            *((s, 0, 1) for s, _ in work),
+            *((e, 0, -1) for _, e in work),
+        )
+    )
+    copying = working = 0
+    before, both, total = 0.0, 0.0, 0.0
+    for at, copy, computes in edges:
+        total += copying * (at - before)
+        both += copying * (at - before) if working else 0.0
+        copying, working, before = copying + copy, working + computes, at
+    return both / total
 
 
 def kind_of(name: str) -> str:

@@ -8,6 +8,8 @@ float32 on the CPU, for comparing numbers. Options of the worker:
     checkpointing   recompute the layers in the backward
     liger           liger-kernel's layers
     flash           flash-attn in place of torch's attention (sdpa)
+    keys            those of fastdpo's config keys that TRL has under the same name (KEYS), or that say
+                    what the weights are (benchmarks/peers/jobs.py)
 """
 
 import os
@@ -30,6 +32,7 @@ from benchmarks.peers.session import Ended, Session, serve
 
 COLUMNS = ("prompt", "chosen", "rejected")
 ENDLESS = 1_000_000  # steps: the parent says when to stop
+KEYS = ("optim", "gradient_checkpointing", "activation_offloading")
 IN_ORDER = {
     "train_sampling_strategy": "sequential",  # the supported way to keep the rows' order
     "lr_scheduler_type": "constant",
@@ -197,7 +200,7 @@ def step_settings(job: Job, folder: str) -> dict:
             "gradient_checkpointing": bool(options.get("checkpointing")),
             "use_liger_kernel": bool(options.get("liger")),
         }
-    return settings
+    return settings | {name: job.keys[name] for name in KEYS if name in job.keys}
 
 
 def make_token_trainer(job: Job, folder: str) -> TokenTrainer:

@@ -1,0 +1,112 @@
+"""What each trick that saves memory costs in speed: our own steps with one key after another.
+
+All start from the same shapes and rows, take turns (benchmarks/race.py), and are told beside the plain run of
+the same turns: weights in fp32 under autocast, all of them trained by torch's AdamW, nothing recomputed.
+"""
+
+import json
+import tempfile
+from argparse import Namespace
+from dataclasses import asdict, replace
+
+from benchmarks.contenders import OURS
+from benchmarks.flops import USEFUL
+from benchmarks.memory import result_of_today
+from benchmarks.race import Contender
+from benchmarks.results import write_result
+from benchmarks.steps import Plan, even_steps, measure_steps, pool_of, rows_of_steps
+from benchmarks.workers import WorkerFailed, Workers
+
+PLAIN = "none"
+LORA = {"lora_rank": 16}
+OFFLOAD, RECOMPUTE = {"activation_offloading": True}, {"gradient_checkpointing": True}
+TRICKS = {
+    PLAIN: {},
+    "gradient_checkpointing": RECOMPUTE,
+    "activation_offloading": OFFLOAD,
+    "gradient_checkpointing, activation_offloading": RECOMPUTE | OFFLOAD,
+    "lora_rank: 16": LORA,
+    "lora_rank: 16, load_in_4bit": LORA | {"load_in_4bit": True},
+    "optimizer_in_backward": {"optimizer_in_backward": True, "max_grad_norm": 0.0},
+    "pure_bf16": {"pure_bf16": True},
+    "optim: paged_adamw_8bit": {"optim": "paged_adamw_8bit"},
+    "offload_optimizer": {"offload_optimizer": True},
+    "gradient_checkpointing: selective": {"gradient_checkpointing": "selective"},
+    "gradient_checkpointing: 2": {"gradient_checkpointing": 2},
+    "optim: adamw_8bit": {"optim": "adamw_8bit"},
+    "tiled_mlp": {"tiled_mlp": True},
+    "head_memory: 64MiB": {"head_memory": "64MiB"},
+    "lora_rank: 16, use_dora": LORA | {"use_dora": True},
+}
+# So small a rate that weights of any precision keep the same loss, log 2 within the tolerance: a check that
+# nothing is broken, and no more.
+GPU = Plan(
+    *("Llama-3.2-1B", "UltraFeedback", "cuda"),
+    pairs=16,
+    turns=3,
+    measured=2,
+    minutes=0,
+    warm=1,
+    checks=2,
+    distinct=2,
+    learning_rate=1e-7,
+)
+MAX_TOKENS = 8192  # fastdpo's default
+HIDDEN_MINUTES = 1.0  # for the profiles at the end
+
+
+def contender(name: str, max_tokens: int) -> Contender:
+    return Contender(name, OURS, {"max_tokens": max_tokens, "keys": TRICKS[name]}, USEFUL)
+
+
+def row_of(measured: dict) -> dict:
+    """Of a contender's numbers (steps.told) what the table needs, beside the plain run's."""
+    if "pairs_per_second" not in measured:
+        return {name: measured[name] for name in ("state", "why")}
+    kept = ("pairs_per_second", "quartiles", "peak_gb", "process_peak_gb", "interleaved")
+    beside = {
+        "speed": 1 / measured["fastdpo_times_faster"],  # Race's first contender is the plain run
+        "memory": 1 / measured["fastdpo_memory_ratio"],
+    }
+    return {name: measured[name] for name in kept} | beside
+
+
+def hidden(name: str, plan: Plan, max_tokens: int, workers: Workers) -> dict | None:
+    """The copies of one step to and from the host: {"seconds", "hidden"}. None without a GPU, or where it
+    fails."""
+    rows = rows_of_steps(even_steps(pool_of(plan), plan.pairs, 1), plan.bench_model.vocab, 0)
+    own = contender(name, max_tokens)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(json.dumps(rows))
+        file.flush()
+        job = {"model": plan.model, "rows": file.name, "device": plan.device, "tiny": plan.tiny}
+        job |= {"learning_rate": plan.learning_rate, "options": own.options}
+        worker = workers.get(name, own.module, own.environment)
+        try:
+            worker.prepare(job)
+            worker.steps(1)
+            trace = worker.profile()["trace"]
+            worker.end()
+        except WorkerFailed as failed:
+            print(f"  no profile of {name}: {failed.why}")
+            return None
+    return trace["host_copies"]
+
+
+def run(plan: Plan, names: tuple[str, ...], max_tokens: int, args: Namespace, workers: Workers) -> None:
+    """Who has no numbers of today and this commit yet, beside the plain run; then the copies' profiles."""
+    earlier = result_of_today("tricks", args.out) or {"rows": {}}
+    done = {name: row for name, row in earlier["rows"].items() if "pairs_per_second" in row}
+    todo = [PLAIN, *(name for name in names if name not in done and name != PLAIN)]
+    if len(todo) > 1:
+        plan = replace(plan, minutes=max(0.5, args.minutes - HIDDEN_MINUTES))
+        record = measure_steps(plan, [contender(name, max_tokens) for name in todo], 1.0, workers)
+        done = {name: row_of(record["summary"][name]) for name in todo} | done
+    told = {"plan": asdict(plan), "max_tokens": max_tokens, "tricks": TRICKS}
+    rows = {name: done[name] for name in TRICKS if name in done}
+    write_result("tricks", told | {"rows": rows}, args.out)
+    for name, row in rows.items():
+        if TRICKS[name].get("activation_offloading") and "pairs_per_second" in row and "hidden" not in row:
+            copies = hidden(name, plan, max_tokens, workers)
+            row |= {"host_copies": copies, "hidden": copies and copies["hidden"]}
+    write_result("tricks", told | {"rows": rows}, args.out)
