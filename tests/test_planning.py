@@ -62,6 +62,15 @@ def test_weights_gradients_and_states_by_arithmetic():
     assert at(several, "forward")[GRADIENTS] == in_blocks(*sizes)
 
 
+def test_a_tied_head_is_one_weight():
+    load = Load((group(0, 30, [20, 9]),), several=False)
+    tied, apart = (
+        at(simulate(config(), llama(tie_word_embeddings=tie), load, CPU), "forward")[WEIGHTS]
+        for tie in (True, False)
+    )
+    assert apart - tied == in_blocks(4 * 131 * 64)
+
+
 def test_saved_activations_by_hand():
     """One prompt with one response: no copies of keys, one segment. In units of T tokens of fp32."""
     c, one = llama(), group(0, 100, [57])
@@ -174,6 +183,6 @@ def test_flops_are_the_benchmarks(name):
     "keys", [{}, {"lora_rank": 16}, {"gradient_checkpointing": True}], ids=["full", "lora", "checkpointing"]
 )
 def test_within_5_percent_of_a_real_process(keys):
-    model = {"model_type": "llama", **SMALL, "vocab_size": 8000, "tie_word_embeddings": False}
+    model = {"model_type": "llama", **SMALL, "vocab_size": 8000, "tie_word_embeddings": not keys}
     done = run({"name": "wide", "model": model, "lengths": "mixed", "keys": keys})
     assert abs(done["error"]) < LIMIT, done

@@ -41,6 +41,7 @@ def fake_policy(config: Config, model_config, target: Target, mode, tracker: Tra
     # built where tensors have no data either: peft moves parameters, which fake ones refuse
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(model_config, dtype=kept)
+        model.tie_weights()  # as initialising would have
         linears = quantised_linears(model) if config.load_in_4bit else {}
         if frozen:
             model = _with_lora(model, config)

@@ -26,19 +26,18 @@ _LEVELS = (
     {"gradient_checkpointing": True, "activation_offloading": True, "tiled_mlp": True},
 )
 _SMALL_HEAD = "64MiB"
-# several microbatches a step would keep their gradients: updating in the backward wants one
-_IN_BACKWARD = {"optimizer_in_backward": True, "max_grad_norm": 0.0, "batch_size": 1}
-_LEAN = _IN_BACKWARD | {"pure_bf16": True, "optim": "adamw_8bit"}
+_LEAN = {"pure_bf16": True, "optimizer_in_backward": True, "max_grad_norm": 0.0}
 # These change what is learnt, so that no run takes them by itself.
-_OTHER_LEARNING = (
-    _IN_BACKWARD,
+_QLORA = {"load_in_4bit": True, "lora_rank": 16}
+_OF_ALL_WEIGHTS = (
     {"optim": "adamw_8bit"},
-    {"pure_bf16": True},
-    _LEAN,
+    _LEAN | {"optim": "adamw_8bit"},
     _LEAN | {"optim": "paged_adamw_8bit"},
     {"lora_rank": 16},
-    {"lora_rank": 16, "load_in_4bit": True},
+    _QLORA,
 )
+_OF_A_LORA = ({"load_in_4bit": True},)  # its states and gradients are small
+_BESIDE = {"gradient_checkpointing": True}
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,6 @@ class Option:
     prediction: Prediction
     time: StepTime
     same_learning: bool
-    exact: bool = False
 
 
 @dataclass
@@ -60,6 +58,7 @@ class Planner:
     groups: Sequence[PreferenceGroup]
     target: Target
     shape: Shape = field(init=False)
+    _known: dict[str, Prediction] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
         self.shape = Shape(self.model_config)
@@ -68,38 +67,53 @@ class Planner:
 
     def predict(self, config: Config, exact: bool = False) -> Prediction:
         loads = step_loads(config, self.model_config, self.groups, self.target)
-        return predict(config, self.model_config, loads, self.target, exact)
+        rows = [(tuple(group.row for group in load.groups), load.several) for load in loads]
+        key = repr((replace(config, max_tokens=1), rows, exact))  # the cap shows in the microbatches alone
+        if key not in self._known:
+            self._known[key] = predict(config, self.model_config, loads, self.target, exact)
+        return self._known[key]
+
+    def time(self, config: Config, changes: dict) -> StepTime:
+        changed = replace(config, **changes)
+        return step_time(changed, self.model_config, self.groups[:_TIMED], self.target, self.shape)
 
     def option(
         self, config: Config, changes: dict, same_learning: bool = True, exact: bool = False
     ) -> Option:
-        changed = replace(config, **changes)
-        time = step_time(changed, self.model_config, self.groups[:_TIMED], self.target, self.shape)
-        return Option(changes, self.predict(changed, exact), time, same_learning, exact)
+        prediction = self.predict(replace(config, **changes), exact)
+        return Option(changes, prediction, self.time(config, changes), same_learning)
 
     def singles(self, config: Config) -> Iterator[Option]:
         """One change at a time, of those that leave the learning as it is."""
         lower = max(self.longest, config.max_tokens // 4)
         changes = [{"max_tokens": lower}] if lower < config.max_tokens else []
-        changes += [{"head_memory": _SMALL_HEAD}, *_LEVELS[1:3]]
-        changes += [_LEVELS[4], {"offload_optimizer": True}]
+        if "head" in self.predict(config).peak.where:
+            changes.append({"head_memory": _SMALL_HEAD})
+        changes += [*_LEVELS[1:3], _LEVELS[4]]
+        changes += [{"offload_optimizer": True}] if config.lora_rank is None else []
         yield from self._tried(config, changes, True)
 
     def fitting(self, config: Config, budget: int) -> Option | None:
         """The quickest combination of CHOSEN keys that fits, where they are at their defaults."""
         free = {name for name in CHOSEN if getattr(config, name) == FIELDS[name].default}
-        found: list[Option] = []
+        try:
+            if self.predict(replace(config, **self.least(config))).total > budget:
+                return None
+        except ConfigError:
+            pass  # keys that do not go together; the levels say which do
+        best: Option | None = None
         for level in _LEVELS:
-            if not level.keys() <= free or (
-                level == {"gradient_checkpointing": "selective"} and config.tiled_mlp
-            ):
+            if not level.keys() <= free:
                 continue
-            option = self._lowered(config, level, budget, free)
-            if option is not None:
-                found.append(option)
-                if option.changes.get("max_tokens", config.max_tokens) == config.max_tokens:
-                    break  # whatever comes after only costs more
-        return min(found, key=lambda option: option.time.seconds, default=None)
+            try:
+                if best is not None and self.time(config, level).seconds >= best.time.seconds:
+                    continue
+                found = self._lowered(config, level, budget, free)
+            except ConfigError:
+                continue
+            if found is not None and (best is None or found.time.seconds < best.time.seconds):
+                best = found
+        return best
 
     def _lowered(self, config: Config, level: dict, budget: int, free: set) -> Option | None:
         """The level with the largest max_tokens that fits, and only then a smaller head."""
@@ -107,15 +121,11 @@ class Planner:
         small = {"head_memory": _SMALL_HEAD} if "head_memory" in free else {}
         caps = list(self._lower_caps(config)) if "max_tokens" in free else []
         least = level | small | (caps[-1] if caps else {})
-        try:
-            if fits(level):
-                return self.option(config, level)
-            if not fits(least):
-                return None
-        except ConfigError:
-            return None  # keys that do not go together
-        changes = next((level | cap for cap in caps if fits(level | cap)), least)
-        return self.option(config, changes)
+        if fits(level):
+            return self.option(config, level)
+        if not fits(least):
+            return None
+        return self.option(config, next((level | cap for cap in caps if fits(level | cap)), least))
 
     def _lower_caps(self, config: Config) -> Iterator[dict]:
         """Halvings of max_tokens, down to the longest group."""
@@ -125,37 +135,36 @@ class Planner:
             yield {"max_tokens": cap}
 
     def checked(self, config: Config, found: Option, budget: int) -> Option | None:
-        """The option simulated with all layers where a few leave it open; with a lower max_tokens where it
-        then does not fit."""
+        """The option simulated with all layers where a few leave it open; where it then does not fit, one
+        that leaves more room."""
         if found.prediction.total < (1 - SURE) * budget:
             return found
-        while True:
-            option = self.option(config, found.changes, found.same_learning, exact=True)
-            if option.prediction.total <= budget:
-                return option
-            cap = option.changes.get("max_tokens", config.max_tokens)
-            if cap <= self.longest or config.max_tokens != FIELDS["max_tokens"].default:
-                return None
-            found = replace(found, changes=found.changes | {"max_tokens": max(self.longest, cap // 2)})
+        option = self.option(config, found.changes, exact=True)
+        if option.prediction.total <= budget:
+            return option
+        return self.fitting(config, int((1 - SURE) * budget))
 
     def least(self, config: Config) -> dict:
         """All that a run could choose to hold less, as far as the config leaves it open."""
         free = {name for name in CHOSEN if getattr(config, name) == FIELDS[name].default}
-        everything = _LEVELS[-2] | {"head_memory": _SMALL_HEAD}
+        everything = _LEVELS[-1] | {"head_memory": _SMALL_HEAD}
         if self.longest < config.max_tokens:
             everything["max_tokens"] = self.longest
         return {name: value for name, value in everything.items() if name in free}
 
     def other_learning(self, config: Config, budget: int) -> Iterator[Option]:
-        """Changes of weights and optimizer: alone where that fits or takes a tenth off, and else with the
-        quickest combination of CHOSEN keys that makes it fit."""
+        """Changes of weights and optimizer: alone where that fits or takes a tenth off, else with recomputed
+        layers, or with all that holds less, where that makes it fit."""
         now = self.predict(config).total
-        for option in self._tried(config, _OTHER_LEARNING, False):
-            fits = option.prediction.total <= budget
-            more = None if fits else self.fitting(replace(config, **option.changes), budget)
-            if more is not None:
-                yield self.option(config, option.changes | more.changes, False)
-            elif fits or option.prediction.total < 0.9 * now:
+        all_weights = config.lora_rank is None and config.adapter is None
+        for option in self._tried(config, _OF_ALL_WEIGHTS if all_weights else _OF_A_LORA, False):
+            besides = [_BESIDE | option.changes, self.least(config) | option.changes]
+            fits = lambda o: o.prediction.total <= budget
+            more = [] if fits(option) else list(filter(fits, self._tried(config, besides[1:], False)))
+            more = more and [*filter(fits, self._tried(config, besides[:1], False)), *more]
+            if more:
+                yield more[0]
+            elif fits(option) or option.prediction.total < 0.9 * now:
                 yield option
 
     def _tried(self, config: Config, changes: Sequence[dict], same_learning: bool) -> Iterator[Option]:

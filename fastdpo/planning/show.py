@@ -69,9 +69,9 @@ def words(changes: dict) -> str:
 
 
 def options_table(options: list[Option], now: StepTime, budget: int, target: Target) -> Table:
-    """What would make it fit: what leaves the learning as it is first, then by the time of a step."""
+    """What would make it fit: what leaves the learning as it is first, then by the time of as many groups."""
     table = Table(title="What would make it fit, least cost in speed first")
-    for name in ("change", "peak", "fits", "step time"):
+    for name in ("change", "peak", "fits", "time"):
         table.add_column(name, justify="left" if name == "change" else "right", overflow="fold")
     told = False
     for option in sorted(options, key=lambda o: (not o.same_learning, o.time.seconds)):

@@ -51,7 +51,7 @@ class Step:
     """A fake policy and its optimizer's states, ready for one step."""
 
     def __init__(self, config: Config, model_config, target: Target):
-        self.config, self.target = config, target
+        self.config, self.target, self.several = config, target, False
         self.tracker = Tracker(target.block)
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.policy: FakePolicy = fake_policy(config, model_config, target, self.mode, self.tracker)
@@ -64,6 +64,7 @@ class Step:
         policy, tracker = self.policy, self.tracker
         batch = fake_batch(load.packed(policy.share), self.mode)
         with self.mode, tracker, _without_huge_pages(), self._host():
+            self.several = load.several
             self._settle_in(batch, load.several)
             if batch.layout is not None and not self.target.is_cpu:
                 object.__setattr__(batch.layout, "seen", tracker)
@@ -103,7 +104,7 @@ class Step:
             )
             with tracker.owned_by(STATES):
                 self.kept.append(torch.empty(size, dtype=torch.uint8))
-            if several:
+            if several and not self.config.optimizer_in_backward:  # that one adds up on the host
                 with tracker.owned_by(GRADIENTS):
                     parameter.grad = torch.empty_like(parameter)
             parameter.register_post_accumulate_grad_hook(self._accumulated)
@@ -111,8 +112,13 @@ class Step:
     def _accumulated(self, parameter) -> None:
         self.tracker.own(parameter.grad, GRADIENTS)
         if self.config.optimizer_in_backward:
+            with torch.no_grad(), self.tracker.owned_by(GRADIENTS):
+                gradient, parameter.grad = parameter.grad, None
+                if self.several:  # optim_stepping.InBackward adds what earlier microbatches left, in fp32
+                    earlier = torch.empty(parameter.shape, dtype=torch.float32)
+                    gradient = gradient.to(earlier.dtype).add_(earlier)
+                    del earlier
             torch.empty(step_bytes(self.config, parameter.numel()), dtype=torch.uint8)
-            parameter.grad = None
 
     def _head(self, hidden, batch) -> torch.Tensor:
         """Policy.token_logp from the hidden states on."""

@@ -44,6 +44,7 @@ class Shape:
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // self.heads
         with torch.device("meta"), no_init_weights():
             model = AutoModelForCausalLM.from_config(with_layers(model_config, 1))
+            model.tie_weights()
         linears = quantised_linears(model)
         self.body = self.layers * sum(out * inside for out, inside in linears.values())
         self.sides = self.layers * sum(out + inside for out, inside in linears.values())
@@ -68,6 +69,8 @@ def step_time(
             flops += policy.plan(sum(group.scored_tokens for group in part)).flops
             micro += 1
             moved += _offloaded(config, model_config, shape, T)
+    if config.optimizer_in_backward:  # of all microbatches but a step's last the gradients go to the host
+        moved += (micro - len(steps)) * _trained(config, shape) * (2 if config.pure_bf16 else 4) // 2
     card = target.card or _NOMINAL
     weights = shape.body * (0.55 if config.load_in_4bit else 4 if _trains_all(config) else 2)
     passes = 2 + bool(config.gradient_checkpointing)
@@ -110,11 +113,15 @@ def _offloaded(config: Config, model_config, shape: Shape, T: int) -> int:
     return T * D * shape.layers * (2 if config.gradient_checkpointing else 34)
 
 
-def _optimizer_seconds(config: Config, shape: Shape, card: Card) -> float:
-    trained = (config.lora_rank or 16) * shape.sides
+def _trained(config: Config, shape: Shape) -> int:
+    """Trained weights; of an adapter that is given, as if of rank 16."""
     if _trains_all(config):
-        trained = shape.body + shape.outside
-    size = 2 if config.pure_bf16 else 4
+        return shape.body + shape.outside
+    return (config.lora_rank or 16) * shape.sides
+
+
+def _optimizer_seconds(config: Config, shape: Shape, card: Card) -> float:
+    trained, size = _trained(config, shape), 2 if config.pure_bf16 else 4
     on_device, on_host = state_bytes(config, trained, size), host_state_bytes(config, trained, size)
     seconds = (2 * on_device + 4 * trained * size) / card.bandwidth
     if config.offload_optimizer:
