@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fastdpo.errors import ConfigError, ModelError
 
@@ -30,6 +28,9 @@ def quantised_linears(model, skip: list[str] | None = None) -> dict[str, tuple[i
     weight with another module. Norms, embeddings, biases and stacked experts (a parameter that no nn.Linear
     holds) stay as they are. `skip`: a checkpoint's own llm_int8_skip_modules, in place of the lm_head.
     """
+    from transformers.quantizers.base import HfQuantizer  # imports every quantiser that is installed
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     kept = HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
     sizes = {}
     for name, module in model.named_modules():

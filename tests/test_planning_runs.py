@@ -77,6 +77,17 @@ def test_keys_that_are_set_stay():
         choose(replace(fixed, memory="1MB"), llama(), rows(), console(), GPU)
 
 
+def test_states_on_the_host_are_tried_where_no_level_fits():
+    planner = Planner(llama(), rows(), GPU)
+    least = planner.least(config())
+    budget = planner.predict(replace(config(), **least)).total - 1
+    assert planner.fitting(config(), budget) is None
+    (found,) = planner.offloaded(config(), budget)
+    assert found.changes["offload_optimizer"] and found.same_learning and found.prediction.total <= budget
+    assert planner.offloaded(config(), 1) == []
+    assert planner.offloaded(config(offload_optimizer=True), budget) == []
+
+
 def test_what_does_not_fit_is_told_with_the_owners():
     with pytest.raises(ConfigError) as caught:
         choose(config(memory="1MB"), llama(), rows(), console(), GPU)

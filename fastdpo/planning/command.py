@@ -58,7 +58,7 @@ def plan_stage(config: Config, model_config, groups, target: Target, budget, con
         options = [option for option in options if option.changes != found.changes]
         found = planner.checked(config, found, budget)
     options = [option for option in options if option.prediction.total < 0.98 * now.prediction.total]
-    options += [found] if found else []
+    options += [found] if found else planner.offloaded(config, budget)
     options += planner.other_learning(config, budget)
     console.print(show.options_table(options, now.time, budget, target))
     console.print(_advice(options, found, budget), highlight=False, soft_wrap=True)
@@ -69,7 +69,9 @@ def _advice(options: list[Option], found: Option | None, budget: int) -> str:
         return f"[bold]next:[/] {show.words(found.changes)} (memory: in the config lets a run choose it)"
     fitting = [option for option in options if option.prediction.total <= budget]
     if fitting:
-        best = min(fitting, key=lambda option: (not option.same_learning, option.time.seconds))
+        best = min(fitting, key=show.order)
+        if best.same_learning:
+            return f"[bold]next:[/] {show.words(best.changes)}"
         return f"[bold]next:[/] {show.words(best.changes)}; nothing that keeps the learning as it is fits"
     return "[bold]next:[/] nothing tried fits: a shorter max_length, a smaller model or a larger card"
 

@@ -93,6 +93,14 @@ class Planner:
         changes += [{"offload_optimizer": True}] if config.lora_rank is None else []
         yield from self._tried(config, changes, True)
 
+    def offloaded(self, config: Config, budget: int) -> list[Option]:
+        """The first level that fits with the optimizer's states on the host, for where none does without."""
+        if config.offload_optimizer:
+            return []
+        changes = [level | {"offload_optimizer": True} for level in (*_LEVELS[1:3], self.least(config))]
+        tried = self._tried(config, changes, True)
+        return next(([option] for option in tried if option.prediction.total <= budget), [])
+
     def fitting(self, config: Config, budget: int) -> Option | None:
         """The quickest combination of CHOSEN keys that fits, where they are at their defaults."""
         free = {name for name in CHOSEN if getattr(config, name) == FIELDS[name].default}

@@ -5,6 +5,7 @@ from rich.table import Table
 
 from fastdpo.config import Config
 from fastdpo.config_io import to_word
+from fastdpo.formatting import duration
 from fastdpo.planning.allocations import OWNERS
 from fastdpo.planning.prediction import Prediction
 from fastdpo.planning.search import Option
@@ -61,20 +62,25 @@ def time_line(time: StepTime, target: Target) -> str:
     if target.card is None:
         return f"{work} (no time estimated: the card is not known; --card H100 names one)"
     rate = f"{SHARE:.0%} of {target.card.flops / 1e12:.0f} TFLOP/s"
-    return f"{work}, about {time.seconds:,.2g} s (estimated at {rate}, not measured)"
+    return f"{work}, about {duration(time.seconds)} (estimated at {rate}, not measured)"
 
 
 def words(changes: dict) -> str:
     return ", ".join(f"{name}: {to_word(value)}" for name, value in changes.items()) or "as it is"
 
 
+def order(option: Option) -> tuple:
+    """What leaves the learning as it is first, then by time, then what changes little."""
+    return not option.same_learning, round(option.time.seconds, 1), len(option.changes)
+
+
 def options_table(options: list[Option], now: StepTime, budget: int, target: Target) -> Table:
-    """What would make it fit: what leaves the learning as it is first, then by the time of as many groups."""
+    """What would make it fit, in `order`."""
     table = Table(title="What would make it fit, least cost in speed first")
     for name in ("change", "peak", "fits", "time"):
         table.add_column(name, justify="left" if name == "change" else "right", overflow="fold")
     told = False
-    for option in sorted(options, key=lambda o: (not o.same_learning, o.time.seconds)):
+    for option in sorted(options, key=order):
         if not option.same_learning and not told:
             table.add_section()
             table.add_row("[yellow]these change what is learnt; no run takes them by itself:", "", "", "")
