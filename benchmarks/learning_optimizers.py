@@ -21,7 +21,8 @@ from benchmarks.learning_train import FULL, QUICK, Base, Sizes, make_base, refer
 from benchmarks.results import write_result
 from fastdpo.errors import ConfigError
 from fastdpo.model import Policy
-from fastdpo.optimizers import check_schedule, make_optimizer
+from fastdpo.optim_library import check_library
+from fastdpo.optimizers import make_optimizer
 from fastdpo.pairs import select_pairs
 from fastdpo.records import ResponseLogps
 from fastdpo.stage import Progress, Stage, step_groups
@@ -86,7 +87,7 @@ def measure(sizes: Sizes, arms: dict, seeds=SEEDS) -> dict:
     out = {"adamw": adamw, "spread": max(ends) - min(ends), "arms": {}, "skipped": {}}
     for name, keys in arms.items():
         try:
-            check_schedule(settings(max_grad_norm=0, **keys))
+            check_library(settings(max_grad_norm=0, **keys))
         except ConfigError as error:
             out["skipped"][name] = str(error)
             continue

@@ -154,8 +154,10 @@ class Accumulator:
         self.see(batch, logps)
 
     def _scale_gradients(self, factor: Tensor) -> None:
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+        factor = float(factor)  # neither a tensor nor _foreach_mul_ on the CPU: bf16 gradients would round it
+        for p in self.parameters:
+            if p.grad is not None:
+                p.grad.mul_(factor)
 
 
 def ending(items: Iterable) -> Iterator[tuple]:

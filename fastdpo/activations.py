@@ -44,7 +44,7 @@ def set_up_activations(model, config: Config) -> list[str]:
     core = model.get_base_model() if hasattr(model, "peft_config") else model
     layers = decoder_layers(core)
     lines = [_set_recompute(core, layers, config.gradient_checkpointing)]
-    lines += [_set_tiles(core, layers, config.tiled_mlp), _set_offloading(core, config.activation_offloading)]
+    lines += [_set_tiles(core, layers, config.tiled_mlp), _set_offloading(core, config)]
     return [line for line in lines if line]
 
 
@@ -93,11 +93,13 @@ def _set_tiles(core, layers: list[nn.Module], tiled: bool) -> str:
     return f"{done} MLPs are computed in tiles of tokens{rest}"
 
 
-def _set_offloading(core, offloading: bool) -> str:
+def _set_offloading(core, config: Config) -> str:
     before = vars(core).pop("_fastdpo_offloading", None)
     if before is not None:
         before.remove()
-    if not offloading:
+    if not config.activation_offloading:
         return ""
     core._fastdpo_offloading = Offloading(core.base_model)
+    if config.gradient_checkpointing == "selective":  # torch keeps those where no hook sees them
+        return "the layers' inputs are kept in the host's memory, the products and attention are not"
     return "what the layers save for the backward is kept in the host's memory"

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import torch
 from rich.markup import escape
+from safetensors import safe_open
 
 from fastdpo.config import FIELDS, Config
 from fastdpo.errors import ConfigError, ModelError
 
 _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 _OF_A_FRESH_LORA = ("lora_rank", "lora_alpha", "lora_target_modules")
 # What these do depends on more than a module's input (the tokens around it, other adapters), or
 # changes layers that the head or the reference would not know of.
@@ -41,7 +42,7 @@ class Start(NamedTuple):
     @property
     def tokenizer(self) -> str:
         """Where the tokenizer is: beside the adapter where it has one, as it was trained with it."""
-        beside = self.adapter and any((self.adapter / name).exists() for name in _TOKENIZERS)
+        beside = self.adapter and any((self.adapter / name).exists() for name in TOKENIZERS)
         return str(self.adapter) if beside else self.model
 
 
@@ -55,6 +56,8 @@ def find_start(config: Config) -> Start:
         )
     if not model_is_adapter and config.adapter is None:
         return Start(config.model, None, {})
+    if config.pure_bf16:
+        raise ConfigError("pure_bf16: a LoRA's weights stay in fp32 (they are few); leave the key out")
     folder = Path(config.model if model_is_adapter else config.adapter)
     settings = _read_settings(folder)
     for key in _OF_A_FRESH_LORA:
@@ -125,7 +128,14 @@ def add_lora(model, config: Config):
             "out of lora_target_modules"
         )
     steady_dora(model, fresh=True)
+    leave_out_base(model)
     return model
+
+
+def leave_out_base(model) -> None:
+    """Makes `save_pretrained` write no weight of the base: where a LoRA is on the embeddings or the lm_head,
+    peft would write these too, whole, and put them in place of the base's own wherever it loads them."""
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
 
 
 def steady_dora(model, fresh: bool) -> None:
@@ -148,12 +158,22 @@ def steady_dora(model, fresh: bool) -> None:
                 weight = dequantize_module_weight(module.get_base_layer()).detach()
                 layer.weight.data = layer.get_weight_norm(weight, torch.zeros((), device=weight.device), 1.0)
             if type(layer) is DoraLinearLayer:
+                layer.get_lora_weight = _product
                 module.register_forward_hook(_in_autocast_dtype)
+
+
+@torch.no_grad()
+def _product(lora_A, lora_B, adapter_name=None):
+    """B A, for the norm: DoraLinearLayer.get_lora_weight, which goes through an identity matrix and makes a
+    graph that nobody reads. A batched product, as those are what `selective` checkpointing never keeps: this
+    one is as large as the weight."""
+    return torch.bmm(lora_B.weight[None], lora_A.weight[None])[0]
 
 
 def _norm_in_fp32(transposed: bool, weight, lora_weight, scaling, adapter_name=None):
     """|W + s B A| of each output feature, f32[out] (f64 of f64 weights): DoraLinearLayer.get_weight_norm."""
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    device = "cpu" if weight.is_meta else weight.device.type  # `fastdpo plan` makes LoRAs without data
+    with torch.no_grad(), torch.autocast(device, enabled=False):
         weight = weight.T if transposed else weight
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32)) + scaling * lora_weight.detach()
         return torch.linalg.vector_norm(wide, dim=1)
@@ -213,6 +233,9 @@ def load_adapter(model, start: Start, console):
         if parameter.requires_grad:  # peft does this to LoRA's own weights only
             parameter.data = parameter.data.float()
     steady_dora(model, fresh=False)
+    with safe_open(start.adapter / _WEIGHTS, framework="pt") as file:
+        if not any(".base_layer." in key for key in file.keys()):
+            leave_out_base(model)
     _switch_off_dropout(model, lora, console)
     return model
 

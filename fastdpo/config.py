@@ -78,8 +78,8 @@ class Config:
     offload_optimizer: bool = _key(False, "keep the optimizer's states in the host's memory and step there")
     optimizer_in_backward: bool = _key(
         False,
-        "update each weight as soon as its gradient is complete, so that no two are kept (the sum of several "
-        "microbatches waits in the host's memory); needs max_grad_norm: 0",
+        "update each weight as soon as its gradient is complete, so that one or two are there at a time (of "
+        "several microbatches the sum waits in the host's memory); needs max_grad_norm: 0",
     )
     pure_bf16: bool = _key(
         False, "keep trained weights in bf16, updated with stochastic rounding, instead of fp32"

@@ -8,7 +8,8 @@ import torch
 from fastdpo.config import Config
 from fastdpo.errors import TrainingError
 from fastdpo.model import Policy
-from fastdpo.records import PackedGroups
+from fastdpo.packing import pack
+from fastdpo.records import PackedGroups, PreferenceGroup
 
 WAY_OUT = "Try a lower learning_rate, more warmup_steps, or dtype: fp32; look at the rows with `fastdpo data`"
 
@@ -32,6 +33,23 @@ def memory_guard(step: int, batch: PackedGroups, config: Config | None = None, m
     if config is not None:
         text += f"\n{_plan_of(config, model_config, batch)}"
     raise TrainingError(text)
+
+
+@contextlib.contextmanager
+def update_guard(step: int, group: PreferenceGroup, config: Config, model_config, share: bool):
+    """As memory_guard, around the update, in which the optimizer makes its states at first; `group`: any of
+    the step's, for what a plan says of the weights depends on none."""
+    try:
+        yield
+        return
+    except torch.OutOfMemoryError:
+        pass
+    states = (
+        "Take an optimizer with smaller states (optim: adamw_8bit), set offload_optimizer: true, or train"
+    )
+    ways = f"{'Train' if config.offload_optimizer else states} a LoRA (lora_rank)"
+    text = f"step {step}: out of GPU memory in the optimizer's update. {ways}"
+    raise TrainingError(f"{text}\n{_plan_of(config, model_config, pack([group], share))}")
 
 
 def _plan_of(config: Config, model_config, batch: PackedGroups) -> str:

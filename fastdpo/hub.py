@@ -1,5 +1,6 @@
 """A trained model to the Hugging Face hub: the log-in is checked before training, the upload comes after."""
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -33,9 +34,7 @@ def check_hub(name: str | None, key: str = "push_to_hub") -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ConfigError(
-            f"push_to_hub: {name!r} is not a repository's name, as in me/my-dpo: {error}"
-        ) from None
+        raise ConfigError(f"{key}: {name!r} is not a repository's name, as in me/my-dpo: {error}") from None
     try:
         HfApi().whoami()
     except LocalTokenNotFoundError:
@@ -44,9 +43,7 @@ def check_hub(name: str | None, key: str = "push_to_hub") -> None:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(error, HfHubHTTPError) and status in (401, 403):
             raise ConfigError(f"{key}: the hub does not accept the token; {_LOG_IN}: {error}") from None
-        raise ConfigError(
-            f"push_to_hub: the hub cannot be reached: {type(error).__name__}: {error}"
-        ) from None
+        raise ConfigError(f"{key}: the hub cannot be reached: {type(error).__name__}: {error}") from None
 
 
 def push(folder: Path, name: str, console: Console) -> str:
@@ -56,7 +53,7 @@ def push(folder: Path, name: str, console: Console) -> str:
     but for the weights of an earlier model. Raises HubError; the folder is only read.
     """
     folder = Path(folder)
-    again = f"fastdpo push {folder} --to {name}"
+    again = f"fastdpo push {shlex.quote(str(folder))} --to {name}"
     base = base_of(adapter_settings(folder))
     if base and Path(base).exists():
         text = f"adapter_config.json names its base by a path of this machine, {base}, which others can read "
@@ -72,7 +69,8 @@ def push(folder: Path, name: str, console: Console) -> str:
             delete_patterns=list(_STALE),
         )
     except KeyboardInterrupt:
-        console.print(f"not pushed; the model is whole in {folder}. To try again: {again}", soft_wrap=True)
+        text = f"not pushed; the model is whole in {folder}. To try again: {again}"
+        console.print(escape(text), highlight=False, soft_wrap=True)
         raise
     except Exception as error:  # the network, the hub's refusals, a log-in that ran out
         why = f"{type(error).__name__}: {error}"

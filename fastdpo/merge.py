@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo import durable
+from fastdpo.adapters import TOKENIZERS
 from fastdpo.config_io import read_yaml
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.formatting import significant
@@ -112,7 +113,7 @@ def _trained_in_4bit(adapter: Path) -> bool:
 
 def _tokenizer(adapter: Path, settings: dict):
     """The adapter's own, as it was trained with it, or the base's."""
-    beside = any((adapter / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
+    beside = any((adapter / name).exists() for name in TOKENIZERS)
     where = str(adapter) if beside else base_of(settings)
     try:
         return AutoTokenizer.from_pretrained(where)

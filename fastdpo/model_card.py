@@ -157,6 +157,8 @@ def _about(config: dict, settings: dict, base: str) -> str:
     text = f"{_link(base)}{lora}, trained with fastdpo" + (f" on {source}." if source else ".")
     if config.get("adapter"):
         text += f" It started from the adapter `{_public(config['adapter'])}`."
+    if config.get("load_in_4bit"):
+        text += " The base was in 4 bits (NF4) while it trained, and for any metrics below."
     return text
 
 

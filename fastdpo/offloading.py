@@ -102,7 +102,7 @@ class Moves:
         self.stream = _side_stream(self.device) if self.device.type == "cuda" else None
         self.known: dict[tuple, weakref.ref] = {}  # (storage, dtype, version) -> _Moved
         self.order: list[weakref.ref] = []
-        self.leaving: deque = deque()  # (event, the device's tensor, weakref of its _Moved)
+        self.leaving: deque = deque()  # (event, the device's tensor, its version, weakref of its _Moved)
 
     def pack(self, tensor: Tensor):
         cast = self._cast(tensor)
@@ -161,7 +161,7 @@ class Moves:
         self.order.append(weakref.ref(moved))
         moved.host = flat.new_empty(flat.shape, device=HOST, pin_memory=self.stream is not None)
         event = self._copy(moved.host, flat)
-        self.leaving.append((event, flat, weakref.ref(moved)))
+        self.leaving.append((event, flat, flat._version, weakref.ref(moved)))
         if len(self.leaving) > AHEAD:
             self._let_go()
         return moved
@@ -185,14 +185,15 @@ class Moves:
             return self.stream.record_event()
 
     def _let_go(self, stays: bool = False) -> None:
-        """The oldest that is leaving has left: its memory on the device is free, unless it stays."""
-        event, _, ref = self.leaving.popleft()
+        """The oldest that is leaving has left: its memory on the device is free, unless it stays. What was
+        changed in place since it was saved cannot stay."""
+        event, flat, version, ref = self.leaving.popleft()
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
         moved = ref()
         if moved is None:
             return
-        if stays:
+        if stays and flat._version == version:
             moved.host = None
         else:
             moved.device = None

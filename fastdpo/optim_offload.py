@@ -16,25 +16,39 @@ from fastdpo.optim_pieces import Pieces
 
 
 class Host:
-    """A thread that works on the host's copies of a device's tensors, with a stream of its own on CUDA."""
+    """A thread that works on the host's copies of a device's tensors. On CUDA its copies have a stream of
+    their own, and so have the gradients': the thread would wait for gradients that are not computed yet."""
 
     def __init__(self, device: torch.device):
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="fastdpo-host")
         self.jobs: list[Future] = []
+        self.leaving = None  # (event, the device's tensor) of the newest gradient on its way
         self.cuda = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if self.cuda else None
+        self.stream, self.copies = (torch.cuda.Stream(device) if self.cuda else None for _ in range(2))
 
     def submit(self, job: Callable[[Tensor], None], tensor: Tensor, copy: bool) -> None:
         """job(tensor) in the thread, after the device's work so far and the earlier jobs; with copy,
-        job(a copy on the host), and the device's memory is free at once."""
-        if self.cuda:
-            self.stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        if copy and self.cuda:
-            with torch.cuda.stream(self.stream):
-                on_device, (tensor, _) = tensor, self.down(tensor)
-            on_device.record_stream(self.stream)
-        event = self.stream.record_event() if self.cuda else None
+        job(a copy on the host), and the caller's reference may be the last."""
+        event = None
+        if self.cuda and copy:
+            tensor, event = self._sent(tensor)
+        elif self.cuda:
+            event = torch.cuda.current_stream(tensor.device).record_event()
         self.jobs.append(self.worker.submit(self._run, job, tensor, event))
+
+    def _sent(self, tensor: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        """(a copy on its way, when it is there). The device's memory is free once the next one is sent: not
+        by record_stream, for Python launches the backward long before it is computed, so that no memory
+        would be free again when the next gradient needs some."""
+        computing = torch.cuda.current_stream(tensor.device)
+        self.copies.wait_stream(computing)
+        with torch.cuda.stream(self.copies):
+            copy, _ = self.down(tensor)
+            event = self.copies.record_event()
+        if self.leaving:
+            computing.wait_event(self.leaving[0])
+        self.leaving = event, tensor
+        return copy, event
 
     @torch.no_grad()
     def _run(self, job, tensor: Tensor, event) -> None:
@@ -48,6 +62,7 @@ class Host:
         jobs, self.jobs = self.jobs, []
         for job in jobs:
             job.result()
+        self.leaving = None  # its job waited for it
         if self.cuda:
             torch.cuda.current_stream().wait_stream(self.stream)
 

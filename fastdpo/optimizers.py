@@ -12,7 +12,6 @@ from fastdpo.model import Policy
 from fastdpo.objectives import make_objective
 from fastdpo.objectives.seam import Rescaled
 from fastdpo.optim_bytes import state_bytes
-from fastdpo.optim_library import check_library
 from fastdpo.optim_stepping import InBackward, WeightOptimizer
 
 __all__ = ["check_schedule", "make_optimizer", "set_schedule", "state_bytes", "warmup"]
@@ -45,9 +44,8 @@ def set_schedule(schedule: LambdaLR, steps: int) -> None:
 
 
 def check_schedule(config: Config) -> None:
-    """Raises ConfigError for an optimizer that this machine or this objective cannot use, and for a schedule
-    that cannot be made or stepped, by trying one on no model."""
-    check_library(config)
+    """Raises ConfigError for a way of stepping that the objective does not allow, and for a schedule that
+    cannot be made or stepped, by trying one on no model."""
     objective = make_objective(config)
     if config.optimizer_in_backward and isinstance(objective, Rescaled):
         raise ConfigError(

@@ -15,7 +15,8 @@ from fastdpo.run_folder import RUN_FILES
 from fastdpo.stage import total_steps
 
 # What a resumed run may set anew. The lengths decide when the run ends (and, by the schedule, its
-# learning rate from there on); the rest changes no step, but for max_tokens' and checkpointing's rounding.
+# learning rate from there on); the rest changes no step, but for rounding: max_tokens', checkpointing's, the
+# host's, and under pure_bf16 that of gradients summed over microbatches, in bf16 or (in the backward) fp32.
 FREE = set(
     "max_steps num_epochs eval_steps logging_steps save_steps save_total_limit load_best report_to samples "
     "reference_cache memory max_tokens head_memory gradient_checkpointing activation_offloading "

@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -24,6 +24,10 @@ from fastdpo.run_log import RunLog
 from fastdpo.samples import complete
 from fastdpo.stopping import Stopping
 
+_PACKAGES = (
+    *("fastdpo", "torch", "transformers", "datasets", "safetensors", "numpy"),
+    *("peft", "bitsandbytes", "torchao"),
+)
 # Between two packings of the same rows on one machine, a response's mean over its tokens moves by 1e-6
 # in fp32; bf16 activations keep 8 bits.
 WRONG_REFERENCE = 1.0  # nats a token: no rounding does this
@@ -172,8 +176,12 @@ class Run:
 
 
 def versions() -> dict[str, str]:
-    names = ("fastdpo", "torch", "transformers", "datasets", "safetensors", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    """Of what a run's numbers depend on, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def device_name() -> str:

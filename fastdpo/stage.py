@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdpo.accumulate import Accumulator, NotFinite, context_of
 from fastdpo.config import Config
 from fastdpo.errors import TrainingError
-from fastdpo.failures import WAY_OUT, memory_guard, not_finite
+from fastdpo.failures import WAY_OUT, memory_guard, not_finite, update_guard
 from fastdpo.metrics import EVAL_STATS, Sums, Window, add_kl, add_pair_metrics, add_token_metrics
 from fastdpo.mismatched import mismatched
 from fastdpo.model import Policy
@@ -76,13 +76,15 @@ class Stage:
                 settle()
             self.drifts = [] if self.reference and progress.steps == 0 else None
             for groups in step_groups(self.groups, self.config, self.total, progress.steps):
-                norm = self.step(groups, progress, run.place.first + progress.steps + 1, optimizer)
+                step = run.place.first + progress.steps + 1
+                norm = self.step(groups, progress, step, optimizer)
                 if self.drifts is not None:
                     run.tell_drift(float(torch.stack(self.drifts).max()), self.policy.dtype)
                     self.drifts = None
                 progress.window.sums.add("grad_norm", norm)
                 progress.window.sums.add("learning_rate", schedule.get_last_lr()[0])
-                optimizer.step()
+                with self.updating(step, groups):
+                    optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()
                 progress.steps += 1
@@ -125,19 +127,17 @@ class Stage:
             window.count(batch)
 
         parameters, in_backward = self.policy.trained(), self.config.optimizer_in_backward
-        guard = lambda batch: memory_guard(step, batch, self.config, self.policy.core.config)
         accumulator = Accumulator(
-            *(parameters, self.microbatches, self.score, guard, see, dict(progress.memory)),
+            *(parameters, self.microbatches, self.score, self.guard(step), see, dict(progress.memory)),
             in_backward=optimizer if in_backward else None,
         )
         try:
             done = accumulator.run(self.objective, groups, self.aside(groups))
         except NotFinite as stop:
             raise not_finite(step, stop.step) from None
-        limit = self.config.max_grad_norm or math.inf
-        norm = (
-            torch.nn.utils.clip_grad_norm_(parameters, limit) if not in_backward else optimizer.end_backward()
-        )
+        clip, limit = torch.nn.utils.clip_grad_norm_, self.config.max_grad_norm or math.inf
+        with self.updating(step, groups):
+            norm = optimizer.end_backward() if in_backward else clip(parameters, limit)
         if not math.isfinite(float(done.loss + norm)):
             raise not_finite(step, done, norm, updated=in_backward)
         window.sums.add("loss", done.loss)
@@ -146,6 +146,14 @@ class Stage:
             window.sums.add("z0", done.context["z0"])
         progress.memory = accumulator.memory
         return norm
+
+    def guard(self, step: int):
+        """What goes around the work on a microbatch."""
+        return lambda batch: memory_guard(step, batch, self.config, self.policy.core.config)
+
+    def updating(self, step: int, groups: list[PreferenceGroup]):
+        """What goes around the update by these groups."""
+        return update_guard(step, groups[0], self.config, self.policy.core.config, self.policy.share)
 
     @torch.no_grad()
     def drift(self, logps: ResponseLogps) -> Tensor:
@@ -213,13 +221,15 @@ class Stage:
         due; after a signal they stay due."""
         if progress.evaluated:
             return
-        sums, seen = Sums(), []
+        sums, seen, step = Sums(), [], run.place.first + progress.steps
+        guard = self.guard(step)
         self.policy.model.eval()
         aside = self.in_row_order(list(self.eval_mismatched.values()))
         for batch in run.log.track([*batches, *aside], "held-out"):
             if run.stopping.requested:
                 break
-            seen.append(self.score(batch, EVAL_STATS))
+            with guard(batch):
+                seen.append(self.score(batch, EVAL_STATS))
             if len(seen) <= len(batches):
                 self.add_metrics(sums, seen[-1])
                 add_token_metrics(sums, batch, seen[-1].token_stats)
@@ -236,7 +246,6 @@ class Stage:
         sums.add("loss", self.objective.whole(logps))
         if "z0" in context:
             sums.add("z0", context["z0"])
-        step = run.place.first + progress.steps
         run.log.held_out(step, sums)
         progress.eval_loss = sums.means()["loss"]
         if not math.isfinite(progress.eval_loss):

@@ -20,6 +20,7 @@ from fastdpo.hub import check_hub, push
 from fastdpo.model import Policy, load_model_config, load_policy, load_tokenizer, save_model
 from fastdpo.model_card import add_card
 from fastdpo.objectives import check_rows, make_objective
+from fastdpo.optim_library import check_library
 from fastdpo.optimizers import check_schedule
 from fastdpo.packing import epoch_order
 from fastdpo.pairs import BY_GAP, flip_pairs, select_pairs
@@ -48,6 +49,7 @@ def train(config: Config, console: Console | None = None) -> Path:
         if stage.flip_pairs and "ordered scores" in objective.needs:
             raise ConfigError(f"flip_pairs: flipped pairs contradict the scores that {objective.name} reads")
         check_schedule(stage)
+        check_library(stage)
     if config.pair_gap == "logp" and all(stage.pairs not in BY_GAP for stage in config.per_stage()):
         raise ConfigError(f"pair_gap: logp is read only with pairs: {', '.join(BY_GAP)}")
     check_trackers(config.trackers)

@@ -227,6 +227,11 @@ def test_its_rank_is_its_own(first, adapter, key):
         load_model_config(config_of(first, adapter, **{key: 8}))
 
 
+def test_pure_bf16_is_of_whole_models(first, adapter):
+    with pytest.raises(ConfigError, match="pure_bf16: a LoRA's weights stay in fp32"):
+        load_model_config(config_of(first, adapter=None, model=str(adapter), dtype="auto", pure_bf16=True))
+
+
 def test_an_adapter_on_an_adapter(first, adapter, tmp_path):
     with pytest.raises(ConfigError, match=r"is a peft adapter already(.|\n)*give as model the base"):
         load_tokenizer(config_of(first, adapter, model=str(adapter)))

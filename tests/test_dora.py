@@ -8,8 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
+from safetensors.torch import load_file
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers import AutoModelForCausalLM
 
+from fastdpo import activations
 from fastdpo.config import Config
 from fastdpo.errors import ConfigError
 from fastdpo.model import load_policy, save_model
@@ -127,6 +130,49 @@ def test_dora_of_others_gets_the_same_norms(bases, tmp_path):
     assert len(moved) == 14  # a start that was learnt is kept
     layer = policy.core.model.layers[0].self_attn.q_proj.lora_magnitude_vector["default"]
     assert layer.get_weight_norm(torch.ones(2, 4).bfloat16(), torch.zeros(2, 4), 1.0).dtype == torch.float32
+
+
+def test_selective_checkpointing_keeps_no_product_of_weights(bases, monkeypatch):
+    """The norm needs B A, as large as the weight, in each layer: kept, these would be the model once more."""
+    policy, _ = load(bases[False], use_dora=True, gradient_checkpointing="selective")
+    batch, kept, policy_of = pack(tiny.groups(), share=True), [], activations._policy
+    policy.set_sharing(True)
+
+    def spy(context, op, *args, **kwargs):
+        said = policy_of(context, op, *args, **kwargs)
+        if said == CheckpointPolicy.MUST_SAVE and op is torch.ops.aten.mm.default:
+            kept.append(len(args[0]))
+        return said
+
+    monkeypatch.setattr(activations, "_policy", spy)
+    activations.set_up_activations(
+        policy.model, Config(model="m", data="x", gradient_checkpointing="selective")
+    )
+    policy.token_logp(batch).sum().backward()
+    assert len(kept) >= 2 * 7 * 3 and set(kept) == {batch.input_ids.numel()}
+
+
+def saved_names(policy, folder):
+    save_model(policy, tiny.tokenizer(), folder)
+    return load_file(folder / "adapter_model.safetensors").keys()
+
+
+def test_an_adapter_holds_no_weight_of_its_base(bases, tmp_path):
+    """peft would add the whole embeddings and lm_head, and load them over those of the base."""
+    names = saved_names(load(bases[False], lora_target_modules=ENDS)[0], tmp_path / "fresh")
+    assert len(names) == 2 * (2 + 2) and all(".lora_" in name for name in names)
+    again = load(bases[False], adapter=str(tmp_path / "fresh"), lora_rank=None)[0]
+    assert saved_names(again, tmp_path / "again") == names
+
+
+def test_embeddings_that_an_adapter_brought_stay_in_it(bases, tmp_path):
+    lora = LoraConfig(r=4, target_modules=ENDS, task_type="CAUSAL_LM")
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(bases[False]), lora)
+    theirs.get_input_embeddings().base_layer.weight.data.mul_(2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    policy = load(bases[False], adapter=str(tmp_path / "theirs"), lora_rank=None)[0]
+    torch.testing.assert_close(logps(policy.model, tiny.groups()), logps(theirs, tiny.groups()))
+    assert any(".embed_tokens.base_layer." in name for name in saved_names(policy, tmp_path / "ours"))
 
 
 def test_dora_on_the_lm_head_is_refused(bases):

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -104,6 +105,13 @@ def test_the_command(api, run, capsys):
         assert api.calls[-1][1]["folder_path"] == run.folder / "model"
     assert main(["push", str(run.folder)]) == 2 and "usage: fastdpo push" in capsys.readouterr().err
     assert main(["push", str(run.folder.parent / "nowhere"), "--to", "x"]) == 2
+    assert main(["push", str(run.folder), "--to", "a/b/c"]) == 2
+    api.fails["whoami"] = ConnectionError("unreachable")
+    assert main(["push", str(run.folder), "--to", "me/mine"]) == 2
+    assert re.findall("(?m)^error: (--to: .{13})", capsys.readouterr().err) == [
+        "--to: 'a/b/c' is no",
+        "--to: the hub canno",
+    ]
 
 
 # ---- before the training

@@ -38,7 +38,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("block", [1, 4, 7])
-@pytest.mark.parametrize("window", [None, 3, 11])
+@pytest.mark.parametrize("window", [None, 3, 11, 12, 32])  # 12, 32: a segment's keys less one
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_blocks_of_queries_agree_with_the_dense_mask(block, window, softcap, monkeypatch):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)

@@ -184,6 +184,14 @@ def test_a_merged_model_s_card(lora, tmp_path):
     assert "peft" not in card.text and "| `eval_loss` |" in card.text
 
 
+def test_a_base_in_4_bits_is_told(lora, tmp_path):
+    """Its metrics are not those of what the card lies beside: a base, or a merged model, in whole weights."""
+    assert "4 bits" not in card_of(lora.folder / "model").text
+    assert "The base was in 4 bits (NF4) while" in with_config(lora, tmp_path, load_in_4bit=True).text
+    merged = merge(tmp_path / "copy", tmp_path / "merged", console=QUIET)
+    assert "The base was in 4 bits (NF4) while" in card_of(merged).text
+
+
 def test_a_merged_adapter_of_others(lora, tmp_path):
     theirs = shutil.copytree(lora.folder / "model", tmp_path / "theirs")
     card = card_of(merge(theirs, console=QUIET))

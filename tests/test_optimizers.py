@@ -15,7 +15,7 @@ from fastdpo import checkpoint, optim_pieces
 from fastdpo.config import Config
 from fastdpo.errors import ConfigError
 from fastdpo.optim_bytes import PAGED_FROM, host_state_bytes, state_bytes
-from fastdpo.optimizers import check_schedule
+from fastdpo.optim_library import check_library
 from fastdpo.trainer import train
 from tests.optimizer_runs import OPTIMIZERS, RATE, config, make, needs, one_step, stepped, weights
 from tests.optimizer_runs import eager as eager
@@ -251,7 +251,7 @@ def test_paged_bytes_are_counted_on_the_host():
 def test_paging_without_a_gpu_is_refused(optim):
     missing = importlib.util.find_spec("bitsandbytes") is None
     with pytest.raises(ConfigError, match=r"fastdpo\[quant\]" if missing else "there is no GPU here"):
-        check_schedule(config(optim=optim))
+        check_library(config(optim=optim))
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_torch_8bit", "adamw_torch_4bit"])
@@ -261,7 +261,7 @@ def test_a_missing_library_is_named(optim, monkeypatch):
 
     monkeypatch.setattr("fastdpo.optim_library.importlib.import_module", gone)
     with pytest.raises(ConfigError, match=rf"optim: {optim} is .*pip install 'fastdpo\[quant\]'"):
-        check_schedule(config(optim=optim))
+        check_library(config(optim=optim))
 
 
 @pytest.mark.parametrize(

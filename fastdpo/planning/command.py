@@ -7,6 +7,7 @@ from fastdpo.config_io import help_text, load_config
 from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.key_types import as_bytes
 from fastdpo.model import load_model_config
+from fastdpo.optimizers import check_schedule
 from fastdpo.planning import show
 from fastdpo.planning.microbatch import assumed_groups, selected, step_loads
 from fastdpo.planning.search import SURE, Option, Planner
@@ -33,6 +34,8 @@ def main(argv: list[str], console: Console | None = None) -> None:
     groups = _groups(config, console)
     budget = _budget(config, target)
     stages = config.per_stage()
+    for stage in stages:
+        check_schedule(stage)
     for number, stage in enumerate(stages, 1):
         if len(stages) > 1:
             console.rule(f"stage {number}")
