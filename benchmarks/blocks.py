@@ -260,6 +260,20 @@ BLOCKS = {
         "what each trick that saves memory costs in speed",
         _all("tricks"),
     ),
+    "plan-cpu": (
+        "plan",
+        "cpu",
+        blocks_memory.plan,
+        "the plan's peak beside real processes",
+        "python -m benchmarks.plan_accuracy",
+    ),
+    "plan-gpu": (
+        "plan",
+        "gpu",
+        blocks_memory.plan,
+        "the plan's peak beside a GPU's allocator",
+        "python -m benchmarks.plan_accuracy --gpu",
+    ),
     "attention-gpu": ("attention", "gpu", attention, "shared-prompt attention on a GPU", _all("attention")),
     "growth-gpu": ("growth", "gpu", growth, "how cost grows on a GPU", _all("growth")),
 }

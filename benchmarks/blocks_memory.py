@@ -65,6 +65,16 @@ def tricks(record: dict, link: str) -> str:
     return f"{text}\n\n{markdown(header, rows)}{''.join(missing)}"
 
 
+def plan(record: dict, link: str) -> str:
+    """How far `fastdpo plan` was from the peaks that were measured."""
+    errors = [case["error"] for case in record["cases"]]
+    by = "torch's CUDA allocator" if record["gpu"] else "their resident memory"
+    text = (
+        f"`fastdpo plan` beside {len(errors)} real runs on {where(record)}, by {by} ({link}): its peak is off"
+    )
+    return f"{text} by {min(errors):+.1%} to {max(errors):+.1%}."
+
+
 def _order(found: dict) -> tuple:
     """Further is better, and an answer better than none."""
     return found.get("fits") or 0, "fits" in found
