@@ -118,7 +118,7 @@ class InBackward(WeightOptimizer):
         earlier = self.sums.pop(p, None)
         if earlier is not None:
             earlier = earlier.to(p.device, non_blocking=True)
-            gradient = earlier if gradient is None else gradient.to(earlier.dtype).add_(earlier)
+            gradient = earlier if gradient is None else earlier.add_(gradient)
         self.squares.append(torch.linalg.vector_norm(gradient, dtype=_sum_dtype(gradient)) ** 2)
         self._update(p, gradient)
 

@@ -116,7 +116,7 @@ class Step:
                 gradient, parameter.grad = parameter.grad, None
                 if self.several:  # optim_stepping.InBackward adds what earlier microbatches left, in fp32
                     earlier = torch.empty(parameter.shape, dtype=torch.float32)
-                    gradient = gradient.to(earlier.dtype).add_(earlier)
+                    gradient = earlier.add_(gradient)
                     del earlier
             torch.empty(step_bytes(self.config, parameter.numel()), dtype=torch.uint8)
 
