@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks import memory
 from benchmarks.gpu_memory import DRY
@@ -165,3 +166,35 @@ except Exception as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "memory", done.stderr
+
+
+def test_fastdpos_own_memory_errors_are_results_too():
+    from benchmarks.peers.session import kind_of
+    from fastdpo.config import Config
+    from fastdpo.errors import TrainingError
+    from fastdpo.failures import memory_guard, update_guard
+    from fastdpo.packing import pack
+    from tests.tiny import group
+
+    one, config = group(0, 5, [3, 2]), Config(model="m", data="d")
+    for guard in (memory_guard(2, pack([one])), update_guard(2, one, config, None, True)):
+        with pytest.raises(TrainingError) as caught, guard:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert kind_of(caught.value) == "memory"
+
+
+def test_a_case_that_fails_costs_no_other(monkeypatch, tmp_path):
+    from benchmarks import plan_accuracy
+
+    def first_fails(case, calls=[]):  # noqa: B006
+        calls.append(case)
+        if len(calls) == 1:
+            raise RuntimeError("a traceback\ntorch.OutOfMemoryError: no room\n")
+        return case | {"measured": 100, "predicted": {"bytes": 98}, "error": -0.02}
+
+    monkeypatch.setattr(plan_accuracy, "run", first_fails)
+    monkeypatch.setattr("sys.argv", ["plan_accuracy", "--cases", "2", "--out", str(tmp_path)])
+    plan_accuracy.main()
+    record = json.loads(next(tmp_path.glob("plan_*.json")).read_text())
+    assert record["worst"] == 0.02 and len(record["cases"]) == 1
+    assert [case["why"] for case in record["failed"]] == ["torch.OutOfMemoryError: no room"]

@@ -162,3 +162,20 @@ def test_dropout_is_not_shared(caplog):
     rows = batch(131)
     ours(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], fastdpo_labels=rows["labels"])
     assert packed.way == "padded" and "drops out at random" in said(caplog)[0]
+
+
+def test_a_forward_that_accelerate_has_wrapped(caplog):
+    """A device_map's hooks make the forward a partial, which hides the model's own."""
+    import inspect
+
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    from fastdpo.integrations.packed_forward import PackedForward
+
+    stock, ours, _ = make()
+    del ours.forward
+    add_hook_to_module(ours, AlignDevicesHook(execution_device="cpu"))
+    packed = PackedForward(ours)
+    assert next(iter(inspect.signature(ours.forward).parameters)) == "input_ids"
+    check(stock, ours, batch(131))
+    assert packed.way == "shared"

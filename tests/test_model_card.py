@@ -181,7 +181,7 @@ def test_a_merged_model_s_card(lora, tmp_path):
     card = card_of(merge(lora.folder, tmp_path / "merged", dtype="bf16", console=QUIET))
     assert card.data.library_name == "transformers" and "lora" not in card.data.tags
     assert "merged into the weights, in bfloat16" in card.text and "LoRA of rank 12" in card.text
-    assert "peft" not in card.text and "| `eval_loss` |" in card.text
+    assert "PeftModel" not in card.text and "| `eval_loss` |" in card.text
 
 
 def test_a_base_in_4_bits_is_told(lora, tmp_path):

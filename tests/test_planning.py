@@ -1,6 +1,7 @@
 """What a step is predicted to hold: against counts by hand, autograd's own saved tensors, and processes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,15 +12,19 @@ from benchmarks.inputs import groups_of, random_rows
 from benchmarks.lengths import PairLengths
 from benchmarks.models import MODELS
 from benchmarks.plan_accuracy import LIMIT, SMALL, run
+from fastdpo.adapters import add_lora
 from fastdpo.config import Config
+from fastdpo.errors import ModelError
 from fastdpo.model import Policy
 from fastdpo.packing import pack
 from fastdpo.planning.allocations import ATTENTION, GRADIENTS, SAVED, STATES, WEIGHTS
-from fastdpo.planning.microbatch import assumed_groups, step_loads
+from fastdpo.planning.fake_model import head_policy
+from fastdpo.planning.microbatch import assumed_groups, selected, step_loads
 from fastdpo.planning.prediction import predict
 from fastdpo.planning.simulate import Load, simulate
-from fastdpo.planning.step_time import Shape, step_time
-from fastdpo.planning.target import Target, card_named
+from fastdpo.planning.step_time import Shape, step_time, trains_all
+from fastdpo.planning.target import CARDS, Target, card_named
+from fastdpo.records import Pair
 from tests.tiny import group, model_config
 
 CPU, GPU = Target(is_cpu=True), Target()
@@ -186,3 +191,98 @@ def test_within_5_percent_of_a_real_process(keys):
     model = {"model_type": "llama", **SMALL, "vocab_size": 8000, "tie_word_embeddings": not keys}
     done = run({"name": "wide", "model": model, "lengths": "mixed", "keys": keys})
     assert abs(done["error"]) < LIMIT, done
+
+
+def test_gradients_of_a_smaller_microbatch_may_make_the_peak():
+    """A step of two microbatches, each smaller than the largest step of one, has gradients when its second
+    one begins."""
+    c = llama(num_hidden_layers=4, hidden_size=128)
+    some = [group(i, 40, [22, 22]) for i in range(6)] + [group(6 + i, 60, [31, 31]) for i in range(6)]
+    keys = config(batch_size=2, max_tokens=170)
+    loads = step_loads(keys, c, some, CPU)
+    assert [(sum(g.input_tokens for g in load.groups), load.several) for load in loads] == [
+        (164, False),
+        (120, True),
+    ]
+    alone, later = (predict(keys, c, [load], CPU).total for load in loads)
+    assert later > alone and predict(keys, c, loads, CPU).total == later
+    more = step_loads(config(batch_size=12, max_tokens=170), c, some, CPU)
+    assert [load.several for load in more] == [True]
+
+
+def test_a_model_that_no_fake_step_runs_is_refused_in_words(capfd):
+    """Torch's fake grouped products take bf16 alone."""
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16)
+    c = model_config("qwen3_moe", **experts)
+    with pytest.raises(ModelError, match=r"qwen3_moe cannot be planned.*leave memory out"):
+        simulate(config(), c, Load((group(0, 30, [20, 9]),), several=False), CPU)
+    assert "fake_tensor.py" not in capfd.readouterr().err
+
+
+def test_pairs_that_do_not_train_are_not_counted():
+    ranked = [ranked_group(row) for row in range(4)]
+    (all_pairs, *_), (one, *_) = (
+        step_loads(keys, llama(), selected(keys, ranked), CPU)
+        for keys in (config(), config(pairs="best_worst"))
+    )
+    assert sum(len(g.responses) for g in all_pairs.groups) == 16
+    assert sum(len(g.responses) for g in one.groups) == 8
+    by_logp = config(pairs="hard", pair_gap="logp")  # which of them train, only the reference can tell
+    assert [len(g.responses) for g in selected(by_logp, ranked)] == [4] * 4
+
+
+def ranked_group(row):
+    plain = group(row, 10, [8, 8, 8, 8], pairs=[Pair(i, j) for i in range(4) for j in range(i + 1, 4)])
+    scored = tuple(replace(r, score=float(-i)) for i, r in enumerate(plain.responses))
+    return replace(plain, responses=scored)
+
+
+def test_a_lora_on_the_head_caps_the_scored_tokens():
+    """As Policy.max_scored of the real one does: that head keeps something for its backward."""
+    c = llama(vocab_size=5000)
+    on_head = config(lora_rank=4, lora_target_modules=["q_proj", "lm_head"], head_memory="8MiB")
+    frozen = config(lora_rank=4, head_memory="8MiB")
+    assert head_policy(frozen, c, CPU).max_scored is None
+    real = Policy(add_lora(AutoModelForCausalLM.from_config(c), on_head), torch.float32, head_budget=8 << 20)
+    assert head_policy(on_head, c, CPU).max_scored == real.max_scored is not None
+    assert head_policy(on_head, c, Target(capability=(9, 0))).head_backend == "cublas"
+
+
+def test_dtypes_are_those_of_the_run():
+    """model.load_policy: pure_bf16 computes in bf16 on a CPU too, and auto is fp32 before sm_80."""
+    assert CPU.dtype(config()) == torch.float32 and GPU.dtype(config()) == torch.bfloat16
+    assert CPU.dtype(config(pure_bf16=True)) == torch.bfloat16
+    assert Target(capability=(7, 5)).dtype(config()) == torch.float32
+    c, load = llama(), Load((group(0, 30, [20, 9]),), several=True)
+    peaks = simulate(config(pure_bf16=True), c, load, CPU)
+    sizes = [2 * p.numel() for p in parameters(c)]
+    assert at(peaks, "forward")[GRADIENTS] == in_blocks(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("NVIDIA GH200 480GB", None),
+    ],
+)
+def test_a_card_is_known_by_whole_words(name, card):
+    assert card_named(name) == (card and CARDS[card])
+
+
+def test_a_model_that_is_an_adapter_trains_its_lora(tmp_path):
+    """With DoRA's norms as the trainer takes them, and not timed as if all weights trained."""
+    c = llama(num_hidden_layers=2)
+    fresh = config(lora_rank=4, use_dora=True)
+    AutoModelForCausalLM.from_config(c).save_pretrained(tmp_path / "base")
+    lora = add_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), fresh)
+    lora.save_pretrained(tmp_path / "adapter")
+    started = replace(config(), model=str(tmp_path / "adapter"))
+    assert trains_all(config()) and not trains_all(started) and not trains_all(fresh)
+    load = Load((group(0, 30, [20, 9]),), several=True)
+    same = lambda keys: max(peak.total for peak in simulate(keys, c, load, GPU))
+    assert same(started) == same(fresh)

@@ -13,7 +13,7 @@ from fastdpo.errors import ConfigError, TrainingError
 from fastdpo.failures import memory_guard
 from fastdpo.packing import pack
 from fastdpo.planning import command, show
-from fastdpo.planning.choose import choose
+from fastdpo.planning.choose import budget_of, choose
 from fastdpo.planning.search import CHOSEN, Planner
 from fastdpo.planning.target import Target
 from fastdpo.stage import Stage
@@ -68,6 +68,64 @@ def test_a_run_chooses_what_fits_and_says_so():
     assert choose(config(memory=budget), llama(), rows(), console(), GPU) == chosen
 
 
+def test_more_memory_than_the_gpu_has_is_not_counted_on():
+    card, said = Target(memory=10**9), console()
+    assert choose(config(memory="24GB"), llama(), rows(), said, card).memory == "24GB"
+    assert "24GB is more than the GPU has: 1.00 GB" in said.file.getvalue()
+    assert "fits in 1.00 GB" in said.file.getvalue()
+    with pytest.raises(ConfigError, match=r"fits random in 1\.0 MB"):
+        choose(config(memory="24GB"), llama(), rows(), console(), Target(memory=10**6))
+    assert budget_of(config(), card, said) == 10**9 and budget_of(config(memory="9MB"), card, said) == 9e6
+
+
+def staged(*stages, **keys):
+    return Config(model="random", data="none", stages=list(stages), **keys)
+
+
+def test_a_stage_that_sets_a_key_keeps_it():
+    """And is predicted with its own, not with what an earlier stage chose."""
+    some = [group(i, 100, [60, 40]) for i in range(64)]
+    planner = Planner(llama(), some, GPU)
+    plain = Config(model="random", data="none", batch_size=64, max_tokens=2048)
+    budget = 1.003 * planner.predict(plain, exact=True).total
+    given = staged({"beta": 0.1}, {"max_tokens": 4096}, batch_size=64, memory=mb(budget))
+    first, second = choose(given, llama(), some, console(), GPU).per_stage()
+    assert second.max_tokens == 4096  # as set: other keys make it fit
+    assert all(planner.predict(stage, exact=True).total <= budget for stage in (first, second))
+
+
+def test_a_later_stage_may_need_more_than_an_earlier_one(monkeypatch):
+    """What is chosen for it is no less than what the earlier one needed."""
+    asked = []
+
+    def fitting(self, config, budget):
+        level = {"gradient_checkpointing": True} if asked else {"gradient_checkpointing": "selective"}
+        asked.append((self.free, config.gradient_checkpointing))
+        return self.option(config, level)
+
+    monkeypatch.setattr(Planner, "fitting", fitting)
+    monkeypatch.setattr(Planner, "checked", lambda self, config, found, budget: found)
+    given = staged({"beta": 0.1}, {"beta": 0.2}, memory="1MB")
+    assert choose(given, llama(), rows(), console(), GPU).gradient_checkpointing is True
+    assert [level for _, level in asked] == [False, "selective"]
+    assert all(free == frozenset(CHOSEN) for free, _ in asked)
+    monkeypatch.undo()
+    planner = Planner(llama(), rows(), GPU, frozenset(CHOSEN))
+    done = config(gradient_checkpointing=True)
+    found = planner.fitting(done, int(planner.predict(replace(done, **planner.least(done))).total * 1.001))
+    assert found.changes.get("gradient_checkpointing", True) is True
+
+
+def test_what_fits_with_states_on_the_host_is_said():
+    planner = Planner(llama(), rows(), GPU)
+    budget = planner.predict(replace(config(), **planner.least(config()))).total - 1
+    with pytest.raises(ConfigError) as caught:
+        choose(config(memory=mb(budget)), llama(), rows(), console(), GPU)
+    assert "offload_optimizer: true" in str(caught.value) and "with max_tokens as the config" in str(
+        caught.value
+    )
+
+
 def test_keys_that_are_set_stay():
     planner = Planner(llama(), rows(), GPU)
     level = planner.predict(config(gradient_checkpointing=True, head_memory="64MiB"), exact=True).total
@@ -101,7 +159,10 @@ def test_the_command_prints_tables_of_100_columns(tmp_path):
     words = ["--model", str(tmp_path), "--data", "none.jsonl", "--max_length", "256", "--memory", "615MB"]
     command.main([*words, "--card", "RTX 4090"], said)
     text = said.file.getvalue()
-    for word in ("weights", "gradients", "does not fit", "TFLOP", "not measured", "next:", "assumed"):
+    for word in (
+        *("weights", "gradients", "does not fit", "TFLOP", "not measured", "next:", "assumed"),
+        "estimated",
+    ):
         assert word in text, word
     assert max(len(line) for line in text.splitlines() if "│" in line) <= 100
 
@@ -131,6 +192,15 @@ def test_out_of_memory_ends_with_the_plan_and_what_to_try():
     with pytest.raises(TrainingError, match="next: gradient_checkpointing"):
         with memory_guard(7, pack(rows()[:1]), config(), llama()):
             raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_smaller_microbatch_is_not_advised_where_it_would_not_help():
+    """Weights, gradients and states are nearly all of it."""
+    wide = model_config("llama", num_hidden_layers=2, hidden_size=512, intermediate_size=2048)
+    few = pack([group(i, 20, [12, 9]) for i in range(2)])
+    with pytest.raises(TrainingError) as caught, memory_guard(1, few, config(), wide):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert "next:" in str(caught.value) and "next: max_tokens" not in str(caught.value)
 
 
 def test_an_out_of_memory_error_without_a_plan_is_told_all_the_same():

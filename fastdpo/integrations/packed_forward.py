@@ -45,12 +45,12 @@ class PackedForward:
         self.way = None
         self.told: set[str] = set()
         switch_attention(model)
-        model.forward = types.MethodType(self._as_method(), model)
+        model.forward = types.MethodType(self._as_method(model), model)
 
-    def _as_method(self):
-        """Keeps the signature, which transformers inspects."""
+    def _as_method(self, model):
+        """Keeps the signature, which transformers inspects; accelerate's (device_map) hide theirs."""
 
-        @functools.wraps(self.own.__func__)
+        @functools.wraps(getattr(self.own, "__func__", type(model).forward))
         def forward(model, *args, fastdpo_labels=None, **kwargs):
             if fastdpo_labels is None:
                 return self.own(*args, **kwargs)

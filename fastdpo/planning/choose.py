@@ -10,24 +10,25 @@ from fastdpo.errors import ConfigError
 from fastdpo.key_types import as_bytes
 from fastdpo.planning import show
 from fastdpo.planning.microbatch import selected
-from fastdpo.planning.search import CHOSEN, SURE, Option, Planner
+from fastdpo.planning.search import CHOSEN, SURE, Option, Planner, at_default
 from fastdpo.planning.target import Target
 
 
 def choose(config: Config, model_config, groups, console: Console, target: Target | None = None) -> Config:
     """The config with max_tokens, head_memory, gradient_checkpointing, activation_offloading and tiled_mlp
-    such that each stage is predicted to fit `memory`; keys that are not at their defaults stay. Prints what
-    it chose and why. The same config, rows and device give the same choice. Raises ConfigError, with the
-    predicted bytes by owner, where nothing fits."""
+    such that each stage is predicted to fit `memory`; keys that are not at their defaults stay, and those
+    that a stage sets. Prints what it chose and why. The same config, rows and device give the same choice.
+    Raises ConfigError, with the predicted bytes by owner, where nothing fits."""
     if config.memory is None:
         return config
     target = target or (Target.here() if torch.cuda.is_available() else Target(is_cpu=True))
-    budget = as_bytes("memory", config.memory)
+    budget = budget_of(config, target, console)
     chosen: dict = {}
-    for stage in config.per_stage():
-        # what an earlier stage needed holds for all of the run
-        stage = replace(stage, **chosen)
-        planner = Planner(model_config, selected(stage, groups), target)
+    for own, stage in zip(config.stages or [{}], config.per_stage()):
+        free = at_default(stage) - own.keys()
+        # what an earlier stage needed holds for all of the run, but where this one has its own
+        stage = replace(stage, **{name: value for name, value in chosen.items() if name not in own})
+        planner = Planner(model_config, selected(stage, groups), target, free)
         now = planner.predict(stage)
         if abs(now.total / budget - 1) < SURE:
             now = planner.predict(stage, exact=True)
@@ -41,6 +42,19 @@ def choose(config: Config, model_config, groups, console: Console, target: Targe
         _tell(console, stage, now, found, budget)
         chosen |= found.changes
     return replace(config, **chosen) if chosen else config
+
+
+def budget_of(config: Config, target: Target, console: Console) -> int | None:
+    """Bytes that a run may take: `memory`, but never more than the GPU has, which is said; without it all
+    that the GPU has, or None where that is not known."""
+    if config.memory is None:
+        return target.memory
+    budget = as_bytes("memory", config.memory)
+    if target.memory is None or budget <= target.memory:
+        return budget
+    text = f"[yellow]memory: {config.memory} is more than the GPU has: {show.gigabytes(target.memory)} it is"
+    console.print(text, highlight=False, soft_wrap=True)
+    return target.memory
 
 
 def _tell(console: Console, config: Config, now, found: Option, budget: int) -> None:
@@ -58,13 +72,18 @@ def _nothing_fits(planner: Planner, config: Config, now, target: Target, budget:
     """The table, as text, and what to do."""
     console = Console(width=100, record=True, file=_Nowhere(), color_system=None)
     console.print(show.owners_table(now, target))
-    options = list(planner.other_learning(config, budget))
+    options = [*planner.offloaded(config, budget), *planner.other_learning(config, budget)]
     if options:
         time = planner.option(config, {}).time
         console.print(show.options_table(options, time, budget, target))
+    kept = ", ".join(name for name in CHOSEN if name not in planner.left_open(config))
+    kept = f" (with {kept} as the config sets them)" if kept else ""
+    way_out = "No change that was tried fits: take a shorter max_length, a smaller model or a larger card"
+    if any(option.prediction.total <= budget for option in options):
+        way_out = "Take one of the changes above that fit, or a shorter max_length"
     return (
-        f"memory: no choice of {', '.join(CHOSEN)} fits {config.model} in {config.memory}.\n"
-        f"{console.export_text()}Take one of the changes above that fit, or a shorter max_length"
+        f"memory: no choice of {', '.join(CHOSEN)} fits {config.model} in {show.gigabytes(budget)}{kept}.\n"
+        f"{console.export_text()}{way_out}"
     )
 
 

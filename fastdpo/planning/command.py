@@ -5,10 +5,10 @@ from rich.console import Console
 from fastdpo.config import Config
 from fastdpo.config_io import help_text, load_config
 from fastdpo.errors import ConfigError, DataError, ModelError
-from fastdpo.key_types import as_bytes
 from fastdpo.model import load_model_config
 from fastdpo.optimizers import check_schedule
 from fastdpo.planning import show
+from fastdpo.planning.choose import budget_of
 from fastdpo.planning.microbatch import assumed_groups, selected, step_loads
 from fastdpo.planning.search import SURE, Option, Planner
 from fastdpo.planning.target import CARDS, Target
@@ -32,7 +32,7 @@ def main(argv: list[str], console: Console | None = None) -> None:
     config = load_config(argv)
     model_config = load_model_config(config)
     groups = _groups(config, console)
-    budget = _budget(config, target)
+    budget = budget_of(config, target, console)
     stages = config.per_stage()
     for stage in stages:
         check_schedule(stage)
@@ -101,12 +101,6 @@ def _target(argv: list[str]) -> tuple[list[str], Target]:
     if target is None:
         raise ConfigError(f"--card: {given['--card']!r} is not one of {', '.join(CARDS)}")
     return rest, target
-
-
-def _budget(config: Config, target: Target) -> int | None:
-    if config.memory is not None:
-        return as_bytes("memory", config.memory)
-    return target.card.memory if target.card else None
 
 
 def _groups(config: Config, console: Console):

@@ -1,6 +1,7 @@
 """The policy of a config, as trainer.py would load it, of tensors without data. No weight file is read."""
 
 import dataclasses
+import re
 
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from fastdpo.activations import set_up_activations
-from fastdpo.adapters import add_lora, find_start
+from fastdpo.adapters import add_lora, find_start, steady_dora
 from fastdpo.config import Config
 from fastdpo.key_types import as_bytes
 from fastdpo.model import Policy, switch_off_dropout
@@ -63,10 +64,29 @@ def head_policy(config: Config, model_config, target: Target) -> FakePolicy:
     small = with_layers(model_config, 1)
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
-    model.requires_grad_(config.lora_rank is None and find_start(config).adapter is None)
+        if _lora_on_head(model, config):
+            model = _with_lora(model, config)
+        elif config.lora_rank is not None or find_start(config).adapter is not None:
+            model.requires_grad_(False)
     policy = FakePolicy(model, target.dtype(config), head_budget=as_bytes("head_memory", config.head_memory))
     policy.target = target
     return policy
+
+
+def _lora_on_head(model, config: Config) -> bool:
+    """Whether a LoRA, or a whole copy in an adapter, trains the lm_head. peft's rule: a text is a pattern of
+    the whole name, a list holds its ends."""
+    start = find_start(config)
+    if start.adapter is None and config.lora_rank is None:
+        return False
+    saved = start.settings.get("modules_to_save") or ()
+    targets = config.lora_target_modules if start.adapter is None else start.settings.get("target_modules")
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    if isinstance(targets, str):
+        named = targets != "all-linear" and re.fullmatch(targets, head) is not None
+    else:
+        named = any(f".{head}".endswith(f".{target}") for target in targets or ())
+    return named or any(f".{head}".endswith(f".{name}") for name in saved)
 
 
 def with_layers(model_config, layers: int):
@@ -93,6 +113,7 @@ def _with_lora(model, config: Config):
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    steady_dora(model, fresh=False)
     return model
 
 

@@ -1,5 +1,6 @@
 """The largest microbatches of a run: those that its peak can fall into."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import numpy as np
 from fastdpo.config import Config
 from fastdpo.objectives import make_objective
 from fastdpo.packing import places, split_step
+from fastdpo.pairs import BY_GAP, select_pairs
 from fastdpo.planning.fake_model import head_policy
 from fastdpo.planning.simulate import Load
 from fastdpo.planning.target import Target
@@ -17,30 +19,35 @@ from fastdpo.support import sharing_refusal
 
 
 def step_loads(config: Config, model_config, groups: Sequence[PreferenceGroup], target: Target) -> list[Load]:
-    """The microbatch of a stage's first epoch with the most places, and the one with the most scored tokens
-    where that is another. groups: the stage's training rows, as the objective sees them."""
+    """The microbatches of a stage's first epoch that its peak can fall into: with the most places, and with
+    the most scored tokens, among those that are a step alone, and among those of steps of several. Without
+    those that another one of them surpasses in all; the one with the most places first. groups: the stage's
+    training rows, as the objective sees them."""
     share = sharing_refusal(model_config) is None
     most_scored = head_policy(config, model_config, target).max_scored
-    found: dict[str, tuple[int, Load]] = {}
-    sizes = {
-        "places": lambda part: sum(places(group, share) for group in part),
-        "scored": lambda part: sum(group.scored_tokens for group in part),
-    }
+    found: dict[tuple, tuple] = {}
     steps = min(total_steps(config, len(groups)), -(-len(groups) // config.batch_size))
     for step in step_groups(groups, config, steps):
         parts = split_step(step, config.max_tokens, most_scored, share)
+        several = len(parts) > 1
         for part in parts:
-            for name, size in sizes.items():
-                key = (size(part), len(parts) > 1)
-                if name not in found or key > found[name][0]:
-                    found[name] = key, Load(tuple(part), len(parts) > 1)
-    loads = [load for _, load in found.values()]
-    same = loads[0].groups == loads[-1].groups and loads[0].several == loads[-1].several
-    return loads[:1] if same else loads
+            size = sum(places(group, share) for group in part), sum(group.scored_tokens for group in part)
+            for order in (size, size[::-1]):
+                key = order is size, several
+                if key not in found or order > found[key][0]:
+                    found[key] = order, (*size, several), Load(tuple(part), several)
+    kept: list[tuple] = []
+    for _, size, load in sorted(found.values(), key=lambda entry: entry[1], reverse=True):
+        if not any(all(map(operator.ge, other, size)) for other, _ in kept):
+            kept.append((size, load))
+    return [load for _, load in kept]
 
 
 def selected(config: Config, groups: Sequence[PreferenceGroup]) -> list[PreferenceGroup]:
-    """A stage's training rows as its objective sees them."""
+    """A stage's training rows as its objective sees them. Where pairs go by the reference's log-probs, which
+    nobody knows yet, with all their responses."""
+    if config.pairs not in BY_GAP or config.pair_gap != "logp":
+        groups, _ = select_pairs(groups, config.pairs)
     objective = make_objective(config)
     return [objective.select(group) for group in groups]
 

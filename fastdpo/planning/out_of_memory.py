@@ -7,7 +7,7 @@ import torch
 from fastdpo.config import Config
 from fastdpo.errors import ConfigError
 from fastdpo.planning import show
-from fastdpo.planning.allocations import OWNERS
+from fastdpo.planning.allocations import ATTENTION, BATCH, HEAD, LAYER, OWNERS, SAVED
 from fastdpo.planning.prediction import Prediction, predict
 from fastdpo.planning.simulate import Load
 from fastdpo.planning.target import Target
@@ -55,7 +55,7 @@ def measured() -> str:
 
 def next_to_try(config: Config, model_config, load: Load, target: Target, now: Prediction) -> str:
     """The change of least cost in speed that is predicted to lower the peak by a tenth or more."""
-    if load.batch is not None and len(load.batch.rows) > 1:
+    if load.batch is not None and len(load.batch.rows) > 1 and _of_tokens(now) > 0.2 * now.total:
         half = load.batch.input_ids.numel() // 2
         return f"max_tokens: {half}; or memory: 24GB (what the card has), and the run chooses"
     for change in _NEXT:
@@ -70,3 +70,8 @@ def next_to_try(config: Config, model_config, load: Load, target: Target, now: P
         if after.total < 0.9 * now.total:
             return f"{show.words(change)} (predicted: {show.gigabytes(after.total)})"
     return "a shorter max_length, load_in_4bit with lora_rank, or a larger card (`fastdpo plan` shows more)"
+
+
+def _of_tokens(now: Prediction) -> int:
+    """Bytes at the peak that grow with the microbatch."""
+    return sum(now.peak.bytes[owner] for owner in (SAVED, LAYER, ATTENTION, HEAD, BATCH))

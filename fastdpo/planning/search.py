@@ -8,7 +8,7 @@ from fastdpo.errors import ConfigError
 from fastdpo.packing import places
 from fastdpo.planning.microbatch import step_loads
 from fastdpo.planning.prediction import Prediction, predict
-from fastdpo.planning.step_time import Shape, StepTime, step_time
+from fastdpo.planning.step_time import Shape, StepTime, step_time, trains_all
 from fastdpo.planning.target import Target
 from fastdpo.records import PreferenceGroup
 from fastdpo.support import sharing_refusal
@@ -57,6 +57,7 @@ class Planner:
     model_config: object
     groups: Sequence[PreferenceGroup]
     target: Target
+    free: frozenset[str] | None = None  # of CHOSEN, what may be chosen; None: what is at its default
     shape: Shape = field(init=False)
     _known: dict[str, Prediction] = field(default_factory=dict, init=False)
 
@@ -64,6 +65,10 @@ class Planner:
         self.shape = Shape(self.model_config)
         share = sharing_refusal(self.model_config) is None
         self.longest = max(places(group, share) for group in self.groups)
+
+    def left_open(self, config: Config) -> frozenset[str]:
+        """Those of CHOSEN that may be chosen."""
+        return at_default(config) if self.free is None else self.free
 
     def predict(self, config: Config, exact: bool = False) -> Prediction:
         loads = step_loads(config, self.model_config, self.groups, self.target)
@@ -90,7 +95,7 @@ class Planner:
         if "head" in self.predict(config).peak.where:
             changes.append({"head_memory": _SMALL_HEAD})
         changes += [*_LEVELS[1:3], _LEVELS[4]]
-        changes += [{"offload_optimizer": True}] if config.lora_rank is None else []
+        changes += [{"offload_optimizer": True}] if trains_all(config) else []
         yield from self._tried(config, changes, True)
 
     def offloaded(self, config: Config, budget: int) -> list[Option]:
@@ -103,7 +108,7 @@ class Planner:
 
     def fitting(self, config: Config, budget: int) -> Option | None:
         """The quickest combination of CHOSEN keys that fits, where they are at their defaults."""
-        free = {name for name in CHOSEN if getattr(config, name) == FIELDS[name].default}
+        free = self.left_open(config)
         try:
             if self.predict(replace(config, **self.least(config))).total > budget:
                 return None
@@ -111,7 +116,7 @@ class Planner:
             pass  # keys that do not go together; the levels say which do
         best: Option | None = None
         for level in _LEVELS:
-            if not level.keys() <= free:
+            if not level.keys() <= free or _weaker(level, config):
                 continue
             try:
                 if best is not None and self.time(config, level).seconds >= best.time.seconds:
@@ -154,7 +159,7 @@ class Planner:
 
     def least(self, config: Config) -> dict:
         """All that a run could choose to hold less, as far as the config leaves it open."""
-        free = {name for name in CHOSEN if getattr(config, name) == FIELDS[name].default}
+        free = self.left_open(config)
         everything = _LEVELS[-1] | {"head_memory": _SMALL_HEAD}
         if self.longest < config.max_tokens:
             everything["max_tokens"] = self.longest
@@ -164,7 +169,7 @@ class Planner:
         """Changes of weights and optimizer: alone where that fits or takes a tenth off, else with recomputed
         layers, or with all that holds less, where that makes it fit."""
         now = self.predict(config).total
-        all_weights = config.lora_rank is None and config.adapter is None
+        all_weights = trains_all(config)
         for option in self._tried(config, _OF_ALL_WEIGHTS if all_weights else _OF_A_LORA, False):
             besides = [_BESIDE | option.changes, self.least(config) | option.changes]
             fits = lambda o: o.prediction.total <= budget
@@ -182,3 +187,13 @@ class Planner:
                     yield self.option(config, change, same_learning)
             except ConfigError:
                 continue  # keys that do not go together
+
+
+def at_default(config: Config) -> frozenset[str]:
+    """Those of CHOSEN that a config leaves at their defaults."""
+    return frozenset(name for name in CHOSEN if getattr(config, name) == FIELDS[name].default)
+
+
+def _weaker(level: dict, config: Config) -> bool:
+    """Whether a level recomputes less than a config does already, as an earlier stage needed."""
+    return config.gradient_checkpointing is True and level.get("gradient_checkpointing") == "selective"

@@ -77,7 +77,7 @@ def order(option: Option) -> tuple:
 def options_table(options: list[Option], now: StepTime, budget: int, target: Target) -> Table:
     """What would make it fit, in `order`."""
     table = Table(title="What would make it fit, least cost in speed first")
-    for name in ("change", "peak", "fits", "time"):
+    for name in ("change", "peak", "fits", "time, estimated"):
         table.add_column(name, justify="left" if name == "change" else "right", overflow="fold")
     told = False
     for option in sorted(options, key=order):

@@ -1,6 +1,7 @@
 """One training step of a microbatch on tensors without data: what it allocates, whose, and when."""
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch.nn.attention import varlen  # noqa: F401 (makes the operator)
 from fastdpo import offloading
 from fastdpo.activations import decoder_layers
 from fastdpo.config import Config
+from fastdpo.errors import FastDPOError, ModelError
 from fastdpo.optim_bytes import state_bytes, step_bytes
 from fastdpo.packing import pack
 from fastdpo.planning import stand_ins
@@ -217,7 +219,23 @@ def tensors_of(record) -> Iterator[torch.Tensor]:
 
 
 def simulate(config: Config, model_config, load: Load, target: Target) -> list[Peak]:
-    """The peaks of one step, place by place."""
+    """The peaks of one step, place by place. Raises ConfigError for keys that the model does not allow, and
+    ModelError where it does not run without data."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # which prints what it raises, with its stack
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a model says of its own settings, it says when it is loaded
-        return Step(config, model_config, target).run(load)
+        quiet, log.disabled = log.disabled, True
+        try:
+            return Step(config, model_config, target).run(load)
+        except FastDPOError:
+            raise
+        except Exception as error:
+            name = (getattr(model_config, "architectures", None) or [model_config.model_type])[0]
+            what = (str(error).strip().splitlines() or [""])[0]
+            raise ModelError(
+                f"{name} cannot be planned, as a step of it does not run on tensors without data "
+                f"({type(error).__name__}: {what}); leave memory out, and set max_tokens and "
+                "gradient_checkpointing yourself"
+            ) from error
+        finally:
+            log.disabled = quiet

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+from fastdpo.adapters import find_start
 from fastdpo.config import Config
 from fastdpo.optim_bytes import host_state_bytes, state_bytes
 from fastdpo.packing import places, split_step
@@ -72,7 +73,8 @@ def step_time(
     if config.optimizer_in_backward:  # of all microbatches but a step's last the gradients go to the host
         moved += (micro - len(steps)) * _trained(config, shape) * (2 if config.pure_bf16 else 4) // 2
     card = target.card or _NOMINAL
-    weights = shape.body * (0.55 if config.load_in_4bit else 4 if _trains_all(config) else 2)
+    in_fp32 = trains_all(config) and not config.pure_bf16
+    weights = shape.body * (0.55 if config.load_in_4bit else 4 if in_fp32 else 2)
     passes = 2 + bool(config.gradient_checkpointing)
     compute = max(flops / (SHARE * card.flops), micro * passes * weights / card.bandwidth) / len(steps)
     # weights are read, or cast, once a pass whatever the tokens: small microbatches pay it more often
@@ -81,8 +83,8 @@ def step_time(
     return StepTime(flops // len(steps), hidden + _optimizer_seconds(config, shape, card))
 
 
-def _trains_all(config: Config) -> bool:
-    return config.lora_rank is None and config.adapter is None
+def trains_all(config: Config) -> bool:
+    return config.lora_rank is None and find_start(config).adapter is None
 
 
 def _attended(group: PreferenceGroup) -> int:
@@ -94,11 +96,11 @@ def _attended(group: PreferenceGroup) -> int:
 def _body_flops(config: Config, shape: Shape, T: int, attended: int) -> int:
     """Forward 2 T (N + A), as much for the gradients of inputs, 2 T N or 2 T A for those of weights;
     attention 4 d H a pair forward and 8 backward; recomputed layers a forward more."""
-    A = 0 if _trains_all(config) else (config.lora_rank or 16) * shape.sides
+    A = 0 if trains_all(config) else (config.lora_rank or 16) * shape.sides
     N, level = shape.body, config.gradient_checkpointing
     again = 0 if level in (False, "selective") else 1 / int(level)
     attention = 4 * shape.head_dim * shape.heads * shape.layers * attended
-    weights = 2 * (N + A) + (N if _trains_all(config) else A) + again * (N + A)
+    weights = 2 * (N + A) + (N if trains_all(config) else A) + again * (N + A)
     if config.tiled_mlp and not again:
         weights += 2 / 3 * N  # the MLPs, about two thirds of a layer, once more
     return int(2 * T * weights + attention * (3 + again))
@@ -115,7 +117,7 @@ def _offloaded(config: Config, model_config, shape: Shape, T: int) -> int:
 
 def _trained(config: Config, shape: Shape) -> int:
     """Trained weights; of an adapter that is given, as if of rank 16."""
-    if _trains_all(config):
+    if trains_all(config):
         return shape.body + shape.outside
     return (config.lora_rank or 16) * shape.sides
 

@@ -1,5 +1,6 @@
 """The device that a plan is for: what it computes with, and what it needs beside what a step allocates."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -47,9 +48,9 @@ CARDS = {
 
 
 def card_named(name: str) -> Card | None:
-    """The card whose name is part of a device's name, as in "NVIDIA H100 80GB HBM3"."""
-    text = name.upper()
-    found = [known for known in CARDS if known.upper() in text.replace("GEFORCE ", "")]
+    """The card whose name is part of a device's name, as in "NVIDIA H100 80GB HBM3"; as words of it, for an
+    L40 is no L4."""
+    found = [known for known in CARDS if re.search(rf"\b{known}\b", name, re.IGNORECASE)]
     return CARDS[max(found, key=len)] if found else None
 
 
@@ -60,25 +61,30 @@ class Target:
     is_cpu: bool = False
     card: Card | None = None
     capability: tuple[int, int] = (8, 6)  # where nothing is known: no Triton GEMM, small workspaces
+    memory: int | None = None  # bytes that the GPU has, where that is known
 
     @classmethod
     def here(cls) -> "Target":
         """This machine's GPU, or an unknown one where there is none."""
         if not torch.cuda.is_available():
             return cls()
-        return cls(False, card_named(torch.cuda.get_device_name()), torch.cuda.get_device_capability())
+        gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return cls(False, card_named(gpu.name), (gpu.major, gpu.minor), gpu.total_memory)
 
     @classmethod
     def of_card(cls, name: str) -> "Target | None":
         """A card by its name, or by enough of it: "4090"."""
         short = [known for known in CARDS if name.upper() in known]
         card = card_named(name) or (CARDS[short[0]] if len(short) == 1 else None)
-        return card and cls(False, card, card.capability)
+        return card and cls(False, card, card.capability, card.memory)
 
     def dtype(self, config: Config) -> torch.dtype:
-        """The compute dtype: model.resolve_dtype's, for the target. auto is bf16 on GPUs from sm_80 on."""
+        """The compute dtype as model.load_policy takes it, for the target."""
+        if config.pure_bf16:
+            return torch.bfloat16
         if config.dtype == "auto":
-            return torch.float32 if self.is_cpu else torch.bfloat16
+            has_bf16 = not self.is_cpu and self.capability >= (8, 0)
+            return torch.bfloat16 if has_bf16 else torch.float32
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
 
     def head_backend(self, dtype: torch.dtype) -> str:
