@@ -64,10 +64,12 @@ def plan_stage(config: Config, model_config, groups, target: Target, budget, con
     options += [found] if found else planner.offloaded(config, budget)
     options += planner.other_learning(config, budget)
     console.print(show.options_table(options, now.time, budget, target))
-    console.print(_advice(options, found, budget), highlight=False, soft_wrap=True)
+    console.print(_advice(options, found, budget, config.memory), highlight=False, soft_wrap=True)
 
 
-def _advice(options: list[Option], found: Option | None, budget: int) -> str:
+def _advice(options: list[Option], found: Option | None, budget: int, memory: str | None) -> str:
+    if found is not None and memory is not None:
+        return f"[bold]next:[/] train: by memory: {memory} a run takes {show.words(found.changes)} by itself"
     if found is not None:
         return f"[bold]next:[/] {show.words(found.changes)} (memory: in the config lets a run choose it)"
     fitting = [option for option in options if option.prediction.total <= budget]
@@ -75,7 +77,8 @@ def _advice(options: list[Option], found: Option | None, budget: int) -> str:
         best = min(fitting, key=show.order)
         if best.same_learning:
             return f"[bold]next:[/] {show.words(best.changes)}"
-        return f"[bold]next:[/] {show.words(best.changes)}; nothing that keeps the learning as it is fits"
+        text = "nothing that leaves the learning as it is fits; at the cost of another result"
+        return f"[bold]next:[/] {text}: {show.words(best.changes)}"
     return "[bold]next:[/] nothing tried fits: a shorter max_length, a smaller model or a larger card"
 
 

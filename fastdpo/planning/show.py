@@ -5,7 +5,7 @@ from rich.table import Table
 
 from fastdpo.config import Config
 from fastdpo.config_io import to_word
-from fastdpo.formatting import duration
+from fastdpo.formatting import counted, duration
 from fastdpo.planning.allocations import OWNERS
 from fastdpo.planning.prediction import Prediction
 from fastdpo.planning.search import Option
@@ -87,7 +87,8 @@ def options_table(options: list[Option], now: StepTime, budget: int, target: Tar
             told = True
         size, cost = option.prediction.total, option.time.seconds / now.seconds - 1
         fits = "[green]yes" if size <= budget else f"[red]{gigabytes(size - budget)} over"
-        table.add_row(words(option.changes), gigabytes(size), fits, f"{cost:+.0%}")
+        slower = f"{cost:+.0%}" if cost < 2 else f"{1 + cost:.0f}x"
+        table.add_row(words(option.changes), gigabytes(size), fits, slower)
     return table
 
 
@@ -98,9 +99,8 @@ def load_line(config: Config, loads, assumed: bool) -> str:
     scored = sum(group.scored_tokens for group in load.groups)
     whose = "assumed (the data was not read)" if assumed else "of this data"
     more = ", in a step of several" if load.several else ""
-    return (
-        f"largest microbatch, {whose}: {len(load.groups)} groups, {places:,} tokens, {scored:,} scored{more}"
-    )
+    groups = counted(len(load.groups), "group")
+    return f"largest microbatch, {whose}: {groups}, {places:,} tokens, {scored:,} scored{more}"
 
 
 def print_plan(console: Console, prediction: Prediction, target: Target, lines: list[str]) -> None:
