@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from fastdpo.config import Config
-from fastdpo.errors import ConfigError
+from fastdpo.errors import ConfigError, Stopped
 from fastdpo.trainer import train
 
 DISHES = {
@@ -81,6 +81,16 @@ def demo(folder: str | Path) -> dict[str, float]:
     mark.touch()
     write_data(folder / "data")
     make_model(folder / "start")
+    try:
+        _train_both(folder, console)
+    except Stopped as stop:  # its own way on is that of `fastdpo train`
+        stop.args = (f"the demo was stopped by {stop.signal.name}; the same command starts it over",)
+        raise
+    return show_result(folder, console)
+
+
+def _train_both(folder: Path, console: Console) -> None:
+    """SFT, then DPO from what it made."""
     console.rule("1/2  SFT: the model learns to answer, politely or not")
     shared = dict(max_length=128, batch_size=32, eval_steps=None, dtype="fp32")
     train(
@@ -111,7 +121,6 @@ def demo(folder: str | Path) -> dict[str, float]:
         ),
         console,
     )
-    return show_result(folder, console)
 
 
 def write_data(folder: Path) -> None:

@@ -1,15 +1,18 @@
 """The start check of fastdpo.support on a model that another trainer has wrapped already."""
 
 import contextlib
+import io
 from dataclasses import replace
 
 import numpy as np
 import torch
 from fastdpo_kernels import MEMORY_BUDGET
+from rich.console import Console
 
-from fastdpo.integrations.trl_attention import Sealed
+from fastdpo.integrations.trl_attention import Sealed, random_module
 from fastdpo.model import Head, Policy, logit_transform
 from fastdpo.records import PreferenceGroup, Response
+from fastdpo.support import prepare
 
 _SHORT = 96  # tokens of a prompt's end, and of a response
 
@@ -39,6 +42,27 @@ class Inner(Policy):
         around us, and cannot be entered again."""
         with super().stock():
             yield self.forward
+
+
+def can_share(model, forward, groups, tell, around=None) -> bool:
+    """Whether this model's prompts can be shared, or its rows stay padded; `tell` gets the reasons.
+
+    Compares our log-probs with the model's own `forward` on the first batch's groups, cut short, within the
+    context `around`. Raises ModelError where neither way gives what the model gives.
+    """
+    if random := random_module(model):
+        tell(f"{random} drops out at random, and a shared prompt would share it: rows stay padded")
+        return False
+    console, policy = Console(file=io.StringIO(), width=1000), Inner(model, forward)
+    try:
+        with around or contextlib.nullcontext():
+            prepare(policy, short(groups), console)
+        shared = policy.share
+    finally:
+        policy.set_sharing(False)
+    if said := console.file.getvalue().strip():
+        tell(said)
+    return shared
 
 
 def short(groups: tuple[PreferenceGroup, ...]) -> list[PreferenceGroup]:

@@ -8,22 +8,19 @@ Letters: N rows (B chosen, then their B rejected), S padded length, M scored tok
 """
 
 import functools
-import io
 import logging
 import types
 
 from fastdpo_kernels import linear_logp
-from rich.console import Console
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from fastdpo.errors import ModelError
 from fastdpo.integrations.head import one_dtype
-from fastdpo.integrations.inner import Inner, short
-from fastdpo.integrations.trl_attention import Sealed, random_module, switch_attention
+from fastdpo.integrations.inner import can_share
+from fastdpo.integrations.trl_attention import Sealed, switch_attention
 from fastdpo.integrations.trl_rows import IGNORED, PackedRows, pack_rows
 from fastdpo.model import Head, logit_transform
-from fastdpo.support import prepare
 
 _LOG = logging.getLogger("fastdpo")
 _UNDERSTOOD = {"input_ids", "attention_mask", "use_cache", "return_dict"}
@@ -105,22 +102,11 @@ class PackedForward:
 
     def decide(self, model, rows: PackedRows) -> str:
         """Which way is right for this model: compares our log-probs with its own on a short pair."""
-        if random := random_module(model):
-            self.tell(f"{random} drops out at random, and a shared prompt would share it: rows stay padded")
-            return "padded"
-        console = Console(file=io.StringIO(), width=1000)
-        policy = Inner(model, self.own)
         try:
-            prepare(policy, short(rows.groups), console)
-            shared = policy.share
+            return "shared" if can_share(model, self.own, rows.groups, self.tell) else "padded"
         except ModelError as error:
             self.tell(f"{error}: the model's own logits are used, right but slower")
             return "logits"
-        finally:
-            policy.set_sharing(False)
-        if said := console.file.getvalue().strip():
-            self.tell(said)
-        return "shared" if shared else "padded"
 
     def tell(self, message: str) -> None:
         """Once each; logged, for LLaMA-Factory switches all Python warnings off."""

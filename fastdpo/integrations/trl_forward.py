@@ -3,12 +3,10 @@ lm_head. Takes the place of TRL's `add_fused_lm_head` and gives what that gives,
 """
 
 import functools
-import io
 import types
 import warnings
 import weakref
 
-from rich.console import Console
 from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -16,11 +14,10 @@ from trl.trainer import utils as trl_utils
 
 from fastdpo.errors import ModelError
 from fastdpo.integrations.head import token_logp
-from fastdpo.integrations.inner import Inner, short
-from fastdpo.integrations.trl_attention import Sealed, random_module, switch_attention
+from fastdpo.integrations.inner import can_share
+from fastdpo.integrations.trl_attention import Sealed, switch_attention
 from fastdpo.integrations.trl_rows import IGNORED, PackedRows, pack_rows
 from fastdpo.model import logit_transform
-from fastdpo.support import prepare
 
 STOCK_ADD = getattr(trl_utils, "add_fused_lm_head", None)  # TRL before 1.15: see trl_older.py
 STOCK_KERNEL = trl_utils._ChunkedLogProbFunction
@@ -197,23 +194,13 @@ class FusedForward:
 
     def decide(self, model, rows: PackedRows) -> str:
         """Which way is right for this model: compares our log-probs with its own on a short pair."""
-        if random := random_module(model):
-            self.tell(f"{random} drops out at random, and a shared prompt would share it: rows stay padded")
-            return "padded"
-        console = Console(file=io.StringIO(), width=1000)
         head = model.get_output_embeddings()
-        policy = Inner(model, self.trl_forward)
+        gathered = trl_utils.maybe_gather_lm_head_ctx(head.weight, head.bias)
         try:
-            with trl_utils.maybe_gather_lm_head_ctx(head.weight, head.bias):
-                prepare(policy, short(rows.groups), console)
-            shared = policy.share
+            shared = can_share(model, self.trl_forward, rows.groups, self.tell, gathered)
         except ModelError as error:
             self.tell(f"{error}, so {_BY_TRL}")
             return "trl"
-        finally:
-            policy.set_sharing(False)
-        if said := console.file.getvalue().strip():
-            self.tell(said)
         return "shared" if shared else "padded"
 
     def tell(self, message: str) -> None:

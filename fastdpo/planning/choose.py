@@ -7,6 +7,7 @@ from rich.console import Console
 
 from fastdpo.config import Config
 from fastdpo.errors import ConfigError
+from fastdpo.formatting import gigabytes
 from fastdpo.key_types import as_bytes
 from fastdpo.planning import show
 from fastdpo.planning.microbatch import selected
@@ -52,7 +53,7 @@ def budget_of(config: Config, target: Target, console: Console) -> int | None:
     budget = as_bytes("memory", config.memory)
     if target.memory is None or budget <= target.memory:
         return budget
-    text = f"[yellow]memory: {config.memory} is more than the GPU has: {show.gigabytes(target.memory)} it is"
+    text = f"[yellow]memory: {config.memory} is more than the GPU has: {gigabytes(target.memory)} it is"
     console.print(text, highlight=False, soft_wrap=True)
     return target.memory
 
@@ -65,7 +66,7 @@ def _tell(console: Console, config: Config, now, found: Option, budget: int) -> 
 
 def gigabytes_left(found: Option, budget: int) -> str:
     rest = budget - found.prediction.total
-    return f"{show.gigabytes(found.prediction.total)} predicted, {show.gigabytes(rest)} left"
+    return f"{gigabytes(found.prediction.total)} predicted, {gigabytes(rest)} left"
 
 
 def _nothing_fits(planner: Planner, config: Config, now, target: Target, budget: int) -> str:
@@ -82,7 +83,7 @@ def _nothing_fits(planner: Planner, config: Config, now, target: Target, budget:
     if any(option.prediction.total <= budget for option in options):
         way_out = "Take one of the changes above that fit, or a shorter max_length"
     return (
-        f"memory: no choice of {', '.join(CHOSEN)} fits {config.model} in {show.gigabytes(budget)}{kept}.\n"
+        f"memory: no choice of {', '.join(CHOSEN)} fits {config.model} in {gigabytes(budget)}{kept}.\n"
         f"{console.export_text()}{way_out}"
     )
 

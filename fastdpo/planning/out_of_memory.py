@@ -6,6 +6,7 @@ import torch
 
 from fastdpo.config import Config
 from fastdpo.errors import ConfigError
+from fastdpo.formatting import gigabytes
 from fastdpo.planning import show
 from fastdpo.planning.allocations import ATTENTION, BATCH, HEAD, LAYER, OWNERS, SAVED
 from fastdpo.planning.prediction import Prediction, predict
@@ -28,10 +29,10 @@ def explain(config: Config, model_config, batch: PackedGroups) -> str:
     target = Target.here() if torch.cuda.is_available() else Target(is_cpu=True)
     load = Load((), several=True, batch=batch.to("cpu"))
     plan = predict(config, model_config, [load], target, exact=False)
-    lines = [f"predicted for this microbatch: {show.gigabytes(plan.total)}, in the {plan.peak.where}:"]
+    lines = [f"predicted for this microbatch: {gigabytes(plan.total)}, in the {plan.peak.where}:"]
     sizes = {owner: plan.peak.bytes[owner] for owner in OWNERS}
     sizes |= {"allocator slack": plan.slack, "CUDA context": plan.context}
-    lines.append("  " + ", ".join(f"{name} {show.gigabytes(n)}" for name, n in sizes.items() if n > 5e5))
+    lines.append("  " + ", ".join(f"{name} {gigabytes(n)}" for name, n in sizes.items() if n > 5e5))
     lines.append(measured())
     lines.append(f"next: {next_to_try(config, model_config, load, target, plan)}")
     return "\n".join(lines)
@@ -46,9 +47,9 @@ def measured() -> str:
     lost = stats["reserved_bytes.all.current"] - stats["allocated_bytes.all.current"]
     free, total = torch.cuda.mem_get_info()
     return (
-        f"measured: at most {show.gigabytes(allocated)} allocated, {show.gigabytes(reserved)} reserved, "
-        f"{show.gigabytes(lost)} reserved and unused now (fragments, if it is much: set "
-        f"PYTORCH_ALLOC_CONF=expandable_segments:True); {show.gigabytes(free)} of {show.gigabytes(total)} "
+        f"measured: at most {gigabytes(allocated)} allocated, {gigabytes(reserved)} reserved, "
+        f"{gigabytes(lost)} reserved and unused now (fragments, if it is much: set "
+        f"PYTORCH_ALLOC_CONF=expandable_segments:True); {gigabytes(free)} of {gigabytes(total)} "
         "free"
     )
 
@@ -68,7 +69,7 @@ def next_to_try(config: Config, model_config, load: Load, target: Target, now: P
         except ConfigError:
             continue
         if after.total < 0.9 * now.total:
-            return f"{show.words(change)} (predicted: {show.gigabytes(after.total)})"
+            return f"{show.words(change)} (predicted: {gigabytes(after.total)})"
     return "a shorter max_length, load_in_4bit with lora_rank, or a larger card (`fastdpo plan` shows more)"
 
 

@@ -5,7 +5,7 @@ from rich.table import Table
 
 from fastdpo.config import Config
 from fastdpo.config_io import to_word
-from fastdpo.formatting import counted, duration
+from fastdpo.formatting import counted, duration, gigabytes
 from fastdpo.planning.allocations import OWNERS
 from fastdpo.planning.prediction import Prediction
 from fastdpo.planning.search import Option
@@ -23,10 +23,6 @@ _MEANINGS = {
     "allocator slack": f"assumed: {SLACK:.0%} of what comes and goes",
     "CUDA context": "assumed, beside what torch allocates",
 }
-
-
-def gigabytes(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if abs(size) >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 def owners_table(prediction: Prediction, target: Target) -> Table:
