@@ -64,8 +64,8 @@ def _forward(mlp: nn.Module, x: Tensor) -> Tensor:
     weights = [p for p in mlp.parameters() if p.requires_grad]
     if not torch.is_grad_enabled() or not (x.requires_grad or weights):
         return _in_tiles(mlp, x)
-    kept = _Kept.apply(torch.empty(0, requires_grad=True), x).grad_fn
-    return _Tiled.apply(mlp, kept, x, *weights)
+    kept = _Kept.apply(torch.empty(0, requires_grad=True), x)
+    return _Tiled.apply(mlp, (kept,), x, *weights)
 
 
 def _tiles(x: Tensor) -> tuple[Tensor, ...]:
@@ -92,7 +92,8 @@ def _in_tiles(mlp: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Kept(torch.autograd.Function):
-    """Saves x: whatever saved-tensor hooks are active see it now, as torch's checkpoint saves its inputs."""
+    """Saves x: whatever saved-tensor hooks are active see it now, as torch's checkpoint saves its inputs.
+    torch frees what a node saved with the last tensor made by it (2.11 does, whoever holds the node)."""
 
     @staticmethod
     def forward(ctx, always, x):
@@ -101,18 +102,19 @@ class _Kept(torch.autograd.Function):
 
 
 class _Tiled(torch.autograd.Function):
-    """mlp(x) by tiles. `kept`: the node that holds x. weights: the MLP's trained parameters."""
+    """mlp(x) by tiles. `kept`: the tensor whose node holds x, in a tuple, for autograd not to take it for an
+    input. weights: the MLP's trained parameters."""
 
     @staticmethod
     def forward(ctx, mlp, kept, x, *weights):
-        ctx.mlp, ctx.kept, ctx.device_type = mlp, kept, x.device.type
+        ctx.mlp, (ctx.kept,), ctx.device_type = mlp, kept, x.device.type
         ctx.autocast = (torch.is_autocast_enabled(ctx.device_type), torch.get_autocast_dtype(ctx.device_type))
         return _in_tiles(mlp, x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        (x,) = ctx.kept.saved_tensors
+        (x,) = ctx.kept.grad_fn.saved_tensors
         ctx.kept = None
         mlp, needs_x = ctx.mlp, ctx.needs_input_grad[2]
         enabled, dtype = ctx.autocast
