@@ -80,6 +80,16 @@ def prefix_attention(
 AttentionInterface.register(NAME, prefix_attention)
 
 
+def stock_attention(config) -> str:
+    """The name of the attention that computes a model of this transformers config on separate rows: the one
+    transformers chose, but for sdpa where the scores have a softcap: it leaves the softcap out, and releases
+    up to 5.20 choose it for Gemma 2 (5.22 chooses eager).
+    """
+    chosen = config._attn_implementation
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "eager" if capped and chosen == "sdpa" else chosen
+
+
 def attend(q, k, v, layout, *, scale=None, window=None, softcap=None, backend=None):
     """Bottom-right-causal attention over the layout's segments.
 

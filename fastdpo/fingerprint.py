@@ -21,8 +21,11 @@ KEY_BYTES = 16
 _PIECE_BYTES = 64 << 20  # a thread's piece of a tensor: one such copy a thread, when it comes from a GPU
 
 # What a transformers config says besides the model's mathematics. The dtype of each weight and of the
-# computation are hashed as they are; training sets every dropout (and router jitter) to 0.
+# computation are hashed as they are; training sets every dropout (and router jitter) to 0; transformers'
+# Trainer overwrites the special tokens with the tokenizer's when it begins to train (up to 5.17 with None
+# where that has none). Which ids a row holds is in its key.
 _NOT_THE_MODEL = ("architectures", "dtype", "torch_dtype", "use_cache", "transformers_version")
+_NOT_THE_MODEL += ("bos_token_id", "eos_token_id", "pad_token_id")
 _RANDOM = ("drop", "jitter")
 # What a peft config says besides what its tensors' names and values already do.
 _NOT_THE_ADAPTER = (

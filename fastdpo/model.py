@@ -70,7 +70,7 @@ class Policy:
         self.head = Head(self.core.get_output_embeddings(), *logit_transform(self.core.config))
         self.device = next(model.parameters()).device
         self.dropout = dropout or {}  # what training switched off; saved models get it back
-        self.stock_attention = self.core.config._attn_implementation
+        self.stock_attention = attention.stock_attention(self.core.config)
         self.share = False  # fastdpo.support.prepare switches it on where it is exact
 
     def set_sharing(self, share: bool) -> None:

@@ -66,6 +66,14 @@ def test_dropout_that_training_switches_off_does_not_count():
     assert namespace(policy) == before
 
 
+def test_special_tokens_that_a_trainer_sets_do_not_count():
+    policy = tiny.policy()
+    before = namespace(policy)
+    config = policy.core.config
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, [2, 7], 2
+    assert namespace(policy) == before
+
+
 def test_one_changed_weight_is_another_reference():
     policy = tiny.policy()
     before = namespace(policy)

@@ -39,7 +39,7 @@ HYBRID |= dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head
 HYBRID |= dict(linear_value_head_dim=16)
 MODELS = {
     "llama": ("shared", {}),
-    # eager: in transformers 5.6 its sdpa leaves the softcap of attention out
+    # eager: the sdpa that transformers up to 5.20 chooses leaves the softcap of attention out
     "gemma2": ("shared", SOFTCAP | {"sliding_window": 4, "attn_implementation": "eager"}),
     "cohere": ("shared", SCALED),
     "qwen3_next": ("padded", HYBRID),

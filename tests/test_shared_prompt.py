@@ -5,6 +5,7 @@ import torch
 from rich.console import Console
 
 from fastdpo import attention, support
+from fastdpo.model import Policy
 from fastdpo.packing import pack
 from fastdpo.records import Pair
 from tests.tiny import group, groups, policy
@@ -158,6 +159,21 @@ def test_supported_models_share_without_a_word(family, capsys):
     p = policy(family, **FAMILIES[family])
     support.prepare(p, groups(), Console())
     assert p.share and capsys.readouterr().out == ""
+
+
+def test_the_softcap_of_attention_is_never_left_out():
+    """Whichever attention transformers chose: sdpa is not the model's own where the scores have a softcap."""
+    truth = support.stock_logp(
+        policy("gemma2", attn_implementation="eager", **FAMILIES["gemma2"]), groups()[0]
+    )
+    p = policy("gemma2", **FAMILIES["gemma2"])
+    p.core.config._attn_implementation_internal = "sdpa"
+    p = Policy(p.model, p.dtype)
+    torch.testing.assert_close(support.stock_logp(p, groups()[0]), truth, rtol=0, atol=0)
+    support.prepare(p, groups(), Console())
+    assert p.share
+    plain = policy("llama")
+    assert plain.stock_attention == plain.core.config._attn_implementation == "sdpa"
 
 
 def test_a_window_that_lives_only_in_the_mask_is_refused(capsys):

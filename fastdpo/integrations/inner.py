@@ -9,6 +9,7 @@ import torch
 from fastdpo_kernels import MEMORY_BUDGET
 from rich.console import Console
 
+from fastdpo.attention import stock_attention
 from fastdpo.integrations.trl_attention import Sealed, random_module
 from fastdpo.model import Head, Policy, logit_transform
 from fastdpo.records import PreferenceGroup, Response
@@ -28,7 +29,7 @@ class Inner(Policy):
         if torch.is_autocast_enabled(self.device.type):
             self.dtype = torch.get_autocast_dtype(self.device.type)
         self.head = Head(model.get_output_embeddings(), *logit_transform(model.config.get_text_config()))
-        self.stock_attention = model.config._attn_implementation
+        self.stock_attention = stock_attention(model.config)
         self.share, self.forward = False, forward
 
     def hidden(self, batch):
@@ -54,6 +55,11 @@ def can_share(model, forward, groups, tell, around=None) -> bool:
         tell(f"{random} drops out at random, and a shared prompt would share it: rows stay padded")
         return False
     console, policy = Console(file=io.StringIO(), width=1000), Inner(model, forward)
+    if policy.stock_attention != model.config._attn_implementation:
+        tell(
+            f"{type(model).__name__} runs by eager attention from now on: sdpa, which transformers chose, "
+            "leaves out the softcap of its scores"
+        )
     try:
         with around or contextlib.nullcontext():
             prepare(policy, short(groups), console)
