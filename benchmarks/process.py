@@ -15,6 +15,13 @@ PACKAGES += ("liger-kernel", "flash-attn", "cut-cross-entropy", "quack-kernels")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def python_path(*folders: Path) -> dict[str, str]:
+    """{"PYTHONPATH": ...} for a child process: these folders and this tree, before what this process was
+    given, which may be packages that are carried beside the installed ones (fetch_peers.sh)."""
+    given = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    return {"PYTHONPATH": os.pathsep.join([*map(str, folders), str(ROOT), str(ROOT / "kernels"), *given])}
+
+
 def resident(key: str) -> int:
     """This process's VmHWM (peak) or VmRSS (now), in bytes. Kernels without a VmHWM have the peak since
     the process began."""

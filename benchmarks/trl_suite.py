@@ -26,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.process import ROOT
+from benchmarks.process import python_path
 from benchmarks.trl_suite_models import build
 
 MODULE = "tests/test_dpo_trainer.py"
@@ -121,7 +121,7 @@ def run_tests(work: Path, module: str, runs: dict[str, list[str]], more: list[st
     processes = {}
     for name, options in runs.items():
         # caches of their own: a stored reference of stock TRL would be found by the patched one
-        environment = os.environ | OFFLINE | {"HF_HOME": str(work / f"home_{name}"), "PYTHONPATH": str(ROOT)}
+        environment = os.environ | OFFLINE | python_path() | {"HF_HOME": str(work / f"home_{name}")}
         command = [sys.executable, "-m", "pytest", "-p", PLUGIN, "-p", "no:cacheprovider", "-q", "--tb=line"]
         command += ["--basetemp", str(work / f"tmp_{name}"), "--record", f"{name}.json", *options, *more]
         with (work / f"{name}.log").open("w") as log:

@@ -36,7 +36,7 @@ def test_a_worker_that_died_while_it_waited_ends_in_peace(tmp_path):
 )
 def test_a_worker_that_never_greets(tmp_path, program, kind, why):
     (tmp_path / "program.py").write_text(program)
-    worker = Worker("program", {"PYTHONPATH": str(tmp_path)}, tmp_path / "log")
+    worker = Worker("program", process.python_path(tmp_path), tmp_path / "log")
     with pytest.raises(WorkerFailed, match=why) as failed:
         worker.prepare({})
     assert failed.value.kind == kind and not worker.alive

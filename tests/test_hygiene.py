@@ -1,12 +1,15 @@
 """Rules about the tree itself: imports go one way, files stay readable, the README's tree is true."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks.process import python_path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
@@ -43,6 +46,22 @@ def test_files_and_functions_stay_readable(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_children_find_packages_that_are_carried(tmp_path, monkeypatch):
+    """PYTHONPATH is never replaced: process.python_path puts folders first, and nothing else sets it."""
+    for name in ("first", "carried"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"only_{name}.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "carried"))
+    script = "import only_first, only_carried, fastdpo_kernels, benchmarks.process"
+    environment = os.environ | python_path(tmp_path / "first")
+    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path)
+    assert done.returncode == 0
+    tests = [path for path in (ROOT / "tests").rglob("*.py") if path.name != "test_hygiene.py"]
+    assert [p.name for p in (*SOURCES, *tests) if re.search(r"['\"]PYTHONPATH", p.read_text())] == [
+        "process.py"
+    ]
 
 
 def test_readme_tree_names_what_is_there():

@@ -23,9 +23,9 @@ import pytest
 import torch
 
 import fastdpo.integrations.llama_factory as fast
+from benchmarks.process import python_path
 from fastdpo.errors import ConfigError
 
-REPO = Path(__file__).parents[1]
 needs_it = pytest.mark.skipif(
     importlib.util.find_spec("llamafactory") is None,
     reason="needs LLaMA-Factory, whose pins exclude this environment's",
@@ -118,8 +118,7 @@ def run_all(folder: Path) -> None:
 
 
 def start(*command: str, **env):
-    path = os.pathsep.join([str(REPO), str(REPO / "kernels")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | env
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | python_path() | env
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])  # torchrun
     done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1500:]

@@ -32,9 +32,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.process import python_path
 from fastdpo.errors import ConfigError
 
-REPO = Path(__file__).parents[1]
 needs_it = pytest.mark.skipif(
     importlib.util.find_spec("unsloth") is None, reason="needs Unsloth, whose pins exclude this environment's"
 )
@@ -164,8 +164,8 @@ def run_all(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unsloth")
-    path = os.pathsep.join([str(REPO), str(REPO / "kernels")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "UNSLOTH_COMPILE_DISABLE": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "UNSLOTH_COMPILE_DISABLE": "1"}
+    env |= python_path()
     command = [sys.executable, "-m", "tests.test_integration_unsloth", str(folder)]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-1500:]

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from benchmarks.process import python_path
 from fastdpo.errors import ConfigError
 from fastdpo.trackers import RUN_ID, check_trackers, open_trackers
 
@@ -176,8 +178,8 @@ def test_trackio_itself(tmp_path, monkeypatch):
     script += "for at in (None, 10):\n  t = open_trackers(['trackio'], run, {'beta': 0.1}, at)\n"
     script += "  t.log(20 if at else 10, line)\n  t.close()\n"
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, capture_output=True)
+    environment = os.environ | python_path()
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=environment)
     (database,) = Path(tmp_path / "trackio").glob("*.db")
     rows = sqlite3.connect(database).execute("SELECT run_name, step, metrics FROM metrics").fetchall()
     assert [step for _, step, _ in rows] == [10, 20] and len({name for name, *_ in rows}) == 1

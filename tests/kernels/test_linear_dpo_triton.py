@@ -4,11 +4,10 @@ is chosen when triton is imported."""
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.process import ROOT, python_path
 
 SCRIPT = """
 import torch
@@ -40,8 +39,7 @@ assert {type(p).__name__ for p in passes} == {"TritonPass"}
 
 def test_every_plan_in_the_interpreter():
     pytest.importorskip("triton")
-    folders = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": folders}
+    environment = os.environ | {"TRITON_INTERPRET": "1"} | python_path()
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
