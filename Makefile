@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test lint bench bench-cpu aot clean
+.PHONY: venv demo test lint bench bench-cpu aot gpu-rehearsal clean
 
 venv: .venv/installed
 
@@ -42,5 +42,9 @@ aot: venv
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-3.6.0 triton==3.6.0
 	PYTHONPATH=.venv/triton-3.6.0 $(BIN)/python -m benchmarks.aot
 
+# the GPU machine's versions without its GPU: every test, every kernel compiled, every stage on tiny shapes
+gpu-rehearsal:
+	PYTHON=$(PYTHON) bash benchmarks/rehearsal.sh
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-rehearsal

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Downloads the peers as wheels (46 MB, of which bitsandbytes is 43), for a GPU machine that has no network:
-#     benchmarks/fetch_peers.sh DIR [PACKAGE...]
+# Downloads the peers as wheels, for a GPU machine that has no network:
+#     [FOR_PYTHON=3.12] [CUDA=130] benchmarks/fetch_peers.sh DIR [PACKAGE...]
 #
-# For Python 3.12 on x86-64 Linux, without what a machine with transformers, accelerate, peft, pandas and
+# For one Python on x86-64 Linux, without what a machine with transformers, accelerate, peft, pandas and
 # pyarrow has: name what is missing there as PACKAGE. Then, there: WHEELS=DIR benchmarks/gpu_all.sh.
+# bitsandbytes, 43 MB, brings a library for each of many CUDAs, ROCms and XPUs: all but the CPU's and the one
+# for $CUDA (130 is CUDA 13.0, what torch 2.11.0+cu130 loads) are taken out of its wheel.
 # Not among them: quack-kernels, whose nvidia-cutlass-dsl is over 90 MB (PACKAGEs: quack-kernels einops
 # apache-tvm-ffi torch-c-dlpack-ext nvidia-cutlass-dsl nvidia-cutlass-dsl-libs-{core,base,cu13}), and pyarrow,
 # 50 MB. What cannot be had is told here, and is told as absent beside the numbers.
@@ -12,7 +14,9 @@ DIR=${1:?usage: benchmarks/fetch_peers.sh DIR [PACKAGE...]}
 shift
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-PACKAGES=(trl==1.16.0 datasets==5.2.0 "dill<0.4.2" "multiprocess<0.70.20" liger-kernel cut-cross-entropy flash-attn bitsandbytes "$@")
+FOR_PYTHON=${FOR_PYTHON:-3.12}
+CUDA=${CUDA:-130}
+PACKAGES=(trl==1.16.0 datasets==5.2.0 "dill<0.4.2" "multiprocess<0.70.20" xxhash liger-kernel cut-cross-entropy flash-attn bitsandbytes "$@")
 PLATFORMS=()
 for version in 2_35 2_34 2_31 2_28 2_27 2_24 2_17 2014 1; do
     PLATFORMS+=(--platform "manylinux${version/#2_/_2_}_x86_64")
@@ -21,8 +25,36 @@ mkdir -p "$DIR"
 missing=()
 for package in "${PACKAGES[@]}"; do
     "$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
-        --python-version 3.12 --implementation cp "${PLATFORMS[@]}" -d "$DIR" "$package" 2>/dev/null ||
+        --python-version "$FOR_PYTHON" --implementation cp "${PLATFORMS[@]}" -d "$DIR" "$package" 2>/dev/null ||
         missing+=("$package")
 done
+
+# writes a wheel again without the libraries for other devices, and without their lines in its RECORD
+"$PYTHON" - "$CUDA" "$DIR"/bitsandbytes-*.whl <<'END' || exit 1
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+cuda, *wheels = sys.argv[1:]
+for wheel in filter(Path.exists, map(Path, wheels)):
+    thin = wheel.with_suffix(".thin")
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(thin, "w", zipfile.ZIP_DEFLATED) as new:
+        libraries = {name for name in old.namelist() if re.search(r"/libbitsandbytes_\w+\.so$", name)}
+        kept = {name for name in libraries if re.search(rf"_(cpu|cuda{cuda})\.so$", name)}
+        if not any(name.endswith(f"_cuda{cuda}.so") for name in kept):
+            thin.unlink()
+            sys.exit(f"{wheel.name} has no library for CUDA={cuda}; it has: {', '.join(sorted(libraries))}")
+        out = libraries - kept
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename.endswith(".dist-info/RECORD"):
+                lines = content.decode().splitlines(keepends=True)
+                content = "".join(line for line in lines if line.split(",")[0] not in out).encode()
+            if entry.filename not in out:
+                new.writestr(entry, content, zipfile.ZIP_DEFLATED)
+    thin.replace(wheel)
+    print(f"{wheel.name}: {len(out)} libraries for other devices taken out")
+END
 ls -sh "$DIR"
-[ ${#missing[@]} -eq 0 ] || echo "no wheel for Python 3.12 on manylinux: ${missing[*]}"
+[ ${#missing[@]} -eq 0 ] || echo "no wheel for Python $FOR_PYTHON on manylinux: ${missing[*]}"

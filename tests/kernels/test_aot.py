@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.process import python_path
-
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 AGAIN = {(8, 0): ["E"], (9, 0): ["E", "dZ", "sums only", "listed rows, E", "settle"], (10, 0): ["E"]}
@@ -38,7 +36,7 @@ print(json.dumps({"sources": aot.of_sources(), "out": out}))
 def compiled(*questions):
     """Faults by question (capability, names, changes to the tile) and name; and the sources' hash."""
     command = [sys.executable, "-c", SCRIPT, json.dumps(questions)]
-    environment = {"TRITON_INTERPRET": "0", "PATH": "/usr/bin:/bin"} | python_path()
+    environment = {"TRITON_INTERPRET": "0", "PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
