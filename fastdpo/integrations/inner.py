@@ -57,7 +57,7 @@ def can_share(model, forward, groups, tell, around=None) -> bool:
     console, policy = Console(file=io.StringIO(), width=1000), Inner(model, forward)
     if policy.stock_attention != model.config._attn_implementation:
         tell(
-            f"{type(model).__name__} runs by eager attention from now on: sdpa, which transformers chose, "
+            f"{type(model).__name__} runs by eager attention from now on: sdpa, with which it was loaded, "
             "leaves out the softcap of its scores"
         )
     try:
