@@ -57,6 +57,7 @@ def finish_stats(
     """Merges the tiles' profiles, each relative to its own peak, and puts the target back."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     here = rows < M
+    slot_stride = tl.cast(slot_stride, tl.int64)  # a slot's number times it passes 32 bits first
     own = tl.load(target_logit_ptr + rows, mask=here, other=0.0)
     others = tl.full((BM,), LOWEST, tl.float32)
     for t0 in range(0, T, BT):

@@ -106,6 +106,7 @@ def settle(
     BM: tl.constexpr,
     BT: tl.constexpr,
 ):
+    slot_stride = tl.cast(slot_stride, tl.int64)  # a slot's number times it passes 32 bits first
     count = tl.load(count_ptr)
     first = tl.program_id(0) * BM
     if first < count:

@@ -159,6 +159,7 @@ def head_tiles(
     MEAN: tl.constexpr,
 ):  # fmt: skip
     """A persistent program walks the tiles pid, pid + programs, ... of logits."""
+    slot_stride = tl.cast(slot_stride, tl.int64)  # a slot's number times it passes 32 bits first
     height = M
     if rows_ptr is not None:
         height = tl.load(count_ptr)
