@@ -8,7 +8,16 @@ import torch
 from fastdpo_kernels import linear_logp, reference
 
 from .cases import STATS, budget
-from .interpreted import assert_right, head_case, interpreted, many_chunks, small_tiles  # noqa: F401
+from .interpreted import (
+    assert_right,
+    fma_loses,
+    head_case,
+    interpreted,
+    many_chunks,  # noqa: F401
+    product_rounded,
+    small_tiles,  # noqa: F401
+    use_fma,
+)
 from .test_edges import logits_case as strided_logits_case
 
 if not interpreted:
@@ -57,6 +66,21 @@ def test_extreme_logits(name, target, many_chunks):  # noqa: F811
     torch.testing.assert_close(got.double(), truth, rtol=5e-6, atol=1e-37)
     assert truth[4] == -1000 and truth[7] == -2e4
     assert_right(c, WAYS[name], STATS, **options_of(name, c))
+
+
+def test_an_exponent_is_one_fma(monkeypatch):
+    """r is rounded as a number of z's size, and so would be z * log2 e: at 1e4 nats to 5e-4 bits. An fma
+    keeps what both lose, so only the difference is rounded, and logits as large as these cost nothing. The
+    interpreter before triton 3.9 rounds the product, and is off by as much as this says; no GPU does."""
+    assert fma_loses() == 0
+    c = logits_case([[1e4, 9999.0, -1e4] + [0.0] * 137] * 2, [0, 0])
+    truth = c.to(torch.float64).run(reference.linear_logp, ())["logp"]
+    error = lambda: (c.run(linear_logp, ())["logp"].double() - truth).abs().max().item()
+    half_a_place = 2.0**-11 * math.log(2)  # of a float32 near 1e4 * log2 e, in nats
+    assert error() < 5e-6
+    use_fma(monkeypatch, product_rounded)
+    assert fma_loses() == 2.0**-24
+    assert 1e-5 < error() < half_a_place
 
 
 @pytest.mark.parametrize("name", ("frozen", "keep", "recompute"))
