@@ -1,11 +1,13 @@
 """Compiles every kernel for chips that are not here, at every row of the tile table, and tells what
-each needs: registers, stack, shared memory, and whether its GEMM runs on the tensor cores.
+each needs: registers, stack, shared memory, and whether its GEMM runs on the tensor cores and, on sm_90,
+keeps them busy from one K step to the next.
 
 python -m benchmarks.aot          writes results/aot_<triton>.json, and fails where a kernel has a fault
                                   (4 minutes, no GPU: Triton's wheel has ptxas and cuobjdump)
 """
 
 import hashlib
+import inspect
 import json
 import re
 import subprocess
@@ -20,12 +22,15 @@ from fastdpo_kernels.head import Head
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+# whose tables are committed: what torch 2.11, 2.13 and 2.14 pin, and the newest
+VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 # what one program may have, from the CUDA programming guide's table of compute capabilities
 SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
 # the instruction that a GEMM over all rows must run on; listed rows are too few to matter
 MATRIX = {(8, 0): "HMMA", (9, 0): "HGMMA", (10, 0): "UTCHMMA"}
 WHOLE_PASSES = ("E", "E, bias, softcap", "E, statistics, softcap", "sums only", "sums and statistics", "dZ")
 WHOLE_PASSES += ("dZ, entropy, softcap",)
+ASYNCHRONOUS = (9, 0)  # the chip of wgmma; before it and after it the tensor cores are fed otherwise
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 M, D, V = 8192, 4096, 128256
 launch.processors = lambda device: 132
@@ -135,7 +140,28 @@ def resources(spec, capability):
         "shared": done.metadata.shared,
         "warps": spec.warps,
         "matrix": found[0] if found else None,
+        "k_steps": k_steps(sass),
     }
+
+
+def k_steps(sass):
+    """[products, arrivals, commits, steps left in flight by the wait] of each K step of wgmma.
+
+    A step ends where the program waits. One that overlaps the next is [8, 1, 1, 1], however many products
+    it has. ptxas may find that it has to serialise them, for instance where accumulators pass a branch:
+    then each product arrives, commits and waits for itself, and all are [1, 1, 1, 0].
+    """
+    steps, products, arrivals, commits = [], 0, 0, 0
+    for line in sass.splitlines():
+        product = "HGMMA" in line
+        products += product
+        commits += product and "gsb" in line
+        arrivals += "WARPGROUP.ARRIVE" in line
+        wait = re.search(r"WARPGROUP\.DEPBAR\.LE gsb\d+, 0x([0-9a-f]+)", line)
+        if wait and products:
+            steps.append([products, arrivals, commits, int(wait[1], 16)])
+            products = arrivals = commits = 0
+    return steps + ([[products, arrivals, commits, None]] if products else [])
 
 
 def faults(row, capability, name):
@@ -145,32 +171,49 @@ def faults(row, capability, name):
         out.append(f"shared {row['shared']} of {SHARED_BYTES[capability]}")
     if name in WHOLE_PASSES and row["matrix"] != MATRIX[capability]:
         out.append(f"matrix {row['matrix']}")
+    if name in WHOLE_PASSES and capability == ASYNCHRONOUS:
+        if not row["k_steps"] or any(step[1:] != [1, 1, 1] for step in row["k_steps"]):
+            out.append(f"wgmma does not overlap: K steps {row['k_steps']}")
     return out
 
 
+def faults_of(table):
+    """Of every kernel of a table that `main` wrote."""
+    return [
+        f"{chip(capability)} {name}: {fault}"
+        for capability, dtype in tiles.TILES
+        for name, row in table["kernels"][of(capability, dtype)].items()
+        for fault in faults(row, capability, name)
+    ]
+
+
 def of_sources():
-    """Tells a table of these kernels from one of older kernels."""
-    names = ("triton_tile", "triton_rows", "triton_finish", "triton_chunk", "launch", "tiles")
-    texts = [(Path(launch.__file__).parent / f"{name}.py").read_bytes() for name in names]
-    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
+    """Tells a table of these kernels from one of older kernels or other tiles."""
+    names = ("triton_tile", "triton_rows", "triton_finish", "triton_chunk", "launch")
+    texts = [(Path(launch.__file__).parent / f"{name}.py").read_text() for name in names]
+    texts += [inspect.getsource(tiles.Tile), repr(tiles.TILES)]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
 def chip(capability):
     return f"sm_{capability[0]}{capability[1]}"
 
 
+def of(capability, dtype):
+    return f"{chip(capability)} {str(dtype).split('.')[1]}"
+
+
 def main():
     result = {"triton": triton.__version__, "sources": of_sources(), "kernels": {}}
-    bad = []
     for (capability, dtype), tile in tiles.TILES.items():
-        rows = result["kernels"][f"{chip(capability)} {str(dtype).split('.')[1]}"] = {}
-        print(f"\n{chip(capability):42} registers  stack  local  spills  shared  warps  matrix")
+        rows = result["kernels"][of(capability, dtype)] = {}
+        print(f"\n{chip(capability):42} registers  stack  local  spills  shared  warps  matrix  K steps")
         for name, spec in launches(tile, dtype).items():
             row = rows[name] = resources(spec, capability)
             print(f"{name:42}", *(f"{row[key]!s:>7}" for key in row), flush=True)
-            bad += [f"{chip(capability)} {name}: {fault}" for fault in faults(row, capability, name)]
     path = Path(__file__).parent / "results" / f"aot_triton_{triton.__version__}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
+    bad = faults_of(result)
     print("\n".join(bad or ["no faults"]))
     return bool(bad)
 
