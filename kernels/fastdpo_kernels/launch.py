@@ -27,10 +27,16 @@ class Launch:
     warps: int = 4
     stages: int = 1
     fuse: bool = True  # products into sums; without, options that add outputs change no bits
+    registers: int | None = None  # a thread may have; None: as many as the compiler thinks fit
 
     @property
     def options(self):
-        return dict(num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=self.fuse)
+        return dict(
+            num_warps=self.warps,
+            num_stages=self.stages,
+            enable_fp_fusion=self.fuse,
+            maxnreg=self.registers,
+        )
 
     def run(self):
         if not self.programs:
@@ -99,7 +105,9 @@ def tile_pass(tile, head, x, target, span, state, *, out=None, partial=None, sum
         SQUARED="log_sum_sq_probs" in stats,
         MEAN="mean_logit" in stats,
     )
-    return Launch(head_tiles, arguments, constants, programs, tile.warps, tile.stages)
+    # One program a multiprocessor: registers that the compiler saves for a second one, at the price of
+    # spills, are of no use.
+    return Launch(head_tiles, arguments, constants, programs, tile.warps, tile.stages, registers=255)
 
 
 def start_rows(head, x, target, state):

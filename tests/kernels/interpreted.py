@@ -13,14 +13,14 @@ interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 SMALL = tiles.Tile(rows=64, columns=64, depth=16, group=2, warps=4, stages=1, descriptors=True)
 
 
-def product_rounded(builder, x, y, z):
-    """x * y + z of float32 as the interpreter before triton 3.9 has it: rounded twice."""
+def fma_rounded_twice(builder, x, y, z):
+    """x * y + z of float32 as the interpreter before triton 3.9 has it: the product is rounded, too."""
     return handle(x.data * y.data + z.data, z)
 
 
-def product_kept(builder, x, y, z):
-    """Rounded once, as tl.fma is on every GPU. The product is exact in float64; the sum, rounded there to
-    29 bits more than float32 has, is at most 2^-29 of its last place from the exact one."""
+def fma_rounded_once(builder, x, y, z):
+    """As tl.fma is on every GPU. The product is exact in float64, and the sum is rounded there to 29 bits
+    more than float32 keeps, which changes its own rounding once in about 2^29 times."""
     wide = x.data.astype(np.float64) * y.data + z.data
     return handle(wide.astype(z.data.dtype), z)
 
@@ -60,7 +60,7 @@ def small_tiles(monkeypatch):
     from fastdpo_kernels import launch
 
     if fma_loses():
-        use_fma(monkeypatch, product_kept)
+        use_fma(monkeypatch, fma_rounded_once)
     monkeypatch.setattr(tiles, "tile", lambda device, dtype: SMALL)
     monkeypatch.setattr(launch, "processors", lambda device: 3)
 

@@ -11,10 +11,10 @@ from .cases import STATS, budget
 from .interpreted import (
     assert_right,
     fma_loses,
+    fma_rounded_twice,
     head_case,
     interpreted,
     many_chunks,  # noqa: F401
-    product_rounded,
     small_tiles,  # noqa: F401
     use_fma,
 )
@@ -78,7 +78,7 @@ def test_an_exponent_is_one_fma(monkeypatch):
     error = lambda: (c.run(linear_logp, ())["logp"].double() - truth).abs().max().item()
     half_a_place = 2.0**-11 * math.log(2)  # of a float32 near 1e4 * log2 e, in nats
     assert error() < 5e-6
-    use_fma(monkeypatch, product_rounded)
+    use_fma(monkeypatch, fma_rounded_twice)
     assert fma_loses() == 2.0**-24
     assert 1e-5 < error() < half_a_place
 
