@@ -36,15 +36,14 @@ bench-cpu: venv
 bench: venv
 	bash benchmarks/gpu_all.sh; status=$$?; $(BIN)/python -m benchmarks.tables; exit $$status
 
-# what each kernel needs on each chip, under the installed triton and under 3.6.0
-aot: venv
-	$(BIN)/python -m benchmarks.aot
-	$(BIN)/python -m pip install --quiet --no-deps --target .venv/triton-3.6.0 triton==3.6.0
-	PYTHONPATH=.venv/triton-3.6.0 $(BIN)/python -m benchmarks.aot
+TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
-# the GPU machine's versions without its GPU: every test, every kernel compiled, every stage on tiny shapes
-gpu-rehearsal:
-	PYTHON=$(PYTHON) bash benchmarks/rehearsal.sh
+# what each kernel needs on each chip, under each triton whose table is committed (3 minutes a version)
+aot: venv $(TRITONS:%=.venv/triton-%)
+	for version in $(TRITONS); do PYTHONPATH=.venv/triton-$$version $(BIN)/python -m benchmarks.aot || exit 1; done
+
+.venv/triton-%: | venv
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$* || { rm -rf $@; exit 1; }
 
 clean:
 	rm -rf .venv .venv-rehearsal

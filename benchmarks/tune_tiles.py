@@ -55,7 +55,7 @@ def passes(tile, head, x, target):
 
 def tune(rows: int, hidden: int, vocab: int, minutes: float, device="cuda", capability=None) -> dict:
     """{"capability", "shape", "flops" of a pass, "tiles": [{"tile", "ms" of each of NAMES}] fastest first,
-    "failed": tiles that did not run, "faulty": tiles that spill, "no_time_for": how many were not tried}, the
+    "failed": tiles that did not run, "faulty": tiles with a fault, "no_time_for": how many were not tried}, the
     tile in use before others."""
     begun, dry = time.monotonic(), device == "cpu"
     capability = capability or torch.cuda.get_device_capability()
