@@ -108,14 +108,27 @@ def attend(q, k, v, layout, *, scale=None, window=None, softcap=None, backend=No
     return call(q, kg, vg, layout, scale, window, softcap)
 
 
+_avoided: frozenset[str] = frozenset()
+
+
+def avoid(*rungs: str) -> None:
+    """From now on `pick_backend` takes none of these, and again what an earlier call named: of "varlen" and
+    "flash_attn", where a kernel does not run or is wrong. Raises ValueError for other names."""
+    global _avoided
+    if unknown := set(rungs) - {"varlen", "flash_attn"}:
+        raise ValueError(f"attention.avoid knows varlen and flash_attn, got {', '.join(sorted(unknown))}")
+    _avoided = frozenset(rungs)
+
+
 def pick_backend(q, v, softcap=None) -> str:
-    """The backend for these tensors: varlen kernels for half precision on CUDA, segments elsewhere."""
+    """The backend for these tensors: varlen kernels for half precision on CUDA, segments elsewhere. Where
+    `avoid` named varlen, flash-attn takes its place, if installed."""
     half = q.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(q.device.type)
     size = q.shape[-1]
     if q.is_cuda and half and size % 8 == 0 and size <= 256 and v.shape[-1] == size:
-        if softcap is None:
+        if softcap is None and "varlen" not in _avoided:
             return "varlen"
-        if _has_flash_attn():
+        if _has_flash_attn() and "flash_attn" not in _avoided:
             return "flash_attn"
     return "segments"
 

@@ -130,9 +130,7 @@ class Policy:
     @property
     def head_backend(self) -> str:
         """What runs the lm_head: "triton", "cublas" or "torch", see fastdpo_kernels.backend."""
-        name = backend(self.device, self.dtype)
-        has_lora = hasattr(self.head.module, "base_layer")
-        return "cublas" if name == "triton" and has_lora else name
+        return backend(self.device, self.dtype, lora=hasattr(self.head.module, "base_layer"))
 
     def plan(self, scored: int, memory_budget: int | None = None) -> Plan:
         """How linear_logp runs the head on this many scored tokens."""

@@ -5,6 +5,6 @@ from .linear_dpo import linear_dpo
 from .linear_logp import linear_logp
 from .plan import MEMORY_BUDGET, Plan, plan
 from .reference import DPOStats
-from .tiles import backend
+from .tiles import avoid, backend
 
-__all__ = ["MEMORY_BUDGET", "DPOStats", "Plan", "backend", "linear_dpo", "linear_logp", "plan", "reference"]
+__all__ = ["MEMORY_BUDGET", "DPOStats", "Plan", "avoid", "backend", "linear_dpo", "linear_logp", "plan", "reference"]

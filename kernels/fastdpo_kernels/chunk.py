@@ -47,7 +47,7 @@ class Sums:
 
 def chunk_of(head, x, target, accumulate):
     """TorchChunk or RowKernels for x [M, D], whose logits are of the dtype `accumulate`."""
-    takes = tiles.row_kernels(x.device) and accumulate == torch.float32
+    takes = tiles.takes_row_kernels(x.device) and accumulate == torch.float32
     return (RowKernels if takes else TorchChunk)(head, x, target, accumulate)
 
 

@@ -1,6 +1,7 @@
 """Which kernels run a call, and the tile they run with. Needs no triton, so that asking needs none."""
 
 import importlib.util
+import sys
 from functools import cache
 from typing import NamedTuple
 
@@ -33,6 +34,33 @@ TILES = {
     ((10, 0), torch.bfloat16): Tile(256, 128, 64, 8, 8, 3, True),
 }
 
+RUNGS = ("triton", "plain_triton", "cublas", "torch")  # ways to run the head, the one to like best first
+_avoided: frozenset[str] = frozenset()
+
+
+def avoid(*rungs: str) -> None:
+    """From now on no head in this process runs by these, and by nothing that an earlier call named; without
+    arguments all are allowed again. For a chip or a Triton on which a kernel does not compile, or is wrong:
+    `avoid("triton", "plain_triton")`, before anything is computed (a backward goes the way of its forward).
+
+    triton        the Triton GEMM with tensor descriptors (TMA); plain_triton, without, then takes its place
+    plain_triton  that GEMM in any form: with descriptors too it is what rows out of range are computed by
+    cublas        the row kernels over logits by torch.mm
+    torch         cannot be avoided: plain torch is what is left
+
+    `backend` says what is taken then. Raises ValueError for other names.
+    """
+    global _avoided
+    if unknown := set(rungs) - set(RUNGS[:-1]):
+        raise ValueError(f"avoid knows {', '.join(RUNGS[:-1])}, got {', '.join(sorted(map(str, unknown)))}")
+    _avoided = frozenset(rungs)
+    if "torch._dynamo" in sys.modules:  # what is compiled holds what `_backend` said as a constant
+        torch._dynamo.reset()
+
+
+def avoids(rung: str) -> bool:
+    return rung in _avoided
+
 
 @cache
 def tile(device: torch.device, dtype: torch.dtype) -> Tile | None:
@@ -56,22 +84,29 @@ def row_kernels(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)  # Triton's own limit
 
 
-def backend(device: torch.device | str, dtype: torch.dtype) -> str:
-    """What runs the head on tensors of this device and dtype: "triton", "cublas" or "torch".
+def takes_row_kernels(device: torch.device) -> bool:
+    return "cublas" not in _avoided and row_kernels(device)
+
+
+def backend(device: torch.device | str, dtype: torch.dtype, *, lora: bool = False) -> str:
+    """What runs the head on tensors of this device and dtype: "triton", "cublas" or "torch". lora: whether
+    the head has one.
 
     triton   a CUDA device and dtype in TILES: bfloat16 only, whose range holds E (float16 overflows
              11 nats away). A head with a LoRA or with strided weights takes cublas all the same.
     cublas   chunks of fp32 logits by torch.mm, reduced by Triton kernels: any other CUDA device from
              sm_80 on, and any dtype but float64
     torch    the same chunks in plain torch: CPUs and whatever is left
+
+    `avoid` takes some of them away.
     """
-    return _backend(torch.device(device), dtype, True)
+    return _backend(torch.device(device), dtype, not lora)
 
 
 def _backend(device, dtype, plain):
-    if plain and tile(device, dtype) is not None:
+    if plain and "plain_triton" not in _avoided and tile(device, dtype) is not None:
         return "triton"
-    return "cublas" if dtype.itemsize <= 4 and row_kernels(device) else "torch"
+    return "cublas" if dtype.itemsize <= 4 and takes_row_kernels(device) else "torch"
 
 
 # The compiler shall not look for a chip. This is torch.compiler.assume_constant_result(_backend), which

@@ -35,7 +35,7 @@ def tile_for(head, x):
     """The tile of a pass over these tensors; descriptors need 16-byte rows and starts."""
     tile = tiles.tile(x.device, x.dtype)
     fits = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0 for t in (head.weight, x))
-    return tile if fits else tile.plain()
+    return tile if fits and not tiles.avoids("triton") else tile.plain()
 
 
 def spans(V, how, tile):
