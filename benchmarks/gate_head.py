@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from fastdpo_kernels import backend, linear_dpo, linear_logp, plan, reference
 
+from fastdpo.doctor.head_problem import HeadCase, head_case, run_dpo, run_logp
+
 LOSSES = {
     "sigmoid": dict(loss="sigmoid", label_smoothing=0.1),
     "hinge": dict(loss="hinge"),
@@ -35,57 +37,6 @@ BOUNDS = {
 }
 
 
-@dataclass(frozen=True)
-class HeadCase:
-    """A head on random rows: responses of unequal lengths, three to a prompt, in fp64."""
-
-    hidden: torch.Tensor  # [M, D]
-    weight: torch.Tensor  # [V, D]
-    bias: torch.Tensor | None  # [V]
-    target: torch.Tensor  # i64[M]
-    cu_resp: torch.Tensor  # i64[R+1]
-    pairs: torch.Tensor  # i64[P, 2]
-    groups: list[int]  # rows of each prompt's responses
-    rows: dict  # ref_token_logp, token_weight [M]; offset, pair_weight [P]
-    d_logp: torch.Tensor  # [M] upstream
-    scale: float
-    softcap: float | None
-
-    def leaves(self, dtype, train_weight: bool, train_hidden: bool = True) -> dict:
-        """The head's tensors in dtype, with requires_grad flags and no gradient."""
-        leaf = lambda t, train: None if t is None else t.detach().to(dtype, copy=True).requires_grad_(train)
-        parts = {"weight": self.weight, "bias": self.bias}
-        parts = {name: leaf(part, train_weight) for name, part in parts.items()}
-        return {"hidden": leaf(self.hidden, train_hidden), **parts}
-
-
-def head_case(device, dtype, lengths, V, D, *, softcap=None, bias=False) -> HeadCase:
-    """lengths: rows of each response; every third begins a new prompt. Rounded to dtype, so that the
-    truth is about the same numbers."""
-    draw = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(*shape, generator=draw).to(dtype).double().to(device)
-    M, R = sum(lengths), len(lengths)
-    pairs = [(first + i, first + j) for first in range(0, R, 3) for i, j in ((0, 1), (0, 2), (2, 1))]
-    target = torch.randint(0, V, (M,), generator=draw).to(device)
-    target[:2] = torch.tensor([0, V - 1])[: len(target[:2])]
-    weight = (2 * normal(V, D) / D**0.5).to(dtype).double()
-    rows = {"ref_token_logp": normal(M) - 6, "token_weight": normal(M).abs()}
-    rows |= {"offset": normal(len(pairs)), "pair_weight": normal(len(pairs)).abs()}
-    return HeadCase(
-        normal(M, D),
-        weight,
-        normal(V) if bias else None,
-        target,
-        torch.tensor([0, *lengths], device=device).cumsum(0),
-        torch.tensor(pairs, device=device),
-        [sum(lengths[i : i + 3]) for i in range(0, R, 3)],
-        rows,
-        normal(M),
-        0.7 if bias else 1.0,
-        softcap,
-    )
-
-
 def head_failures(device: str, dtype: torch.dtype) -> list[str]:
     """Every plan and every loss, on shapes that no tile divides."""
     lengths = [5, 1, 9, 7, 12, 3, 1, 2, 1]
@@ -102,7 +53,7 @@ def head_failures(device: str, dtype: torch.dtype) -> list[str]:
 
 def logp_failures(c: HeadCase, dtype, where: str) -> list[str]:
     """linear_logp without gradient, with a frozen head, and with a trained one by either plan."""
-    truth = _run_logp(reference.linear_logp, c, torch.float64, True)
+    truth = run_logp(reference.linear_logp, c, torch.float64, True)
     found = []
     for name, budget in budgets(c, dtype).items():
         train = name in ("keep", "recompute")
@@ -117,7 +68,7 @@ def logp_failures(c: HeadCase, dtype, where: str) -> list[str]:
         )
         if how.name != name:
             found.append(f"linear_logp, {name}{where}: {budget} bytes choose the plan {how.name}")
-        got = _run_logp(linear_logp, c, dtype, train, name != "forward", memory_budget=budget)
+        got = run_logp(linear_logp, c, dtype, train, name != "forward", memory_budget=budget)
         found += differences(f"linear_logp, {name}{where}", got, truth, c, BOUNDS[dtype])
     return found
 
@@ -140,34 +91,11 @@ def dpo_failures(c: HeadCase, dtype, where: str) -> list[str]:
         "grouped": (True, dict(memory_budget=wide // 2, groups=c.groups)),
     }
     for loss, options in LOSSES.items():
-        truth = _run_dpo(reference.linear_dpo, c, torch.float64, True, options)
+        truth = run_dpo(reference.linear_dpo, c, torch.float64, True, options)
         for way, (train, more) in ways.items():
-            got = _run_dpo(linear_dpo, c, dtype, train, options | more)
+            got = run_dpo(linear_dpo, c, dtype, train, options | more)
             found += differences(f"linear_dpo, {loss}, {way}{where}", got, truth, c, BOUNDS[dtype])
     return found
-
-
-def _run_logp(function, c, dtype, train_weight, train_hidden=True, **options) -> dict:
-    leaves = c.leaves(dtype, train_weight, train_hidden)
-    args = (leaves["hidden"], leaves["weight"], c.target, leaves["bias"])
-    logp = function(*args, scale=c.scale, softcap=c.softcap, **options)
-    if logp.requires_grad:
-        (logp * c.d_logp.to(logp.dtype)).sum().backward()
-    return {"logp": logp.detach()} | _gradients(leaves)
-
-
-def _run_dpo(function, c, dtype, train_weight, options) -> dict:
-    leaves = c.leaves(dtype, train_weight)
-    by_row = {k: t.to(torch.promote_types(dtype, torch.float32)) for k, t in c.rows.items()}
-    args = (leaves["hidden"], leaves["weight"], c.target, c.cu_resp, c.pairs)
-    options = by_row | options | dict(bias=leaves["bias"], scale=c.scale, softcap=c.softcap)
-    loss, stats = function(*args, **options)
-    loss.backward()
-    return {"logp": stats.token_logp.detach(), "loss": loss.detach()} | _gradients(leaves)
-
-
-def _gradients(leaves: dict) -> dict:
-    return {name: t.grad for name, t in leaves.items() if t is not None and t.grad is not None}
 
 
 def differences(where: str, got: dict, truth: dict, c: HeadCase, bounds: Bounds) -> list[str]:

@@ -15,6 +15,7 @@ commands:
   merge        make one whole model of a LoRA adapter and its base
   push         upload a run's model to the Hugging Face hub
   convert      write the config of TRL, Axolotl or LLaMA-Factory as one of ours
+  doctor       check this machine: versions, every kernel against fp64, speed; text for a bug report
   objectives   list every loss: what it is, its options, its paper
   demo         make a small model and preferences, train, show before and after (no network)
 
@@ -179,6 +180,12 @@ def _convert(argv):
     print("".join(line[2:] + "\n" for line in text.splitlines() if line.startswith("# ")), end="")
 
 
+def _doctor(argv):
+    from fastdpo.doctor.command import main as doctor
+
+    return doctor(argv)
+
+
 def _objectives(argv):
     if argv:
         raise ConfigError(f"objectives takes no arguments, got: {' '.join(argv)}")
@@ -208,6 +215,7 @@ COMMANDS = {
     "merge": _merge,
     "push": _push,
     "convert": _convert,
+    "doctor": _doctor,
     "objectives": _objectives,
     "demo": _demo,
 }

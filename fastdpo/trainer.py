@@ -12,6 +12,7 @@ from rich.markup import escape
 from fastdpo import checkpoint, durable
 from fastdpo.cache_file import CacheFile
 from fastdpo.config import Config
+from fastdpo.doctor import settle_backends
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.failures import check_weights
 from fastdpo.fingerprint import reference_fingerprint
@@ -71,6 +72,7 @@ def train(config: Config, console: Console | None = None) -> Path:
                 check_rows(make_objective(stage), flipped)
         data = rows_digest(groups, eval_groups)
         check_same_run(found, config, data, len(groups))
+        settle_backends(config.reference_cache, console)
         policy = load_policy(config, console)
         check_vocabulary(policy, groups + eval_groups)
         prepare(policy, groups, console)
@@ -237,6 +239,7 @@ def fill_reference(config: Config, console: Console | None = None) -> None:
         first = config.per_stage()[0]
         check_rows(make_objective(first), groups)
         check_rows(make_objective(first), eval_groups, "eval_data")
+        settle_backends(config.reference_cache, console)
         policy = load_policy(config, console)
         check_vocabulary(policy, groups + eval_groups)
         prepare(policy, groups, console)

@@ -7,12 +7,14 @@ import numpy as np
 import torch
 import trl
 import trl.trainer.dpo_trainer as dpo_trainer
+from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from rich.console import Console
 from torch.utils.data import RandomSampler, Sampler
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from fastdpo.doctor import settle_backends
 from fastdpo.errors import ConfigError
 from fastdpo.integrations.trl import making_a_trainer
 from fastdpo.model import Policy
@@ -45,6 +47,9 @@ class FastDPOTrainer(trl.DPOTrainer):
             if config is None:
                 raise ConfigError("args: FastDPOTrainer needs a DPOConfig (or reference_cache=None)")
             config.precompute_ref_log_probs = True
+        state = PartialState()
+        with state.main_process_first():  # the others read what the first one keeps
+            settle_backends(reference_cache, Console(stderr=True, quiet=not state.is_main_process))
         with self._making(), self._no_hash():
             super().__init__(*args, **kwargs)
 

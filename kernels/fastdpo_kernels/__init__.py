@@ -7,4 +7,5 @@ from .plan import MEMORY_BUDGET, Plan, plan
 from .reference import DPOStats
 from .tiles import avoid, backend
 
-__all__ = ["MEMORY_BUDGET", "DPOStats", "Plan", "avoid", "backend", "linear_dpo", "linear_logp", "plan", "reference"]
+__all__ = ["MEMORY_BUDGET", "DPOStats", "Plan", "avoid", "backend"]
+__all__ += ["linear_dpo", "linear_logp", "plan", "reference"]

@@ -1,0 +1,87 @@
+"""What a run may ask for beside the head and the attention: offloaded activations, weights in 4 bits."""
+
+import importlib.util
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastdpo.doctor.measuring import Measured, NotHere, beside
+from fastdpo.offloading import MIN_BYTES, Moves
+
+# ||w - NF4 of w|| / ||w||: 0.091 on normal weights in blocks of 64. Another table of values, or scales of
+# other blocks, give more than twice that.
+NF4_LOSS = 0.12
+
+
+def check_offloading(device: str) -> list[Measured]:
+    """Gradients with what the forward saves on the host have the same bits as without. fp32."""
+    torch.manual_seed(0)
+    sizes = (256, 1024, 1024, 256)
+    pairs = itertools.pairwise(sizes)
+    layers = [part for n_in, n_out in pairs for part in (nn.Linear(n_in, n_out), nn.GELU())]
+    module = nn.Sequential(*layers).to(device)
+    x = torch.randn(2 * MIN_BYTES // (4 * min(sizes)), min(sizes)).to(device)
+    plain, moves = _gradients(module, x), Moves(module)
+    with torch.autograd.graph.saved_tensors_hooks(moves.pack, moves.unpack):
+        loss = module(x).sin().sum()
+    loss.backward()
+    offloaded = _taken(module)
+    moved = len(moves.order)
+    differ = sum((a != b).sum().item() for a, b in zip(plain, offloaded))
+    found = [Measured("gradient entries that differ from those without", differ, 0)]
+    return [*found, Measured("layers whose activations stayed", max(0, len(sizes) - 1 - moved), 0)]
+
+
+def _gradients(module, x) -> list[torch.Tensor]:
+    module(x).sin().sum().backward()
+    return _taken(module)
+
+
+def _taken(module) -> list[torch.Tensor]:
+    grads = [p.grad for p in module.parameters()]
+    module.zero_grad(set_to_none=True)
+    return grads
+
+
+def check_4bit(device: str) -> list[Measured]:
+    """A frozen NF4 layer as load_in_4bit makes them: its output and its inputs' gradient against fp64 with
+    the dequantised weights, and these against the weights. Raises NotHere."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise NotHere("bitsandbytes is not installed")
+    import bitsandbytes as bnb
+
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.manual_seed(0)
+        weight = (torch.randn(192, 320) / 16).to(dtype)
+        options = dict(compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
+        layer = bnb.nn.Linear4bit(320, 192, bias=False, **options)
+        layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        layer = layer.to(device)
+        layer.support_avx512bf16_for_cpu = False  # as quantised.set_up_4bit does
+        held = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        found += _against(layer, held, torch.randn(37, 320).to(device, dtype), dtype)
+        far = ((weight - held.cpu()).double().norm() / weight.double().norm()).item()
+        found.append(Measured(f"weights, by rounding to 4 bits ({_short(dtype)})", far, NF4_LOSS))
+    return found
+
+
+def _against(layer, weight, x, dtype) -> list[Measured]:
+    results = []
+    for run, like in (
+        (layer, x),
+        (lambda x: F.linear(x, weight.double()), x.double()),
+        (lambda x: F.linear(x, weight.to(dtype)), x),
+    ):
+        leaf = like.detach().clone().requires_grad_()
+        out = run(leaf)
+        (grad,) = torch.autograd.grad(out.to(torch.promote_types(out.dtype, torch.float32)).sin().sum(), leaf)
+        results.append((out.detach(), grad))
+    names = (f"output ({_short(dtype)})", f"d input ({_short(dtype)})")
+    return [beside(name, o, t, b, dtype) for name, o, t, b in zip(names, *results)]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return "bf16" if dtype == torch.bfloat16 else "fp32"

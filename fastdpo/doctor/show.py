@@ -1,0 +1,106 @@
+"""What the doctor found, as a person reads it, and as text for a bug report."""
+
+from fastdpo_kernels import tiles
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fastdpo.doctor.trials import Outcome
+from fastdpo.doctor.verdict import Choice
+
+_STYLES = {"right": "green", "inexact": "red", "failed": "red", "not here": "dim"}
+_SHOWN = {"plain_triton": "triton, plain", "flash_attn": "flash-attn"}
+
+Outcomes = dict[tuple[str, str], Outcome]  # (what, its rung, or "" where there is one way only) -> ...
+
+
+def facts_table(facts: dict[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def outcomes_table(outcomes: Outcomes, choice: Choice) -> Table:
+    """Each check and rung; the rung that a run takes is marked."""
+    table = Table(title="Small problems against fp64", title_justify="left", expand=False)
+    table.add_column("what", no_wrap=True)
+    table.add_column("by", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("error, allowed", overflow="fold")
+    last = None
+    for (name, rung), outcome in outcomes.items():
+        if last not in (None, name):
+            table.add_section()
+        taken = rung != "" and choice.taken.get(name) == rung
+        by = Text(_SHOWN.get(rung, rung) + (" *" if taken else ""), style="bold" if taken else "")
+        verdict = Text(outcome.verdict, style=_STYLES[outcome.verdict])
+        table.add_row(name if name != last else "", by, verdict, Text(_brief(outcome)))
+        last = name
+    return table
+
+
+def _brief(outcome: Outcome) -> str:
+    if outcome.verdict != "right":
+        return outcome.why
+    worst = outcome.worst
+    return f"{worst.error:.1e}, {worst.allowed:.1e}" if worst.allowed else "the same bits"
+
+
+def _words(outcome: Outcome) -> str:
+    if outcome.verdict != "right" or not outcome.worst.allowed:
+        return _brief(outcome)
+    return f"{outcome.worst.what}: {outcome.worst.error:.1e}, {outcome.worst.allowed:.1e} allowed"
+
+
+def speed_table(speed: dict[str, dict]) -> Table:
+    table = Table(title="Speed in bf16, forward and backward", title_justify="left")
+    for name in ("what", "by", "ms", "TFLOP/s", "of the GEMM"):
+        table.add_column(name, justify="left" if name in ("what", "by") else "right")
+    for name, run in speed.items():
+        share = run["tflops"] / speed["GEMM"]["tflops"]
+        numbers = (f"{run['milliseconds']:.2f}", f"{run['tflops']:.1f}", f"{share:.0%}")
+        table.add_row(name, _SHOWN.get(run["how"], run["how"]), *numbers)
+    return table
+
+
+def ahead_of_time(triton: str | None) -> str:
+    """What linear_logp would take on GPUs, told where there is none."""
+    if triton is None:
+        return "triton is not installed: on a GPU the lm_head would be computed by plain torch"
+    chips = ", ".join(f"{major}.{minor}" for (major, minor), _ in tiles.TILES)
+    text = f"with triton {triton}, on a GPU of compute capability {chips}, linear_logp takes the Triton GEMM "
+    return (
+        text + "for bf16; on the others from 8.0 on, and for other dtypes, cuBLAS with Triton's row kernels"
+    )
+
+
+def taken_line(choice: Choice) -> str:
+    taken = (f"{name}: {_SHOWN.get(rung, rung) or 'nothing is right'}" for name, rung in choice.taken.items())
+    return "a run here takes (*) " + "; ".join(taken)
+
+
+def report_text(facts, outcomes: Outcomes, choice: Choice, speed: dict | str) -> str:
+    """All of it in lines, for a bug report."""
+    lines = ["```", *(f"{name}: {value}" for name, value in facts.items())]
+    for (name, rung), outcome in outcomes.items():
+        by = f" by {_SHOWN.get(rung, rung)}" if rung else ""
+        lines.append(f"{name}{by}: {outcome.verdict} ({_words(outcome)}), {outcome.seconds:.1f} s")
+        lines += [f"    {line}" for line in outcome.detail.splitlines()]
+    lines.append(taken_line(choice))
+    if isinstance(speed, str):
+        lines += [speed] if speed else []
+    else:
+        lines += [
+            f"{name} by {run['how']}: {run['milliseconds']:.2f} ms, {run['tflops']:.1f} TFLOP/s"
+            for name, run in speed.items()
+        ]
+    return "\n".join([*lines, "```"])
+
+
+def print_report(console: Console, text: str) -> None:
+    """Plain lines, that no width breaks."""
+    console.print("\nFor a bug report:", style="bold")
+    console.print(Text(text), highlight=False, soft_wrap=True)

@@ -1,0 +1,179 @@
+"""Checks in a child process: one that raises, hangs, crashes or is wrong costs its answer and no more."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+
+from fastdpo.doctor.measuring import Measured
+
+START_SECONDS = 180  # to import torch and to reach the device
+SECONDS = 240  # of a check, with the compilation of its kernels
+KILLED_SECONDS = 10  # until a killed process is gone; one that waits for a driver may never be
+HANG_SECONDS = 0.5  # for a hung one to say where
+WHY_LENGTH = 200  # of a reason
+TAIL_LINES = 12  # of what a failed child said
+
+
+class NotStarted(Exception):
+    """The child could not even begin: nothing is known of any check."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a check.
+
+    verdict  right; inexact (an error above what is allowed, or NaN); failed (raised, hung, died); not here
+    why      the reason, one line, where it is not right
+    worst    the result that is nearest to its bound, or furthest above it
+    detail   the end of what the child said on stderr, where it failed
+    """
+
+    verdict: str
+    why: str = ""
+    worst: Measured | None = None
+    seconds: float = 0.0
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    value: object = None
+    not_here: str | None = None
+    failed: str | None = None
+    detail: str = ""
+
+
+class Children:
+    """One child process for as long as nothing fails, and another one after that. Use it in `with`.
+
+    device: as torch names it, "cpu" or "cuda:0". environment: variables that the child gets beside ours.
+    """
+
+    def __init__(self, device: str, environment: dict[str, str] | None = None):
+        self.device, self.environment = device, environment or {}
+        self.started = 0  # processes, so far
+        self._process = self._log = None
+        self._number = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._stop()
+
+    def ask(self, function: str, arguments: dict, seconds: float = SECONDS) -> Answer:
+        """What "module:name" returns in the child, as JSON brings it back. Raises NotStarted."""
+        if self._process is None:
+            self._start()
+        self._number += 1
+        order = {"number": self._number, "function": function, "arguments": arguments, "seconds": seconds}
+        with contextlib.suppress(OSError):  # it is dead; why is told below
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+        answer, why = self._answer(seconds)
+        if answer is None or "failed" in answer:
+            failed = answer["failed"] if answer else why
+            self._stop()
+            return Answer(failed=failed, detail=self._tail())
+        return Answer(answer.get("answer"), answer.get("not_here"))
+
+    def _start(self) -> None:
+        self._stop()
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        # All that we can import it can, and -P: no file of the working directory stands for a module.
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "fastdpo.doctor.child", self.device],
+            env=os.environ | {"PYTHONPATH": paths} | self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # Ctrl-C is for us, and not a crash of a kernel
+        )
+        self.started += 1
+        self._number, self._lines = 0, queue.SimpleQueue()
+        threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
+        answer, why = self._answer(START_SECONDS)
+        if answer is None:
+            self._stop()
+            raise NotStarted(f"{why}: {self._tail().splitlines()[-1] if self._tail() else 'it said nothing'}")
+
+    def _answer(self, seconds: float) -> tuple[dict | None, str]:
+        """(the answer to the last order, why there is none). Lines that are no answer are passed over."""
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                line = self._lines.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                self._process.send_signal(signal.SIGUSR1)  # it writes down where it hangs, for the detail
+                time.sleep(HANG_SECONDS)
+                return None, f"no answer within {seconds:g} s"
+            if line is None:
+                return None, self._death()
+            try:
+                answer = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(answer, dict) and answer.get("number") == self._number:
+                return answer, ""
+
+    def _death(self) -> str:
+        try:
+            code = self._process.wait(KILLED_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "it closed its output and went on"
+        if code < 0:
+            return f"the process died of {signal.Signals(-code).name}"
+        return f"the process ended with exit code {code}"
+
+    def _tail(self) -> str:
+        self._log.seek(0)
+        return "\n".join(self._log.read().splitlines()[-TAIL_LINES:])
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        self._process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(KILLED_SECONDS)
+        with contextlib.suppress(OSError):  # what it never read
+            self._process.stdin.close()
+        self._process = None
+
+
+def _read(stream, lines: queue.SimpleQueue) -> None:
+    with stream:
+        for line in stream:
+            lines.put(line)
+    lines.put(None)
+
+
+def try_check(children: Children, function: str, arguments: dict, seconds: float = SECONDS) -> Outcome:
+    """Runs a check, a function that returns Measureds. Raises NotStarted."""
+    start = time.monotonic()
+    answer = children.ask(function, arguments, seconds)
+    outcome = lambda verdict, *args, **keys: Outcome(verdict, *args, seconds=time.monotonic() - start, **keys)
+    if answer.not_here is not None:
+        return outcome("not here", answer.not_here)
+    if answer.failed is not None:
+        return outcome("failed", answer.failed.strip().splitlines()[0][:WHY_LENGTH], detail=answer.detail)
+    try:
+        results = [Measured(str(what), float(error), float(allowed)) for what, error, allowed in answer.value]
+    except (TypeError, ValueError):
+        return outcome("failed", f"the check returned {str(answer.value)[:100]!r}")
+    if not results:
+        return outcome("failed", "the check measured nothing")
+    worst = max(results, key=lambda m: m.share)
+    if worst.right:
+        return outcome("right", worst=worst)
+    return outcome("inexact", f"{worst.what}: {worst.error:.1e}, {worst.allowed:.1e} allowed", worst)

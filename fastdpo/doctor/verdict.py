@@ -1,0 +1,45 @@
+"""What the ladder found, kept beside the reference cache: one file for each machine it was found on."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fastdpo import durable
+from fastdpo.ref_cache import cache_path
+
+
+@dataclass(frozen=True)
+class Choice:
+    """taken: ladder -> its rung, None where none is right. left_out: rung -> why, "failed: ..."."""
+
+    taken: dict[str, str | None]
+    left_out: dict[str, str]
+
+
+def verdict_path(reference_cache: str | None, key: dict) -> Path:
+    """Where the verdict for a `machine.key` is kept; without a reference cache, where that would be."""
+    cache = cache_path(reference_cache or "auto") or cache_path("auto")
+    return cache.parent / f"kernels-{_digest(key)[:16]}.json"
+
+
+def read_verdict(path: Path, key: dict) -> Choice | None:
+    """The kept Choice. None where there is none, or none that can be believed."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("digest") != _digest(content) or content["key"] != key:
+            return None
+        return Choice(content["taken"], content["left_out"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def keep_verdict(path: Path, key: dict, choice: Choice) -> None:
+    """Raises OSError."""
+    content = {"key": key, **asdict(choice)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    durable.write_text(path, json.dumps(content | {"digest": _digest(content)}, indent=1) + "\n")
+
+
+def _digest(content: dict) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
