@@ -4,43 +4,18 @@ python -m benchmarks.ceilings [--small]
 """
 
 import argparse
-import itertools
 import json
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
 
+from fastdpo.doctor.speed import seconds_of
 from fastdpo.model import resolve_dtype
 
 # M x K times K x N: decoder layers of 0.5B to 8B models, an lm_head's chunk, and a large square
 SHAPES = ((8192, 896, 4864), (8192, 2048, 8192), (8192, 4096, 14336), (8192, 2048, 32768), (8192, 8192, 8192))
 SMALL_SHAPES = ((256, 256, 1024), (512, 512, 512))
 COPY_BYTES, SMALL_COPY_BYTES = 1 << 30, 1 << 25
-TURNS = 9
-CALLS = 8  # in a row on a GPU, so that the time to launch one is hidden
-
-
-def seconds_of(call: Callable[[], object], device: torch.device, turns: int = TURNS) -> list[float]:
-    """Seconds of each of `turns` calls after one that warms up, by the device's own clock."""
-    call()
-    if device.type != "cuda":
-        times = [time.perf_counter()]
-        for _ in range(turns):
-            call()
-            times.append(time.perf_counter())
-        return [end - start for start, end in itertools.pairwise(times)]
-    out = []
-    for _ in range(turns):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(CALLS):
-            call()
-        end.record()
-        end.synchronize()
-        out.append(start.elapsed_time(end) / 1e3 / CALLS)
-    return out
 
 
 def gemm_tflops(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> float:

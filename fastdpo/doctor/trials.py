@@ -170,7 +170,7 @@ def try_check(children: Children, function: str, arguments: dict, seconds: float
     try:
         results = [Measured(str(what), float(error), float(allowed)) for what, error, allowed in answer.value]
     except (TypeError, ValueError):
-        return outcome("failed", f"the check returned {str(answer.value)[:100]!r}")
+        return outcome("failed", f"the check returned {str(answer.value)[:100]}")
     if not results:
         return outcome("failed", "the check measured nothing")
     worst = max(results, key=lambda m: m.share)

@@ -1,0 +1,459 @@
+"""The ladder: whatever a kernel does in its child, the run goes on by the next one, and says so."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import fastdpo_kernels
+import pytest
+import torch
+from fastdpo_kernels import tiles
+from rich.console import Console
+
+from fastdpo import attention, trainer
+from fastdpo.config import Config
+from fastdpo.doctor import ladder, machine, trials
+from fastdpo.doctor.ladder import Ladder, choose, settle
+from fastdpo.doctor.trials import Children, NotStarted, Outcome, try_check
+from fastdpo.doctor.verdict import Choice, read_verdict, verdict_path
+from fastdpo.errors import ModelError
+from tests.tiny import rows, save_model, write_jsonl
+
+PLANTS = "tests.doctor_plants"
+KEY = {"gpu": "Fake 100", "capability": "9.0", "torch": "2.13.0", "sources": "abc"}
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def all_allowed_again():
+    yield
+    fastdpo_kernels.avoid()
+    attention.avoid()
+
+
+def tried(*names, seconds=60):
+    """{plant: Outcome} of all in turn, and how many processes that took."""
+    with Children("cpu") as children:
+        outcomes = {
+            name: try_check(children, f"{PLANTS}:{name}", {"device": "cpu"}, seconds) for name in names
+        }
+        return outcomes, children.started
+
+
+# ---- one check
+
+
+def test_all_right_takes_one_process():
+    outcomes, started = tried("right", "is_not_here", "wrong", "right")
+    assert [o.verdict for o in outcomes.values()] == ["right", "not here", "inexact"]
+    assert started == 1
+    assert outcomes["right"].worst == ("gradient", 2e-4, 1e-3)  # nearest to its bound
+    assert outcomes["is_not_here"].why == "this chip has none"
+
+
+FAULTS = {
+    "raises": ("failed", "RuntimeError: no kernel image is available"),
+    "segfaults": ("failed", "died of SIGSEGV"),
+    "aborts": ("failed", "died of SIGABRT"),
+    "exits": ("failed", "exit code 7"),
+    "wrong": ("inexact", "gradient: 2.5e-01, 1.0e-03 allowed"),
+    "not_a_number": ("inexact", "gradient: nan"),
+    "prints_rubbish": ("inexact", "gradient: 2.5e-01"),
+    "measures_nothing": ("failed", "measured nothing"),
+    "returns_something_else": ("failed", "returned {'right': True}"),
+}
+
+
+def test_every_fault_costs_its_own_check_alone():
+    """... and the good checks between them are still made."""
+    with Children("cpu") as children:
+        for name, (verdict, why) in FAULTS.items():
+            outcome = try_check(children, f"{PLANTS}:{name}", {"device": "cpu"}, 60)
+            assert (outcome.verdict, why in outcome.why) == (verdict, True), outcome
+            assert "\n" not in outcome.why
+            if name in ("raises", "segfaults"):  # text for a bug report
+                assert f"in {name}" in outcome.detail, outcome.detail
+            assert try_check(children, f"{PLANTS}:right", {"device": "cpu"}, 60).verdict == "right"
+
+
+def test_a_hang_ends_at_its_limit_and_says_where():
+    outcomes, started = tried("hangs", "right", seconds=2)
+    assert outcomes["hangs"].verdict == "failed" and outcomes["hangs"].why == "no answer within 2 s"
+    assert "in hangs" in outcomes["hangs"].detail
+    assert outcomes["right"].verdict == "right" and started == 2
+
+
+def test_lines_that_are_no_answers_are_passed_over():
+    children = Children("cpu")
+    children._number, children._lines = 2, trials.queue.SimpleQueue()
+    for line in ("rubbish\n", "[2]\n", "7\n", '{"number": 1, "answer": 0}\n', '{"number": 2, "answer": 5}\n'):
+        children._lines.put(line)
+    assert children._answer(1) == ({"number": 2, "answer": 5}, "")
+
+
+def test_a_child_that_does_not_start_is_no_verdict():
+    with Children("cuda:99") as children, pytest.raises(NotStarted, match="exit code 1: "):
+        try_check(children, f"{PLANTS}:right", {"device": "cuda:99"})
+
+
+def test_a_child_keeps_what_its_parent_carries(tmp_path, monkeypatch):
+    """Packages on PYTHONPATH, or put on sys.path since; but none of the working directory."""
+    (tmp_path / "carried").mkdir()
+    (tmp_path / "carried/carried_package.py").write_text("")
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "random.py").write_text("raise SystemExit('a stranger')")
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("CARRIED", "yes")
+    monkeypatch.syspath_prepend(str(tmp_path / "carried"))
+    monkeypatch.setattr(sys, "path", [os.path.abspath(p) for p in sys.path if p])
+    assert tried("sees")[0]["sees"].verdict == "right"
+    script = f"from fastdpo.doctor.trials import *\nwith Children('cpu') as c: print(c.ask('{PLANTS}:sees', "
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'carried'}:{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script + "{'device': 'cpu'}))"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert "carried_package" in done.stdout and "failed=None" in done.stdout, done.stdout + done.stderr
+
+
+# ---- which rung
+
+
+def chosen(verdicts, *ladders):
+    """What `choose` makes of {(ladder, rung): verdict}, and what it looked at."""
+    looked = []
+
+    def outcome_of(one, rung):
+        looked.append((one.name, rung))
+        return Outcome(verdicts.get((one.name, rung), "right"), "why")
+
+    return choose(ladders, outcome_of), looked
+
+
+A = Ladder("A", "", ("one", "two", "three"))
+B = Ladder("B", "", ("two", "three"))
+
+
+def test_the_first_right_rung_is_taken_and_no_other_is_tried():
+    choice, looked = chosen({}, A, B)
+    assert choice == Choice({"A": "one", "B": "two"}, {})
+    assert looked == [("A", "one"), ("B", "two")]
+    choice, _ = chosen({("A", "one"): "not here"}, A)
+    assert choice == Choice({"A": "two"}, {})
+    choice, _ = chosen({("A", "one"): "failed", ("A", "two"): "inexact"}, A)
+    assert choice == Choice({"A": "three"}, {"one": "failed: why", "two": "inexact: why"})
+
+
+def test_a_rung_that_is_wrong_in_one_ladder_is_taken_in_none():
+    choice, looked = chosen({("A", "one"): "failed", ("B", "two"): "inexact"}, A, B)
+    assert choice.taken == {"A": "three", "B": "three"}
+    assert len(looked) == len(set(looked))  # none is tried twice
+
+
+def test_nothing_right():
+    choice, _ = chosen({("B", "two"): "failed", ("B", "three"): "failed"}, A, B)
+    assert choice.taken == {"A": "one", "B": None}
+
+
+def test_rungs_are_known_where_they_are_left_out():
+    """Every rung but a ladder's last is one that the kernels or the attention can do without."""
+    for one in ladder.LADDERS:
+        for rung in one.rungs[:-1]:
+            (fastdpo_kernels.avoid if rung in tiles.RUNGS else attention.avoid)(rung)
+        assert one.rungs[-1] in ("torch", "segments")
+
+
+def test_without_bf16_its_ladders_are_not_climbed(monkeypatch):
+    monkeypatch.setattr(machine, "has_bf16", lambda device: False)
+    assert [one.name for one in ladder.ladders_of("cpu")] == [
+        "lm_head, fp32 or LoRA",
+        "attention, fp32 or softcap",
+    ]
+
+
+# ---- what is left out is not taken
+
+
+def backends(monkeypatch, lora=False):
+    """What a bf16 head takes on a chip with a tile."""
+    monkeypatch.setattr(tiles, "tile", lambda device, dtype: tiles.Tile(64, 64, 16, 2, 4, 1, True))
+    monkeypatch.setattr(tiles, "row_kernels", lambda device: True)
+    x, weight = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(5, 8, dtype=torch.bfloat16)
+    taken = fastdpo_kernels.backend("cuda", torch.bfloat16, lora=lora)
+    assert tiles.backend_of(x, weight, lora) == taken
+    assert tiles.takes_triton(SimpleNamespace(weight=weight, lora_a=x if lora else None), x) == (
+        taken == "triton"
+    )
+    return taken
+
+
+def test_the_head_without_some_rungs(monkeypatch):
+    now = lambda: (backends(monkeypatch), backends(monkeypatch, lora=True))
+    assert now() == ("triton", "cublas")
+    fastdpo_kernels.avoid("triton")
+    assert now() == ("triton", "cublas")  # without descriptors
+    fastdpo_kernels.avoid("plain_triton")
+    assert now() == ("cublas", "cublas")
+    fastdpo_kernels.avoid("cublas")
+    assert now() == ("triton", "torch")
+    fastdpo_kernels.avoid("triton", "plain_triton", "cublas")
+    assert now() == ("torch", "torch")
+    fastdpo_kernels.avoid()
+    assert now() == ("triton", "cublas")
+    for name in ("torch", "cuda"):
+        with pytest.raises(ValueError, match=f"triton, plain_triton, cublas, got {name}"):
+            fastdpo_kernels.avoid(name)
+
+
+def test_plain_tiles_where_descriptors_are_left_out(monkeypatch):
+    triton_head = pytest.importorskip("fastdpo_kernels.triton_head")
+    monkeypatch.setattr(tiles, "tile", lambda device, dtype: tiles.TILES[(9, 0), torch.bfloat16])
+    x = torch.ones(2, 64, dtype=torch.bfloat16)
+    head = SimpleNamespace(weight=torch.ones(5, 64, dtype=torch.bfloat16))
+    assert triton_head.tile_for(head, x).descriptors
+    fastdpo_kernels.avoid("triton")
+    assert triton_head.tile_for(head, x) == tiles.TILES[(9, 0), torch.bfloat16].plain()
+
+
+def test_chunks_by_torch_where_the_row_kernels_are_left_out(monkeypatch):
+    from fastdpo_kernels.chunk import RowKernels, TorchChunk, chunk_of
+
+    monkeypatch.setattr(tiles, "row_kernels", lambda device: True)
+    monkeypatch.setattr(RowKernels, "__init__", lambda *args: None)
+    made = lambda: type(chunk_of(None, torch.ones(2, 8), torch.zeros(2, dtype=torch.int64), torch.float32))
+    assert made() is RowKernels
+    fastdpo_kernels.avoid("cublas")
+    assert made() is TorchChunk
+
+
+def test_what_is_compiled_is_compiled_again(monkeypatch):
+    monkeypatch.setattr(tiles, "row_kernels", lambda device: True)
+    weight = torch.ones(5, 8)
+    times = lambda x: x * (2 if tiles.backend_of(x, weight, False) == "cublas" else 3)
+    compiled = torch.compile(times, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(2, 8)).max() == 2
+    fastdpo_kernels.avoid("cublas")
+    assert compiled(torch.ones(2, 8)).max() == 3
+
+
+def test_the_attention_without_some_rungs(monkeypatch):
+    q = SimpleNamespace(
+        dtype=torch.bfloat16, device=torch.device("cuda"), is_cuda=True, shape=torch.Size([9, 4, 64])
+    )
+    for installed, left in ((False, "segments"), (True, "flash_attn")):
+        monkeypatch.setattr(attention, "_has_flash_attn", lambda installed=installed: installed)
+        attention.avoid()
+        assert attention.pick_backend(q, q) == "varlen"
+        assert attention.pick_backend(q, q, 30.0) == left
+        attention.avoid("varlen")
+        assert attention.pick_backend(q, q) == left
+        attention.avoid("flash_attn")
+        assert attention.pick_backend(q, q) == "varlen"
+        assert attention.pick_backend(q, q, 30.0) == "segments"
+        attention.avoid("varlen", "flash_attn")
+        assert attention.pick_backend(q, q) == "segments"
+    with pytest.raises(ValueError, match="varlen and flash_attn, got segments"):
+        attention.avoid("segments")
+
+
+# ---- a run on a GPU for the first time, and again
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """settle() on a GPU that is none; its ladders are plants under the real rungs' names."""
+    monkeypatch.setattr(machine, "key", lambda device: dict(KEY))
+
+    def go(cache=str(tmp_path / "cache/ref.sqlite"), seconds=20, **becomes):
+        head = ("triton", "plain_triton", "cublas", "torch")
+        monkeypatch.setenv("PLANTED", json.dumps(becomes))
+        ladders = (
+            Ladder("lm_head", f"{PLANTS}:by_variable", head),
+            Ladder("attention", f"{PLANTS}:by_variable", ("varlen", "segments")),
+        )
+        console = Console(file=io.StringIO(), width=80)
+        settle(cache, console, device="cpu", ladders=ladders, seconds=seconds)
+        return console.file.getvalue()
+
+    return go
+
+
+@pytest.fixture
+def quick(gpu, monkeypatch):
+    """The same without processes: what a rung becomes is told, and how often it was asked is counted."""
+    outcomes = {
+        "right": Outcome("right"),
+        "raises": Outcome("failed", "RuntimeError"),
+        "out_of_memory": Outcome("failed", "CUDA out of memory. Tried to allocate 2 GiB"),
+    }
+
+    def try_check(children, check, arguments, seconds):
+        gpu.asked.append(arguments["rung"])
+        return outcomes[json.loads(os.environ["PLANTED"]).get(arguments["rung"], "right")]
+
+    gpu.asked = []
+    monkeypatch.setattr(ladder, "Children", contextlib.nullcontext)
+    monkeypatch.setattr(ladder, "try_check", try_check)
+    return gpu
+
+
+def left_out():
+    return set(tiles._avoided), set(attention._avoided)
+
+
+def test_all_right_is_said_once_and_kept(gpu, tmp_path, monkeypatch):
+    said = gpu()
+    assert "first run on Fake 100" in said and said.count("\n") == 1
+    assert left_out() == (set(), set())
+    monkeypatch.setattr(ladder, "Children", None)  # no child is started
+    assert gpu() == ""
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [verdict_path(None, KEY).name]
+
+
+@pytest.mark.parametrize("fault", ["segfaults", "hangs", "not_a_number"])
+def test_a_faulty_kernel_is_left_out_aloud_now_and_later(gpu, monkeypatch, fault):
+    told = []
+    gpu_says = lambda: told.append(gpu(triton=fault, varlen="wrong", seconds=5)) or told[-1]
+    said = gpu_says()
+    why = FAULTS.get(fault, ("failed", "no answer within 5 s"))
+    assert f"triton is left out on this GPU, {why[0]}: " in said and why[1] in said
+    assert "varlen is left out on this GPU, inexact: gradient: 2.5e-01, 1.0e-03 allowed" in said
+    assert "lm_head: by plain_triton; attention: by segments" in said and "`fastdpo doctor`" in said
+    assert left_out() == ({"triton"}, {"varlen"})
+    fastdpo_kernels.avoid()
+    monkeypatch.setattr(ladder, "Children", None)
+    again = gpu_says()
+    assert left_out() == ({"triton"}, {"varlen"})
+    assert said.endswith(again) and "first run" not in again and "remove it to try again" in again
+
+
+def test_nothing_right_is_an_error_and_not_kept(gpu, tmp_path):
+    faults = dict(triton="aborts", plain_triton="wrong", cublas="not_a_number", torch="wrong")
+    with pytest.raises(ModelError, match=r"lm_head: no way .*torch inexact.*`fastdpo doctor`"):
+        gpu(**faults)
+    assert not (tmp_path / "cache").exists()
+    assert "first run" in gpu()
+
+
+def test_another_machine_version_or_source_tries_again(quick, monkeypatch):
+    quick()
+    assert quick.asked == ["triton", "varlen"] and quick() == ""
+    for name in KEY:
+        monkeypatch.setattr(machine, "key", lambda device, name=name: KEY | {name: "another"})
+        assert "first run" in quick()
+        assert quick() == ""
+    assert len(quick.asked) == 2 * (1 + len(KEY))
+
+
+def test_sources_are_in_the_key(monkeypatch, tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/a.py").write_text("one")
+    (tmp_path / "attention.py").write_text("two")
+    monkeypatch.setattr(machine, "_SOURCES", (tmp_path / "kernels", tmp_path / "attention.py"))
+    seen = {machine.sources_digest()}
+    for path, text in (("kernels/a.py", "One"), ("attention.py", "Two"), ("kernels/b.py", "")):
+        (tmp_path / path).write_text(text)
+        seen.add(machine.sources_digest())
+    assert len(seen) == 4
+    monkeypatch.undo()
+    real = {path.name for place in machine._SOURCES for path in [place, *place.glob("*.py")]}
+    assert {"tiles.py", "triton_tile.py", "attention.py", "head_checks.py"} <= real
+
+
+@pytest.mark.parametrize("damage", ["", "{", "null", "[]", '{"digest": 1}', "another rung", "a directory"])
+def test_a_damaged_verdict_is_made_again(quick, tmp_path, damage):
+    quick(triton="raises")
+    (path,) = (tmp_path / "cache").iterdir()
+    text = path.read_text()
+    path.unlink()
+    if damage == "a directory":
+        path.mkdir()
+    else:
+        path.write_text(text.replace('"triton"', '"cublas"') if damage == "another rung" else damage)
+    fastdpo_kernels.avoid()
+    said = quick(triton="raises")
+    assert "is damaged, or cannot be read" in said and "first run" in said
+    assert left_out()[0] == {"triton"}
+    if damage != "a directory":
+        assert path.read_text() == text
+
+
+def test_a_folder_that_cannot_be_written(quick, tmp_path):
+    (tmp_path / "file").write_text("")
+    said = quick(cache=str(tmp_path / "file/ref.sqlite"), triton="raises")
+    assert said.count("cannot write") == 1 and "of this run alone" in said and "remove it" not in said
+    assert left_out()[0] == {"triton"}
+
+
+def test_memory_that_another_process_has_is_no_verdict_to_keep(quick, tmp_path):
+    said = quick(triton="out_of_memory")
+    assert "another process may have the GPU's memory" in said
+    assert left_out()[0] == {"triton"} and not (tmp_path / "cache").exists()
+
+
+def test_where_the_verdict_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name = verdict_path("auto", KEY).name
+    for reference_cache in ("auto", "off", None):
+        assert verdict_path(reference_cache, KEY) == tmp_path / "fastdpo" / name
+    assert verdict_path("runs/ref.sqlite", KEY) == Path("runs") / name
+    assert read_verdict(tmp_path / "none", KEY) is None
+
+
+def test_a_gpu_that_a_child_cannot_reach(monkeypatch, tmp_path):
+    """Nothing is known then: the run goes on, aloud, and the next one tries again."""
+    monkeypatch.setattr(machine, "key", lambda device: dict(KEY))
+    console = Console(file=io.StringIO(), width=300)
+    settle(str(tmp_path / "ref.sqlite"), console, device="cuda:99", ladders=(A,))
+    said = console.file.getvalue()
+    assert "could not be tried" in said and "exit code 1" in said and "`fastdpo doctor`" in said
+    assert not list(tmp_path.iterdir())
+
+
+# ---- the trainer
+
+
+@pytest.fixture
+def config(tmp_path):
+    return Config(
+        model=save_model(tmp_path / "model"),
+        data=write_jsonl(tmp_path / "rows.jsonl", rows(4)),
+        output_dir=str(tmp_path / "run"),
+        max_length=64,
+        max_steps=1,
+    )
+
+
+class Loaded(Exception):
+    pass
+
+
+@pytest.mark.parametrize("function", [trainer.train, trainer.fill_reference])
+def test_a_run_on_a_gpu_climbs_before_it_loads_the_model(monkeypatch, config, gpu, function):
+    def load_policy(*args):
+        raise Loaded(left_out())
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    told = []
+    monkeypatch.setattr(ladder, "settle", lambda cache, console: told.append((cache, gpu(varlen="aborts"))))
+    monkeypatch.setattr(trainer, "load_policy", load_policy)
+    with pytest.raises(Loaded) as stop:
+        function(config, Console(quiet=True))
+    assert stop.value.args[0] == (set(), {"varlen"})
+    assert told[0][0] == config.reference_cache and "varlen is left out" in told[0][1]
+
+
+def test_without_a_gpu_nothing_happens():
+    script = "import sys, fastdpo.trainer; fastdpo.trainer.settle_backends('auto', None); "
+    script += "assert not [m for m in sys.modules if m.startswith('fastdpo.doctor.')]"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
