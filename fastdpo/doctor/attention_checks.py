@@ -13,8 +13,8 @@ from fastdpo.doctor.measuring import Measured, NotHere, beside
 from fastdpo.packing import pack
 from fastdpo.records import PreferenceGroup, PrefixLayout, Response
 
-# (prompt, responses) in tokens: segments of one query, keys by the block, a window shorter than a prompt
-SHAPES = ((40, (17, 2, 64)), (1, (9, 9)), (130, (5,)), (300, (3, 140)))
+# (prompt, responses) in tokens: segments of no and of one query, keys by the block, prompts beyond a window
+SHAPES = ((40, (17, 1, 64)), (1, (9, 2)), (130, (5,)), (300, (3, 140)))
 CAP = 4.0  # of scores that are a few units wide
 
 
