@@ -112,8 +112,8 @@ _avoided: frozenset[str] = frozenset()
 
 
 def avoid(*rungs: str) -> None:
-    """From now on `pick_backend` takes none of these, and again what an earlier call named: of "varlen" and
-    "flash_attn", where a kernel does not run or is wrong. Raises ValueError for other names."""
+    """From now on `pick_backend` takes none of these, "varlen" or "flash_attn", whose kernels do not run here
+    or are wrong; what only an earlier call named is allowed again. Raises ValueError for other names."""
     global _avoided
     if unknown := set(rungs) - {"varlen", "flash_attn"}:
         raise ValueError(f"attention.avoid knows varlen and flash_attn, got {', '.join(sorted(unknown))}")

@@ -1,4 +1,4 @@
-"""The SQLite file under the reference cache: opened, checked, and moved aside where it is damaged.
+"""The SQLite file under the reference cache: where it is, opened, checked, moved aside where it is damaged.
 
 A rollback journal, SQLite's default, works on network file systems and leaves no second file behind.
 """
@@ -24,6 +24,16 @@ _SCHEMA = {
     "CREATE TABLE packs (id INTEGER PRIMARY KEY AUTOINCREMENT, namespace BLOB, fill INTEGER, "
     "digest BLOB, keys BLOB, lengths BLOB, logps BLOB)",
 }
+
+
+def cache_path(reference_cache: str) -> Path | None:
+    """The file that the config key `reference_cache` means; None for off."""
+    if reference_cache == "off":
+        return None
+    if reference_cache != "auto":
+        return Path(reference_cache).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path("~/.cache").expanduser()) / "fastdpo/reference.sqlite"
 
 
 class _Damaged(Exception):

@@ -7,7 +7,6 @@ stored never changes: of two processes that compute a response, the first to com
 
 import hashlib
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Collection, Iterator
@@ -21,16 +20,6 @@ from fastdpo.fingerprint import KEY_BYTES, Fingerprint
 
 COMMIT_SECONDS = 1.0  # a kill loses what was computed since the last commit; 0 commits every pack
 _COMMIT_SHARE = 0.02  # ... or rarer: a slow disk's commits may take this share of a fill's time
-
-
-def cache_path(reference_cache: str) -> Path | None:
-    """The file that the config key `reference_cache` means; None for off."""
-    if reference_cache == "off":
-        return None
-    if reference_cache != "auto":
-        return Path(reference_cache).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path("~/.cache").expanduser()) / "fastdpo/reference.sqlite"
 
 
 class RefCache:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastdpo import checkpoint, durable
-from fastdpo.cache_file import CacheFile
+from fastdpo.cache_file import CacheFile, cache_path
 from fastdpo.config import Config
 from fastdpo.doctor import settle_backends
 from fastdpo.errors import ConfigError, ModelError
@@ -27,7 +27,6 @@ from fastdpo.packing import epoch_order
 from fastdpo.pairs import BY_GAP, flip_pairs, select_pairs
 from fastdpo.planning.choose import choose
 from fastdpo.records import PreferenceGroup
-from fastdpo.ref_cache import cache_path
 from fastdpo.ref_columns import reference_columns
 from fastdpo.ref_fill import load_reference
 from fastdpo.resume import check_same_run, check_start, find_checkpoint, rows_digest

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from fastdpo import ref_cache
+from fastdpo.cache_file import cache_path
 from fastdpo.errors import TrainingError
 from fastdpo.packing import in_row_order, pack
-from fastdpo.ref_cache import cache_path
 from tests import tiny
 from tests.reference_runs import CAP, Counted, make_groups, packs_of
 from tests.test_fingerprint import learn, with_lora

@@ -61,14 +61,17 @@ def _check(device: str, rung: str, cases: dict[str, HeadCase], dtype) -> list[Me
         avoid(*tiles.RUNGS[: tiles.RUNGS.index(rung)])
         for case in cases.values():
             _refuse_another(rung, case, dtype)
-        kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         found = []
         for name, case in cases.items():
-            where = ", ".join(filter(None, (kind, "LoRA" if case.a is not None else "", name)))
+            where = ", ".join(filter(None, (_short(dtype), "LoRA" if case.a is not None else "", name)))
             found += [m._replace(what=f"{m.what} ({where})") for m in _case(case, dtype)]
         return found
     finally:
         avoid()
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
 def _refuse_cpu(device: str, rung: str) -> None:
@@ -83,8 +86,7 @@ def _refuse_another(rung: str, c: HeadCase, dtype) -> None:
         return
     backend = tiles.backend(device, dtype, lora=c.a is not None)
     if backend != ("cublas" if rung == "cublas" else "triton"):
-        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        raise NotHere(f"not for {dtype} on compute capability {capability}, or without triton")
+        raise NotHere(f"no kernel of this kind for {_short(dtype)} on this chip: {backend} is taken")
     if rung == "triton" and not tiles.tile(device, dtype).descriptors:
         raise NotHere("this chip has no tensor descriptors")
 

@@ -85,10 +85,13 @@ def taken_line(choice: Choice) -> str:
 def report_text(facts, outcomes: Outcomes, choice: Choice, speed: dict | str) -> str:
     """All of it in lines, for a bug report."""
     lines = ["```", *(f"{name}: {value}" for name, value in facts.items())]
+    told = set()
     for (name, rung), outcome in outcomes.items():
         by = f" by {_SHOWN.get(rung, rung)}" if rung else ""
         lines.append(f"{name}{by}: {outcome.verdict} ({_words(outcome)}), {outcome.seconds:.1f} s")
-        lines += [f"    {line}" for line in outcome.detail.splitlines()]
+        if outcome.detail not in told:
+            lines += [f"    {line}" for line in outcome.detail.splitlines()]
+            told.add(outcome.detail)
     lines.append(taken_line(choice))
     if isinstance(speed, str):
         lines += [speed] if speed else []

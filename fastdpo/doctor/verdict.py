@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastdpo import durable
-from fastdpo.ref_cache import cache_path
+from fastdpo.cache_file import cache_path
 
 
 @dataclass(frozen=True)

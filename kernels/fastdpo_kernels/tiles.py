@@ -39,9 +39,9 @@ _avoided: frozenset[str] = frozenset()
 
 
 def avoid(*rungs: str) -> None:
-    """From now on no head in this process runs by these, and by nothing that an earlier call named; without
-    arguments all are allowed again. For a chip or a Triton on which a kernel does not compile, or is wrong:
-    `avoid("triton", "plain_triton")`, before anything is computed (a backward goes the way of its forward).
+    """From now on no head in this process runs by these; what only an earlier call named is allowed again.
+    For a chip or a Triton on which a kernel does not compile, or is wrong: `avoid("triton", "plain_triton")`.
+    Call it before anything is computed: a backward expects what is allowed to be as its forward met it.
 
     triton        the Triton GEMM with tensor descriptors (TMA); plain_triton, without, then takes its place
     plain_triton  that GEMM in any form: with descriptors too it is what rows out of range are computed by
