@@ -17,16 +17,15 @@ from rich.console import Console
 
 from fastdpo import attention, trainer
 from fastdpo.config import Config
-from fastdpo.doctor import ladder, machine, trials
+from fastdpo.doctor import ladder, machine
 from fastdpo.doctor.ladder import Ladder, choose, settle
-from fastdpo.doctor.trials import Children, NotStarted, Outcome, try_check
+from fastdpo.doctor.trials import Outcome
 from fastdpo.doctor.verdict import Choice, read_verdict, verdict_path
 from fastdpo.errors import ModelError
+from tests.test_trials import FAULTS, PLANTS
 from tests.tiny import rows, save_model, write_jsonl
 
-PLANTS = "tests.doctor_plants"
 KEY = {"gpu": "Fake 100", "capability": "9.0", "torch": "2.13.0", "sources": "abc"}
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -34,94 +33,6 @@ def all_allowed_again():
     yield
     fastdpo_kernels.avoid()
     attention.avoid()
-
-
-def tried(*names, seconds=60):
-    """{plant: Outcome} of all in turn, and how many processes that took."""
-    with Children("cpu") as children:
-        outcomes = {
-            name: try_check(children, f"{PLANTS}:{name}", {"device": "cpu"}, seconds) for name in names
-        }
-        return outcomes, children.started
-
-
-# ---- one check
-
-
-def test_all_right_takes_one_process():
-    outcomes, started = tried("right", "is_not_here", "wrong", "right")
-    assert [o.verdict for o in outcomes.values()] == ["right", "not here", "inexact"]
-    assert started == 1
-    assert outcomes["right"].worst == ("gradient", 2e-4, 1e-3)  # nearest to its bound
-    assert outcomes["is_not_here"].why == "this chip has none"
-
-
-FAULTS = {
-    "raises": ("failed", "RuntimeError: no kernel image is available"),
-    "segfaults": ("failed", "died of SIGSEGV"),
-    "aborts": ("failed", "died of SIGABRT"),
-    "exits": ("failed", "exit code 7"),
-    "wrong": ("inexact", "gradient: 2.5e-01, 1.0e-03 allowed"),
-    "not_a_number": ("inexact", "gradient: nan"),
-    "prints_rubbish": ("inexact", "gradient: 2.5e-01"),
-    "measures_nothing": ("failed", "measured nothing"),
-    "returns_something_else": ("failed", "returned {'right': True}"),
-}
-
-
-def test_every_fault_costs_its_own_check_alone():
-    """... and the good checks between them are still made."""
-    with Children("cpu") as children:
-        for name, (verdict, why) in FAULTS.items():
-            outcome = try_check(children, f"{PLANTS}:{name}", {"device": "cpu"}, 60)
-            assert (outcome.verdict, why in outcome.why) == (verdict, True), outcome
-            assert "\n" not in outcome.why
-            if name in ("raises", "segfaults"):  # text for a bug report
-                assert f"in {name}" in outcome.detail, outcome.detail
-            assert try_check(children, f"{PLANTS}:right", {"device": "cpu"}, 60).verdict == "right"
-
-
-def test_a_hang_ends_at_its_limit_and_says_where():
-    outcomes, started = tried("hangs", "right", seconds=2)
-    assert outcomes["hangs"].verdict == "failed" and outcomes["hangs"].why == "no answer within 2 s"
-    assert "in hangs" in outcomes["hangs"].detail
-    assert outcomes["right"].verdict == "right" and started == 2
-
-
-def test_lines_that_are_no_answers_are_passed_over():
-    children = Children("cpu")
-    children._number, children._lines = 2, trials.queue.SimpleQueue()
-    for line in ("rubbish\n", "[2]\n", "7\n", '{"number": 1, "answer": 0}\n', '{"number": 2, "answer": 5}\n'):
-        children._lines.put(line)
-    assert children._answer(1) == ({"number": 2, "answer": 5}, "")
-
-
-def test_a_child_that_does_not_start_is_no_verdict():
-    with Children("cuda:99") as children, pytest.raises(NotStarted, match="exit code 1: "):
-        try_check(children, f"{PLANTS}:right", {"device": "cuda:99"})
-
-
-def test_a_child_keeps_what_its_parent_carries(tmp_path, monkeypatch):
-    """Packages on PYTHONPATH, or put on sys.path since; but none of the working directory."""
-    (tmp_path / "carried").mkdir()
-    (tmp_path / "carried/carried_package.py").write_text("")
-    work = tmp_path / "work"
-    work.mkdir()
-    (work / "random.py").write_text("raise SystemExit('a stranger')")
-    monkeypatch.chdir(work)
-    monkeypatch.setenv("CARRIED", "yes")
-    monkeypatch.syspath_prepend(str(tmp_path / "carried"))
-    monkeypatch.setattr(sys, "path", [os.path.abspath(p) for p in sys.path if p])
-    assert tried("sees")[0]["sees"].verdict == "right"
-    script = f"from fastdpo.doctor.trials import *\nwith Children('cpu') as c: print(c.ask('{PLANTS}:sees', "
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'carried'}:{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", script + "{'device': 'cpu'}))"],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert "carried_package" in done.stdout and "failed=None" in done.stdout, done.stdout + done.stderr
 
 
 # ---- which rung
@@ -177,71 +88,6 @@ def test_without_bf16_its_ladders_are_not_climbed(monkeypatch):
         "lm_head, fp32 or LoRA",
         "attention, fp32 or softcap",
     ]
-
-
-# ---- what is left out is not taken
-
-
-def backends(monkeypatch, lora=False):
-    """What a bf16 head takes on a chip with a tile."""
-    monkeypatch.setattr(tiles, "tile", lambda device, dtype: tiles.Tile(64, 64, 16, 2, 4, 1, True))
-    monkeypatch.setattr(tiles, "row_kernels", lambda device: True)
-    x, weight = torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(5, 8, dtype=torch.bfloat16)
-    taken = fastdpo_kernels.backend("cuda", torch.bfloat16, lora=lora)
-    assert tiles.backend_of(x, weight, lora) == taken
-    assert tiles.takes_triton(SimpleNamespace(weight=weight, lora_a=x if lora else None), x) == (
-        taken == "triton"
-    )
-    return taken
-
-
-def test_the_head_without_some_rungs(monkeypatch):
-    now = lambda: (backends(monkeypatch), backends(monkeypatch, lora=True))
-    assert now() == ("triton", "cublas")
-    fastdpo_kernels.avoid("triton")
-    assert now() == ("triton", "cublas")  # without descriptors
-    fastdpo_kernels.avoid("plain_triton")
-    assert now() == ("cublas", "cublas")
-    fastdpo_kernels.avoid("cublas")
-    assert now() == ("triton", "torch")
-    fastdpo_kernels.avoid("triton", "plain_triton", "cublas")
-    assert now() == ("torch", "torch")
-    fastdpo_kernels.avoid()
-    assert now() == ("triton", "cublas")
-    for name in ("torch", "cuda"):
-        with pytest.raises(ValueError, match=f"triton, plain_triton, cublas, got {name}"):
-            fastdpo_kernels.avoid(name)
-
-
-def test_plain_tiles_where_descriptors_are_left_out(monkeypatch):
-    triton_head = pytest.importorskip("fastdpo_kernels.triton_head")
-    monkeypatch.setattr(tiles, "tile", lambda device, dtype: tiles.TILES[(9, 0), torch.bfloat16])
-    x = torch.ones(2, 64, dtype=torch.bfloat16)
-    head = SimpleNamespace(weight=torch.ones(5, 64, dtype=torch.bfloat16))
-    assert triton_head.tile_for(head, x).descriptors
-    fastdpo_kernels.avoid("triton")
-    assert triton_head.tile_for(head, x) == tiles.TILES[(9, 0), torch.bfloat16].plain()
-
-
-def test_chunks_by_torch_where_the_row_kernels_are_left_out(monkeypatch):
-    from fastdpo_kernels.chunk import RowKernels, TorchChunk, chunk_of
-
-    monkeypatch.setattr(tiles, "row_kernels", lambda device: True)
-    monkeypatch.setattr(RowKernels, "__init__", lambda *args: None)
-    made = lambda: type(chunk_of(None, torch.ones(2, 8), torch.zeros(2, dtype=torch.int64), torch.float32))
-    assert made() is RowKernels
-    fastdpo_kernels.avoid("cublas")
-    assert made() is TorchChunk
-
-
-def test_what_is_compiled_is_compiled_again(monkeypatch):
-    monkeypatch.setattr(tiles, "row_kernels", lambda device: True)
-    weight = torch.ones(5, 8)
-    times = lambda x: x * (2 if tiles.backend_of(x, weight, False) == "cublas" else 3)
-    compiled = torch.compile(times, fullgraph=True, backend="eager")
-    assert compiled(torch.ones(2, 8)).max() == 2
-    fastdpo_kernels.avoid("cublas")
-    assert compiled(torch.ones(2, 8)).max() == 3
 
 
 def test_the_attention_without_some_rungs(monkeypatch):
@@ -449,6 +295,26 @@ def test_a_run_on_a_gpu_climbs_before_it_loads_the_model(monkeypatch, config, gp
         function(config, Console(quiet=True))
     assert stop.value.args[0] == (set(), {"varlen"})
     assert told[0][0] == config.reference_cache and "varlen is left out" in told[0][1]
+
+
+@pytest.mark.parametrize("cache", ["a/ref.sqlite", None])
+def test_fast_dpo_trainer_climbs_before_trl_begins(monkeypatch, tmp_path, cache):
+    trl = pytest.importorskip("trl")
+    import fastdpo.integrations.trl_trainer as ours
+
+    class Begun(Exception):
+        pass
+
+    def begin(*args, **keys):
+        raise Begun
+
+    told = []
+    monkeypatch.setattr(ours, "settle_backends", lambda cache, console: told.append((cache, console.quiet)))
+    monkeypatch.setattr(trl.DPOTrainer, "__init__", begin)
+    config = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    with pytest.raises(Begun):
+        ours.FastDPOTrainer("model", args=config, reference_cache=cache)
+    assert told == [(cache, False)]
 
 
 def test_without_a_gpu_nothing_happens():

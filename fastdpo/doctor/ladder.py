@@ -99,12 +99,18 @@ def _tried(path: Path, key: dict, device: str, ladders, console: Console, limit:
     say = partial(console.print, highlight=False, soft_wrap=True)
     if path.exists():
         say(f"[yellow]{escape(f'{path} is damaged, or cannot be read')}")
-    say(escape(f"the first run on {key['gpu']} with these versions: trying the kernels on small problems"))
+    say(
+        escape(
+            f"first run on {key['gpu']} with these versions: its kernels are tried on small problems, once"
+        )
+    )
     try:
-        with Children(device) as children:
-            trial = lambda ladder, rung: try_check(
-                children, ladder.check, {"device": device, "rung": rung}, **limit
-            )
+        with Children(device) as children, console.status("") as status:
+
+            def trial(ladder: Ladder, rung: str) -> Outcome:
+                status.update(f"{ladder.name} by {rung}")
+                return try_check(children, ladder.check, {"device": device, "rung": rung}, **limit)
+
             choice = choose(ladders, trial)
     except NotStarted as error:
         text = f"the kernels could not be tried ({error}): they are taken as they are. `fastdpo doctor` tries"
