@@ -132,6 +132,20 @@ def test_a_wrong_head_is_found(monkeypatch, fault, name):
     assert any(HEAD_FAULTS[fault][name] in what for what in found), found
 
 
+def test_heads_are_checked_on_poisoned_memory(monkeypatch):
+    seen = {}
+    for name in ("linear_logp", "linear_dpo"):
+        real = getattr(head_checks, name)
+
+        def spied(*args, real=real, name=name, **keys):
+            seen.setdefault(name, set()).add(torch.empty(4).isnan().all().item())
+            return real(*args, **keys)
+
+        monkeypatch.setattr(head_checks, name, spied)
+    assert wrong("other heads") == []
+    assert seen == {"linear_logp": {True}, "linear_dpo": {True}}
+
+
 def test_what_nobody_wrote_is_found(monkeypatch):
     from tests.kernels.cases import plan_module
 
