@@ -327,6 +327,13 @@ def test_on_a_gpu_speed_and_a_verdict_for_the_next_runs(monkeypatch, fake_gpu):
     assert "kept for the next runs" in said
 
 
+def test_a_verdict_for_want_of_memory_is_not_kept(monkeypatch, fake_gpu):
+    code, said = doctor(monkeypatch, planted(monkeypatch, triton="out_of_memory"))
+    key = machine.key("cuda:0")
+    assert code == 0 and "will try the kernels again: another process may have" in " ".join(said.split())
+    assert not verdict_path("auto", key).exists()
+
+
 def test_a_crash_while_timing_costs_the_timing(monkeypatch, fake_gpu):
     monkeypatch.setattr(command, "SPEED", f"{PLANTS}:no_such_function")
     code, said = doctor(monkeypatch, planted(monkeypatch))

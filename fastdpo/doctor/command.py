@@ -5,9 +5,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastdpo.doctor import machine, show
-from fastdpo.doctor.ladder import Ladder, choose, ladders_of
+from fastdpo.doctor.ladder import Ladder, choose, kept, ladders_of
 from fastdpo.doctor.trials import Children, NotStarted, Outcome, try_check
-from fastdpo.doctor.verdict import Choice, keep_verdict, verdict_path
+from fastdpo.doctor.verdict import Choice, verdict_path
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.progress import make_progress
 
@@ -101,9 +101,6 @@ def _closing(device: str, choice: Choice, outcomes: dict[tuple[str, str], Outcom
 def _kept(device: str, choice: Choice) -> str:
     key = machine.key(device)
     path = verdict_path("auto", key)
-    try:
-        keep_verdict(path, key, choice)
-    except OSError as error:
-        text = f"the next runs will try the kernels again: cannot write {path}: {error}"
-        return f"[yellow]{escape(text)}"
+    if why := kept(path, key, choice):
+        return f"[yellow]the next runs will try the kernels again: {escape(why)}"
     return escape(f"kept for the next runs, in {path}")

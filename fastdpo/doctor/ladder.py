@@ -99,11 +99,8 @@ def _tried(path: Path, key: dict, device: str, ladders, console: Console, limit:
     say = partial(console.print, highlight=False, soft_wrap=True)
     if path.exists():
         say(f"[yellow]{escape(f'{path} is damaged, or cannot be read')}")
-    say(
-        escape(
-            f"first run on {key['gpu']} with these versions: its kernels are tried on small problems, once"
-        )
-    )
+    first = f"first run on {key['gpu']} with these versions"
+    say(f"{escape(first)}: its kernels are tried on small problems, once")
     try:
         with Children(device) as children, console.status("") as status:
 
@@ -117,14 +114,20 @@ def _tried(path: Path, key: dict, device: str, ladders, console: Console, limit:
         say(f"[yellow]{escape(text)} them too")
         return None
     _refuse_nothing_right(choice)
+    if why := kept(path, key, choice):
+        say(f"[yellow]the verdict is of this run alone: {escape(why)}")
+    return choice
+
+
+def kept(path: Path, key: dict, choice: Choice) -> str:
+    """Keeps the verdict for the next runs; why it is not kept, or nothing."""
     if any("out of memory" in why.lower() for why in choice.left_out.values()):
-        say("[yellow]another process may have the GPU's memory: the verdict is of this run alone")
-        return choice
+        return "another process may have the GPU's memory"
     try:
         keep_verdict(path, key, choice)
     except OSError as error:
-        say(f"[yellow]{escape(f'the verdict is of this run alone: cannot write {path}: {error}')}")
-    return choice
+        return f"cannot write {path}: {error}"
+    return ""
 
 
 def _refuse_nothing_right(choice: Choice) -> None:
