@@ -353,6 +353,12 @@ def test_usage(capsys):
         command.main(["--json"])
 
 
+def test_begins_where_transformers_is_broken():
+    script = "import sys, fastdpo.doctor.command; assert 'transformers' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_ahead_of_time():
     assert "plain torch" in show.ahead_of_time(None)
     assert "triton 9.9, on a GPU of compute capability 8.0, 9.0, 10.0" in show.ahead_of_time("9.9")
