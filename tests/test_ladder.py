@@ -118,9 +118,11 @@ def gpu(monkeypatch, tmp_path):
     """settle() on a GPU that is none; its ladders are plants under the real rungs' names."""
     monkeypatch.setattr(machine, "key", lambda device: dict(KEY))
 
-    def go(cache=str(tmp_path / "cache/ref.sqlite"), seconds=20, **becomes):
+    def go(cache=str(tmp_path / "cache/ref.sqlite"), seconds=20, new_process=True, **becomes):
         head = ("triton", "plain_triton", "cublas", "torch")
         monkeypatch.setenv("PLANTED", json.dumps(becomes))
+        if new_process:
+            monkeypatch.setattr(ladder, "_known", {})
         ladders = (
             Ladder("lm_head", f"{PLANTS}:by_variable", head),
             Ladder("attention", f"{PLANTS}:by_variable", ("varlen", "segments")),
@@ -243,6 +245,16 @@ def test_memory_that_another_process_has_is_no_verdict_to_keep(quick, tmp_path):
     said = quick(triton="out_of_memory")
     assert "another process may have the GPU's memory" in said
     assert left_out()[0] == {"triton"} and not (tmp_path / "cache").exists()
+
+
+def test_a_process_tries_once_whatever_its_runs_caches_are(quick, tmp_path):
+    (tmp_path / "file").write_text("")
+    quick(cache=str(tmp_path / "file/ref.sqlite"), triton="raises")
+    asked = list(quick.asked)
+    said = quick(cache=str(tmp_path / "b/ref.sqlite"), new_process=False)
+    assert quick.asked == asked and "triton is left out" in said and left_out()[0] == {"triton"}
+    quick(cache=str(tmp_path / "b/ref.sqlite"))
+    assert len(quick.asked) > len(asked)
 
 
 def test_where_the_verdict_is_kept(monkeypatch, tmp_path):

@@ -39,6 +39,7 @@ LADDERS = (
     Ladder("attention, bf16", f"{ATTENTION}:check_bf16", ("varlen", "flash_attn", "segments"), True),
     Ladder("attention, fp32 or softcap", f"{ATTENTION}:check_others", ("flash_attn", "segments")),
 )
+_known: dict[str, Choice] = {}  # to this process, by the verdict's file name, wherever that is kept
 HEAD_RUNGS, ATTENTION_RUNGS = tiles.RUNGS[:-1], ("varlen", "flash_attn")  # that can be left out
 
 
@@ -86,11 +87,12 @@ def settle(
     device = device or f"cuda:{torch.cuda.current_device()}"
     key = machine.key(device)
     path = verdict_path(reference_cache, key)
-    choice = read_verdict(path, key)
+    choice = read_verdict(path, key) or _known.get(path.name)
     if choice is None:
         limit = {} if seconds is None else {"seconds": seconds}
         choice = _tried(path, key, device, ladders or ladders_of(device), console, limit)
     if choice is not None:
+        _known[path.name] = choice
         take(choice, console, path)
 
 
