@@ -14,6 +14,14 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_cache_of_fixtures(tmp_path_factory):
+    """Fixtures of a whole module run before the one below."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """No test meets the reference cache of another test, or of the person who runs them."""

@@ -188,4 +188,5 @@ def test_the_whole_run(tmp_path, capsys, monkeypatch, shared):
     if shared:
         ends = record["studies"]["ranked"]["end"]["beta 0.1"]
         assert set(ends) == set(learning_curriculum.ARMS)
-        assert all(0 < a < 1 for of in ends.values() for a in of["accuracy"])
+        # of 12 rows: by the rounding of one processor all may be right
+        assert all(0 <= a <= 1 for of in ends.values() for a in of["accuracy"])

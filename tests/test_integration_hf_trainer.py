@@ -86,7 +86,8 @@ def test_the_snippet_trains_as_plain_logits_do(names):
     start = AutoModelForCausalLM.from_pretrained(names["FOLDER"], dtype=torch.float64).state_dict()
     for name, weight in weights.items():
         moved = (weight - start[name]).norm()
-        assert (saved[name] - weight).norm() < 1e-3 * moved, name
+        rounded = STEPS * 2**-24 * weight.norm()  # ours are fp32: half a unit in the last place at each step
+        assert (saved[name] - weight).norm() < 1e-3 * moved + rounded, name
     assert len(AutoTokenizer.from_pretrained(names["OUTPUT"])) == len(names["tokenizer"])
 
 

@@ -16,6 +16,7 @@ from benchmarks.peers.trl_dpo import ExactTrainer, run_training
 from fastdpo.errors import ConfigError
 from fastdpo.integrations import trl_forward, trl_older
 from tests.test_integration_trl_rows import ODD_BATCHES, batch
+from tests.test_shared_prompt import assert_gradients_close
 from tests.tiny import policy, rows, save_model
 from tests.trl_runs import MOE, SOFTCAP, Run, make, same
 
@@ -82,9 +83,10 @@ def compare_answers(model, inputs, **options):
         (logps.sum(1).square().sum() + sft.sum()).backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(grads[0]) == len(grads[1])
-    for a, b in zip(theirs[0] + grads[0], theirs[1] + grads[1]):
+    for a, b in zip(*theirs):
         assert a.dtype == b.dtype
         torch.testing.assert_close(b.detach().float(), a.detach().float(), atol=1e-4, rtol=1e-4)
+    assert_gradients_close(dict(enumerate(grads[1])), dict(enumerate(grads[0])), 2e-5)
     return outs
 
 

@@ -16,6 +16,7 @@ from fastdpo.packing import pack
 from fastdpo.quantised import nf4_bytes, quantised_linears
 from fastdpo.support import prepare, stock_logp
 from tests import tiny
+from tests.rounding import model_ulps
 from tests.test_qlora import NF4, config_of, linears, load
 from tests.test_trainer import QUIET
 
@@ -156,7 +157,7 @@ def test_a_quantised_head_is_written_out_aloud(base, tmp_path):
     ids = torch.tensor([[*group.prompt, *group.responses[0].ids]])
     with torch.no_grad():
         ours, theirs = policy.model(ids).logits, stored.train()(ids).logits
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=model_ulps(theirs))
     prepare(policy, tiny.groups(), QUIET)
     assert len(stock_logp(policy, group)) == len(policy.token_logp(pack([group], policy.share)))
 

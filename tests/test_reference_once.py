@@ -5,15 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from fastdpo.cli import main
 from fastdpo.config import Config
 from fastdpo.errors import ConfigError, TrainingError
 from fastdpo.trainer import fill_reference, train
+from tests.rounding import is_tie, model_ulps
 from tests.tiny import rows, save_model, write_jsonl
 
 QUIET = Console(quiet=True)
+ROUNDING = model_ulps(torch.tensor(6.0))  # nats; a token of this vocabulary has about 6
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +70,7 @@ def test_the_step_0_margin_is_exactly_0_with_the_same_packs(make):
     events, metrics = run(make("alone", **alone))
     assert metrics[1]["rewards/margins"] == 0 and events[1]["max_nats"] == 0
     events, metrics = run(make("other", max_tokens=1))
-    assert 0 < events[1]["max_nats"] < 1e-6 and abs(metrics[1]["rewards/margins"]) < 1e-6
+    assert events[1]["max_nats"] < ROUNDING and is_tie(metrics[1])  # 0 where a GEMM's rows do not depend on M
 
 
 def test_only_the_rows_that_the_steps_visit_are_computed(make):
@@ -131,7 +134,7 @@ def test_reference_columns_need_no_forward_and_train_alike(make, tmp_path):
         config, data=write_jsonl(tmp_path / "columns.jsonl", data), output_dir=str(tmp_path / "c")
     )
     events, with_columns = run(columns)
-    assert events[0]["source"] == "columns" and events[1]["max_nats"] < 1e-6
+    assert events[0]["source"] == "columns" and events[1]["max_nats"] < ROUNDING
     assert "kl" not in with_columns[0]
     _, computed = run(config)
     for ours, theirs in zip(with_columns, computed):

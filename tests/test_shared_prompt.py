@@ -8,6 +8,7 @@ from fastdpo import attention, support
 from fastdpo.model import Policy
 from fastdpo.packing import pack
 from fastdpo.records import Pair
+from tests.rounding import model_ulps
 from tests.tiny import group, groups, policy
 
 # One entry a way of doing attention: rotary and learned positions, q/k norms, parallel blocks,
@@ -45,11 +46,13 @@ def gradients(model):
 
 
 def assert_gradients_close(ours, truth, tolerance):
+    """Each within `tolerance` of its size; a small one (a key's bias, whose gradient cancels to nothing) of a
+    hundredth of all gradients', for the terms that cancel have their size, and their rounding stays."""
     assert ours.keys() == truth.keys()
     total = torch.stack([g.norm() for g in truth.values()]).norm()
     for name, grad in truth.items():
         error = (ours[name] - grad).norm()
-        assert error <= tolerance * max(grad.norm(), 1e-3 * total), (name, float(error))
+        assert error <= tolerance * max(grad.norm(), 1e-2 * total), (name, float(error))
 
 
 def separate(p, batch_groups, upstream):
@@ -70,7 +73,7 @@ def test_shared_equals_separate(family, checkpointing):
         p.model.gradient_checkpointing_enable({"use_reentrant": False})
     p.set_sharing(True)
     ours = p.token_logp(pack(batch_groups))
-    torch.testing.assert_close(ours, logp, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, logp, rtol=0, atol=model_ulps(logp))
     (ours * upstream).sum().backward()
     assert_gradients_close(gradients(p.model), grads, 1e-5)
 
@@ -149,7 +152,7 @@ def test_models_that_cannot_share_fall_back_and_say_so(family, capsys):
     said = capsys.readouterr().out
     assert not p.share and "prompts are not shared" in said and reason in said
     ours = p.token_logp(pack(batch_groups, share=False))
-    torch.testing.assert_close(ours, logp, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, logp, rtol=0, atol=model_ulps(logp))
     (ours * upstream).sum().backward()
     assert_gradients_close(gradients(p.model), grads, 1e-5)
 

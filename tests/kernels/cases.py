@@ -91,9 +91,15 @@ def many_chunks(monkeypatch):
     monkeypatch.setattr(plan_module, "BLOCK_WIDTH", 37)
 
 
-def error(got, truth):
-    """The largest error, relative to the largest true value."""
-    return ((got.double() - truth).abs().max() / truth.abs().max().clamp(min=1e-300)).item()
+def error(got, truth, least=1e-300):
+    """The largest error, relative to the largest true value, or to `least` where all are smaller."""
+    return ((got.double() - truth).abs().max() / truth.abs().max().clamp(min=least)).item()
+
+
+def least_of(name):
+    """A mean of logits of some nats, which cancel, is rounded as they are: not by its own size, which for a
+    single row is anything."""
+    return 1.0 if name == "mean_logit" else 1e-300
 
 
 def assert_as_good(c, dtype, wanted=NAMES, stats=(), **options):
@@ -110,8 +116,9 @@ def assert_as_good(c, dtype, wanted=NAMES, stats=(), **options):
         is_gradient = name.startswith("d_")
         wide = torch.promote_types(dtype, torch.float32)
         assert got[name].dtype == (dtype if is_gradient else wide), name
-        # a gradient in half is one rounding away; in float64 plain torch is the truth itself
-        roundings = 1 if is_gradient and dtype.itemsize == 2 else 8 if dtype.itemsize < 8 else 64
+        # a gradient in half is one rounding away; in float32 a sum over 28 chunks rounds 28 times where torch
+        # does once or twice; in float64 plain torch is the truth itself
+        roundings = 1 if is_gradient and dtype.itemsize == 2 else 16 if dtype.itemsize < 8 else 64
         eps = roundings * torch.finfo(got[name].dtype).eps
-        ours, theirs = error(got[name], value), error(plain[name], value)
+        ours, theirs = (error(values[name], value, least_of(name)) for values in (got, plain))
         assert ours <= 2 * theirs + eps, f"{name}: {ours:.2e}, plain torch {theirs:.2e}"
