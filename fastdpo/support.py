@@ -151,6 +151,7 @@ def _stock(policy: Policy, groups: list[PreferenceGroup]) -> tuple[Tensor, float
             target = ids[len(prompt) :][scored]
             out.append(logits.log_softmax(-1).gather(1, target[:, None])[:, 0])
             largest = max(largest, float(logits.detach().abs().max()))
-    # bf16 logits are rounded to 2^-8 of themselves (ours are not); a wrong mask is far above that.
-    limit = 1e-3 if policy.dtype.itemsize >= 4 else max(0.1, largest * 2**-7)
-    return torch.cat(out), limit
+    # bf16 logits are rounded to 2^-8 of themselves (ours are not), fp32 ones on their way to 5 units in the
+    # last place, 64 are allowed; a wrong mask is far above that.
+    least, share = (1e-3, 2**-17) if policy.dtype.itemsize >= 4 else (0.1, 2**-7)
+    return torch.cat(out), max(least, largest * share)

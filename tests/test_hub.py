@@ -261,7 +261,7 @@ def command(server, folder, tmp_path, token):
     here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"}
     here |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
     argv = [sys.executable, "-m", "fastdpo.cli", "push", str(folder), "--to", "me/mine"]
-    return subprocess.run(argv, env=os.environ | here, capture_output=True, text=True, timeout=120)
+    return subprocess.run(argv, env=os.environ | here, capture_output=True, text=True, timeout=300)
 
 
 def test_a_server_gets_every_file(server, run, tmp_path):

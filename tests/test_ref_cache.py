@@ -292,9 +292,13 @@ def test_kills_at_random_moments_leave_a_sound_file(path, truth, monkeypatch):
     monkeypatch.setattr(ref_cache, "COMMIT_SECONDS", 0)
     groups, _, values = truth
     counted, draw, left, killed = Counted(), random.Random(0), len(packs_of(groups)), 0
-    began = time.perf_counter()
-    counted.load(path.with_name("undisturbed.sqlite"), groups)
-    whole = time.perf_counter() - began
+
+    def undisturbed(number):
+        began = time.perf_counter()
+        counted.load(path.with_name(f"undisturbed-{number}.sqlite"), groups)
+        return time.perf_counter() - began
+
+    whole = min(map(undisturbed, range(3)))  # the machine may have been busy in one
     for _ in range(60):
         child = multiprocessing.get_context("fork").Process(target=lambda: counted.load(path, groups))
         child.start()

@@ -378,7 +378,7 @@ def browse(url, folder, *options):
     ]
     flags += ["--disable-component-update", "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND"]
     flags += ["--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"]
-    done = subprocess.run([BROWSER, *flags, *options, url], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([BROWSER, *flags, *options, url], capture_output=True, text=True, timeout=300)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

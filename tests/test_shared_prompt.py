@@ -208,6 +208,15 @@ def test_large_bf16_logits_are_no_reason_to_refuse():
     assert p.share
 
 
+def test_large_fp32_logits_are_no_reason_to_refuse():
+    """Logits near 1e5 are 0.008 apart, whatever the weights are."""
+    p = policy("llama", initializer_range=0.2)
+    with torch.no_grad():
+        p.model.lm_head.weight *= 1e4
+    support.prepare(p, groups(), Console())
+    assert p.share
+
+
 def test_chunked_attention_is_refused():
     p = policy("llama")
     p.core.config.attention_chunk_size = 4

@@ -138,7 +138,7 @@ def test_hub_name_without_network():
     code = "from fastdpo.sources import load_rows; load_rows('nobody/nothing:config#train[:10]')"
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode and "DataError: data: 'nobody/nothing:config#train[:10]'" in done.stderr
     assert "looked up on the Hugging Face hub" in done.stderr and "or download it" in done.stderr
     assert done.stderr.count("Traceback") == 1, done.stderr

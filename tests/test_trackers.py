@@ -179,7 +179,7 @@ def test_trackio_itself(tmp_path, monkeypatch):
     script += "  t.log(20 if at else 10, line)\n  t.close()\n"
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     environment = os.environ | python_path()
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=environment)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300, env=environment)
     (database,) = Path(tmp_path / "trackio").glob("*.db")
     rows = sqlite3.connect(database).execute("SELECT run_name, step, metrics FROM metrics").fetchall()
     assert [step for _, step, _ in rows] == [10, 20] and len({name for name, *_ in rows}) == 1
