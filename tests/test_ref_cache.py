@@ -58,6 +58,17 @@ def test_in_row_order_is_next_fit():
     assert in_row_order([], CAP) == []
 
 
+@pytest.fixture(scope="module")
+def cache_of_a_fixture():
+    return cache_path("auto")
+
+
+def test_nobody_s_own_cache_is_met(cache_of_a_fixture, tmp_path_factory):
+    """Neither by a test nor by a fixture that is made once for all of them, and so before their own."""
+    for path in (cache_path("auto"), cache_of_a_fixture):
+        assert path.is_relative_to(tmp_path_factory.getbasetemp())
+
+
 @pytest.mark.parametrize("share", [True, False])
 def test_values_are_those_of_the_policy_itself(path, share):
     counted, groups, held_out = Counted(share=share), make_groups(20), make_groups(9, first=50)
