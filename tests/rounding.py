@@ -18,7 +18,7 @@ def model_ulps(*tensors: torch.Tensor) -> float:
     """How far log-probs [M] of the tests' models may be apart, computed in two ways.
 
     Two layers of some 20 roundings a number, added up as a random walk, are 6 units of the largest. Measured
-    are 1 to 4, with MKL's kernels for AMD, for Intel with AVX-512 and with AVX2, and with sums in random
+    are 1 to 5, with MKL's kernels for AMD, for Intel with AVX-512 and with AVX2, and with sums in random
     order. The least wrong that is known, attention without its softcap of 50, is 300 units off; a wrong mask
     or position shows in the first digits.
     """

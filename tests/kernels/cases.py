@@ -116,9 +116,9 @@ def assert_as_good(c, dtype, wanted=NAMES, stats=(), **options):
         is_gradient = name.startswith("d_")
         wide = torch.promote_types(dtype, torch.float32)
         assert got[name].dtype == (dtype if is_gradient else wide), name
-        # a gradient in half is one rounding away; in float32 a sum over 28 chunks rounds 28 times where torch
-        # does once or twice; in float64 plain torch is the truth itself
-        roundings = 1 if is_gradient and dtype.itemsize == 2 else 16 if dtype.itemsize < 8 else 64
+        # a gradient in half is one rounding away; a sum over 28 chunks rounds 28 times where torch does
+        # once or twice (13 units at most, sums in random order); in float64 plain torch is the truth itself
+        roundings = 1 if is_gradient and dtype.itemsize == 2 else 32 if dtype.itemsize < 8 else 256
         eps = roundings * torch.finfo(got[name].dtype).eps
         ours, theirs = (error(values[name], value, least_of(name)) for values in (got, plain))
         assert ours <= 2 * theirs + eps, f"{name}: {ours:.2e}, plain torch {theirs:.2e}"

