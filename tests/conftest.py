@@ -4,6 +4,8 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' tensors are too small for threads
+# The `deterministic` tests ask for it, and cuBLAS reads it once. It is what torch takes on Hopper anyway.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
@@ -26,6 +28,38 @@ def own_cache_of_fixtures(tmp_path_factory):
 def own_cache(tmp_path_factory, monkeypatch):
     """No test meets the reference cache of another test, or of the person who runs them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def deterministic():
+    """Flash attention sums dq by atomics, in any order, unless torch is told to be deterministic: where a
+    test asks for the same bits behind an attention's backward."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """After an illegal memory access every CUDA call of the process fails: it ends with the test that made
+    it. Under xdist that test is told as crashed, and another process takes the others."""
+    done = yield
+    if "gpu" in item.keywords and (why := poisoned()):
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"{item.nodeid} left the GPU unusable for this process: {why}", returncode=1)
+    return done
+
+
+def poisoned() -> str | None:
+    """What CUDA says where this process can no longer use it."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None
 
 
 def pytest_collection_modifyitems(items):

@@ -404,7 +404,7 @@ def test_a_run_learns_the_same(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("level", LEVELS)
-def test_offloading_on_a_gpu(level, monkeypatch):
+def test_offloading_on_a_gpu(level, monkeypatch, deterministic):
     """Copies on a stream of their own: the same bits, and the layers' inputs are gone from the device."""
     monkeypatch.setattr(offloading, "MIN_BYTES", 1 << 20)
     p = policy("llama", num_hidden_layers=8, hidden_size=512, head_dim=64, num_attention_heads=8)
@@ -423,7 +423,7 @@ def test_offloading_on_a_gpu(level, monkeypatch):
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])
     if level != "selective":  # which keeps what it saves of a layer on the device
-        assert kept[1] == kept[2] < 0.6 * kept[0]
+        assert max(kept[1:]) < 0.6 * kept[0]
 
 
 def test_models_that_cannot_say_so():

@@ -1,10 +1,13 @@
 """The gate is green on the code as it is, and names what was broken on purpose."""
 
+import os
+import time
+
 import pytest
 import torch
 from fastdpo_kernels import chunk, chunked, head, pair_losses
 
-from benchmarks import gate, gpu_gate, results
+from benchmarks import gate, gpu_gate, process, results
 from fastdpo import attention, packing
 from fastdpo.ref_fill import ReferenceTable
 
@@ -176,3 +179,69 @@ def test_gpu_gate_is_red_where_a_test_or_the_check_is(monkeypatch, tmp_path, cap
         )
         assert gpu_gate.main() == red
         assert results.newest("gate", folder=tmp_path)["passed"] is not red
+
+
+A_GPU = """
+from tests.conftest import *
+
+broken = []
+
+
+def synchronize():
+    if broken:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\\n")
+
+
+torch.cuda.is_available, torch.cuda.synchronize = (lambda: True), synchronize
+"""
+ITS_TESTS = """
+import os, time
+import pytest
+from conftest import broken
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_number(number):
+    assert not broken, "poisoned by a test before it"
+    if number == 1:
+        broken.append(number)  # and the test itself sees nothing of it
+    if number == 4:
+        time.sleep(60)
+"""
+
+
+@pytest.fixture
+def a_gpu(tmp_path, monkeypatch):
+    """Six tests on what looks like a GPU: the second breaks it, the fifth hangs."""
+    (tmp_path / "conftest.py").write_text(A_GPU)
+    (tmp_path / "test_it.py").write_text(ITS_TESTS)
+    monkeypatch.setattr(gpu_gate, "gpu_tests", lambda: [str(tmp_path / "test_it.py")])
+    quick = [*gpu_gate.TOGETHER]
+    quick[quick.index("-n") + 1], quick[quick.index("--timeout") + 1] = "1", "3"
+    monkeypatch.setattr(gpu_gate, "TOGETHER", tuple(quick))
+    path = [str(process.ROOT), str(process.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+
+
+def test_a_broken_gpu_breaks_no_other_test(a_gpu, capfd):
+    code, lines = gpu_gate.run_tests(dry_run=False, seconds=200)
+    said = capfd.readouterr().out
+    assert code == 1 and "2 failed, 5 passed" in lines[-1], said  # the one that broke it passed before that
+    red = " ".join(lines[:-1])
+    assert "test_number[1]" in red and "test_number[4]" in red and said.count("crashed") >= 2
+    assert "PASSED" in said  # the whole of it
+
+
+def test_without_xdist_a_broken_gpu_ends_the_tests(a_gpu, monkeypatch):
+    monkeypatch.setattr(gpu_gate, "TOGETHER", ())
+    code, lines = gpu_gate.run_tests(dry_run=False, seconds=200)
+    assert code == 1 and "left the GPU unusable for this process: CUDA error" in lines[-1], lines
+
+
+def test_gpu_tests_end_in_time(a_gpu, tmp_path):
+    (tmp_path / "test_it.py").write_text("import time\ntime.sleep(100)")
+    began = time.monotonic()
+    code, lines = gpu_gate.run_tests(dry_run=False, seconds=8)
+    assert code == 124 and "stopped after 8 s" in lines[-1] and time.monotonic() - began < 40
