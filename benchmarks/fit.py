@@ -13,9 +13,9 @@ from pathlib import Path
 
 from benchmarks.blocks_memory import fit_table
 from benchmarks.lengths import PairLengths
-from benchmarks.memory import WARM, Trials, longest, result_of_today, settled
+from benchmarks.memory import WARM, Trials, longest, settled
 from benchmarks.models import MODELS
-from benchmarks.results import write_result
+from benchmarks.results import result_of_today, write_result
 from benchmarks.room import smaller_card
 
 OURS, AS_LONG = "fastdpo", "fastdpo, as long as TRL"

@@ -1,18 +1,20 @@
 """Stage `steps`: whole training steps, fastdpo beside TRL and plain Hugging Face, model after model.
 
-    python -m benchmarks.gpu_steps [--dry-run] [--out DIR] [--minutes 7.5]
+    python -m benchmarks.gpu_steps [--dry-run] [--out DIR] [--minutes 7.5] [--short MODEL]
 
 The first model and mix has every contender, with fastdpo's own ideas one by one; the others have the peers.
-A visit goes on where the last one of the same day and commit ended. Weights are random, in the shapes of
-benchmarks.models; row lengths follow published statistics, benchmarks.lengths.
+--short: one model on two mixes, fastdpo beside the likely best of each peer, in minutes. It goes on where an
+earlier run of the same day and commit ended, and writes after everybody's first steps and after every turn.
+Weights are random, in the shapes of benchmarks.models; row lengths follow published statistics,
+benchmarks.lengths.
 """
 
-import json
 import sys
 import tempfile
 import time
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,9 +22,8 @@ from rich.console import Console
 
 from benchmarks.contenders import fastdpo, hf_plain, ladder, trl, trl_default, variants
 from benchmarks.models import MODELS
-from benchmarks.process import commit
 from benchmarks.race import Contender
-from benchmarks.results import result_path, stage_arguments, write_result
+from benchmarks.results import result_of_today, stage_arguments, stage_parser, write_result
 from benchmarks.steps import Plan, measure_steps, measured_ceilings, print_table
 from benchmarks.workers import WorkerFailed, Workers
 
@@ -31,6 +32,8 @@ MAX_TOKENS = 8192  # fastdpo's default
 SMALLER = {"Llama-3.1-8B LoRA": 4096, "Qwen2.5-7B LoRA": 4096}  # what fits an 80 GB GPU beside the peers
 SIZES = (4, 8, 2, 16, 1)  # TRL's pairs a microbatch, the likely best first
 ORDER = [("Qwen2.5-0.5B", m) for m in ("HH-RLHF", "UltraFeedback", "TL;DR", "MetaMath-DPO", "Capybara")]
+SHORT_MIXES = ("HH-RLHF", "UltraFeedback")
+ORDER += [("Qwen2.5-1.5B", mix) for mix in SHORT_MIXES]
 ORDER += [("Llama-3.2-1B", mix) for mix in ("HH-RLHF", "UltraFeedback", "TL;DR")]
 ORDER += [("Qwen3-1.7B", mix) for mix in ("HH-RLHF", "UltraFeedback", "TL;DR")]
 ORDER += [("Llama-3.1-8B LoRA", "HH-RLHF"), ("Qwen2.5-7B LoRA", "HH-RLHF"), ("Qwen2.5-0.5B", "hh real")]
@@ -58,6 +61,16 @@ def contenders(model: str, pairs: int, everything: bool) -> list[Contender]:
     return out
 
 
+def short_contenders(model: str, pairs: int) -> list[Contender]:
+    """fastdpo and who is likely to be the fastest of each peer; TRL at three sizes, to be sure."""
+    peer = lambda size, label="", **more: trl(size, pairs, MODELS[model], "cuda", label, **more)
+    grouped = dict(label=", lengths grouped", family="TRL, lengths grouped", grouped=True)
+    best = peer(8)
+    out = [fastdpo(SMALLER.get(model, MAX_TOKENS)), best, peer(4), hf_plain(4, pairs), peer(16)]
+    out += [peer(8, **grouped), peer(8, " + liger layers", options={"liger": True})]
+    return [*out, trl_default(8, pairs, best), peer(16, **grouped), hf_plain(2, pairs)]
+
+
 def dry_contenders(model: str) -> list[Contender]:
     """Every module and option once."""
     peer = lambda label="", **more: trl(2, 4, MODELS[model], "cpu", label, **more)
@@ -75,51 +88,63 @@ def plan_of(model: str, mix: str, minutes: float, dry: bool) -> Plan:
     return replace(DRY if dry else GPU, model=model, mix=mix, minutes=minutes, learning_rate=rate)
 
 
-def earlier(out: Path) -> dict:
-    """The results of today's visits with this very commit: {model: {mix: record}}."""
-    path = result_path("steps", out)
-    if not path.exists():
-        return {}
-    found = json.loads(path.read_text())
-    return found["results"] if found["git"] == commit()["git"] else {}
-
-
-def to_do(results: dict) -> list[tuple[str, str]]:
-    """Of ORDER what has no results yet, and then what failed or had no time for all of its contenders."""
+def to_do(results: dict, order: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Of `order` what has no results yet, and then what failed or had no time for all of its contenders."""
     cut = lambda race: "failed" in race or any(r["state"] == "time" for r in race["summary"].values())
-    new = [(model, mix) for model, mix in ORDER if mix not in results.get(model, {})]
-    return new + [each for each in ORDER if each not in new and cut(results[each[0]][each[1]])]
+    new = [(model, mix) for model, mix in order if mix not in results.get(model, {})]
+    return new + [each for each in order if each not in new and cut(results[each[0]][each[1]])]
+
+
+def field_of(args: Namespace, model: str, mix: str) -> list[Contender]:
+    if args.dry_run:
+        return dry_contenders(model)
+    if args.short:
+        return short_contenders(model, PAIRS)
+    return contenders(model, PAIRS, (model, mix) == ORDER[0])
 
 
 def run(args: Namespace, workers: Workers) -> None:
-    """All of ORDER that there is time for; the JSON is written after each."""
+    """All that there is time for; the JSON is written whenever something was measured."""
     began = time.perf_counter()
     left = lambda: args.minutes - (time.perf_counter() - began) / 60
-    results, no_time = ({} if args.dry_run else earlier(args.out)), []
-    order = DRY_ORDER if args.dry_run else to_do(results)
+    results, no_time = {}, []
+    if not args.dry_run:
+        results = (result_of_today("steps", args.out) or {}).get("results", {})
+    order = [(args.short, mix) for mix in SHORT_MIXES] if args.short else ORDER
+    order = (order if args.short else DRY_ORDER) if args.dry_run else to_do(results, order)
     ceilings = measured_ceilings(small=args.dry_run)
-    for model, mix in order:
+
+    def keep(model: str, mix: str, record: dict, quiet: bool = True) -> None:
+        results.setdefault(model, {})[mix] = record | {"ceilings": ceilings}
+        write_result("steps", {"results": results, "no_time_for": no_time}, args.out, quiet)
+
+    for number, (model, mix) in enumerate(order):
         if left() < LEAST_MINUTES and not args.dry_run:
             no_time.append(f"{model}, {mix}")
             continue
-        print(f"{model}, {mix}: {left():.1f} minutes left", flush=True)
-        plan = plan_of(model, mix, left() - 0.3, args.dry_run)
-        field = dry_contenders(model) if args.dry_run else contenders(model, PAIRS, (model, mix) == ORDER[0])
+        minutes = left() - 0.3
+        if args.short:  # each its share
+            minutes /= len(order) - number
+        print(f"{model}, {mix}: {minutes:.1f} minutes", flush=True)
+        plan = plan_of(model, mix, minutes, args.dry_run)
         try:
-            record = measure_steps(plan, field, ceilings["gemm_tflops"], workers)
+            record = measure_steps(
+                plan, field_of(args, model, mix), ceilings["gemm_tflops"], workers, partial(keep, model, mix)
+            )
         except WorkerFailed as failed:  # fastdpo itself: the news of this model, and the others go on
             record = {"failed": failed.kind, "why": failed.why}
         else:
             print_table(f"{model}, {mix}: steps of {plan.pairs} pairs", record, Console(width=150))
-        results.setdefault(model, {})[mix] = record | {"ceilings": ceilings}
-        write_result("steps", {"results": results, "no_time_for": no_time}, args.out)
+        keep(model, mix, record, quiet=False)
     if no_time:
         print(f"no time for: {'; '.join(no_time)}")
         write_result("steps", {"results": results, "no_time_for": no_time}, args.out)
 
 
 def main() -> None:
-    args = stage_arguments(__doc__)
+    parser = stage_parser(__doc__)
+    parser.add_argument("--short", metavar="MODEL", choices=MODELS, help="this model alone, in a short field")
+    args = stage_arguments(parser)
     if not args.dry_run and not torch.cuda.is_available():
         sys.exit("no GPU here: --dry-run --out DIR shows that all of it runs")
     with tempfile.TemporaryDirectory() as logs, Workers(Path(logs)) as workers:

@@ -5,26 +5,30 @@
 For each shape and mode (forward; frozen: gradient of hidden; trained: of the weight too) all contenders
 take turns, so that a drifting clock meets all of them, and the median counts. The floor is the three
 GEMMs that no head can do without, measured in the same turns. --smoke: small shapes, any device, and
-nothing is written without --out. It begins nothing new after some minutes and says what is left.
+nothing is written without --out. It begins nothing new after some minutes and says what is left; run again
+on the same day and commit it goes on there. Who fails is told with the reason and takes no other's numbers
+along: after an illegal memory access, which leaves the GPU unusable for the process, it begins anew without
+whoever made it.
 """
 
 import argparse
 import gc
 import importlib.metadata
+import os
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
 from fastdpo_kernels import MEMORY_BUDGET
 from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.figures import Bar, bars
 from benchmarks.head_inputs import Gemms, Inputs, Shape, Truth
+from benchmarks.head_table import draw, print_table
 from benchmarks.peers import head_others, head_ours
-from benchmarks.results import RESULTS, write_result
+from benchmarks.results import RESULTS, result_of_today, write_result
 
 SHAPES = (
     Shape(8192, 4096, 128256, 256),
@@ -100,37 +104,64 @@ def examine(run, inputs: Inputs, mode: str, truth: Truth) -> dict:
 
 
 def contenders(inputs: Inputs, mode: str, absent: dict) -> dict:
-    """{name: run} of all that can do this; why the others cannot goes into `absent`."""
+    """{name: run} of all that can do this and are not `absent`; why others cannot is added there."""
     found = {name: run for name, (run, modes) in head_ours.CONTENDERS.items() if mode in modes}
     for name, make in head_others.MAKERS.items():
         try:
             found[name] = make(inputs)
         except Exception as error:  # whatever a broken package makes of its import
-            absent[name] = f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:80]}"
-    return found
+            absent.setdefault(name, reason(error))
+    return {name: run for name, run in found.items() if name not in absent}
 
 
-def measure_mode(inputs: Inputs, mode: str, truth: Truth, turns: int) -> tuple[dict, dict]:
-    """({name: numbers}, {name: why absent}) of one shape and mode."""
-    results, absent, seconds = {}, {}, {}
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:80]}"
+
+
+class Unusable(Exception):
+    """(name, why): the GPU takes nothing more from this process after what `name` did."""
+
+
+def failed(name: str, error: Exception) -> str:
+    """Why a contender has no numbers, and room for the others. Raises Unusable where there is none."""
+    why = reason(error)
+    error.__traceback__ = None  # it holds the tensors that it failed on
+    gc.collect()
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            raise Unusable(name, why) from None
+    return why
+
+
+def measure_mode(
+    inputs: Inputs, mode: str, truth: Truth, turns: int, unfit: dict[str, str]
+) -> tuple[dict, dict]:
+    """({name: numbers}, {name: why absent}) of one shape and mode; `unfit` is not even tried."""
+    results, absent = {}, dict(unfit)
     runs = contenders(inputs, mode, absent)
     for name in list(runs):
         try:
             results[name] = examine(runs[name], inputs, mode, truth)
-        except Exception as error:  # a peer that fails must not take the others' numbers with it
-            if name in head_ours.CONTENDERS:
-                raise
-            absent[name] = f"{type(error).__name__}: {(str(error) or '?').splitlines()[0][:80]}"
+        except Exception as error:  # who fails must not take the others' numbers along
+            absent[name] = failed(name, error)
             del runs[name]
         gc.collect()
     gemms = Gemms(inputs).products
     needed = list(gemms)[: MODES[mode]]
+    seconds = {name: [] for name in (*needed, *runs)}
     for _ in range(turns):
         for name in needed:
-            seconds.setdefault(name, []).append(timed(gemms[name]))
-        for name, run in runs.items():
+            seconds[name].append(timed(gemms[name]))
+        for name in list(runs):
             leaves = inputs.leaves(mode)
-            seconds.setdefault(name, []).append(timed(lambda run=run, x=leaves: once(run, x, mode)))
+            try:
+                seconds[name].append(timed(lambda run=runs[name], x=leaves: once(run, x, mode)))
+            except Exception as error:
+                absent[name] = failed(name, error)
+                del runs[name], results[name]
     floor = sum(statistics.median(seconds[name]) for name in needed)
     results = {"floor": {}} | results
     results["floor"] = {"median_s": floor, "gemms_s": {name: seconds[name] for name in needed}}
@@ -146,107 +177,60 @@ def measure_mode(inputs: Inputs, mode: str, truth: Truth, turns: int) -> tuple[d
     return results, absent
 
 
-def row(name: str, r: dict, ours: float) -> list[str]:
-    """One line of the table; `ours` is the fastest of ours in the same mode, in seconds."""
-    show = lambda key, form, unit=1.0: form.format(r[key] * unit) if key in r else ""
-    plan = f" ({r['plan']})" if "plan" in r else show("tflops", " ({:.2f} TFLOP/s)")
-    nats = f"{r['nats_max']:.0e} / {r['nats_median']:.0e}" if "nats_max" in r else ""
-    own = show("of_own_flops", " ({:.2f})")
-    promised = show("promised_bytes", " of {:,.1f}", 1e-6)
-    return [
-        name + plan,
-        show("median_s", "{:.2f}", 1e3),
-        show("of_floor", "{:.2f}") + own,
-        "" if name == "floor" else f"{r['median_s'] / ours:.2f}x",
-        show("peak_bytes", "{:,.1f}", 1e-6) + promised,
-        nats,
-        show("d_hidden_roundings", "{:.2f}"),
-        show("d_weight_roundings", "{:.2f}"),
-        {True: "yes", False: "no"}.get(r.get("same_bits"), ""),
-    ]
-
-
-def print_table(results: dict, console: Console) -> None:
-    """A table for every shape; the modes follow each other."""
-    columns = ("ms", "of floor (own)", "of ours", "peak MB", "nats max / med", "dX", "dW", "same bits")
-    for shape, modes in results.items():
-        table = Table(title=f"{shape} (M x D x V)")
-        table.add_column("")
-        for column in columns:
-            table.add_column(column, justify="right")
-        for mode, (measured, _) in modes.items():
-            mine = [measured[n]["median_s"] for n in head_ours.CONTENDERS if n in measured]
-            table.add_section()
-            table.add_row(f"[bold]{mode}")
-            for name, numbers in measured.items():
-                table.add_row(*row(name, numbers, min(mine)))
-        console.print(table)
-        reasons = {}
-        for mode, (_, absent) in modes.items():
-            for name, why in absent.items():
-                reasons.setdefault((name, why), []).append(mode)
-        for (name, why), where in reasons.items():
-            console.print(f"  absent: {name} ({', '.join(where)}): {why}", style="dim", highlight=False)
-    console.print(
-        "of floor: the time of the GEMMs no head can do without over ours; (own): with the plan's own "
-        "FLOPs. dX, dW: errors against fp64 in units of one rounding of dZ to the inputs' dtype. peak MB: "
-        "beyond the inputs, gradients included, of what the plan promised."
-    )
-
-
 def run(small: bool, minutes: float, out: Path | None) -> None:
     """Every shape and mode, then the tables, and one JSON in the folder `out`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    started, results, left = time.perf_counter(), {}, []
+    started, left = time.perf_counter(), []
+    earlier = (out and result_of_today("head", out)) or {}
+    results, unfit = earlier.get("results", {}), earlier.get("unfit", {})
+    tell = lambda: out and write(out, results, left, str(dtype), unfit)
     for shape in SMALL if small else SHAPES:
-        results[str(shape)] = {}
+        done = results.setdefault(str(shape), {})
         inputs = truth = None
-        for mode in MODES:
+        for mode in [mode for mode in MODES if mode not in done or not done[mode][0]]:
             if time.perf_counter() - started > 60 * minutes:
                 left.append(f"{shape}, {mode}")
                 continue
-            if inputs is None:
-                inputs = Inputs.make(shape, dtype, device)
-                truth = Truth(inputs)
             print(f"{shape}, {mode}", flush=True)
-            results[str(shape)][mode] = measure_mode(inputs, mode, truth, 3 if small else TURNS)
-            if out:  # what is measured stays, whatever comes next
-                write(out, results, left, str(dtype))
+            try:
+                if truth is None:
+                    inputs = Inputs.make(shape, dtype, device)
+                    truth = Truth(inputs)
+                done[mode] = measure_mode(inputs, mode, truth, 3 if small else TURNS, unfit)
+            except Unusable as unusable:
+                unfit[unusable.args[0]] = unusable.args[1]
+                if not tell():
+                    raise
+                anew(minutes - (time.perf_counter() - started) / 60)
+            except Exception as error:  # out of memory for the truth, say: the next shape may be smaller
+                done[mode] = {}, {"all": failed("all", error)}
+            tell()  # what is measured stays, whatever comes next
     print_table(results, Console(width=130))
     if left:
         print(f"no time for: {'; '.join(left)}")
-    if out:
-        draw(write(out, results, left, str(dtype)), results)
+    path = tell()
+    if path:
+        draw(path, results)
 
 
-def write(out: Path, results: dict, left: list[str], dtype: str) -> Path:
-    """The JSON: every single time, and what it was measured on."""
+def anew(minutes: float) -> None:
+    """This very command in place of this process, for the minutes that are left."""
+    print("the GPU is unusable for this process: it begins anew", flush=True)
+    command = [sys.executable, *sys.orig_argv[1:], "--minutes", f"{max(0.0, minutes):.2f}"]
+    os.execv(sys.executable, command)
+
+
+def write(out: Path, results: dict, left: list[str], dtype: str, unfit: dict[str, str]) -> Path:
+    """The JSON: every single time, and what it was measured on. unfit: who made the GPU unusable."""
     found = {}
     for name in head_others.DISTRIBUTIONS:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    record = {"dtype": dtype, "memory_budget": MEMORY_BUDGET, "no_time_for": left}
+    record = {"dtype": dtype, "memory_budget": MEMORY_BUDGET, "no_time_for": left, "unfit": unfit}
     return write_result("head", record | {"peers": found, "results": results}, out)
-
-
-def draw(path: Path, results: dict) -> None:
-    """A plot of each mode of the first shape, beside the JSON."""
-    shape, modes = next(iter(results.items()))
-    for mode, (measured, _) in modes.items():
-        title = f"The lm_head, {mode}, {shape} (M x D x V)"
-        drawn = [
-            Bar(name, 1e3 * r["median_s"], *spread_ms(r), ours=name in head_ours.CONTENDERS)
-            for name, r in measured.items()
-        ]
-        bars(f"{path.stem}_{mode}", title, "milliseconds", drawn, path.parent)
-
-
-def spread_ms(r: dict) -> tuple[float, float] | tuple[()]:
-    """The fastest and the slowest turn; nothing for the floor, which is a sum of medians."""
-    return (1e3 * min(r["seconds"]), 1e3 * max(r["seconds"])) if "seconds" in r else ()
 
 
 def main() -> None:

@@ -20,8 +20,7 @@ from rich.table import Table
 from benchmarks.inputs import random_rows
 from benchmarks.lengths import PairLengths
 from benchmarks.models import MODELS
-from benchmarks.process import provenance
-from benchmarks.results import result_path, write_result
+from benchmarks.results import result_of_today, write_result
 from benchmarks.room import BESIDE, Room
 from benchmarks.workers import Worker, WorkerFailed
 
@@ -230,13 +229,6 @@ def _until_failure(names: tuple[str, ...], trials: Trials) -> Iterator[str]:
         yield name
         if trials.log[-1]["peak_bytes"] is None:
             return
-
-
-def result_of_today(what: str, out: Path) -> dict | None:
-    """Today's result of the same commit: a run that had no time for all goes on there."""
-    path = result_path(what, out)
-    record = json.loads(path.read_text()) if path.exists() else None
-    return record if record and record["git"] == provenance()["git"] else None
 
 
 def run(limits: Limits, minutes: float, out: Path) -> Path:

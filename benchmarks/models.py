@@ -104,6 +104,11 @@ _MODELS = (
         _config(2048, 8192, 16, 32, 8, 128_256, 5e5, 131_072, 1e-5, True, head_dim=64, **_llama3_rope(32.0)),
     ),
     BenchModel(
+        "Qwen2.5-1.5B",
+        "qwen2",
+        _config(1536, 8960, 28, 12, 2, 151_936, 1e6, 131_072, 1e-6, True),
+    ),
+    BenchModel(
         "Qwen3-1.7B",
         "qwen3",
         _config(2048, 6144, 28, 16, 8, 151_936, 1e6, 40_960, 1e-6, True, head_dim=128),

@@ -2,7 +2,8 @@
 
 The first contender is fastdpo, and runs in every set. Workers join a set one by one, each making its
 first steps alone; one that runs out of memory beside the others, or would when all wait with their
-weights loaded, opens the next set. What fails is a result: it is recorded with its reason.
+weights loaded, opens the next set. What fails is a result: it is recorded with its reason. After everybody's
+first steps and after every turn `keep` is told, so that a race that is killed loses no more than that.
 """
 
 import statistics
@@ -80,9 +81,10 @@ class Race:
         workers: Workers,
         seconds: float,
         say: Callable[[str], None] = print,
+        keep: Callable[["Race"], None] = lambda race: None,
     ):
         self.course, self.ours, self.others = course, contenders[0], contenders[1:]
-        self.workers, self.say = workers, say
+        self.workers, self.say, self.keep = workers, say, keep
         self.doors, self.deadline = (time.perf_counter() + part * seconds for part in (DOORS, 1.0))
         self.entries: dict[str, Entry] = {}
         self.sets: list[list[str]] = []
@@ -128,6 +130,7 @@ class Race:
         number, later = len(self.sets), []
         standing = {self.ours: self.start(self.ours)}  # if this fails there is nothing to compare with
         self.entries.setdefault(self.ours.name, standing[self.ours])
+        self.keep(self)
         queue = list(waiting)
         while queue:
             contender = queue.pop(0)
@@ -143,12 +146,11 @@ class Race:
                     queue[:0] = self.alone(contender, standing)
                 else:
                     self.entries[contender.name] = Entry(failed.kind, failed.why)
-                continue
-            self.join(contender, entry, standing, later)
-        for contender, entry in standing.items():
+            else:
+                self.join(contender, entry, standing, later)
+            self.keep(self)
+        for entry in standing.values():
             entry.set_number = number
-            if contender is not self.ours:
-                self.entries[contender.name] = entry
         self.sets.append([contender.name for contender in standing])
         if number == 0:
             self.entries[self.ours.name] = standing[self.ours]
@@ -180,7 +182,7 @@ class Race:
                 return
             for other in [c for c in standing if c.sizes_of == of and pace(standing[c]) > SLOWER * best]:
                 self.dismiss(other, standing.pop(other), "slower", slower)
-        standing[contender] = entry
+        standing[contender] = self.entries[contender.name] = entry
 
     def dismiss(self, contender: Contender, entry: Entry, state: str, why: str) -> None:
         self.say(f"  {contender.name} leaves: {why}")
@@ -200,6 +202,7 @@ class Race:
                 if number and time.perf_counter() > self.deadline:
                     break
                 entry.turns.append(self.turn(contender, entry))
+                self.keep(self)
             if why:
                 entry.state, entry.why = "disagrees", why
             self.worker(contender).end()
@@ -225,6 +228,7 @@ class Race:
             began = time.perf_counter()
             if not self.one_turn(standing):
                 break
+            self.keep(self)
             longest = max(longest, time.perf_counter() - began)
         for contender, entry in standing.items():
             if contender is not self.ours and (why := self.disagreement(contender, entry)):

@@ -31,18 +31,28 @@ def result_path(what: str, folder: Path = RESULTS) -> Path:
     return folder / f"{what}_{machine()}_{time.strftime('%Y-%m-%d')}.json"
 
 
-def write_result(what: str, record: dict, folder: Path = RESULTS) -> Path:
+def write_result(what: str, record: dict, folder: Path = RESULTS, quiet: bool = False) -> Path:
     """Writes the record, where it comes from, and whether the gate of its commit was green on this machine
-    (None: there was no gate)."""
+    (None: there was no gate). Whoever is killed meanwhile leaves the file as it was."""
     if what != "gate":
         gate = newest("gate", machine(), folder)
         same = gate is not None and gate["git"] == commit()["git"]  # another commit's says nothing
         record = {"gate_passed": gate["passed"] if same else None} | record
     path = result_path(what, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record | provenance(), indent=1) + "\n")
-    print(f"written: {path}")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record | provenance(), indent=1) + "\n")
+    part.replace(path)
+    if not quiet:
+        print(f"written: {path}", flush=True)
     return path
+
+
+def result_of_today(what: str, folder: Path = RESULTS) -> dict | None:
+    """Today's result of the same commit: a run that had no time for all goes on there."""
+    path = result_path(what, folder)
+    record = json.loads(path.read_text()) if path.exists() else None
+    return record if record and record["git"] == commit()["git"] else None
 
 
 def newest_path(what: str, machine: str | None = None, folder: Path = RESULTS) -> Path | None:
@@ -63,12 +73,18 @@ def newest(what: str, machine: str | None = None, folder: Path = RESULTS) -> dic
     return json.loads(path.read_text()) if path else None
 
 
-def stage_arguments(description: str) -> argparse.Namespace:
+def stage_parser(description: str) -> argparse.ArgumentParser:
     """What every GPU stage takes: dry_run, out (a folder), minutes."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU, into --out")
     parser.add_argument("--out", type=Path, help="the folder of the JSON (default: benchmarks/results)")
     parser.add_argument("--minutes", type=float, default=7.5, help="start nothing new after these")
+    return parser
+
+
+def stage_arguments(stage: str | argparse.ArgumentParser) -> argparse.Namespace:
+    """A stage's arguments, by its description or by its parser where it takes more."""
+    parser = stage_parser(stage) if isinstance(stage, str) else stage
     args = parser.parse_args()
     if args.dry_run and args.out is None:
         parser.error("--dry-run needs --out: its numbers mean nothing and belong nowhere else")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from benchmarks.flops import USEFUL, step_flops
 from benchmarks.inputs import random_rows
 from benchmarks.lengths import PairLengths
 from benchmarks.models import MODELS, BenchModel, tiny
-from benchmarks.race import Contender, Course, Race
+from benchmarks.race import Contender, Course, Entry, Race
 from benchmarks.workers import ROOT, Workers
 
 POOL = 50  # steps that rows are chosen from, and that TRL's length grouping sorts at a time
@@ -110,9 +110,14 @@ def in_turns(even: list, grouped: list, plan: Plan) -> list:
 
 
 def measure_steps(
-    plan: Plan, contenders: list[Contender], ceiling_tflops: float, workers: Workers, say=print
+    plan: Plan,
+    contenders: list[Contender],
+    ceiling_tflops: float,
+    workers: Workers,
+    keep: Callable[[dict], None] = lambda record: None,
 ) -> dict:
-    """One model and mix: {"plan", "lengths", "summary": {name: numbers}, "entries", "sets", "seconds"}."""
+    """One model and mix: {"plan", "lengths", "summary": {name: numbers}, "entries", "sets", "seconds"}.
+    `keep` is given the same, as far as it goes, whenever something was measured."""
     began = time.perf_counter()
     pool, vocab = pool_of(plan), plan.bench_model.vocab
     even = even_steps(pool, plan.pairs, plan.distinct)
@@ -135,14 +140,20 @@ def measure_steps(
             warm=plan.warm,
             checks=plan.checks,
         )
-        race = Race(course, contenders, workers, 60 * plan.minutes, say)
+        rows_of = {True: grouped, False: even}
+        record = lambda race: record_of(race, rows_of, plan, ceiling_tflops, began)
+        race = Race(course, contenders, workers, 60 * plan.minutes, keep=lambda race: keep(record(race)))
         race.run()
-    rows_of = {True: grouped, False: even}
+    return record(race)
+
+
+def record_of(race: Race, rows_of: dict, plan: Plan, ceiling_tflops: float, began: float) -> dict:
+    """What a race says, during it too; rows_of: the steps' rows of grouped contenders and of the others."""
     numbers = {c.name: told(c, race, rows_of, plan, ceiling_tflops) for c in race.contenders}
     mark_fastest(numbers)
     return {
         "plan": asdict(plan),
-        "lengths": length_mixes.summary([row for step in even for row in step]),
+        "lengths": length_mixes.summary([row for step in rows_of[False] for row in step]),
         "summary": numbers,
         "entries": {name: asdict(entry) for name, entry in race.entries.items()},
         "sets": race.sets,
@@ -161,12 +172,14 @@ def race_doc() -> str:
 
 def told(contender: Contender, race: Race, rows_of: dict, plan: Plan, ceiling_tflops: float) -> dict:
     """What one contender's entry says, in pairs and tokens a second, beside fastdpo's."""
-    entry, ours = race.entries[contender.name], race.entries[race.ours.name]
+    entry = race.entries.get(contender.name) or Entry("time", "no time left")
+    ours = race.entries[race.ours.name]
     steps = rows_of[contender.grouped]
     model, rows = plan.bench_model, [row for step in steps for row in step]
     mean = lambda how: step_flops(model, rows, how)["total"] / len(steps)
     own, ours_own = mean(contender.how), mean(race.ours.how)
     compared = race.compared(contender, entry)
+    ours_turns = race.ours_turns[entry.set_number or 0 :][:1]
     out = {
         "state": entry.state,
         "why": entry.why,
@@ -179,8 +192,8 @@ def told(contender: Contender, race: Race, rows_of: dict, plan: Plan, ceiling_tf
     seconds = [s for turn in entry.turns for s in turn]
     if entry.state != "measured":
         return out
-    if not seconds:
-        return out | {"state": "time", "why": "no time for a turn"}
+    if not seconds or not any(ours_turns):
+        return out | {"state": "time", "why": "no time for a turn" + ("" if not seconds else " of fastdpo")}
     tokens = tokens_a_step(steps)
     typical = statistics.mean(seconds) if contender.grouped else statistics.median(seconds)
     low, high = np.quantile(seconds, (0.25, 0.75)).tolist()

@@ -11,9 +11,8 @@ from dataclasses import asdict, replace
 
 from benchmarks.contenders import OURS
 from benchmarks.flops import USEFUL
-from benchmarks.memory import result_of_today
 from benchmarks.race import Contender
-from benchmarks.results import write_result
+from benchmarks.results import result_of_today, write_result
 from benchmarks.steps import Plan, even_steps, measure_steps, pool_of, rows_of_steps
 from benchmarks.workers import WorkerFailed, Workers
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from fastdpo_kernels import reference
 
-from benchmarks import head
+from benchmarks import head, head_table
 from benchmarks.head_inputs import Inputs, Shape, Truth
 from benchmarks.peers import head_others, head_ours
 from benchmarks.results import newest
@@ -33,7 +33,7 @@ def test_truth_is_the_references(inputs):
 def test_every_column_of_every_mode(inputs, mode, tmp_path, monkeypatch, capsys):
     makers = {name: head_others.MAKERS[name] for name in ("torch", "liger DPO")}
     monkeypatch.setattr(head_others, "MAKERS", makers)
-    measured, absent = head.measure_mode(inputs, mode, Truth(inputs), turns=2)
+    measured, absent = head.measure_mode(inputs, mode, Truth(inputs), 2, {})
     ours = {name for name, (_, modes) in head_ours.CONTENDERS.items() if mode in modes}
     assert set(measured) == {"floor", "torch"} | ours and set(absent) == {"liger DPO"}
     for name, numbers in measured.items():
@@ -51,7 +51,7 @@ def test_every_column_of_every_mode(inputs, mode, tmp_path, monkeypatch, capsys)
         wanted = {"linear_logp": "recompute", "linear_logp with room": "keep", "linear_dpo": "grouped"}
         assert plans == wanted
     results = {str(TINY): {mode: (measured, absent)}}
-    head.print_table(results, head.Console(width=130))
+    head_table.print_table(results, head.Console(width=130))
     assert "liger DPO" in capsys.readouterr().out
-    head.write(tmp_path, results, [], "float32")
+    head.write(tmp_path, results, [], "float32", {})
     assert newest("head", folder=tmp_path)["results"][str(TINY)][mode][1] == absent

@@ -13,6 +13,7 @@ from fastdpo.packing import pack
 BILLIONS = {
     "Qwen2.5-0.5B": 0.494,
     "Llama-3.2-1B": 1.236,
+    "Qwen2.5-1.5B": 1.544,
     "Qwen3-1.7B": 1.721,
     "Llama-3.1-8B LoRA": 8.030,
     "Qwen2.5-7B LoRA": 7.616,
