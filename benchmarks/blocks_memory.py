@@ -33,7 +33,7 @@ def fit(record: dict, link: str) -> str:
     steps = {claim["name"]: claim["pairs"] for claim in record["limits"]["claims"]}
     pairs = ", ".join(f"{n} for {name}" for name, n in steps.items() if n > 1)
     text = (
-        f"What fits a card, on {where(record)} limited to its memory, the rest of it taken ({link}). Tokens: "
+        f"What fits a card, on {where(record)} with each allocator limited to its memory ({link}). Tokens: "
         f"{record['counting']}. Pairs an optimizer step: 1{f', {pairs}' if pairs else ''}. TRL has the "
         "same tricks where it has them: recomputed layers, offloaded activations, paged 8-bit AdamW, bf16 "
         "weights, a 4-bit base; with or without liger-kernel's layers, whichever reaches further:"
@@ -54,12 +54,14 @@ def tricks(record: dict, link: str) -> str:
             missing.append(f"\n\nNo numbers for {name}: {r['why']}.")
             continue
         hidden = r.get("hidden")
-        cells = [f"{number(r['pairs_per_second'])}", f"{r['speed']:.2f}x", f"{number(r['peak_gb'])} GB"]
+        paged = f" and {number(r['paged_gb'])} GB paged" if r["paged_gb"] else ""
+        cells = [number(r["pairs_per_second"]), f"{r['speed']:.2f}x", f"{number(r['peak_gb'])} GB{paged}"]
         rows.append([f"`{name}`", *cells, f"{r['memory']:.2f}x", "" if hidden is None else f"{hidden:.0%}"])
     text = (
         f"What each trick costs, on {where(record)}: {plan['model']}, steps of {plan['pairs']} pairs of "
         f"{plan['mix']}'s lengths, medians over interleaved turns ({link}). Speed and peak memory beside the "
-        "first row, and how much of the time of its copies to and from the host the GPU computes:"
+        "first row, and how much of the time of its copies to and from the host the GPU computes. Paged "
+        "states were beside the peak, on a GPU with room for them: what moving them costs is not told:"
     )
     header = ("keys", "pairs/s", "speed", "peak memory", "memory", "copies hidden")
     return f"{text}\n\n{markdown(header, rows)}{''.join(missing)}"
@@ -97,7 +99,10 @@ def _does(claim: dict, ours: dict) -> str:
     trial = _at(ours, claim["tokens"])
     if trial is None:
         return "not tried"
-    return "no" if trial["peak_bytes"] is None else f"yes, {number(trial['peak_bytes'] / 1e9)} GB"
+    if trial["peak_bytes"] is None:
+        return "no"
+    paged = f" and {number(trial['paged_bytes'] / 1e9)} GB paged" if trial["paged_bytes"] else ""
+    return f"yes, {number(trial['peak_bytes'] / 1e9)} GB{paged}"
 
 
 def _rate(claim: dict, tokens: int, found: dict) -> str:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.bench_cpu import KEEP_MEMORY
 from benchmarks.lengths import summary
-from benchmarks.results import RESULTS, write_result
+from benchmarks.results import RESULTS, result_of_today, write_result
 from benchmarks.steps import TOLERANCE, Plan, even_steps, pool_of, rows_of_steps
 from benchmarks.workers import WorkerFailed, Workers
 
@@ -33,20 +33,25 @@ CPU_SIZES = (1, 8)  # pairs a microbatch
 GRACE = 40  # seconds that the last answer may come after the time is over
 
 
-def measure(plans: list[Plan], sizes: tuple[int, ...], out: Path) -> dict:
+def measure(plans: list[Plan], sizes: tuple[int, ...], out: Path, resume: bool = False) -> dict:
     """Each plan's mix at each batch size: {"plan", "results": {mix: {"lengths", "sizes"}}}. The JSON is
-    written after each; a failure is a result, with its reason."""
+    written after each; a failure is a result, with its reason. `resume`: only what today's result of the
+    same commit has no numbers of."""
     end = time.monotonic() + 60 * plans[0].minutes
-    left = len(plans) * len(sizes)
-    results: dict[str, dict] = {}
+    earlier = (result_of_today("dropin", out) if resume else None) or {}
+    results: dict[str, dict] = earlier.get("results", {})
     record = {"plan": asdict(plans[0]), "results": results}
-    for plan in plans:
+    has = lambda plan, size: "stock" in results.get(plan.mix, {}).get("sizes", {}).get(str(size), {})
+    todo = [(plan, [size for size in sizes if not has(plan, size)]) for plan in plans]
+    left = sum(len(missing) for _, missing in todo)
+    for plan, missing in todo:
         steps = even_steps(pool_of(plan), plan.pairs, plan.distinct)
-        results[plan.mix] = {"lengths": summary([row for step in steps for row in step]), "sizes": {}}
+        told = {"lengths": summary([row for step in steps for row in step]), "sizes": {}}
+        results.setdefault(plan.mix, told)
         with tempfile.TemporaryDirectory() as folder:
             rows = Path(folder) / "rows.json"
             rows.write_text(json.dumps(rows_of_steps(steps, plan.bench_model.vocab, 0)))
-            for size in sizes:
+            for size in missing:
                 until = time.monotonic() + max(0.0, end - time.monotonic()) / left
                 found = race(plan, rows, size, until, end + GRACE)
                 results[plan.mix]["sizes"][str(size)] = found

@@ -2,7 +2,9 @@
 
 Every trial is real training in a worker whose allocator is limited (benchmarks/limited.py), on random
 weights in the shapes of benchmarks.models; running out of memory is its result. One trial at a time, for the
-last step of each is timed, and the rest of the GPU is held, so that paged states leave it.
+last step of each is timed. Paged optimizer states are managed memory, which no allocator limits. Taking the
+rest of the GPU away would push them to the host, as on a card of that size; but more managed memory than is
+free can hang a GPU. So they stay beside the limit, where they must have room, and their bytes are told apart.
 """
 
 import tempfile
@@ -11,12 +13,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from benchmarks.blocks_memory import fit_table
 from benchmarks.lengths import PairLengths
 from benchmarks.memory import WARM, Trials, longest, settled
-from benchmarks.models import MODELS
+from benchmarks.models import MODELS, build
 from benchmarks.results import result_of_today, write_result
-from benchmarks.room import smaller_card
+from benchmarks.room import BESIDE
+from fastdpo.config import Config
+from fastdpo.optim_bytes import host_state_bytes
 
 OURS, AS_LONG = "fastdpo", "fastdpo, as long as TRL"
 THEIRS = {"TRL": {}, "TRL + liger layers": {"liger": True}}
@@ -24,9 +30,12 @@ THEIRS = {"TRL": {}, "TRL + liger layers": {"liger": True}}
 SHARED = ("optim", "pure_bf16", "load_in_4bit", "gradient_checkpointing", "activation_offloading")
 COUNTING = (
     "a pair of n tokens is a third prompt and a third each response, so that fastdpo computes n, and TRL two "
-    "rows of prompt and response, 4n/3; memory in 10^9 bytes, of the allocator: the CUDA context is on top"
+    "rows of prompt and response, 4n/3; memory in 10^9 bytes, of the allocator: the CUDA context is on top, "
+    "and so are paged optimizer states, which a card of that size keeps on the host: copying them there and "
+    "back, once a step each, is not in the rates"
 )
 RECOMPUTED = {"gradient_checkpointing": True, "activation_offloading": True, "head_memory": "128MiB"}
+MEMORY = ("peak_bytes", "held_bytes", "paged_bytes")  # that a trial tells of
 LORA = RECOMPUTED | {"tiled_mlp": True}
 BF16 = RECOMPUTED | {"pure_bf16": True, "optim": "paged_adamw_8bit"}
 IN_BACKWARD = {"optimizer_in_backward": True, "max_grad_norm": 0.0}
@@ -47,6 +56,15 @@ class Claim:
     def theirs(self) -> dict:
         """What TRL has of the keys."""
         return {name: value for name, value in self.keys.items() if name in SHARED}
+
+    @property
+    def paged(self) -> int:
+        """Bytes of the paged optimizer states."""
+        if not self.keys.get("optim", "").startswith("paged_"):
+            return 0
+        config = Config(model=self.model, data="random rows", **self.keys)
+        weights = build(MODELS[self.model], "meta", torch.bfloat16).parameters()
+        return sum(host_state_bytes(config, p.numel(), p.itemsize, tuple(p.shape)) for p in weights)
 
 
 CLAIMS = (
@@ -102,9 +120,9 @@ class FitTrials(Trials):
         return "trl_dpo", {"batch_size": 1, "best": True, "keys": keys} | THEIRS[self.task.contender]
 
     def told(self, model: str, tokens: int, answer: dict | None) -> dict:
-        out = {"tokens": tokens, "peak_bytes": None, "held_bytes": None, "seconds": None}
+        out = dict.fromkeys(("tokens", *MEMORY, "seconds")) | {"tokens": tokens}
         if answer is not None:
-            out |= {name: answer[name] for name in ("peak_bytes", "held_bytes")}
+            out |= {name: answer[name] for name in MEMORY}
             out["seconds"] = answer["steps"][-1]["seconds"]
         return out
 
@@ -137,6 +155,10 @@ def reach(fits: Callable[[int], int | None], claim: Claim, limits: Limits) -> di
 def answer(limits: Limits, claim: Claim, contender: str, until: float, known=(), tokens=None) -> dict:
     """{"claim", "contender", "fits", "fails", "trials"} or {..., "no_answer", "trials"}; with `tokens` only
     whether that much fits. `known`: trials that an earlier visit made."""
+    asked = {"claim": claim.name, "contender": contender}
+    if limits.device == "cuda" and (why := no_room(claim, torch.cuda.mem_get_info()[0])):
+        print(f"{claim.name}, {contender}: not tried: {why}", flush=True)
+        return asked | {"no_answer": why, "trials": list(known)}
     with tempfile.TemporaryDirectory() as folder:
         trials = FitTrials(limits, claim, contender, Path(folder), until)
         trials.log.extend(known)
@@ -149,7 +171,18 @@ def answer(limits: Limits, claim: Claim, contender: str, until: float, known=(),
         found = settled(trials, ask)
     if "no_answer" in found:
         print(f"{claim.name}, {contender}: no answer: {found['no_answer']}", flush=True)
-    return {"claim": claim.name, "contender": contender} | found
+    return asked | found
+
+
+def no_room(claim: Claim, free: int) -> str | None:
+    """Why a claim is not tried on a GPU with so many bytes free: never more managed memory than is free."""
+    needed = claim.gigabytes * 1e9 + BESIDE + claim.paged
+    if not claim.paged or needed <= free:
+        return None
+    return (
+        f"{claim.gigabytes:g} GB and {claim.paged / 1e9:.1f} GB of paged states beside them need "
+        f"{needed / 1e9:.1f} GB free, and this GPU has {free / 1e9:.1f}"
+    )
 
 
 def as_long_as_trl(claim: Claim, found: dict[tuple, dict]) -> int | None:
@@ -173,9 +206,8 @@ def run(limits: Limits, minutes: float, out: Path) -> Path:
         old = found.get((claim.name, contender), {})
         if "fits" in old:
             return
-        with smaller_card(claim.gigabytes, limits.device):
-            known = old.get("trials", ())
-            found[claim.name, contender] = answer(limits, claim, contender, until, known, tokens)
+        known = old.get("trials", ())
+        found[claim.name, contender] = answer(limits, claim, contender, until, known, tokens)
         write()
 
     for contender in limits.contenders:

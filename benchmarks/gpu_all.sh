@@ -1,7 +1,16 @@
 #!/usr/bin/env bash
-# All GPU work, in priority order: benchmarks/gpu_all.sh [--dry-run] [STAGE...]
+# All GPU work: benchmarks/gpu_all.sh [--dry-run] [visit-1 | visit-2 | visit-3 | visit-4 | STAGE...]
 #
-#   gate       correctness first: GPU tests and the numbers' own check
+# A visit is one command of at most 9 minutes 30 seconds, on a machine that is borrowed for as long:
+#
+#   visit-1    doctor, the gate with all GPU tests, the head's first shapes
+#   visit-2    steps of Qwen2.5-0.5B in a short field
+#   visit-3    the same of Qwen2.5-1.5B; memory
+#   visit-4    tuning, dropin, parity
+#
+# The stages, in priority order (all of them without an argument):
+#
+#   gate       correctness first: the numbers' own check and GPU tests
 #   head       the lm_head beside every other one
 #   steps      whole training steps beside TRL and plain Hugging Face, and each idea's share
 #   dropin     TRL stock and with our patch
@@ -13,56 +22,116 @@
 #   growth     tokens, vocabulary, responses, cached pairs
 #   tuning     the fastest tile of this chip
 #
-# Each stage is independent, ends within 8 minutes, writes its own JSON to $OUT (default: benchmarks/results)
-# as it goes, reads there what an earlier visit of the day measured (and the gate's verdict),
-# and leaves the next one running when it fails. --dry-run runs every stage's code on tiny shapes, on a CPU
-# too, into a temporary $OUT. No network is needed: wheels in $WHEELS (default: .whl; fetch_peers.sh makes
-# it) are installed for this run alone. $MINUTES: what a stage may take before it begins nothing new (7.5);
-# half a minute later it is stopped. $BENCH_COMMIT: the commit, where this copy of the tree has no .git.
+# Each stage is independent, writes its own JSON to $OUT (default: benchmarks/results) whenever it has measured
+# something, goes on there where an earlier run of the day and commit stopped, and leaves the next one running
+# when it fails. What is printed goes to $OUT/visit-N.log (stages.log) too. $SEED: a folder with what earlier
+# commands of the day brought back; its JSON is copied into $OUT first. --dry-run runs all of the code on tiny
+# shapes, on a CPU too, into a temporary $OUT. No network is needed: wheels in $WHEELS (default: .whl;
+# fetch_peers.sh makes it) are installed for this run alone. $MINUTES: what a stage by name may take before it
+# begins nothing new (7.5); half a minute later it is stopped. $BENCH_COMMIT: the commit, where this copy of the
+# tree has no .git.
 set -u
 cd "$(dirname "$0")/.."
 ALL=(gate head steps dropin parity memory fit tricks attention growth tuning)
+VISITED=(gate head steps memory tuning dropin parity) # with a log 8 files, which is all that may come back
+VISIT_SECONDS=570                                     # from the first line
+LEAST_SECONDS=30                                      # that a stage is begun with
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 WHEELS=${WHEELS:-.whl}
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
 MINUTES=${MINUTES:-7.5}
-options=(--minutes "$MINUTES")
-limit=$(awk "BEGIN { print int(60 * $MINUTES + 30) }")
-if [ "${1:-}" = --dry-run ]; then
-    shift
-    options+=(--dry-run)
-    OUT=${OUT:-$scratch/results}
-elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+dry=()
+[ "${1:-}" = --dry-run ] && dry=(--dry-run) && shift
+
+# What a visit does: a stage, the most seconds it may take, its options. What it leaves is the next one's.
+case ${1:-} in
+visit-1) plan=("doctor 60" "gate 300" "head 570") ;;
+visit-2) plan=("steps 570 --short Qwen2.5-0.5B") ;;
+visit-3) plan=("steps 330 --short Qwen2.5-1.5B" "memory 570") ;;
+visit-4) plan=("tuning 120" "dropin 250" "parity 570") ;;
+*) plan=() ;;
+esac
+visit=
+if [ ${#plan[@]} -gt 0 ]; then
+    visit=$1 seeds=("${VISITED[@]}")
+    [ $# -eq 1 ] || { echo "$visit is a command of its own: nothing beside it"; exit 2; }
+else
+    stages=("$@")
+    [ ${#stages[@]} -eq 0 ] && stages=("${ALL[@]}")
+    seeds=(gate "${stages[@]}")
+    for stage in "${stages[@]}"; do
+        [[ " ${ALL[*]} " == *" $stage "* ]] || { echo "no stage $stage; there are: visit-1 to visit-4 ${ALL[*]}"; exit 2; }
+        plan+=("$stage $(awk "BEGIN { print int(60 * $MINUTES + 30) }")")
+    done
+fi
+
+export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+machine=$(timeout 60 "$PYTHON" -c 'from benchmarks.results import machine; print(machine())')
+[ -n "$machine" ] || { echo "$PYTHON cannot say which machine this is: see above"; exit 2; }
+if [ "$machine" = cpu ] && [ ${#dry[@]} -eq 0 ]; then
     echo "no GPU here: --dry-run shows that all of it runs"
     exit 2
 fi
+scratch=$(mktemp -d)
+[ ${#dry[@]} -gt 0 ] && OUT=${OUT:-$scratch/results}
 OUT=${OUT:-benchmarks/results}
-stages=("$@")
-[ ${#stages[@]} -eq 0 ] && stages=("${ALL[@]}")
-for stage in "${stages[@]}"; do
-    [[ " ${ALL[*]} " == *" $stage "* ]] || { echo "no stage $stage; there are: ${ALL[*]}"; exit 2; }
+mkdir -p "$OUT"
+exec > >(tee "$OUT/${visit:-stages}.log") 2>&1
+tee=$!
+trap 'rm -rf "$scratch" "$OUT"/*.part; exec >&- 2>&-; timeout 5 tail --pid=$tee -f /dev/null' EXIT
+
+for stage in ${SEED:+"${seeds[@]}"}; do
+    newest=
+    for file in "$SEED/${stage}_${machine}"_*.json; do # in the order of their dates
+        [ -e "$file" ] && newest=$file
+    done
+    [ -n "$newest" ] && [ ! -e "$OUT/${newest##*/}" ] && cp "$newest" "$OUT" && echo "from $SEED: ${newest##*/}"
 done
-export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 if compgen -G "$WHEELS/*.whl" >/dev/null; then
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
+    timeout 90 "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
         --target "$scratch/site" "$WHEELS"/*.whl || echo "the wheels in $WHEELS do not fit this Python"
     export PYTHONPATH="$PYTHONPATH:$scratch/site"
 fi
+[ -n "$visit" ] && export BENCH_NO_PLOTS=1 # files that may come back are few
 
-summary=()
-failed=0
-for stage in "${stages[@]}"; do
-    echo "== $stage"
-    begun=$SECONDS
-    timeout --kill-after=15 "$limit" "$PYTHON" -m "benchmarks.gpu_$stage" "${options[@]}" --out "$OUT"
+# run SECONDS COMMAND...: ends it and all that it started by then, after a word of warning
+run() {
+    local limit=$1 begun=$SECONDS how
+    shift
+    timeout --kill-after="${KILL_AFTER:-15}" "$limit" "$@"
     code=$?
     case $code in
     0) how=done ;;
-    124 | 137) how="stopped after $limit s" failed=1 ;;
-    *) how="failed with $code" failed=1 ;;
+    124 | 137) how="stopped after $limit s" ;;
+    *) how="failed with $code" ;;
     esac
+    [ $code -eq 0 ] || failed=1
     summary+=("$(printf '%-10s %-22s %4d s' "$stage" "$how" $((SECONDS - begun)))")
+}
+
+summary=()
+failed=0
+for line in "${plan[@]}"; do
+    read -r stage seconds options <<<"$line"
+    minutes=$MINUTES
+    if [ -n "$visit" ]; then
+        KILL_AFTER=5
+        left=$((VISIT_SECONDS - SECONDS - KILL_AFTER - 3))
+        [ "$seconds" -gt "$left" ] && seconds=$left
+        if [ "$seconds" -lt "$LEAST_SECONDS" ]; then
+            summary+=("$(printf '%-10s no time' "$stage")") failed=1
+            continue
+        fi
+        # a stage counts from its first line, long after the interpreter's, and may be in the middle of something
+        minutes=$(awk "BEGIN { m = ($seconds - 50) / 60; printf \"%.2f\", (m > 0.3 ? m : 0.3) }")
+    fi
+    echo "== $stage"
+    if [ "$stage" = doctor ]; then
+        "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("fastdpo.doctor") is None)' || continue
+        run "$seconds" "$PYTHON" -m fastdpo.cli doctor
+        continue
+    fi
+    # shellcheck disable=SC2086
+    run "$seconds" "$PYTHON" -m "benchmarks.gpu_$stage" --minutes "$minutes" "${dry[@]}" --out "$OUT" $options
 done
 echo
 printf '%s\n' "${summary[@]}"

@@ -1,4 +1,7 @@
-"""Stage `dropin`: TRL stock and patched on a GPU, at several batch sizes, on short and on long prompts."""
+"""Stage `dropin`: TRL stock and patched on a GPU, at several batch sizes, on short and on long prompts.
+
+Run again on the same day it goes on where it stopped, and with what failed.
+"""
 
 import sys
 from dataclasses import replace
@@ -23,7 +26,8 @@ def main() -> int:
         sys.exit("no GPU here: --dry-run --out DIR shows that all of it runs")
     plan = replace(DRY if args.dry_run else GPU, minutes=args.minutes)
     sizes = (2, 1) if args.dry_run else SIZES
-    record = measure([replace(plan, mix=mix) for mix in MIXES], sizes, args.out)
+    plans = [replace(plan, mix=mix) for mix in MIXES]
+    record = measure(plans, sizes, args.out, resume=not args.dry_run)
     Console(width=120).print(table(record))
     return int(not complete(record))
 

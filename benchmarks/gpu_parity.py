@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.models import MODELS, build, tiny
-from benchmarks.parity import Setting, demo_start, measure, small_setting, write
+from benchmarks.parity import Setting, demo_start, measure, record, small_setting, write
 from benchmarks.results import stage_arguments
 
 MODEL, RATE, STEPS, ORDERS = "Qwen2.5-0.5B", 3e-6, 50, 3
@@ -23,11 +23,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         small = small_setting(Path(folder), device, torch.float32, steps)
         _, tokenizer = demo_start(Path(folder))
-    results = {"fp32": measure(small, orders, until)}
-    write(results, args.out)  # what is measured stays, whatever comes next
+    results = {}
+    keep = lambda name: lambda result: record(results | {name: result}, args.out, quiet=True)
+    results["fp32"] = measure(small, orders, until, keep("fp32"))
     model = tiny(MODELS[MODEL]) if args.dry_run else MODELS[MODEL]
     large = Setting(build(model, device, torch.float32), tokenizer, torch.bfloat16, RATE, steps)
-    results["bf16"] = measure(large, orders, until)
+    results["bf16"] = measure(large, orders, until, keep("bf16"))
     code = write(results, args.out)
     return 0 if args.dry_run else code  # of two steps nothing can be said
 

@@ -1,4 +1,7 @@
-"""Stage `tuning`: `benchmarks.tune_tiles` on the GPU, for as long as there is time."""
+"""Stage `tuning`: `benchmarks.tune_tiles` on the GPU, for as long as there is time.
+
+Written after every tile.
+"""
 
 import os
 
@@ -12,10 +15,11 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     from benchmarks.tune_tiles import HEAD, tell, tune
 
+    keep = lambda record: write_result("tuning", record, args.out, quiet=True)
     if args.dry_run:
-        record = tune(24, 32, 300, args.minutes, device="cpu", capability=(8, 0))
+        record = tune(24, 32, 300, args.minutes, device="cpu", capability=(8, 0), keep=keep)
     else:
-        record = tune(*HEAD, args.minutes)
+        record = tune(*HEAD, args.minutes, keep=keep)
     tell(record)
     write_result("tuning", record, args.out)
 

@@ -1,7 +1,8 @@
 """A worker of benchmarks/peers with a smaller device: `python -m benchmarks.limited`.
 
 BENCH_PEER names its module, BENCH_BYTES what it may allocate of BENCH_DEVICE: of a GPU, or beyond its
-imports of a CPU's memory. A GPU's limit is the allocator's; the CUDA context, about half a GB, is on top.
+imports of a CPU's memory. A GPU's limit is the allocator's; the CUDA context, about half a GB, is on top, and
+so is managed memory, which paged optimizer states live in.
 """
 
 import importlib

@@ -16,6 +16,7 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,15 +219,20 @@ def summarise(setting: Setting, seeds: dict[int, dict]) -> dict:
     }
 
 
-def measure(setting: Setting, orders: int, until: float) -> dict:
-    """`orders` comparisons; none is begun after `until`, by time.monotonic."""
+def measure(
+    setting: Setting, orders: int, until: float, keep: Callable[[dict], None] = lambda result: None
+) -> dict:
+    """`orders` comparisons; none is begun after `until`, by time.monotonic. `keep` is given what there is to
+    say after each."""
     seeds = {}
+    told = lambda: summarise(setting, seeds) | {"no_time_for": [str(s) for s in range(len(seeds), orders)]}
     for seed in range(orders):
         if seeds and time.monotonic() > until:
             break
         seeds[seed] = compare(setting, seed)
         print(f"order {seed}: losses differ by at most {seeds[seed]['largest_difference']:.1e}", flush=True)
-    return summarise(setting, seeds) | {"no_time_for": [str(seed) for seed in range(len(seeds), orders)]}
+        keep(told())
+    return told()
 
 
 def tell(name: str, r: dict) -> str:
@@ -244,9 +250,13 @@ def tell(name: str, r: dict) -> str:
     return "\n".join(lines)
 
 
+def record(results: dict, out: Path, quiet: bool = False) -> Path:
+    return write_result("parity", {"limit": LIMIT, "results": results}, out, quiet)
+
+
 def write(results: dict, out: Path) -> int:
     """Tells, writes the JSON and its figures; 1 where any is not the same."""
-    path = write_result("parity", {"limit": LIMIT, "results": results}, out)
+    path = record(results, out)
     for name, r in results.items():
         print(tell(name, r))
         bands = [

@@ -208,6 +208,7 @@ def told(contender: Contender, race: Race, rows_of: dict, plan: Plan, ceiling_tf
         "flop_utilisation": mean(USEFUL) / typical / (ceiling_tflops * 1e12),
         "peak_gb": memory["peak_bytes"] / 1e9,
         "process_peak_gb": memory["resident_peak_bytes"] / 1e9,
+        "paged_gb": memory.get("paged_bytes", 0) / 1e9,
         "fastdpo_times_faster": times_faster(
             contender, race, tokens / typical, tokens_a_step(rows_of[False])
         ),

@@ -1,13 +1,17 @@
 """What each trick that saves memory costs in speed: our own steps with one key after another.
 
 All start from the same shapes and rows, take turns (benchmarks/race.py), and are told beside the plain run of
-the same turns: weights in fp32 under autocast, all of them trained by torch's AdamW, nothing recomputed.
+the same turns: weights in fp32 under autocast, all of them trained by torch's AdamW, nothing recomputed. Who
+has paged optimizer states runs alone.
 """
 
 import json
 import tempfile
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict, replace
+
+import torch
 
 from benchmarks.contenders import OURS
 from benchmarks.flops import USEFUL
@@ -52,6 +56,11 @@ GPU = Plan(
 )
 MAX_TOKENS = 8192  # fastdpo's default
 HIDDEN_MINUTES = 1.0  # for the profiles at the end
+BESIDE_PLAIN = {"speed": "pairs_per_second", "memory": "peak_gb"}
+
+
+def is_paged(name: str) -> bool:
+    return TRICKS[name].get("optim", "").startswith("paged_")
 
 
 def contender(name: str, max_tokens: int) -> Contender:
@@ -62,7 +71,7 @@ def row_of(measured: dict) -> dict:
     """Of a contender's numbers (steps.told) what the table needs, beside the plain run's."""
     if "pairs_per_second" not in measured:
         return {name: measured[name] for name in ("state", "why")}
-    kept = ("pairs_per_second", "quartiles", "peak_gb", "process_peak_gb", "interleaved")
+    kept = ("pairs_per_second", "quartiles", "peak_gb", "process_peak_gb", "paged_gb", "interleaved")
     beside = {
         "speed": 1 / measured["fastdpo_times_faster"],  # Race's first contender is the plain run
         "memory": 1 / measured["fastdpo_memory_ratio"],
@@ -92,20 +101,70 @@ def hidden(name: str, plan: Plan, max_tokens: int, workers: Workers) -> dict | N
     return trace["host_copies"]
 
 
+def apart(name: str, max_tokens: int) -> Contender:
+    """A contender with paged states, managed memory that CUDA's allocator does not know: more of it than is
+    free can hang a GPU. So it has the GPU for itself, and leaves a fifth of that."""
+    most = int(0.8 * torch.cuda.get_device_properties(0).total_memory)
+    limit = {"BENCH_PEER": OURS, "BENCH_BYTES": str(most), "BENCH_DEVICE": "cuda"}
+    return replace(contender(name, max_tokens), module="benchmarks.limited", environment=limit)
+
+
+def measure_apart(
+    name: str, plan: Plan, max_tokens: int, workers: Workers, plain: dict, keep: Callable[[dict], None]
+) -> None:
+    """Tells keep(row) of a trick whose states are paged, beside the `plain` row of earlier turns."""
+    if "pairs_per_second" not in plain:
+        keep({"state": "time", "why": "the plain run has no numbers"})
+        return
+    workers.stop()  # who waits keeps memory
+
+    def tell(record: dict) -> None:
+        row = row_of(record["summary"][name])
+        if "pairs_per_second" in row:
+            row |= {of: row[key] / plain[key] for of, key in BESIDE_PLAIN.items()} | {"interleaved": False}
+        keep(row)
+
+    try:
+        tell(measure_steps(plan, [apart(name, max_tokens)], 1.0, workers, tell))
+    except WorkerFailed as failed:
+        keep({"state": failed.kind, "why": failed.why})
+    workers.stop()  # and with it what bitsandbytes keeps
+
+
 def run(plan: Plan, names: tuple[str, ...], max_tokens: int, args: Namespace, workers: Workers) -> None:
     """Who has no numbers of today and this commit yet, beside the plain run; then the copies' profiles."""
     earlier = result_of_today("tricks", args.out) or {"rows": {}}
     done = {name: row for name, row in earlier["rows"].items() if "pairs_per_second" in row}
-    todo = [PLAIN, *(name for name in names if name not in done and name != PLAIN)]
-    if len(todo) > 1:
-        plan = replace(plan, minutes=max(0.5, args.minutes - HIDDEN_MINUTES))
-        record = measure_steps(plan, [contender(name, max_tokens) for name in todo], 1.0, workers)
-        done = {name: row_of(record["summary"][name]) for name in todo} | done
-    told = {"plan": asdict(plan), "max_tokens": max_tokens, "tricks": TRICKS}
-    rows = {name: done[name] for name in TRICKS if name in done}
-    write_result("tricks", told | {"rows": rows}, args.out)
-    for name, row in rows.items():
+    old = set(done) - {PLAIN}
+    alone = [name for name in names if name not in old and is_paged(name)]
+    beside = [name for name in names if name not in old and name != PLAIN and not is_paged(name)]
+    minutes = max(0.5, args.minutes - HIDDEN_MINUTES) / max(1, len(alone) + len(beside) + 1)
+    plan_of = lambda n: replace(plan, minutes=n * minutes)
+
+    def write(quiet: bool = True) -> None:
+        told = {"plan": asdict(plan), "max_tokens": max_tokens, "tricks": TRICKS}
+        rows = {name: done[name] for name in TRICKS if name in done}
+        write_result("tricks", told | {"rows": rows}, args.out, quiet)
+
+    def keep(rows: dict[str, dict]) -> None:
+        done.update(rows)
+        write()
+
+    def keep_race(record: dict) -> None:
+        keep({name: row_of(numbers) for name, numbers in record["summary"].items()})
+
+    if beside or PLAIN not in done:
+        race = [contender(name, max_tokens) for name in (PLAIN, *beside)]
+        try:
+            keep_race(measure_steps(plan_of(len(race)), race, 1.0, workers, keep_race))
+        except WorkerFailed as failed:  # the plain run, which the others are beside
+            keep({PLAIN: {"state": failed.kind, "why": failed.why}})
+    for name in alone:
+        tell = lambda row, name=name: keep({name: row})
+        measure_apart(name, plan_of(1), max_tokens, workers, done[PLAIN], tell)
+    for name, row in done.items():
         if TRICKS[name].get("activation_offloading") and "pairs_per_second" in row and "hidden" not in row:
             copies = hidden(name, plan, max_tokens, workers)
             row |= {"host_copies": copies, "hidden": copies and copies["hidden"]}
-    write_result("tricks", told | {"rows": rows}, args.out)
+            write()
+    write(quiet=False)

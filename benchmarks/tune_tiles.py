@@ -7,6 +7,7 @@ python -m benchmarks.tune_tiles [--rows 8192] [--hidden 4096] [--vocab 128256] [
 import argparse
 import itertools
 import time
+from collections.abc import Callable
 
 import torch
 from fastdpo_kernels import launch, triton_head
@@ -53,10 +54,18 @@ def passes(tile, head, x, target):
     )
 
 
-def tune(rows: int, hidden: int, vocab: int, minutes: float, device="cuda", capability=None) -> dict:
+def tune(
+    rows: int,
+    hidden: int,
+    vocab: int,
+    minutes: float,
+    device="cuda",
+    capability=None,
+    keep: Callable[[dict], None] = lambda record: None,
+) -> dict:
     """{"capability", "shape", "flops" of a pass, "tiles": [{"tile", "ms" of each of NAMES}] fastest first,
     "failed": tiles that did not run, "faulty": tiles with a fault, "no_time_for": how many were not tried}, the
-    tile in use before others."""
+    tile in use before others. `keep` is given the same, as far as it goes, after every tile."""
     begun, dry = time.monotonic(), device == "cpu"
     capability = capability or torch.cuda.get_device_capability()
     real = 1 if dry else torch.cuda.get_device_properties(0).multi_processor_count
@@ -68,6 +77,15 @@ def tune(rows: int, hidden: int, vocab: int, minutes: float, device="cuda", capa
     used = TILES.get((capability, DTYPE))
     todo = sorted(candidates(capability), key=lambda tile: tile != used)
     sound, found, failed = {}, [], []
+    record = lambda: {
+        "capability": capability,
+        "shape": {"rows": rows, "hidden": hidden, "vocab": vocab, "dtype": str(DTYPE)},
+        "flops": 2 * rows * hidden * vocab,
+        "tiles": sorted(found, key=lambda row: sum(row["ms"].values())),
+        "failed": failed,
+        "faulty": [kind._asdict() for kind, good in sound.items() if not good],
+        "no_time_for": len(todo),
+    }
     while todo and time.monotonic() - begun < 60 * minutes and not (dry and found):
         tile = todo.pop(0)
         kind = tile._replace(group=0)
@@ -81,15 +99,8 @@ def tune(rows: int, hidden: int, vocab: int, minutes: float, device="cuda", capa
                 continue
             found.append({"tile": tile._asdict(), "ms": ms})
             print(tile, ", ".join(f"{name} {t:.2f} ms" for name, t in ms.items()), flush=True)
-    return {
-        "capability": capability,
-        "shape": {"rows": rows, "hidden": hidden, "vocab": vocab, "dtype": str(DTYPE)},
-        "flops": 2 * rows * hidden * vocab,
-        "tiles": sorted(found, key=lambda row: sum(row["ms"].values())),
-        "failed": failed,
-        "faulty": [kind._asdict() for kind, good in sound.items() if not good],
-        "no_time_for": len(todo),
-    }
+            keep(record())
+    return record()
 
 
 def measured(spec, dry: bool) -> float:

@@ -105,6 +105,26 @@ def test_what_is_written_and_shown(fake, tmp_path):
     assert "No numbers for hh real, batch size 8: patched: no answer within 3 s." in text
 
 
+def test_a_second_visit_measures_what_is_left(fake, tmp_path):
+    plan = replace(PLAN, minutes=0.5)
+    fake(fail_at=1)
+    dropin.measure([plan], (1,), tmp_path)
+    fake()
+    first = dropin.measure([plan], (8,), tmp_path, resume=True)["results"]["hh real"]["sizes"]
+    assert "failed" in first["1"] and "stock" in first["8"]
+    made = fake()
+    mixes = [plan, replace(plan, mix="TL;DR")]
+    record = dropin.measure(mixes, (8, 1), tmp_path, resume=True)
+    assert list(made) == ["stock 1", "patched 1", "stock 8", "patched 8"]  # failed before; the new mix
+    assert made["stock 1"].asked and record["results"]["hh real"]["sizes"]["8"] == first["8"]
+    assert dropin.complete(record) and dropin.table(record).row_count == 4
+    made = fake()
+    dropin.measure(mixes, (8, 1), tmp_path, resume=True)
+    assert not made
+    dropin.measure([plan], (8,), tmp_path)
+    assert len(made) == 2
+
+
 def test_the_gpu_stage_dry(fake, tmp_path, monkeypatch, capsys):
     made = fake()
     monkeypatch.setattr("sys.argv", ["gpu_dropin", "--dry-run", "--out", str(tmp_path)])

@@ -16,7 +16,7 @@ from benchmarks.gpu_fit import DRY
 from benchmarks.inputs import groups_of, random_rows
 from benchmarks.lengths import PairLengths
 from benchmarks.models import MODELS, build, build_4bit, tiny
-from benchmarks.peers import ours
+from benchmarks.peers import ours, session
 from benchmarks.peers.jobs import Job
 from benchmarks.peers.session import Absent, Ended
 from benchmarks.peers.tracing import covered
@@ -174,6 +174,7 @@ class Pretender:
         return {
             "peak_bytes": self.peak,
             "held_bytes": self.peak,
+            "paged_bytes": 0,
             "steps": [{"seconds": 9}] * 2 + [{"seconds": 2}],
         }
 
@@ -204,6 +205,12 @@ def test_every_claim_has_an_answer(pretend, tmp_path):
     again = found[small, fit.AS_LONG]["trials"]
     assert [(t["tokens"], t["seconds"]) for t in again] == [(ended, 2)]
     assert found[small, "TRL + liger layers"]["no_answer"].startswith("absent")
+    for trial in found[small, OURS]["trials"]:
+        trial["paged_bytes"] = 34 * GB // 10
+    text = blocks_memory.fit(record | MACHINE, "link")
+    assert "yes, 11.5 GB and 3.40 GB paged |" in text
+    for trial in found[small, OURS]["trials"]:
+        trial["paged_bytes"] = 0
     text = blocks_memory.fit(record | MACHINE, "link")
     assert "| 12 GB: Qwen3-1.7B, all weights | 3,500: yes, 11.5 GB |" in text and record["counting"] in text
     assert f"| {ended:,} | 2.00 | 2.00 |" in text  # 4 pairs in 2 s
@@ -232,7 +239,7 @@ def test_a_second_visit_goes_on(pretend, tmp_path, monkeypatch):
 
 def test_the_table_of_what_nobody_could():
     claim = {"name": "x", "gigabytes": 24, "tokens": 100, "pairs": 1}
-    trial = {"tokens": 100, "peak_bytes": None, "held_bytes": None, "seconds": None}
+    trial = {"tokens": 100, "peak_bytes": None, "held_bytes": None, "paged_bytes": None, "seconds": None}
     nobody = {"fits": None, "fails": 10, "trials": [trial]}
     found = [{"claim": "x", "contender": who} | nobody for who in (OURS, "TRL")]
     record = {"limits": {"claims": [claim]}, "found": found}
@@ -357,35 +364,118 @@ def summary(name, seconds, peak):
         "quartiles": [1, 2],
         "peak_gb": peak,
         "process_peak_gb": 1.0,
+        "paged_gb": 0.0,
     }
     measured |= {"fastdpo_times_faster": seconds, "fastdpo_memory_ratio": 8 / peak, "interleaved": True}
     return measured | {"losses": [], "flops": 1.0}
 
 
-def test_what_tricks_cost(tmp_path, monkeypatch):
+@pytest.fixture
+def cost(monkeypatch, tmp_path):
+    """run(names) -> (the JSON's record, who raced in each race so far). The n-th of a race takes 1 + 3n
+    seconds; in the first one tiled_mlp has no time."""
     asked = []
 
-    def measure(plan, contenders, ceiling, workers):
+    def measure(plan, contenders, ceiling, workers, keep):
         asked.append([c.name for c in contenders])
         out = {c.name: summary(c.name, 1 + 3 * i, 8.0 / (1 + i)) for i, c in enumerate(contenders)}
-        if len(asked) == 1:
+        keep({"summary": {name: {"state": "time", "why": "no time left"} for name in out}})
+        if len(asked) == 1 and "tiled_mlp" in out:
             out["tiled_mlp"] = {"state": "time", "why": "no time left"}
         return {"summary": out}
 
+    def run(*names):
+        args = Namespace(minutes=1, out=tmp_path)
+        tricks.run(tricks.GPU, (tricks.PLAIN, *names), 8192, args, Stopped())
+        return json.loads(next(tmp_path.glob("tricks_*.json")).read_text()), asked
+
     monkeypatch.setattr(tricks, "measure_steps", measure)
     monkeypatch.setattr(tricks, "hidden", lambda *_: {"seconds": 1.0, "hidden": 0.75})
-    names, args = (tricks.PLAIN, "activation_offloading", "tiled_mlp"), Namespace(minutes=1, out=tmp_path)
-    tricks.run(tricks.GPU, names, 8192, args, None)
-    path = next(tmp_path.glob("tricks_*.json"))
-    text = blocks_memory.tricks(json.loads(path.read_text()) | MACHINE, "link")
+    return run
+
+
+class Stopped:
+    """Workers that are only ever stopped."""
+
+    def stop(self):
+        pass
+
+
+def test_what_tricks_cost(cost):
+    names = ("activation_offloading", "tiled_mlp")
+    record, _ = cost(*names)
+    text = blocks_memory.tricks(record | MACHINE, "link")
     assert "| `none` | 16.0 | 1.00x | 8.00 GB | 1.00x | |" in text
     assert "| `activation_offloading` | 4.00 | 0.25x | 4.00 GB | 0.50x | 75% |" in text
     assert "No numbers for tiled_mlp: no time left" in text
-    tricks.run(tricks.GPU, names, 8192, args, None)
-    tricks.run(tricks.GPU, names, 8192, args, None)
-    assert asked == [list(names), [tricks.PLAIN, "tiled_mlp"]]
-    rows = json.loads(path.read_text())["rows"]
-    assert list(rows) == list(names) and all("pairs_per_second" in row for row in rows.values())
+    cost(*names)
+    record, asked = cost(*names)
+    assert asked == [[tricks.PLAIN, *names], [tricks.PLAIN, "tiled_mlp"]]
+    rows = record["rows"]
+    assert list(rows) == [tricks.PLAIN, *names]
+    assert all("pairs_per_second" in row for row in rows.values())
+
+
+PAGED = "optim: paged_adamw_8bit"
+
+
+def test_paged_states_run_alone(cost, monkeypatch):
+    """More managed memory than is free can hang a GPU."""
+    whole = type("Card", (), {"total_memory": 80 * GB})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: whole)
+    limited = tricks.apart(PAGED, 8192)
+    assert limited.module == "benchmarks.limited" and limited.environment["BENCH_BYTES"] == str(64 * GB)
+    record, asked = cost("tiled_mlp", PAGED, "activation_offloading")
+    assert asked == [[tricks.PLAIN, "tiled_mlp", "activation_offloading"], [PAGED]]
+    row = record["rows"][PAGED]
+    assert row["speed"] == row["memory"] == 1.0 and row["interleaved"] is False
+    row["paged_gb"] = 2.5
+    assert "8.00 GB and 2.50 GB paged | 1.00x" in blocks_memory.tricks(record | MACHINE, "link")
+    assert [name for name in tricks.TRICKS if tricks.is_paged(name)] == [PAGED]
+
+
+def test_a_trick_that_fails_is_told(cost, monkeypatch):
+    measure = tricks.measure_steps
+
+    def broken(plan, contenders, *rest):
+        if contenders[0].name == PAGED:
+            raise WorkerFailed("absent", "no bitsandbytes")
+        return measure(plan, contenders, *rest)
+
+    monkeypatch.setattr(tricks, "measure_steps", broken)
+    monkeypatch.setattr(tricks, "apart", tricks.contender)
+    record, _ = cost(PAGED)
+    assert record["rows"][PAGED] == {"state": "absent", "why": "no bitsandbytes"}
+    assert record["rows"][tricks.PLAIN]["speed"] == 1.0
+
+
+def test_paged_states_have_room_beside_the_card(tmp_path, monkeypatch):
+    large, small = CLAIMS[0], CLAIMS[4]
+    assert large.paged == pytest.approx(2 * 8.03e9, rel=0.01) and CLAIMS[2].paged == 0
+    assert fit.no_room(large, 80 * GB) is None and fit.no_room(small, 30 * GB) is None
+    assert "16.1 GB of paged states" in fit.no_room(large, 40 * GB)
+    assert fit.no_room(CLAIMS[2], 1) is None  # nothing of it is managed memory
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (40 * GB, 48 * GB))
+    monkeypatch.setattr(fit, "FitTrials", None)  # nothing is begun
+    found = fit.answer(replace(fit.FULL, claims=()), large, OURS, time.perf_counter() + 60)
+    assert "this GPU has 40.0" in found["no_answer"]
+
+
+@needs_bnb
+def test_managed_memory_is_counted_and_never_given_back(monkeypatch):
+    """bitsandbytes keeps paged states until the process ends: a worker that made some must end too."""
+    from bitsandbytes.functional import GlobalPageManager
+
+    assert session.memory()["paged_bytes"] == 0
+    states = [torch.zeros(1000, dtype=torch.uint8), torch.zeros(10)]
+    monkeypatch.setattr(GlobalPageManager.get_instance(), "paged_tensors", states)
+    assert session.memory()["paged_bytes"] == 1040
+    answers = []
+    orders = [{"do": "prepare", "job": {}}, {"do": "quit"}]
+    fake = Namespace(answer=lambda **content: answers.append(content), receive=lambda: orders.pop(0))
+    monkeypatch.setattr(session.Session, "on_stdio", lambda: fake)
+    session.serve(lambda job, session: None)
+    assert answers[-1]["kept_bytes"] == 1040
 
 
 def test_hidden_copies():

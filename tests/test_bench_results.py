@@ -1,9 +1,7 @@
 """Results are found by their names, the README holds their numbers and no others, the stages run on."""
 
 import json
-import os
 import re
-import subprocess
 
 import pytest
 import torch
@@ -235,44 +233,3 @@ def test_what_counts_as_learning_the_same(dtype, curves, same):
     setting = parity.Setting(torch.nn.Linear(1, 1), None, dtype, 1e-4, 2)
     setting.model.device = torch.device("cpu")
     assert parity.summarise(setting, orders(*curves))["same"] is same
-
-
-FAKE = """#!/usr/bin/env bash
-# in the interpreter's place: says what it was to run
-[ "$2" = pip ] && exit 0
-echo "ran $*"
-[ "$2" = benchmarks.gpu_head ] && exit 3
-exit 0
-"""
-
-
-def gpu_all(tmp_path, *arguments):
-    fake = tmp_path / "python"
-    fake.write_text(FAKE)
-    fake.chmod(0o755)
-    command = ["bash", process.ROOT / "benchmarks/gpu_all.sh", *arguments]
-    environment = os.environ | {"PYTHON": str(fake), "WHEELS": str(tmp_path)}
-    environment.pop("OUT", None)
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-def test_stages_go_on_after_a_failure(tmp_path):
-    done = gpu_all(tmp_path)
-    order = re.findall(r"ran -m benchmarks\.gpu_(\w+)", done.stdout)
-    assert order == [
-        *("gate", "head", "steps", "dropin", "parity", "memory"),
-        *("fit", "tricks", "attention", "growth", "tuning"),
-    ]
-    assert all((process.ROOT / f"benchmarks/gpu_{stage}.py").exists() for stage in order)
-    assert done.returncode == 1 and re.search(r"^head +failed with 3", done.stdout, re.M)
-    assert re.search(r"^steps +done", done.stdout, re.M)
-    assert "--out benchmarks/results" in done.stdout and "--dry-run" not in done.stdout
-
-
-def test_stages_by_name_and_dry(tmp_path):
-    done = gpu_all(tmp_path, "--dry-run", "growth", "gate")
-    assert done.returncode == 0
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ran")]
-    assert [re.search(r"gpu_(\w+)", line)[1] for line in lines] == ["growth", "gate"]
-    assert all("--dry-run" in line and "benchmarks/results" not in line for line in lines)
-    assert gpu_all(tmp_path, "tunning").returncode == 2

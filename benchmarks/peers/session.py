@@ -109,7 +109,7 @@ def serve(train: Callable[[dict, Session], None]) -> None:
             session.answer(failed=kind_of(error), why=reason(error))
             sys.exit(1)
         settle()
-        session.answer(kept_bytes=torch.cuda.memory_allocated())
+        session.answer(kept_bytes=torch.cuda.memory_allocated() + paged_bytes())
 
 
 def kind_of(error: BaseException) -> str:
@@ -152,10 +152,23 @@ def restart_peaks() -> None:
         restart_peak()  # then counts from its start
 
 
+def paged_bytes() -> int:
+    """Of bitsandbytes' paged optimizer states: managed memory, which CUDA's allocator neither counts nor
+    limits, and which bitsandbytes keeps until the process ends."""
+    library = sys.modules.get("bitsandbytes.functional")
+    paged = library.GlobalPageManager.get_instance().paged_tensors if library else []
+    return sum(state.nbytes for state in paged)
+
+
 def memory() -> dict:
     """peak_bytes: the most alive since ready() (CUDA allocator, or resident on a CPU); held_bytes: the most
     taken from the device for that; idle_bytes: what this worker keeps while it waits; free_bytes: what
-    the device, or the machine, has left then; resident_peak_bytes: the process's, on a GPU too."""
+    the device, or the machine, has left then; resident_peak_bytes: the process's, on a GPU too; paged_bytes:
+    managed memory beside all these."""
+    return _memory() | {"paged_bytes": paged_bytes()}
+
+
+def _memory() -> dict:
     host = resident("VmHWM")
     if not torch.cuda.is_initialized():
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
