@@ -13,10 +13,10 @@ from benchmarks.gate import run_gate
 from benchmarks.process import ROOT
 from benchmarks.results import stage_arguments, write_result
 
-TEST_SECONDS = 100  # the first test of a kind compiles its kernels
+TEST_SECONDS = 120  # the first test of a kind compiles its kernels
 # An illegal memory access, or a timeout, ends a process: xdist tells the test as crashed and starts another
 # one. `--dist loadfile` would give the new one the same test again, until there are no more restarts.
-TOGETHER = ("-n", "4", "--dist", "load", "--max-worker-restart", "12")
+TOGETHER = ("-n", "6", "--dist", "load", "--max-worker-restart", "12")
 TOGETHER += ("--timeout", str(TEST_SECONDS), "--timeout-method", "thread")
 
 
