@@ -126,7 +126,10 @@ for line in "${plan[@]}"; do
     fi
     echo "== $stage"
     if [ "$stage" = doctor ]; then
-        "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("fastdpo.doctor") is None)' || continue
+        if ! "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("fastdpo.doctor") is None)'; then
+            echo "this tree has no fastdpo doctor"
+            continue
+        fi
         run "$seconds" "$PYTHON" -m fastdpo.cli doctor
         continue
     fi
