@@ -46,7 +46,7 @@ dry=()
 case ${1:-} in
 visit-1) plan=("doctor 60" "gate 390" "head 570") ;;
 visit-2) plan=("steps 570 --short Qwen2.5-0.5B") ;;
-visit-3) plan=("steps 330 --short Qwen2.5-1.5B" "memory 570") ;;
+visit-3) plan=("steps 400 --short Qwen2.5-1.5B" "memory 570") ;;
 visit-4) plan=("tuning 120" "dropin 250" "parity 570") ;;
 *) plan=() ;;
 esac

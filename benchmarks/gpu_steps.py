@@ -39,6 +39,9 @@ ORDER += [("Qwen3-1.7B", mix) for mix in ("HH-RLHF", "UltraFeedback", "TL;DR")]
 ORDER += [("Llama-3.1-8B LoRA", "HH-RLHF"), ("Qwen2.5-7B LoRA", "HH-RLHF"), ("Qwen2.5-0.5B", "hh real")]
 LEAST_MINUTES = 2.5  # what a model and mix needs to say anything
 GPU = Plan("", "", "cuda", pairs=PAIRS, turns=4, measured=2, minutes=0, warm=1, checks=3, distinct=4)
+# Half as many pairs a step: with ten contenders in four minutes everybody is to have several turns.
+SHORT = replace(GPU, pairs=32, turns=3, checks=2)
+LEAST_SHORT_MINUTES = 1.0
 FULL_RATE, LORA_RATE = 3e-6, 1e-4  # so that a second look at the same rows has another loss
 DRY_ORDER = [("Qwen2.5-0.5B", "HH-RLHF"), ("Llama-3.1-8B LoRA", "HH-RLHF")]
 DRY = Plan("", "", "cpu", pairs=4, turns=2, measured=1, minutes=0, warm=1, checks=2, tiny=True)
@@ -83,9 +86,12 @@ def dry_contenders(model: str) -> list[Contender]:
     return out
 
 
-def plan_of(model: str, mix: str, minutes: float, dry: bool) -> Plan:
-    rate = DRY_RATE if dry else (FULL_RATE if MODELS[model].lora_rank is None else LORA_RATE)
-    return replace(DRY if dry else GPU, model=model, mix=mix, minutes=minutes, learning_rate=rate)
+def plan_of(args: Namespace, model: str, mix: str, minutes: float) -> Plan:
+    rate = FULL_RATE if MODELS[model].lora_rank is None else LORA_RATE
+    plan = replace(SHORT if args.short else GPU, learning_rate=rate)
+    if args.dry_run:
+        plan = replace(DRY, learning_rate=DRY_RATE)
+    return replace(plan, model=model, mix=mix, minutes=minutes)
 
 
 def to_do(results: dict, order: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -99,7 +105,7 @@ def field_of(args: Namespace, model: str, mix: str) -> list[Contender]:
     if args.dry_run:
         return dry_contenders(model)
     if args.short:
-        return short_contenders(model, PAIRS)
+        return short_contenders(model, SHORT.pairs)
     return contenders(model, PAIRS, (model, mix) == ORDER[0])
 
 
@@ -119,14 +125,15 @@ def run(args: Namespace, workers: Workers) -> None:
         write_result("steps", {"results": results, "no_time_for": no_time}, args.out, quiet)
 
     for number, (model, mix) in enumerate(order):
-        if left() < LEAST_MINUTES and not args.dry_run:
+        least = LEAST_SHORT_MINUTES if args.short else LEAST_MINUTES
+        if left() < least and not args.dry_run:
             no_time.append(f"{model}, {mix}")
             continue
         minutes = left() - 0.3
         if args.short:  # each its share
             minutes /= len(order) - number
         print(f"{model}, {mix}: {minutes:.1f} minutes", flush=True)
-        plan = plan_of(model, mix, minutes, args.dry_run)
+        plan = plan_of(args, model, mix, minutes)
         try:
             record = measure_steps(
                 plan, field_of(args, model, mix), ceilings["gemm_tflops"], workers, partial(keep, model, mix)

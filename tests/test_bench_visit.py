@@ -265,9 +265,10 @@ def test_a_short_field_is_written_as_it_goes(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):  # only what was cut is run again
         gpu_steps.run(args, None)
     assert [plan.mix for plan in plans[2:]] == ["UltraFeedback"]
-    names = [c.name for c in gpu_steps.short_contenders("Qwen2.5-1.5B", 64)]
+    assert {plan.pairs for plan in plans} == {32}
+    names = [c.name for c in gpu_steps.field_of(args, "Qwen2.5-1.5B", "HH-RLHF")]
     assert len(set(names)) == len(names) and names[0] == "fastdpo"
-    for name in ("TRL 4 x 16", "TRL 8 x 8", "TRL 16 x 4", "TRL default 8 x 8", "plain HF 4 x 16"):
+    for name in ("TRL 4 x 8", "TRL 8 x 4", "TRL 16 x 2", "TRL default 8 x 4", "plain HF 4 x 8"):
         assert name in names
 
 
