@@ -25,7 +25,7 @@ def main() -> int:
     if not args.dry_run and not torch.cuda.is_available():
         sys.exit("no GPU here: --dry-run --out DIR shows that all of it runs")
     plan = replace(DRY if args.dry_run else GPU, minutes=args.minutes)
-    sizes = (2, 1) if args.dry_run else SIZES
+    sizes = (2,) if args.dry_run else SIZES
     plans = [replace(plan, mix=mix) for mix in MIXES]
     record = measure(plans, sizes, args.out, resume=not args.dry_run)
     Console(width=120).print(table(record))

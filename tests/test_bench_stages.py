@@ -138,6 +138,20 @@ def test_no_visit_leaves_more_than_eight_files():
     assert all(re.fullmatch(r"[\w.-]+", results.result_path(stage).name) for stage in planned)
 
 
+def test_what_waits_for_a_gpu_names_what_is_there():
+    """GPU_TODO.md: visits and stages that the script has, tests and modules that exist."""
+    text = (process.ROOT / "benchmarks/GPU_TODO.md").read_text()
+    script = (process.ROOT / "benchmarks/gpu_all.sh").read_text()
+    (stages,) = re.findall(r"(?m)^ALL=\((.*)\)$", script)
+    asked = set(re.findall(r"gpu_all\.sh (?:--dry-run )?([\w-]+)", text)) - {"STAGE", "visit-N"}
+    assert asked <= {*stages.split(), *(f"visit-{n}" for n in range(1, 5))}
+    files = {path.name: path.read_text() for path in (process.ROOT / "tests").rglob("*.py")}
+    for name in re.findall(r"`(?:tests/(?:kernels/)?)?(test_\w+)(?:\.py|\*)?", text):
+        assert f"{name}.py" in files or any(f"def {name}" in source for source in files.values()), name
+    for module in re.findall(r"-m (benchmarks(?:\.\w+)+)", text):
+        assert (process.ROOT / f"{module.replace('.', '/')}.py").exists(), module
+
+
 # ---- the stages of the fourth visit are written as they go
 
 
