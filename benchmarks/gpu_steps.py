@@ -113,9 +113,7 @@ def run(args: Namespace, workers: Workers) -> None:
     """All that there is time for; the JSON is written whenever something was measured."""
     began = time.perf_counter()
     left = lambda: args.minutes - (time.perf_counter() - began) / 60
-    results, no_time = {}, []
-    if not args.dry_run:
-        results = (result_of_today("steps", args.out) or {}).get("results", {})
+    results, no_time = (result_of_today("steps", args.out) or {}).get("results", {}), []
     order = [(args.short, mix) for mix in SHORT_MIXES] if args.short else ORDER
     order = (order if args.short else DRY_ORDER) if args.dry_run else to_do(results, order)
     ceilings = measured_ceilings(small=args.dry_run)
@@ -130,7 +128,7 @@ def run(args: Namespace, workers: Workers) -> None:
             no_time.append(f"{model}, {mix}")
             continue
         minutes = left() - 0.3
-        if args.short:  # each its share
+        if args.short and not args.dry_run:  # each its share
             minutes /= len(order) - number
         print(f"{model}, {mix}: {minutes:.1f} minutes", flush=True)
         plan = plan_of(args, model, mix, minutes)

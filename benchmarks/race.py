@@ -116,7 +116,9 @@ class Race:
         """Builds a contender and lets it make its first steps. Raises WorkerFailed."""
         self.say(f"  {contender.name}: first steps")
         worker = self.worker(contender)
-        entry = Entry("measured", facts=worker.prepare(self.job(contender), self.patience(0.5))["facts"])
+        # fastdpo is awaited while everybody imports, and without it nobody is measured
+        patience = self.patience(0.8 if contender is self.ours else 0.5)
+        entry = Entry("measured", facts=worker.prepare(self.job(contender), patience)["facts"])
         entry.first_seconds = entry.add(worker.steps(self.course.checks, self.patience(0.5)))
         return entry
 

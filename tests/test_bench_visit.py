@@ -256,10 +256,13 @@ def test_a_short_field_is_written_as_it_goes(tmp_path, monkeypatch):
         return {"summary": summary}
 
     monkeypatch.setattr(gpu_steps, "measure_steps", measure)
+    results.write_result("steps", {"results": {"Qwen2.5-0.5B": {"HH-RLHF": {"summary": summary}}}}, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         gpu_steps.run(args, None)
     found = results.result_of_today("steps", tmp_path)["results"]["Qwen2.5-1.5B"]
     assert found["HH-RLHF"]["summary"] == summary and "UltraFeedback" in found
+    other = results.result_of_today("steps", tmp_path)["results"]["Qwen2.5-0.5B"]  # an earlier visit's
+    assert other == {"HH-RLHF": {"summary": summary}}
     assert [plan.mix for plan in plans] == ["HH-RLHF", "UltraFeedback"]
     assert plans[0].minutes == pytest.approx(3.85, abs=0.05) and plans[1].minutes > 7
     with pytest.raises(KeyboardInterrupt):  # only what was cut is run again
