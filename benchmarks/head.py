@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.head_inputs import Gemms, Inputs, Shape, Truth
 from benchmarks.head_table import draw, print_table
 from benchmarks.peers import head_others, head_ours
+from benchmarks.process import gpu_unusable
 from benchmarks.results import RESULTS, result_of_today, write_result
 
 SHAPES = (
@@ -127,12 +128,9 @@ def failed(name: str, error: Exception) -> str:
     why = reason(error)
     error.__traceback__ = None  # it holds the tensors that it failed on
     gc.collect()
-    if torch.cuda.is_available():
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except RuntimeError:
-            raise Unusable(name, why) from None
+    if gpu_unusable():
+        raise Unusable(name, why)
+    torch.cuda.empty_cache()
     return why
 
 

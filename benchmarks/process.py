@@ -43,6 +43,17 @@ def peak_bytes() -> dict:
     return {"peak_bytes": resident("VmHWM"), "ru_maxrss_bytes": whole}
 
 
+def gpu_unusable() -> bool:
+    """Whether CUDA takes nothing more from this process, as after an illegal memory access."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def versions() -> dict:
     """Installed versions of what matters to a number; None where a package is absent."""
     found = {}

@@ -15,6 +15,7 @@ from fastdpo_kernels.head import Head
 from fastdpo_kernels.tiles import TILES, Tile
 
 from benchmarks import aot
+from benchmarks.process import gpu_unusable
 
 DTYPE = torch.bfloat16
 HEAD = (8192, 4096, 128256)  # M, D, V
@@ -96,6 +97,9 @@ def tune(
                 ms = {name: measured(spec, dry) for name, spec in zip(NAMES, passes(tile, head, x, target))}
             except Exception as error:  # of a tile that this chip does not take: the others go on
                 failed.append({"tile": tile._asdict(), "why": f"{type(error).__name__}: {str(error)[:200]}"})
+                if gpu_unusable():
+                    print(f"{tile} made the GPU unusable for this process: it ends here", flush=True)
+                    break
                 continue
             found.append({"tile": tile._asdict(), "ms": ms})
             print(tile, ", ".join(f"{name} {t:.2f} ms" for name, t in ms.items()), flush=True)

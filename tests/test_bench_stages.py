@@ -164,6 +164,26 @@ def test_tuning_is_written_after_every_tile(monkeypatch):
     assert kept == [record] and record["tiles"][0]["ms"]["dZ"] == 3.0 and record["no_time_for"] > 0
 
 
+@pytest.mark.parametrize("unusable", [False, True])
+def test_a_tile_that_fails(monkeypatch, unusable):
+    """The others go on, but not on a GPU that takes nothing more from the process."""
+    asked = []
+
+    def passes(tile, *_):
+        asked.append(tile)
+        if len(asked) == 1:
+            raise RuntimeError("an illegal memory access")
+        return 1, 2, 3
+
+    monkeypatch.setattr(tune_tiles, "passes", passes)
+    monkeypatch.setattr(tune_tiles, "measured", lambda spec, dry: float(spec))
+    monkeypatch.setattr(tune_tiles, "launch", type("Launch", (), {}))
+    monkeypatch.setattr(tune_tiles, "gpu_unusable", lambda: unusable)
+    record = tune_tiles.tune(8, 16, 32, 1.0, device="cpu", capability=(8, 0))
+    assert len(record["failed"]) == 1 and len(record["tiles"]) == (0 if unusable else 1)
+    assert len(asked) == (1 if unusable else 2)
+
+
 def test_parity_is_written_after_every_order(monkeypatch, tmp_path):
     """Killed in its third comparison, it has said all of the first two."""
     compared = []
