@@ -105,7 +105,8 @@ def test_what_a_visit_does(gpu_all, tmp_path):
 def test_a_visit_ends_by_its_own_clock(gpu_all, tmp_path):
     began = time.monotonic()
     done = gpu_all("visit-3", fake=DEAF, seconds=16)
-    assert time.monotonic() - began < 18  # TERM, and KILL by the sixteenth second
+    # TERM, and KILL by the sixteenth second; the rest is for a busy machine to begin and to end
+    assert time.monotonic() - began < 22
     assert re.search(r"^steps +stopped after \d s", done.stdout, re.M), done.stdout
     assert re.search(r"^memory +no time", done.stdout, re.M) and done.returncode == 1
     assert (tmp_path / "out/steps_h200_2026-01-02.json").exists()
