@@ -3,7 +3,7 @@
 #
 # A visit is one command of at most 9 minutes 30 seconds, on a machine that is borrowed for as long:
 #
-#   visit-1    doctor, the gate with all GPU tests, the head's first shapes
+#   visit-1    the gate with all GPU tests, doctor, the head's first shapes
 #   visit-2    steps of Qwen2.5-0.5B in a short field
 #   visit-3    the same of Qwen2.5-1.5B; memory
 #   visit-4    tuning, dropin, parity
@@ -44,7 +44,7 @@ dry=()
 
 # What a visit does: a stage, the most seconds it may take, its options. What it leaves is the next one's.
 case ${1:-} in
-visit-1) plan=("doctor 60" "gate 390" "head 570") ;;
+visit-1) plan=("gate 350" "doctor 110" "head 570") ;;
 visit-2) plan=("steps 570 --short Qwen2.5-0.5B") ;;
 visit-3) plan=("steps 400 --short Qwen2.5-1.5B" "memory 570") ;;
 visit-4) plan=("tuning 120" "dropin 250" "parity 570") ;;

@@ -65,8 +65,8 @@ def tune(
     keep: Callable[[dict], None] = lambda record: None,
 ) -> dict:
     """{"capability", "shape", "flops" of a pass, "tiles": [{"tile", "ms" of each of NAMES}] fastest first,
-    "failed": tiles that did not run, "faulty": tiles with a fault, "no_time_for": how many were not tried}, the
-    tile in use before others. `keep` is given the same, as far as it goes, after every tile."""
+    "failed": tiles that did not run, "faulty": those with a fault, "no_time_for": how many were not tried},
+    the tile in use before others. `keep` is given the same, as far as it goes, after every tile."""
     begun, dry = time.monotonic(), device == "cpu"
     capability = capability or torch.cuda.get_device_capability()
     real = 1 if dry else torch.cuda.get_device_properties(0).multi_processor_count

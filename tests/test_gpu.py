@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastdpo import attention, support
+from fastdpo import attention, support, trainer
 from fastdpo.packing import pack
 from tests.test_trainer import Run
 from tests.tiny import group, groups, policy
@@ -15,6 +15,12 @@ pytestmark = pytest.mark.gpu
 needs_datasets = pytest.mark.skipif(
     find_spec("datasets") is None, reason="needs datasets, which reads a run's rows: pip install datasets"
 )
+
+
+@pytest.fixture(autouse=True)
+def no_ladder(monkeypatch):
+    """Each process of the tests would compile a hundred kernels for it. `fastdpo doctor` climbs it once."""
+    monkeypatch.setattr(trainer, "settle_backends", lambda *args: None)
 
 
 def attend(backend, dtype, window, heads=(4, 2), scale=1):
