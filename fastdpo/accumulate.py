@@ -1,6 +1,6 @@
 """The gradients of one optimizer step: exact over the whole step, however it is cut into microbatches."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
@@ -40,7 +40,7 @@ class Accumulator:
     """How to go through a step, by the kind of its objective."""
 
     parameters: list[Tensor]
-    microbatches: Callable[[Groups], Iterable[PackedGroups]]
+    microbatches: Callable[[Groups], Collection[PackedGroups]]  # each packed when it is asked for
     score: Callable[[PackedGroups], ResponseLogps]
     guard: Callable[[PackedGroups], AbstractContextManager]  # around a microbatch's work
     see: Callable[[PackedGroups, ResponseLogps], None]  # what else is done with each microbatch's log-probs
@@ -53,7 +53,8 @@ class Accumulator:
         step = StepLoss()
         if objective.mismatched:
             with torch.no_grad():
-                step.context = context_of([self._first(batch, step) for batch in self.microbatches(aside)])
+                first = [self._first(batch, step) for batch in self.microbatches(aside)]
+                step.context = context_of(first, self.parameters[0].device)
         kinds = {Decomposable: self._decomposable, Rescaled: self._rescaled, Coupled: self._coupled}
         kinds[type(objective)](objective, groups, step)
         return step
@@ -91,11 +92,11 @@ class Accumulator:
         2021): several microbatches are scored without gradient first, a single one is not."""
         pairs = sum(len(group.pairs) for group in groups)
         size = objective.within or len(groups)
-        for some, is_last in ending(groups[i : i + size] for i in range(0, len(groups), size)):
+        for some, is_last in ending([groups[i : i + size] for i in range(0, len(groups), size)]):
             share = sum(len(group.pairs) for group in some) / pairs if objective.within else 1.0
-            batches = list(self.microbatches(some))
+            batches = self.microbatches(some)
             if len(batches) == 1:
-                self._at_once(objective, batches[0], share, step, is_last)
+                self._at_once(objective, *batches, share, step, is_last)
             else:
                 self._in_two_passes(objective, batches, share, step, is_last)
 
@@ -110,14 +111,16 @@ class Accumulator:
 
     def _in_two_passes(self, objective, batches, share: float, step: StepLoss, is_last: bool) -> None:
         with torch.no_grad():
-            joined = ResponseLogps.joined([self._first(batch, step) for batch in batches])
+            scored = [(batch, self._first(batch, step)) for batch in batches]
+            joined = ResponseLogps.joined([logps for _, logps in scored])
+        batches = [batch for batch, _ in scored]
         joined = replace(joined, token_logp=joined.token_logp.requires_grad_())
         loss = share * objective.whole(self._informed(objective, joined, step.context))
         (slope,) = torch.autograd.grad(loss, joined.token_logp)
         sizes = [len(batch.target) for batch in batches]
         slopes_of, first = slope.split(sizes), joined.token_logp.detach().split(sizes)
         parts = {batch.rows: (a * b).sum() for batch, a, b in zip(batches, first, slopes_of)}
-        for (batch, slopes), ends in ending(zip(batches, slopes_of)):
+        for (batch, slopes), ends in ending(list(zip(batches, slopes_of))):
             with self.guard(batch):
                 logps = self.score(batch)
                 self._before_backward(step, parts, is_last and ends)
@@ -126,16 +129,17 @@ class Accumulator:
         step.loss = step.loss + loss.detach().double()
 
     def _before_backward(self, step: StepLoss, parts: dict, is_last: bool) -> None:
-        """Where the backward updates weights: makes sure that the loss (by microbatch: {rows: part}) is a
-        number, as nothing could be undone, and says whether the backward is the step's last."""
-        if self.in_backward is None:
+        """Before the step's last backward, where that one updates weights: makes sure that the loss is a
+        number, as nothing could be undone, and announces it. parts: {rows: part} of microbatches not yet
+        seen, or of more."""
+        if self.in_backward is None or not is_last:
             return
+        parts = dict(zip(step.rows, step.parts)) | parts
         if not torch.stack(list(parts.values())).isfinite().all():
-            step.parts, step.rows = [*step.parts, *parts.values()], [*step.rows, *parts]
+            step.rows, step.parts = list(parts), list(parts.values())
             step.loss = torch.stack(step.parts).double().sum()
             raise NotFinite(step)
-        if is_last:
-            self.in_backward.last_microbatch()
+        self.in_backward.last_microbatch()
 
     def _informed(self, objective: Coupled, logps: ResponseLogps, context: dict) -> ResponseLogps:
         """With what the loss reads of the step, this batch's part of the running memory included."""
@@ -154,26 +158,24 @@ class Accumulator:
         self.see(batch, logps)
 
     def _scale_gradients(self, factor: Tensor) -> None:
-        factor = float(factor)  # neither a tensor nor _foreach_mul_ on the CPU: bf16 gradients would round it
+        # bf16 gradients would round a tensor without dimensions to bf16 first, as _foreach_mul_ on the CPU
+        # would; a number is not rounded, but a GPU's has to be waited for
+        factor = factor.float()[None] if factor.is_cuda else float(factor)
         for p in self.parameters:
             if p.grad is not None:
                 p.grad.mul_(factor)
 
 
-def ending(items: Iterable) -> Iterator[tuple]:
-    """(item, whether it is the last) of each."""
-    items = iter(items)
-    for item in items:
-        for following in items:
-            yield item, False
-            item = following
-        yield item, True
+def ending(items: Collection) -> Iterator[tuple]:
+    """(item, whether it is the last) of each; none is made before it is due."""
+    for number, item in enumerate(items, 1):
+        yield item, number == len(items)
 
 
-def context_of(mismatched: list[ResponseLogps]) -> dict[str, Tensor]:
+def context_of(mismatched: list[ResponseLogps], device) -> dict[str, Tensor]:
     """What the log-probs of mismatched responses say of a whole batch: KTO's reference point, 0 where no
     prompt has one."""
-    return {"z0": kto_z0(ResponseLogps.joined(mismatched)) if mismatched else torch.zeros(())}
+    return {"z0": kto_z0(ResponseLogps.joined(mismatched)) if mismatched else torch.zeros((), device=device)}
 
 
 class _RunningWeights:

@@ -7,6 +7,7 @@ import time
 import torch
 from torch import Tensor
 
+from fastdpo.moving import to_device
 from fastdpo.objectives.seam import Reward
 from fastdpo.records import PackedGroups, ResponseLogps
 
@@ -99,16 +100,19 @@ def add_kl(sums: Sums, logps: ResponseLogps) -> None:
 @torch.no_grad()
 def add_token_metrics(sums: Sums, batch: PackedGroups, stats: dict[str, Tensor]) -> None:
     """TRL's vocabulary-wide metrics, one value a scored token. They cost passes over the vocabulary
-    that training does not need, so only evaluation reports them."""
+    that training does not need, so only evaluation reports them. `batch` as it was packed, on the host, so
+    that nothing is counted on the device."""
     response = torch.repeat_interleave(
         torch.arange(len(batch.cu_resp) - 1, device=batch.cu_resp.device), batch.cu_resp.diff()
     )
     chosen = torch.isin(response, batch.chosen)
+    places = [mask.nonzero()[:, 0] for mask in (chosen, ~chosen)]
+    good, bad = to_device(places, stats["mean_logit"].device)
     sums.add("entropy", stats["entropy"])
-    sums.add("logits/chosen", stats["mean_logit"][chosen])
-    if not chosen.all():
-        sums.add("logits/rejected", stats["mean_logit"][~chosen])
-    sums.add("mean_token_accuracy", stats["is_top1"][chosen])
+    sums.add("logits/chosen", stats["mean_logit"][good])
+    if len(bad):
+        sums.add("logits/rejected", stats["mean_logit"][bad])
+    sums.add("mean_token_accuracy", stats["is_top1"][good])
 
 
 def peak_memory_gb() -> float:

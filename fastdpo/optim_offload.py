@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from fastdpo.moving import no_wait, to_host
 from fastdpo.optim_pieces import Pieces
 
 
@@ -70,13 +71,8 @@ class Host:
         self.worker.shutdown(cancel_futures=True)
 
     def down(self, tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """(a copy in pinned memory under way on the current stream, what waits for it); a tensor of the
-        host's own is copied at once."""
-        if not tensor.is_cuda:
-            return tensor.clone(), _no_wait
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        copy.copy_(tensor, non_blocking=True)
-        return copy, torch.cuda.current_stream().record_event().synchronize
+        """(a copy on the host under way on the current stream, what waits for it)."""
+        return to_host(tensor)
 
     def up(self, values: Tensor) -> Tensor:
         """The values where the device can copy them from while the host goes on."""
@@ -108,8 +104,4 @@ class HostPieces(Pieces):
                 yield values.float(), part.float()
 
     def _part(self, gradient: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        return self.host.down(gradient) if gradient.is_cuda else (gradient, _no_wait)
-
-
-def _no_wait() -> None:
-    pass
+        return self.host.down(gradient) if gradient.is_cuda else (gradient, no_wait)

@@ -128,7 +128,8 @@ class InBackward(WeightOptimizer):
         self.host.wait()
         for p in list(self.sums):
             self._finish(p, None)
-        norm = torch.stack(self.squares).sum().sqrt() if self.squares else torch.zeros(())
+        none = torch.zeros((), device=self.weights[0].device)
+        norm = torch.stack(self.squares).sum().sqrt() if self.squares else none
         self.updates, self.squares = False, []
         return norm
 

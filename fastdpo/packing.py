@@ -1,11 +1,11 @@
 """Groups of token ids -> one packed microbatch, and a step's groups -> microbatches under a token cap.
 
-Everything here is a pure function of its arguments: numpy in, CPU tensors out. A step is a fixed set
+Every function here is a pure one of its arguments: numpy in, CPU tensors out. A step is a fixed set
 of groups, whatever the cap: packing never changes what an optimizer step sees, only how it is cut.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from fastdpo.records import PackedGroups, PreferenceGroup, PrefixLayout
+
+Groups = list[PreferenceGroup]
 
 
 def epoch_order(n_groups: int, seed: int, epoch: int) -> np.ndarray:
@@ -87,6 +89,20 @@ def in_row_order(
     return [b.groups for b in bins]
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Microbatches, each packed when it is asked for: a GPU computes the one before meanwhile."""
+
+    parts: list[Groups]
+    pack: Callable[[Groups], PackedGroups]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[PackedGroups]:
+        return map(self.pack, self.parts)
+
+
 def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
     """Packs whole groups into one microbatch.
 
@@ -109,6 +125,7 @@ def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
         chosen=_responses(groups, group_resp, lambda g: g.chosen),
         desirable=_responses(groups, group_resp, lambda g: g.judged(True)),
         undesirable=_responses(groups, group_resp, lambda g: g.judged(False)),
+        paired_tokens=sum(scored[winner] + scored[loser] for winner, loser in pairs),
         score=torch.tensor([math.nan if r.score is None else r.score for r in responses]),
         token_weight=_token_weight(responses),
         ref_token_logp=None,

@@ -4,7 +4,7 @@ Letters, here and everywhere: T packed tokens, D hidden, V vocabulary, M scored 
 P pairs, G groups, S attention segments, K gathered keys.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastdpo.moving import to_device
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -71,22 +73,39 @@ class PreferenceGroup:
         return replace(self, responses=tuple(self.responses[i] for i in self.chosen), pairs=())
 
 
-class _Movable:
+class Movable:
     """A frozen record of tensors (and of records of tensors) that can move to a device."""
 
     def to(self, device):
-        moved = {}
+        """The same record there; see `moving.to_device` for what a GPU gets."""
+        return self._with(iter(to_device(list(self._tensors()), device)))
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """All tensors, those of records inside too, in the order of the fields."""
+        for value in (getattr(self, f.name) for f in fields(self)):
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, Movable):
+                yield from value._tensors()
+            elif isinstance(value, tuple):
+                yield from (v for v in value if isinstance(v, Tensor))
+
+    def _with(self, tensors: Iterator[Tensor]):
+        """With these in the place of what `_tensors` gives."""
+        changed = {}
         for name in (f.name for f in fields(self)):
             value = getattr(self, name)
-            if isinstance(value, Tensor | _Movable):
-                moved[name] = value.to(device)
+            if isinstance(value, Tensor):
+                changed[name] = next(tensors)
+            elif isinstance(value, Movable):
+                changed[name] = value._with(tensors)
             elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-                moved[name] = tuple(v.to(device) for v in value)
-        return replace(self, **moved)
+                changed[name] = tuple(next(tensors) for _ in value)
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True, eq=False)
-class PrefixLayout(_Movable):
+class PrefixLayout(Movable):
     """Which keys each query of a packed microbatch sees.
 
     Per group the queries are [prompt + R1 | R2 | ...] and the keys are gathered to
@@ -109,7 +128,7 @@ class PrefixLayout(_Movable):
 
 
 @dataclass(frozen=True, eq=False)
-class PackedGroups(_Movable):
+class PackedGroups(Movable):
     """One microbatch: whole groups, flat. `hidden[score_row]` predicts `target`.
 
     With a layout the forward is one shared-prompt row, T tokens in [1, T]. Without one (models whose
@@ -129,6 +148,7 @@ class PackedGroups(_Movable):
     chosen: Tensor  # i64[C]: responses that no other response beats
     desirable: Tensor  # i64[.]: responses labelled so, or the winner of each pair
     undesirable: Tensor  # i64[.]: ... or the loser of each pair
+    paired_tokens: int  # scored tokens of both responses of each pair, over all pairs
     score: Tensor  # f32[R]: the rows' ratings, NaN where there is none
     token_weight: Tensor | None  # f32[M]; None where no row has any, NaN in the responses without
     ref_token_logp: Tensor | None  # f32[M]
@@ -152,6 +172,7 @@ class ResponseLogps:
     chosen: Tensor  # i64[C]
     desirable: Tensor  # i64[.]
     undesirable: Tensor  # i64[.]
+    paired_tokens: int  # scored tokens of both responses of each pair, over all pairs
     score: Tensor  # f32[R], NaN where there is none
     token_weight: Tensor | None  # f32[M]
     token_stats: dict[str, Tensor]  # f32[M] each; only those the objective named
@@ -177,6 +198,7 @@ class ResponseLogps:
             together[name] = None if values[0] is None else torch.cat(values)
         for name in ("pairs", "chosen", "desirable", "undesirable"):
             together[name] = torch.cat([getattr(p, name) + start for p, start in zip(parts, starts)])
+        together["paired_tokens"] = sum(p.paired_tokens for p in parts)
         lengths = torch.cat([p.lengths for p in parts])
         together["cu_resp"] = torch.cat([first.cu_resp[:1], lengths.cumsum(0)])
         if any(p.token_weight is not None for p in parts):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastdpo.accumulate import Accumulator, NotFinite, context_of
+from fastdpo.accumulate import Accumulator, Groups, NotFinite, context_of
 from fastdpo.config import Config
 from fastdpo.errors import TrainingError
 from fastdpo.failures import WAY_OUT, memory_guard, not_finite, update_guard
@@ -18,7 +18,7 @@ from fastdpo.mismatched import mismatched
 from fastdpo.model import Policy
 from fastdpo.objectives import make_objective
 from fastdpo.optimizers import make_optimizer, set_schedule
-from fastdpo.packing import epoch_order, in_row_order, pack, places, split_step
+from fastdpo.packing import Packing, epoch_order, in_row_order, pack, places, split_step
 from fastdpo.records import PackedGroups, PreferenceGroup, ResponseLogps
 
 
@@ -58,6 +58,7 @@ class Stage:
         self.per_epoch = math.ceil(len(self.groups) / config.batch_size)
         self.total = total_steps(config, len(self.groups))
         self.drifts = None  # of the first step's microbatches, while it runs
+        self.ahead: tuple = (None, None)  # (groups, the same packed) of a microbatch that is to come
 
     def run(self, run, resumed=None) -> Progress:
         """Trains to the end, or from the checkpoint `resumed`; `run` (fastdpo.run.Run) knows the place.
@@ -75,9 +76,10 @@ class Stage:
             if not progress.evaluated:
                 settle()
             self.drifts = [] if self.reference and progress.steps == 0 else None
-            for groups in step_groups(self.groups, self.config, self.total, progress.steps):
+            steps = step_groups(self.groups, self.config, self.total, progress.steps)
+            for groups, following in itertools.pairwise(itertools.chain(steps, [None])):
                 step = run.place.first + progress.steps + 1
-                norm = self.step(groups, progress, step, optimizer)
+                norm = self.step(groups, progress, step, optimizer, following)
                 if self.drifts is not None:
                     run.tell_drift(float(torch.stack(self.drifts).max()), self.policy.dtype)
                     self.drifts = None
@@ -114,10 +116,11 @@ class Stage:
                 run.save(self.policy, optimizer, progress, may_be_best=due)
         run.stopping.check()
 
-    def step(self, groups: list[PreferenceGroup], progress: Progress, step: int, optimizer=None):
+    def step(self, groups: Groups, progress: Progress, step: int, optimizer=None, following=None):
         """Forward and backward of one optimizer step, in microbatches; returns the gradient norm, before
         clipping. The gradient is that of the whole step's loss however the step was cut. Under
-        optimizer_in_backward the optimizer is needed, and has updated the weights."""
+        optimizer_in_backward the optimizer is needed, and has updated the weights. `following`: the next
+        step's groups, to begin with while the device computes this one."""
         window = progress.window
 
         def see(batch: PackedGroups, logps: ResponseLogps) -> None:
@@ -138,6 +141,8 @@ class Stage:
         clip, limit = torch.nn.utils.clip_grad_norm_, self.config.max_grad_norm or math.inf
         with self.updating(step, groups):
             norm = optimizer.end_backward() if in_backward else clip(parameters, limit)
+        if following:
+            self.look_ahead(following)
         if not math.isfinite(float(done.loss + norm)):
             raise not_finite(step, done, norm, updated=in_backward)
         window.sums.add("loss", done.loss)
@@ -151,7 +156,7 @@ class Stage:
         """What goes around the work on a microbatch."""
         return lambda batch: memory_guard(step, batch, self.config, self.policy.core.config)
 
-    def updating(self, step: int, groups: list[PreferenceGroup]):
+    def updating(self, step: int, groups: Groups):
         """What goes around the update by these groups."""
         return update_guard(step, groups[0], self.config, self.policy.core.config, self.policy.share)
 
@@ -173,15 +178,27 @@ class Stage:
         """What a group takes of max_tokens."""
         return places(group, self.policy.share)
 
-    def microbatches(self, groups: list[PreferenceGroup]) -> Iterator[PackedGroups]:
-        share = self.policy.share
-        return self.packed(split_step(groups, self.config.max_tokens, self.policy.max_scored, share))
+    def cut(self, groups: Groups) -> list[Groups]:
+        """One step's groups as microbatches."""
+        return split_step(groups, self.config.max_tokens, self.policy.max_scored, self.policy.share)
 
-    def packed(self, parts: list[list[PreferenceGroup]]) -> Iterator[PackedGroups]:
-        """The parts as batches, with the reference's log-probs."""
-        for part in parts:
-            batch = pack(part, self.policy.share)
-            yield replace(batch, ref_token_logp=self.reference.of(part)) if self.reference else batch
+    def microbatches(self, groups: Groups) -> Packing:
+        return Packing(self.cut(groups), self.packed)
+
+    def packed(self, part: Groups) -> PackedGroups:
+        """One microbatch, with the reference's log-probs."""
+        groups, batch = self.ahead
+        if part == groups:  # the very same ones
+            self.ahead = None, None
+            return batch
+        batch = pack(part, self.policy.share)
+        return replace(batch, ref_token_logp=self.reference.of(part)) if self.reference else batch
+
+    def look_ahead(self, following: Groups) -> None:
+        """Packs what a step begins with, for nothing else would be done while the device is waited for."""
+        first = self.aside(following) or following[: getattr(self.objective, "within", None)]
+        part = self.cut(first)[0]
+        self.ahead = part, self.packed(part)
 
     def score(self, batch: PackedGroups, stats=()) -> ResponseLogps:
         """The policy's log-probs of a microbatch beside the reference's, and what the objective reads."""
@@ -191,24 +208,24 @@ class Stage:
         token_logp, token_stats = out if stats else (out, {})
         return ResponseLogps.of(batch, token_logp, batch.ref_token_logp, token_stats)
 
-    def in_row_order(self, groups: list[PreferenceGroup]) -> list[PackedGroups]:
+    def in_row_order(self, groups: Groups) -> list[PackedGroups]:
         """Rows packed as the reference packs what it computes: equal models then agree bit by bit."""
-        return list(self.packed(in_row_order(groups, self.config.max_tokens, self.policy.share)))
+        return [self.packed(part) for part in in_row_order(groups, self.config.max_tokens, self.policy.share)]
 
-    def aside(self, groups: list[PreferenceGroup]) -> list[PreferenceGroup]:
+    def aside(self, groups: Groups) -> Groups:
         """The mismatched groups beside these training rows, where the objective looks at them."""
         return [self.mismatched[group.row] for group in groups if group.row in self.mismatched]
 
-    def reference_sets(self) -> list[list[PreferenceGroup]]:
+    def reference_sets(self) -> list[Groups]:
         """What the reference must know: training rows, held-out rows, and what lies beside either."""
         used = self.used_groups()
         return [used, self.eval_groups, self.aside(used), list(self.eval_mismatched.values())]
 
-    def first_step(self) -> list[PreferenceGroup]:
+    def first_step(self) -> Groups:
         """The groups of the first optimizer step."""
         return next(step_groups(self.groups, self.config, 1))
 
-    def used_groups(self) -> list[PreferenceGroup]:
+    def used_groups(self) -> Groups:
         """The groups that the steps will visit: all, unless max_steps ends before one pass."""
         if self.total >= self.per_epoch:
             return self.groups
@@ -241,7 +258,7 @@ class Stage:
             return
         context = dict(progress.memory)
         if self.objective.mismatched:
-            context |= context_of(seen[len(batches) :])
+            context |= context_of(seen[len(batches) :], self.policy.device)
         logps = replace(ResponseLogps.joined(seen[: len(batches)]), context=context)
         sums.add("loss", self.objective.whole(logps))
         if "z0" in context:
@@ -257,7 +274,7 @@ def total_steps(config: Config, n_groups: int) -> int:
     return config.max_steps or math.ceil(config.num_epochs * math.ceil(n_groups / config.batch_size))
 
 
-def step_groups(groups, config: Config, n_steps: int, skip: int = 0) -> Iterator[list[PreferenceGroup]]:
+def step_groups(groups, config: Config, n_steps: int, skip: int = 0) -> Iterator[Groups]:
     """The groups of each optimizer step after the first `skip`, epoch after epoch: a function of seed
     and epoch alone."""
     steps = itertools.chain.from_iterable(_epochs(len(groups), config))

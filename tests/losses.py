@@ -10,6 +10,7 @@ def of_tokens(lengths, token_logp, ref_token_logp=None, pairs=None, **fields):
     cu_resp = torch.tensor([0, *lengths]).cumsum(0)
     half = len(lengths) // 2
     pairs = [(i, half + i) for i in range(half)] if pairs is None else pairs
+    paired_tokens = sum(lengths[winner] + lengths[loser] for winner, loser in pairs)
     pairs = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
     values = dict(
         offset=torch.zeros(len(pairs)),
@@ -17,6 +18,7 @@ def of_tokens(lengths, token_logp, ref_token_logp=None, pairs=None, **fields):
         chosen=torch.tensor(sorted(set(range(len(lengths))) - set(pairs[:, 1].tolist())), dtype=torch.int64),
         desirable=pairs[:, 0],
         undesirable=pairs[:, 1],
+        paired_tokens=paired_tokens,
         score=torch.full((len(lengths),), torch.nan),
         token_weight=None,
         token_stats={},

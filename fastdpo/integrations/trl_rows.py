@@ -7,20 +7,20 @@ Letters: N rows (2B), S padded length, T packed tokens, M scored tokens of the p
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdpo.packing import pack
-from fastdpo.records import PackedGroups, PreferenceGroup, Response
+from fastdpo.records import Movable, PackedGroups, PreferenceGroup, Response
 
 IGNORED = -100
 
 
 @dataclass(frozen=True, eq=False)
-class PackedRows:
+class PackedRows(Movable):
     """A batch of rows, packed, and where each scored token belongs in it."""
 
     batch: PackedGroups
@@ -29,11 +29,6 @@ class PackedRows:
     source: Tensor | None  # i64[.]: which of the M scored tokens each takes; None: one after the other
     copies: Tensor  # f32[1, T]: in how many rows each packed token stands
     shape: tuple[int, int]  # (N, S - 1)
-
-    def to(self, device) -> "PackedRows":
-        moved = {name: getattr(self, name).to(device) for name in ("batch", "place", "copies")}
-        source = None if self.source is None else self.source.to(device)
-        return replace(self, source=source, **moved)
 
     def scatter(self, values: Tensor) -> Tensor:
         """[M] values -> [N, S - 1], zero (or False) where nothing is scored."""

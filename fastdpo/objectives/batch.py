@@ -114,7 +114,8 @@ def bco(logps: ResponseLogps, *, beta: float = 0.1) -> Tensor:
 def bco_remember(logps: ResponseLogps, memory: dict[str, float], *, beta: float = 0.1) -> dict[str, float]:
     """Sum and count of all rewards seen, after this step: what BCO's delta is the mean of."""
     rewards = [beta * ratios.detach().double() for ratios in judged_ratios(logps)]
+    sums = torch.stack([r.sum() for r in rewards]).tolist()  # at once: the host waits for the device
     return {
-        "sum": math.fsum([memory.get("sum", 0.0), *(float(r.sum()) for r in rewards)]),
+        "sum": math.fsum([memory.get("sum", 0.0), *sums]),
         "count": memory.get("count", 0.0) + sum(len(r) for r in rewards),
     }

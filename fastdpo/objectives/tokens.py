@@ -55,7 +55,8 @@ def apart(logps: ResponseLogps) -> ResponseLogps:
     lengths = logps.lengths[order]
     cu_resp = torch.cat([logps.cu_resp[:1], lengths.cumsum(0)])
     moved = logps.cu_resp[:-1][order] - cu_resp[:-1]
-    index = torch.arange(int(cu_resp[-1]), device=order.device)
+    # its size is known on the host: cu_resp[-1] would make it wait for the device
+    index = torch.arange(logps.paired_tokens, device=order.device)
     index = index + moved.repeat_interleave(lengths, output_size=len(index))
     pairs = torch.arange(len(order), device=order.device).view(-1, 2)
     pick = lambda values: None if values is None else values[index]

@@ -21,7 +21,7 @@ from fastdpo.support import sharing_refusal
 
 
 class FakePolicy(Policy):
-    """A Policy on fake CPU tensors that plans its head as the target would run it."""
+    """A Policy on fake tensors that plans its head as the target would run it."""
 
     target: Target
 
@@ -31,9 +31,11 @@ class FakePolicy(Policy):
         return "cublas" if name == "triton" and hasattr(self.head.module, "base_layer") else name
 
 
-def fake_policy(config: Config, model_config, target: Target, mode, tracker: Tracker) -> FakePolicy:
-    """A policy of fake tensors of `mode`. model_config: the model's transformers config, which this call
-    does not change."""
+def fake_policy(
+    config: Config, model_config, target: Target, mode, tracker: Tracker, device="cpu"
+) -> FakePolicy:
+    """A policy of fake tensors of `mode`, which say they are on `device`. model_config: the model's
+    transformers config, which this call does not change."""
     model_config = type(model_config).from_dict(model_config.to_dict())
     switch_off_dropout(model_config)
     dtype = target.dtype(config)
@@ -47,7 +49,7 @@ def fake_policy(config: Config, model_config, target: Target, mode, tracker: Tra
         if frozen:
             model = _with_lora(model, config)
     with mode:
-        _materialise(model, linears, dtype, tracker)
+        _materialise(model, linears, dtype, tracker, device)
         model.train()
         set_up_activations(model, config)
         policy = FakePolicy(model, dtype, head_budget=as_bytes("head_memory", config.head_memory))
@@ -117,15 +119,15 @@ def _with_lora(model, config: Config):
     return model
 
 
-def _materialise(model: nn.Module, linears: dict, dtype: torch.dtype, tracker: Tracker) -> None:
-    """Gives every parameter and buffer a fake CPU tensor (tied ones the same), or a stand-in in 4 bits."""
+def _materialise(model: nn.Module, linears: dict, dtype: torch.dtype, tracker: Tracker, device) -> None:
+    """Gives every parameter and buffer a fake tensor (tied ones the same), or a stand-in in 4 bits."""
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     for name, (out, inside) in linears.items():
         holder, _, last = name.rpartition(".")
         parent = base.get_submodule(holder)
         module = getattr(parent, last)
         plain = getattr(module, "base_layer", module)
-        small = stand_ins.Linear4bit(plain, out, inside, dtype, tracker)
+        small = stand_ins.Linear4bit(plain, out, inside, dtype, tracker, device)
         if plain is module:
             setattr(parent, last, small)
         else:
@@ -134,7 +136,7 @@ def _materialise(model: nn.Module, linears: dict, dtype: torch.dtype, tracker: T
 
     def fake(tensor):
         if id(tensor) not in made:
-            new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)
             made[id(tensor)] = new

@@ -129,10 +129,10 @@ def _dequantised(ctx, like):
 class Linear4bit(nn.Module):
     """Stands for bitsandbytes' Linear4bit under a LoRA: a frozen weight [out, in] in NF4."""
 
-    def __init__(self, of: nn.Module, out_features: int, in_features: int, dtype, tracker: Tracker):
+    def __init__(self, of: nn.Module, out_features: int, in_features: int, dtype, tracker: Tracker, device):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        packed = torch.empty(nf4_bytes(out_features, in_features), dtype=torch.uint8)
+        packed = torch.empty(nf4_bytes(out_features, in_features), dtype=torch.uint8, device=device)
         self.packed = nn.Parameter(packed, requires_grad=False)
         self.bias, self.dtype, self.tracker = of.bias, dtype, tracker
 
