@@ -4,7 +4,9 @@ import contextlib
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,9 +18,10 @@ from torch import Tensor
 from fastdpo.errors import FastDPOError, TrainingError
 from fastdpo.fingerprint import Fingerprint, reference_fingerprint, response_keys
 from fastdpo.model import Policy
+from fastdpo.moving import to_host
 from fastdpo.packing import in_row_order, pack
 from fastdpo.progress import make_progress
-from fastdpo.records import PreferenceGroup
+from fastdpo.records import PackedGroups, PreferenceGroup
 from fastdpo.ref_cache import RefCache
 
 Groups = list[PreferenceGroup]
@@ -108,11 +111,10 @@ def _fill(policy, packs, cache: RefCache, console, check) -> tuple[int, int]:
     with make_progress(console) as bar:
         task = bar.add_task("reference", total=len(todo), info="")
         try:
-            for groups, pack_keys in todo:
-                if missing(pack_keys):  # an earlier pack, or another process, may have had them
-                    n_tokens, values = _computed(policy, groups)
-                    cache.add(pack_keys, values)
-                    done, tokens = done + 1, tokens + n_tokens
+            for pack_keys, computed in _in_turn(policy, todo, cache):
+                if computed is not None:
+                    cache.add(pack_keys, computed.values())
+                    done, tokens = done + 1, tokens + computed.batch.input_tokens
                 bar.update(task, advance=1)
                 check()
         except BaseException:
@@ -123,24 +125,56 @@ def _fill(policy, packs, cache: RefCache, console, check) -> tuple[int, int]:
     return done, tokens
 
 
+def _in_turn(policy, packs, cache: RefCache) -> Iterator[tuple[list[bytes], "_Computed | None"]]:
+    """(its keys, what was computed) of each pack, in order; None where an earlier pack, or another process,
+    had all of it. A GPU has begun with the next pack by then: that one is packed, and this one stored, while
+    the GPU computes."""
+    ahead, waiting = int(policy.device.type == "cuda"), deque()
+    for groups, keys in packs:
+        coming = {key for earlier, _ in waiting for key in earlier}
+        missing = any(key not in cache.values and key not in coming for key in keys)
+        waiting.append((keys, _computed(policy, groups) if missing else None))
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """A pack that the device may still be computing."""
+
+    batch: PackedGroups
+    token_logp: Tensor  # f32[M] on the host, once it has arrived
+    arrived: Callable[[], None]  # waits until then
+
+    def values(self) -> list[np.ndarray]:
+        """The log-probs of each response. Raises TrainingError where one is not a number."""
+        self.arrived()
+        token_logp = self.token_logp.numpy()
+        if not math.isfinite(token_logp.sum(dtype=np.float64)):
+            raise TrainingError(
+                f"reference: the log-probs of rows {_rows(self.batch)} are not numbers, so none of them is "
+                "stored. Look at the rows with `fastdpo data`, or try dtype: fp32; the model's weights may "
+                "be broken"
+            )
+        return [token_logp[a:b] for a, b in pairwise(self.batch.cu_resp.tolist())]
+
+
 @torch.no_grad()
-def _computed(policy: Policy, groups: Groups) -> tuple[int, list[np.ndarray]]:
-    """(input tokens, the log-probs of each response), through the policy's own path."""
+def _computed(policy: Policy, groups: Groups) -> _Computed:
+    """The log-probs of a pack, through the policy's own path; on a GPU, asked for."""
     batch = pack(groups, policy.share)
-    rows = ", ".join(map(str, batch.rows[:8])) + (", ..." if len(batch.rows) > 8 else "")
     try:
-        token_logp = policy.token_logp(batch.to(policy.device)).cpu().numpy()
+        return _Computed(batch, *to_host(policy.token_logp(batch.to(policy.device))))
     except torch.OutOfMemoryError:
         raise TrainingError(
-            f"reference: out of GPU memory on a pack of {batch.input_ids.numel()} tokens (rows {rows}). "
-            "Lower max_tokens (or, if it is one group, max_length)"
+            f"reference: out of GPU memory on a pack of {batch.input_ids.numel()} tokens (rows "
+            f"{_rows(batch)}). Lower max_tokens (or, if it is one group, max_length)"
         ) from None
-    if not math.isfinite(token_logp.sum(dtype=np.float64)):
-        raise TrainingError(
-            f"reference: the log-probs of rows {rows} are not numbers, so none of them is stored. "
-            "Look at the rows with `fastdpo data`, or try dtype: fp32; the model's weights may be broken"
-        )
-    return batch.input_tokens, [token_logp[a:b] for a, b in pairwise(batch.cu_resp.tolist())]
+
+
+def _rows(batch: PackedGroups) -> str:
+    return ", ".join(map(str, batch.rows[:8])) + (", ..." if len(batch.rows) > 8 else "")
 
 
 def _start_weights(policy: Policy, fresh_lora: bool):
