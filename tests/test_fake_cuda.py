@@ -152,7 +152,7 @@ WAYS = {
     "softcap, windows": dict(model="gemma2", batch_size=2, max_tokens=30),
     "held-out rows": dict(n_eval=3, eval_steps=1),
     "held-out rows of KTO": dict(n_eval=3, eval_steps=1, objective="kto"),
-    "one prompt of KTO": dict(objective="kto", groups=[group(0, 6, [7, 4 + row % 3]) for row in range(8)]),
+    "one prompt of KTO": dict(objective="kto", groups=[group(0, 6, [7, 6])] * 8),
     "separate rows": dict(share=False, max_tokens=100),
     "offloaded optimizer": dict(offload_optimizer=True),
     "in the backward": dict(optimizer_in_backward=True, max_grad_norm=0),

@@ -218,25 +218,33 @@ def test_two_passes_pack_once_and_meanwhile(monkeypatch):
     assert events == ["pack", "score", "pack", "score", *twice, CHECK, "stage.Stage.run", LOG]
 
 
-@pytest.mark.parametrize("objective", ["sigmoid", "kto", {"aot": 1.0, "kto": 0.5}, "aot"])
-def test_what_was_packed_ahead_is_what_the_step_begins_with(objective, monkeypatch):
+AHEAD = {
+    "sigmoid": {},
+    "kto": dict(objective="kto"),
+    "aot and kto": dict(objective={"aot": 1.0, "kto": 0.5}),
+    "scopes": dict(objective="drdpo", objective_args={"scope": 2}, max_tokens=1000),
+}
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_what_was_packed_ahead_is_what_the_step_begins_with(name, monkeypatch):
     with fake_cuda() as device:
-        made = make_stage(device, objective=objective)
+        made = make_stage(device, logging_steps=None, **AHEAD[name])
         events = events_of(monkeypatch, device)
         train(made, device)
-    parts = [
-        *(made.cut(some) for some in stage.step_groups(made.groups, made.config, made.total)),
-        *(made.cut(made.aside(some)) for some in stage.step_groups(made.groups, made.config, made.total)),
-    ]
-    assert events.count("pack") == sum(map(len, parts))
-    assert made.ahead == (None, None)
+    assert next(e for e in events[events.index(CHECK) :] if e in ("pack", "score")) == "score"
+    size = getattr(made.objective, "within", None) or made.config.batch_size
+    steps = list(stage.step_groups(made.groups, made.config, made.total))
+    scopes = [some[i : i + size] for some in steps for i in range(0, len(some), size)]
+    parts = [part for some in (*scopes, *map(made.aside, steps)) for part in made.cut(some)]
+    assert events.count("pack") == len(parts) and made.ahead == (None, None)
 
 
 @pytest.fixture
 def fill(monkeypatch):
     def fill(device, n=4, repeated=False, check=lambda: None, **keys):
         """What a fill of so many packs does, in order, and its cache."""
-        some = [group(row % 2 if repeated else row, 6, [7, 4]) for row in range(n)]
+        some = [group(row // 2 if repeated else row, 6, [7, 4]) for row in range(n)]
         policy = make_stage(device, groups=some).policy
         packs = [([g], response_keys(g)) for g in some]
         wanted = {key for _, keys in packs for key in keys}
