@@ -78,9 +78,8 @@ class FakeCuda(TorchDispatchMode):
     def __enter__(self):
         self.autocast.__enter__()
         self._lifts = torch._C._only_lift_cpu_tensors()
-        torch._C._set_only_lift_cpu_tensors(
-            True
-        )  # torch.tensor(..., device="cuda") then copies where it is seen
+        # so that what torch.tensor(..., device="cuda") copies is seen
+        torch._C._set_only_lift_cpu_tensors(True)
         return super().__enter__()
 
     def __exit__(self, *error):

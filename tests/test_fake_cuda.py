@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
+
+pytest.importorskip("triton")
 import torch
 
 from fastdpo import stage
@@ -84,7 +86,9 @@ def waits_of(capability=(9, 0), **keys) -> tuple[dict, Stage]:
     with fake_cuda(capability) as device:
         made = make_stage(device, **keys)
         train(made, device)
-    if not (made.config.offload_optimizer or made.config.optimizer_in_backward):  # which send gradients too
+    busy_host = made.config.offload_optimizer or made.config.optimizer_in_backward
+    assert bool(device.jobs) == busy_host
+    if not busy_host:  # which is sent gradients, and sends weights
         assert {copy.where for copy in device.copies} == {"moving.to_device"}
     return device.counts(), made
 

@@ -5,6 +5,8 @@ import importlib
 from types import SimpleNamespace
 
 import pytest
+
+pytest.importorskip("triton")
 import torch
 from fastdpo_kernels import launch
 from rich.console import Console

@@ -2,6 +2,8 @@
 waits for the device, nothing is copied and no tensor lies elsewhere, forward and backward."""
 
 import pytest
+
+pytest.importorskip("triton")
 import torch
 from fastdpo_kernels import backend, linear_dpo, linear_logp, plan
 
