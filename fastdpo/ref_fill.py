@@ -150,7 +150,7 @@ class _Computed:
     def values(self) -> list[np.ndarray]:
         """The log-probs of each response. Raises TrainingError where one is not a number."""
         self.arrived()
-        token_logp = self.token_logp.numpy()
+        token_logp = self.token_logp.numpy().copy()  # the table would keep pinned memory
         if not math.isfinite(token_logp.sum(dtype=np.float64)):
             raise TrainingError(
                 f"reference: the log-probs of rows {_rows(self.batch)} are not numbers, so none of them is "

@@ -4,6 +4,7 @@ And what the trainer does while the device computes."""
 import importlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("triton")
@@ -272,6 +273,8 @@ def test_a_fill_packs_and_stores_while_the_device_computes(fill):
     there, back = ("moving.to_device", "moving.to_host")
     assert sorted(copy.where for copy in device.copies) == [there] * 4 + [back] * 4
     assert {len(value) for value in cache.values.values()} == {5, 2}
+    pinned = [torch.empty(0, dtype=torch.uint8).set_(some).numpy() for some in device._pinned.values()]
+    assert pinned and not any(np.shares_memory(v, p) for v in cache.values.values() for p in pinned)
 
 
 def test_a_fill_computes_nothing_that_is_on_its_way(fill):
