@@ -1,6 +1,5 @@
 """The gate is green on the code as it is, and names what was broken on purpose."""
 
-import os
 import time
 
 import pytest
@@ -221,8 +220,9 @@ def a_gpu(tmp_path, monkeypatch):
     quick = [*gpu_gate.TOGETHER]
     quick[quick.index("-n") + 1], quick[quick.index("--timeout") + 1] = "1", "3"
     monkeypatch.setattr(gpu_gate, "TOGETHER", tuple(quick))
-    path = [str(process.ROOT), str(process.ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # of these tests
+    for name, value in process.python_path().items():
+        monkeypatch.setenv(name, value)
 
 
 def test_a_broken_gpu_breaks_no_other_test(a_gpu, capfd):

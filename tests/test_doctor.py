@@ -7,13 +7,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from fastdpo_kernels import chunk, chunked
 from rich.console import Console
 
+from benchmarks.process import python_path
 from fastdpo import attention, offloading
 from fastdpo.cli import main
 from fastdpo.doctor import (
@@ -32,7 +32,6 @@ from fastdpo.doctor.trials import Children
 from fastdpo.doctor.verdict import read_verdict, verdict_path
 from fastdpo.errors import ConfigError, ModelError
 
-ROOT = Path(__file__).resolve().parents[1]
 PLANTS = "tests.doctor_plants"
 CHECKS = {
     "head": lambda: head_checks.check_bf16("cpu", "torch"),
@@ -385,8 +384,7 @@ sys.meta_path[:] = [Without if f is importlib.machinery.PathFinder else f for f 
 @pytest.mark.parametrize("absent", [(), ("triton", "bitsandbytes")], ids=["all", "without some"])
 def test_on_this_machine(tmp_path, absent):
     (tmp_path / "sitecustomize.py").write_text(ABSENT.format(names="".join(f"{n!r}, " for n in absent)))
-    folders = f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}"
-    environment = os.environ | {"PYTHONPATH": folders, "COLUMNS": "80", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | python_path(tmp_path) | {"COLUMNS": "80", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-m", "fastdpo.cli", "doctor"], capture_output=True, text=True, env=environment
     )

@@ -50,7 +50,7 @@ def test_files_and_functions_stay_readable(path):
 
 def test_children_find_packages_that_are_carried(tmp_path, monkeypatch):
     """PYTHONPATH is never replaced: process.python_path puts folders first, and nothing else sets it
-    (but test_aot, to all of sys.path)."""
+    (but test_aot and the doctor's trials, to all of sys.path)."""
     for name in ("first", "carried"):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"only_{name}.py").touch()
@@ -59,11 +59,9 @@ def test_children_find_packages_that_are_carried(tmp_path, monkeypatch):
     environment = os.environ | python_path(tmp_path / "first")
     done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path)
     assert done.returncode == 0
-    others = ("test_hygiene.py", "test_aot.py")
-    tests = [path for path in (ROOT / "tests").rglob("*.py") if path.name not in others]
-    assert [p.name for p in (*SOURCES, *tests) if re.search(r"['\"]PYTHONPATH", p.read_text())] == [
-        "process.py"
-    ]
+    files = (*SOURCES, *(ROOT / "tests").rglob("*.py"))
+    found = {path.name for path in files if re.search(r"['\"]PYTHONPATH", path.read_text())}
+    assert found == {"process.py", "trials.py", "test_aot.py", "test_hygiene.py"}
 
 
 def test_readme_tree_names_what_is_there():

@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
+from benchmarks.process import python_path
 from fastdpo.doctor.trials import Children, NotStarted, try_check
 
 PLANTS = "tests.doctor_plants"
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def tried(*names, seconds=60):
@@ -91,7 +90,7 @@ def test_a_child_keeps_what_its_parent_carries(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [os.path.abspath(p) for p in sys.path if p])
     assert tried("sees")[0]["sees"].verdict == "right"
     script = f"from fastdpo.doctor.trials import *\nwith Children('cpu') as c: print(c.ask('{PLANTS}:sees', "
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'carried'}:{ROOT}:{ROOT / 'kernels'}"}
+    environment = os.environ | python_path(tmp_path / "carried")
     done = subprocess.run(
         [sys.executable, "-P", "-c", script + "{'device': 'cpu'}))"],
         capture_output=True,
