@@ -169,8 +169,9 @@ def first_of(logps):
 
 def alone(logps, pair):
     """One pair as a row of its own."""
-    own = tokens.apart(replace(logps, pairs=logps.pairs[pair : pair + 1]))
     some = slice(pair, pair + 1)
+    tokens_of_both = int(logps.lengths[logps.pairs[pair]].sum())
+    own = tokens.apart(replace(logps, pairs=logps.pairs[some], paired_tokens=tokens_of_both))
     return replace(own, offset=logps.offset[some], weight=logps.weight[some])
 
 
