@@ -45,5 +45,9 @@ aot: venv $(TRITONS:%=.venv/triton-%)
 .venv/triton-%: | venv
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$* || { rm -rf $@; exit 1; }
 
+# the GPU machine's versions without its GPU: every test, every kernel compiled, every stage on tiny shapes
+gpu-rehearsal:
+	PYTHON=$(PYTHON) bash benchmarks/rehearsal.sh
+
 clean:
 	rm -rf .venv .venv-rehearsal
