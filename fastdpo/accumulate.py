@@ -10,9 +10,8 @@ from torch import Tensor
 from fastdpo.objectives.batch import kto_z0
 from fastdpo.objectives.seam import Coupled, Decomposable, Rescaled
 from fastdpo.optim_stepping import InBackward
-from fastdpo.records import PackedGroups, PreferenceGroup, ResponseLogps
+from fastdpo.records import Groups, PackedGroups, ResponseLogps
 
-Groups = list[PreferenceGroup]
 _ROOM = 30.0  # weights up to e^30 beside the first microbatch's, before the sums are re-based
 
 
@@ -111,9 +110,9 @@ class Accumulator:
 
     def _in_two_passes(self, objective, batches, share: float, step: StepLoss, is_last: bool) -> None:
         with torch.no_grad():
-            scored = [(batch, self._first(batch, step)) for batch in batches]
-            joined = ResponseLogps.joined([logps for _, logps in scored])
-        batches = [batch for batch, _ in scored]
+            batches, scored = zip(*[(batch, self._first(batch, step)) for batch in batches])
+            joined = ResponseLogps.joined(scored)
+            del scored  # with all that went to the GPU
         joined = replace(joined, token_logp=joined.token_logp.requires_grad_())
         loss = share * objective.whole(self._informed(objective, joined, step.context))
         (slope,) = torch.autograd.grad(loss, joined.token_logp)
@@ -163,7 +162,7 @@ class Accumulator:
         factor = factor.float()[None] if factor.is_cuda else float(factor)
         for p in self.parameters:
             if p.grad is not None:
-                p.grad.mul_(factor)
+                torch.atleast_1d(p.grad).mul_(factor)
 
 
 def ending(items: Collection) -> Iterator[tuple]:

@@ -12,9 +12,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from fastdpo.records import PackedGroups, PreferenceGroup, PrefixLayout
-
-Groups = list[PreferenceGroup]
+from fastdpo.records import Groups, PackedGroups, PreferenceGroup, PrefixLayout
 
 
 def epoch_order(n_groups: int, seed: int, epoch: int) -> np.ndarray:

@@ -73,6 +73,9 @@ class PreferenceGroup:
         return replace(self, responses=tuple(self.responses[i] for i in self.chosen), pairs=())
 
 
+Groups = list[PreferenceGroup]
+
+
 class Movable:
     """A frozen record of tensors (and of records of tensors) that can move to a device."""
 
@@ -207,6 +210,13 @@ class ResponseLogps:
             together["token_weight"] = None
         stats = {name: torch.cat([p.token_stats[name] for p in parts]) for name in first.token_stats}
         return cls(token_stats=stats, context=first.context, **together)
+
+    def kept(self) -> "ResponseLogps":
+        """The same values in memory of their own, for whoever keeps them: what a microbatch brought are views
+        of all that went to the GPU with it."""
+        values = {name: getattr(self, name) for name in (*_FROM_BATCH, "ref_token_logp")}
+        own = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **own)
 
     def detached(self) -> "ResponseLogps":
         """The same values without gradient."""

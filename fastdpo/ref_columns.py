@@ -5,9 +5,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdpo.records import PreferenceGroup
-
-Groups = list[PreferenceGroup]
+from fastdpo.records import Groups, PreferenceGroup
 
 _EXAMPLES = 5
 

@@ -21,10 +21,8 @@ from fastdpo.model import Policy
 from fastdpo.moving import to_host
 from fastdpo.packing import in_row_order, pack
 from fastdpo.progress import make_progress
-from fastdpo.records import PackedGroups, PreferenceGroup
+from fastdpo.records import Groups, PackedGroups
 from fastdpo.ref_cache import RefCache
-
-Groups = list[PreferenceGroup]
 
 
 class ReferenceTable:
@@ -61,7 +59,7 @@ def load_reference(
 
     Each set (training rows, held-out rows) is cut into packs in row order, whatever is stored already,
     and a pack with a missing response is computed whole: an interrupted fill then ends with the bits of
-    one that was not. `check` is called after each pack and may raise; what is computed is then stored.
+    one that was not. `check` is called after each pack and may raise; what has arrived is then stored.
     `expected_namespace` is what a resumed run was started from; TrainingError where this is not it.
     """
     start = time.perf_counter()
@@ -133,7 +131,11 @@ def _in_turn(policy, packs, cache: RefCache) -> Iterator[tuple[list[bytes], "_Co
     for groups, keys in packs:
         coming = {key for earlier, _ in waiting for key in earlier}
         missing = any(key not in cache.values and key not in coming for key in keys)
-        waiting.append((keys, _computed(policy, groups) if missing else None))
+        try:
+            waiting.append((keys, _computed(policy, groups) if missing else None))
+        except BaseException:
+            yield from waiting  # what the GPU has computed before it is stored
+            raise
         if len(waiting) > ahead:
             yield waiting.popleft()
     yield from waiting

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastdpo.accumulate import Accumulator, Groups, NotFinite, context_of
+from fastdpo.accumulate import Accumulator, NotFinite, context_of
 from fastdpo.config import Config
 from fastdpo.errors import TrainingError
 from fastdpo.failures import WAY_OUT, memory_guard, not_finite, update_guard
@@ -19,7 +19,7 @@ from fastdpo.model import Policy
 from fastdpo.objectives import make_objective
 from fastdpo.optimizers import make_optimizer, set_schedule
 from fastdpo.packing import Packing, epoch_order, in_row_order, pack, places, split_step
-from fastdpo.records import PackedGroups, PreferenceGroup, ResponseLogps
+from fastdpo.records import Groups, PackedGroups, PreferenceGroup, ResponseLogps
 
 
 @dataclass
@@ -246,7 +246,7 @@ class Stage:
             if run.stopping.requested:
                 break
             with guard(batch):
-                seen.append(self.score(batch, EVAL_STATS))
+                seen.append(self.score(batch, EVAL_STATS).kept())
             if len(seen) <= len(batches):
                 self.add_metrics(sums, seen[-1])
                 add_token_metrics(sums, batch, seen[-1].token_stats)

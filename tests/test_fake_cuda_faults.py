@@ -13,11 +13,14 @@ from fastdpo_kernels import launch
 from rich.console import Console
 
 from fastdpo import records, ref_fill, stage
+from fastdpo.accumulate import Accumulator
+from fastdpo.errors import TrainingError
 from fastdpo.fingerprint import response_keys
 from fastdpo.moving import ALIGNED, to_host
 from fastdpo.objectives.seam import Term
 from fastdpo.optim_library import Library
 from fastdpo.packing import pack
+from fastdpo.records import ResponseLogps
 from fastdpo.ref_cache import RefCache
 from fastdpo.stage import Stage
 from tests.fake_cuda import CUDA, Counted, Wait
@@ -180,6 +183,18 @@ def test_a_batch_goes_over_in_one_buffer(share):
         assert moved.layout.segments == batch.layout.segments and moved.layout.max_k == batch.layout.max_k
 
 
+def test_what_is_kept_is_no_view_of_a_microbatch():
+    with fake_cuda() as device, device:
+        moved = pack(groups()).to("cuda:0")
+        logps = ResponseLogps.of(moved, torch.zeros(len(moved.target), device=CUDA))
+        of_its_own = lambda record: [
+            value.untyped_storage().nbytes() == value.nbytes
+            for value in vars(record).values()
+            if isinstance(value, torch.Tensor)
+        ]
+        assert all(of_its_own(logps.kept())) and not all(of_its_own(logps))
+
+
 def test_on_the_host_nothing_is_copied():
     batch = pack(groups())
     assert all(a is b for a, b in zip(batch._tensors(), batch.to("cpu")._tensors()))
@@ -243,6 +258,16 @@ def test_what_was_packed_ahead_is_what_the_step_begins_with(name, monkeypatch):
     assert events.count("pack") == len(parts) and made.ahead == (None, None)
 
 
+def test_a_parameter_without_dimensions_is_scaled_too():
+    with fake_cuda() as device, device:
+        scale = torch.zeros((), device=CUDA, requires_grad=True)
+        scale.grad = torch.ones((), device=CUDA)
+        Accumulator([scale], None, None, None, None, {})._scale_gradients(
+            torch.ones((), device=CUDA).double()
+        )
+        assert scale.grad.shape == () and not device.waits
+
+
 @pytest.fixture
 def fill(monkeypatch):
     def fill(device, n=4, repeated=False, check=lambda: None, **keys):
@@ -291,3 +316,18 @@ def test_a_stopped_fill_keeps_what_has_arrived(fill):
     with fake_cuda() as device, pytest.raises(KeyboardInterrupt):
         fill(device, check=check)
     assert device.waits == [Wait("ref_fill._Computed.values", "synchronise")]
+
+
+def test_a_fill_that_fails_keeps_what_was_computed_before(fill, monkeypatch):
+    computed, asked = ref_fill._computed, []
+
+    def fails_at_the_third(policy, groups):
+        asked.append(groups)
+        if len(asked) == 3:
+            raise TrainingError("out of GPU memory")
+        return computed(policy, groups)
+
+    monkeypatch.setattr(ref_fill, "_computed", fails_at_the_third)
+    with fake_cuda() as device, pytest.raises(TrainingError):
+        fill(device)
+    assert device.waits == [Wait("ref_fill._Computed.values", "synchronise")] * 2
