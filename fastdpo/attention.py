@@ -102,9 +102,7 @@ def attend(q, k, v, layout, *, scale=None, window=None, softcap=None, backend=No
     if backend == "dense":
         return _dense(q, k, v, layout, scale, window, softcap)
     kg, vg = gather_copies(k, layout), gather_copies(v, layout)
-    if backend == "segments":
-        return _segments(q, kg, vg, layout, scale, window, softcap)
-    call = _varlen if backend == "varlen" else _flash_attn
+    call = {"segments": _segments, "varlen": _varlen, "flash_attn": _flash_attn}[backend]
     return call(q, kg, vg, layout, scale, window, softcap)
 
 
@@ -120,15 +118,19 @@ def avoid(*rungs: str) -> None:
     _avoided = frozenset(rungs)
 
 
+def avoids(rung: str) -> bool:
+    return rung in _avoided
+
+
 def pick_backend(q, v, softcap=None) -> str:
     """The backend for these tensors: varlen kernels for half precision on CUDA, segments elsewhere. Where
     `avoid` named varlen, flash-attn takes its place, if installed."""
     half = q.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(q.device.type)
     size = q.shape[-1]
     if q.is_cuda and half and size % 8 == 0 and size <= 256 and v.shape[-1] == size:
-        if softcap is None and "varlen" not in _avoided:
+        if softcap is None and not avoids("varlen"):
             return "varlen"
-        if _has_flash_attn() and "flash_attn" not in _avoided:
+        if _has_flash_attn() and not avoids("flash_attn"):
             return "flash_attn"
     return "segments"
 
@@ -270,12 +272,10 @@ def _torch_varlen():
 def _varlen(q, kg, vg, layout, scale, window, softcap):
     """torch's own varlen attention (torch >= 2.11, CUDA, half precision)."""
     varlen_attn, gqa = _torch_varlen()
+    ends = (layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
     return varlen_attn(
         *_half(q, kg, vg),
-        layout.cu_q,
-        layout.cu_k,
-        layout.max_q,
-        layout.max_k,
+        *ends,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
         **gqa,
@@ -286,12 +286,10 @@ def _flash_attn(q, kg, vg, layout, scale, window, softcap):
     """flash-attn 2, where installed: the varlen kernel that knows softcap."""
     from flash_attn import flash_attn_varlen_func
 
+    ends = (layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
     return flash_attn_varlen_func(
         *_half(q, kg, vg),
-        layout.cu_q,
-        layout.cu_k,
-        layout.max_q,
-        layout.max_k,
+        *ends,
         softmax_scale=scale,
         causal=True,
         window_size=(-1 if window is None else window - 1, 0),

@@ -276,6 +276,18 @@ def test_a_gpu_that_a_child_cannot_reach(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_the_user_avoids_stays_avoided(quick, monkeypatch):
+    fastdpo_kernels.avoid("plain_triton")
+    attention.avoid("flash_attn")
+    quick()
+    assert left_out() == ({"plain_triton"}, {"flash_attn"})
+    quick(triton="raises", varlen="raises", new_process=False)  # as the process knows it: all is right
+    assert left_out() == ({"plain_triton"}, {"flash_attn"})
+    monkeypatch.setattr(machine, "key", lambda device: KEY | {"gpu": "another"})
+    quick(triton="raises", varlen="raises")
+    assert left_out() == ({"plain_triton", "triton"}, {"flash_attn", "varlen"})
+
+
 # ---- the trainer
 
 

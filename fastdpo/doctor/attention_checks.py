@@ -9,7 +9,7 @@ import torch
 
 from fastdpo import attention
 from fastdpo.doctor import machine
-from fastdpo.doctor.measuring import Measured, NotHere, beside
+from fastdpo.doctor.measuring import Measured, NotHere, beside, short
 from fastdpo.packing import pack
 from fastdpo.records import PreferenceGroup, PrefixLayout, Response
 
@@ -85,9 +85,8 @@ def _case(case: Case, device: str, rung: str, dtype) -> Iterator[Measured]:
     wide = [t.detach().double().requires_grad_() for t in leaves]
     truth = _run(case, layout, wide, "dense")
     baseline, got = (_run(case, layout, leaves, backend) for backend in ("dense", rung))
-    kind = "fp32" if dtype == torch.float32 else "bf16"
     for name, o, t, b in zip(("output", "dq", "dk", "dv"), got, truth, baseline):
-        yield beside(f"{name} ({kind}, {case})", o, t, b, dtype)
+        yield beside(f"{name} ({short(dtype)}, {case})", o, t, b, dtype)
 
 
 def _run(case: Case, layout, leaves, backend: str) -> tuple[torch.Tensor, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdpo.doctor import machine
 from fastdpo.doctor.head_problem import HeadCase, dpo_slopes, head_case, rounded_once, run_dpo, run_logp
-from fastdpo.doctor.measuring import Measured, NotHere, beside, poisoned
+from fastdpo.doctor.measuring import Measured, NotHere, beside, poisoned, short
 
 # A token's log-prob, in nats, from that of fp64 over the same inputs (and a hundred-thousandth of itself):
 # logits are formed and reduced in fp32, but tensor cores truncate while they accumulate half products.
@@ -63,15 +63,11 @@ def _check(device: str, rung: str, cases: dict[str, HeadCase], dtype) -> list[Me
             _refuse_another(rung, case, dtype)
         found = []
         for name, case in cases.items():
-            where = ", ".join(filter(None, (_short(dtype), "LoRA" if case.a is not None else "", name)))
+            where = ", ".join(filter(None, (short(dtype), "LoRA" if case.a is not None else "", name)))
             found += [m._replace(what=f"{m.what} ({where})") for m in _case(case, dtype)]
         return found
     finally:
         avoid()
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
 
 
 def _refuse_cpu(device: str, rung: str) -> None:
@@ -86,7 +82,7 @@ def _refuse_another(rung: str, c: HeadCase, dtype) -> None:
         return
     backend = tiles.backend(device, dtype, lora=c.a is not None)
     if backend != ("cublas" if rung == "cublas" else "triton"):
-        raise NotHere(f"no kernel of this kind for {_short(dtype)} on this chip: {backend} is taken")
+        raise NotHere(f"no kernel of this kind for {short(dtype)} on this chip: {backend} is taken")
     if rung == "triton" and not tiles.tile(device, dtype).descriptors:
         raise NotHere("this chip has no tensor descriptors")
 

@@ -4,12 +4,11 @@ The first run on a GPU tries them in a child process, on small problems, and kee
 verdict.py. What fails or is inexact is left out of the whole process, and said aloud.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import fastdpo_kernels
 import torch
 from fastdpo_kernels import tiles
 from rich.console import Console
@@ -142,13 +141,19 @@ def _refuse_nothing_right(choice: Choice) -> None:
             )
 
 
-def take(choice: Choice, console: Console, path: Path | None = None) -> None:
-    """Leaves out what the choice leaves out, aloud."""
+def leave_out(rungs: Collection[str]) -> None:
+    """No head and no attention of this process runs by these, nor by what was avoided before."""
+    if not rungs:
+        return
     from fastdpo import attention
 
-    _refuse_nothing_right(choice)
-    fastdpo_kernels.avoid(*(rung for rung in HEAD_RUNGS if rung in choice.left_out))
-    attention.avoid(*(rung for rung in ATTENTION_RUNGS if rung in choice.left_out))
+    for family, ways in ((tiles, HEAD_RUNGS), (attention, ATTENTION_RUNGS)):
+        family.avoid(*(rung for rung in ways if rung in rungs or family.avoids(rung)))
+
+
+def take(choice: Choice, console: Console, path: Path | None = None) -> None:
+    """Leaves out what the choice leaves out, aloud."""
+    leave_out(choice.left_out)
     if not choice.left_out:
         return
     lines = [f"{rung} is left out on this GPU, {why}" for rung, why in choice.left_out.items()]

@@ -39,6 +39,10 @@ class Measured(NamedTuple):
         return self.error <= self.allowed
 
 
+def short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+
+
 def error(got: Tensor, truth: Tensor) -> float:
     """The largest error, relative to the largest true value; NaN where anything is."""
     difference = (got.double() - truth.double()).abs().max()

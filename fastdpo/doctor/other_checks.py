@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastdpo.doctor.measuring import Measured, NotHere, beside
+from fastdpo.doctor.measuring import Measured, NotHere, beside, short
 from fastdpo.offloading import MIN_BYTES, Moves
 
 # ||w - NF4 of w|| / ||w||: 0.091 on normal weights in blocks of 64. Another table of values, or scales of
@@ -64,7 +64,7 @@ def check_4bit(device: str) -> list[Measured]:
         held = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         found += _against(layer, held, torch.randn(37, 320).to(device, dtype), dtype)
         far = ((weight - held.cpu()).double().norm() / weight.double().norm()).item()
-        found.append(Measured(f"weights, by rounding to 4 bits ({_short(dtype)})", far, NF4_LOSS))
+        found.append(Measured(f"weights, by rounding to 4 bits ({short(dtype)})", far, NF4_LOSS))
     return found
 
 
@@ -79,9 +79,5 @@ def _against(layer, weight, x, dtype) -> list[Measured]:
         out = run(leaf)
         (grad,) = torch.autograd.grad(out.to(torch.promote_types(out.dtype, torch.float32)).sin().sum(), leaf)
         results.append((out.detach(), grad))
-    names = (f"output ({_short(dtype)})", f"d input ({_short(dtype)})")
+    names = (f"output ({short(dtype)})", f"d input ({short(dtype)})")
     return [beside(name, o, t, b, dtype) for name, o, t, b in zip(names, *results)]
-
-
-def _short(dtype: torch.dtype) -> str:
-    return "bf16" if dtype == torch.bfloat16 else "fp32"

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from fastdpo_kernels import avoid, backend, linear_logp, plan
+from fastdpo_kernels import backend, linear_logp, plan
 
 from fastdpo import attention
 from fastdpo.doctor.attention_checks import Case, inputs, layout_of
+from fastdpo.doctor.ladder import leave_out
 
 M, D, V = 4096, 2048, 32768  # about 1 GB with all gradients: small cards have it
 SHAPES = ((1024, (256, 256, 256, 256)),) * 4  # prompts and responses, 8176 tokens
@@ -46,8 +47,7 @@ def measure(device: str, left_out: list[str]) -> dict[str, dict]:
     """{"GEMM", "lm_head", "attention"}: each {"how", "milliseconds", "tflops"}, forward and backward but for
     the GEMM. left_out: rungs that are not taken."""
     where, dtype = torch.device(device), torch.bfloat16
-    avoid(*(rung for rung in ("triton", "plain_triton", "cublas") if rung in left_out))
-    attention.avoid(*(rung for rung in ("varlen", "flash_attn") if rung in left_out))
+    leave_out(left_out)
     torch.manual_seed(0)
     new = lambda *shape: torch.randn(*shape, device=where, dtype=dtype)
     x, weight, target = new(M, D), new(V, D) / D**0.5, torch.randint(0, V, (M,), device=where)

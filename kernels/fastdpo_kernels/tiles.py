@@ -53,9 +53,9 @@ def avoid(*rungs: str) -> None:
     global _avoided
     if unknown := set(rungs) - set(RUNGS[:-1]):
         raise ValueError(f"avoid knows {', '.join(RUNGS[:-1])}, got {', '.join(sorted(map(str, unknown)))}")
-    _avoided = frozenset(rungs)
-    if "torch._dynamo" in sys.modules:  # what is compiled holds what `_backend` said as a constant
-        torch._dynamo.reset()
+    before, _avoided = _avoided, frozenset(rungs)
+    if _avoided != before and "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # what is compiled holds what `_backend` said as a constant
 
 
 def avoids(rung: str) -> bool:

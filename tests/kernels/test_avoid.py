@@ -74,3 +74,14 @@ def test_what_is_compiled_is_compiled_again(monkeypatch):
     assert compiled(torch.ones(2, 8)).max() == 2
     fastdpo_kernels.avoid("cublas")
     assert compiled(torch.ones(2, 8)).max() == 3
+
+
+def test_the_compiler_keeps_its_code_where_nothing_changes(monkeypatch):
+    import torch._dynamo
+
+    resets = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(tiles._avoided))
+    fastdpo_kernels.avoid()
+    fastdpo_kernels.avoid("cublas")
+    fastdpo_kernels.avoid("cublas")
+    assert resets == [{"cublas"}]
