@@ -28,7 +28,7 @@ from fastdpo.doctor import (
 )
 from fastdpo.doctor.ladder import Ladder
 from fastdpo.doctor.measuring import Measured, NotHere, beside, error, poisoned
-from fastdpo.doctor.trials import Children
+from fastdpo.doctor.trials import Children, NotStarted
 from fastdpo.doctor.verdict import read_verdict, verdict_path
 from fastdpo.errors import ConfigError, ModelError
 
@@ -329,7 +329,10 @@ def test_on_a_gpu_speed_and_a_verdict_for_the_next_runs(monkeypatch, fake_gpu):
 def test_a_verdict_for_want_of_memory_is_not_kept(monkeypatch, fake_gpu):
     code, said = doctor(monkeypatch, planted(monkeypatch, triton="out_of_memory"))
     key = machine.key("cuda:0")
-    assert code == 0 and "will try the kernels again: another process may have" in " ".join(said.split())
+    said = " ".join(said.split())
+    assert "will try the kernels again: another process may have" in said
+    assert "nothing is known of triton: MemoryError: CUDA out of memory" in said
+    assert code == 1 and "not all that a run here stands on (*) could be tried" in said
     assert not verdict_path("auto", key).exists()
 
 
@@ -337,6 +340,24 @@ def test_a_crash_while_timing_costs_the_timing(monkeypatch, fake_gpu):
     monkeypatch.setattr(command, "SPEED", f"{PLANTS}:no_such_function")
     code, said = doctor(monkeypatch, planted(monkeypatch))
     assert code == 0 and "speed: not measured: AttributeError" in said
+
+
+def test_what_the_doctor_knows_is_shown_where_no_second_child_starts(monkeypatch, fake_gpu):
+    real = Children._start
+
+    def start(self):
+        if self.started:
+            raise NotStarted("exit code 1: the GPU is gone")
+        real(self)
+
+    monkeypatch.setattr(Children, "_start", start)
+    monkeypatch.setattr(command, "SPEED", f"{PLANTS}:speed")
+    code, said = doctor(monkeypatch, planted(monkeypatch, torch="aborts"))
+    assert code == 0 and "lm_head, bf16 by cublas: right" in said
+    assert "speed: not measured: no further process starts: exit code 1: the GPU is gone" in said
+    code, said = doctor(monkeypatch, planted(monkeypatch, triton="aborts"))
+    assert code == 1 and "by triton: failed (the process died of SIGABRT)" in said
+    assert "by cublas: failed (no further process starts: exit code 1: the GPU is gone)" in said
 
 
 def test_no_child_is_an_error(monkeypatch):

@@ -59,6 +59,10 @@ def test_the_first_right_rung_is_taken_and_no_other_is_tried():
     assert looked == [("A", "one"), ("B", "two")]
     choice, _ = chosen({("A", "one"): "not here"}, A)
     assert choice == Choice({"A": "two"}, {})
+    choice, _ = chosen({("A", "one"): "unknown"}, A)
+    assert choice == Choice({"A": "one"}, {}, {"one": "why"})
+    choice, _ = chosen({("A", "two"): "unknown", ("A", "one"): "failed", ("B", "two"): "inexact"}, A, B)
+    assert choice == Choice({"A": "three", "B": "three"}, {"one": "failed: why", "two": "inexact: why"})
     choice, _ = chosen({("A", "one"): "failed", ("A", "two"): "inexact"}, A)
     assert choice == Choice({"A": "three"}, {"one": "failed: why", "two": "inexact: why"})
 
@@ -140,7 +144,9 @@ def quick(gpu, monkeypatch):
     outcomes = {
         "right": Outcome("right"),
         "raises": Outcome("failed", "RuntimeError"),
-        "out_of_memory": Outcome("failed", "CUDA out of memory. Tried to allocate 2 GiB"),
+        "out_of_memory": Outcome("unknown", "CUDA out of memory. Tried to allocate 2 GiB"),
+        "hangs": Outcome("failed", "no answer within 5 s"),
+        "has_no_process": Outcome("failed", "no further process starts: exit code 1"),
     }
 
     def try_check(children, check, arguments, seconds):
@@ -166,12 +172,12 @@ def test_all_right_is_said_once_and_kept(gpu, tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [verdict_path(None, KEY).name]
 
 
-@pytest.mark.parametrize("fault", ["segfaults", "hangs", "not_a_number"])
+@pytest.mark.parametrize("fault", ["segfaults", "raises", "not_a_number"])
 def test_a_faulty_kernel_is_left_out_aloud_now_and_later(gpu, monkeypatch, fault):
     told = []
     gpu_says = lambda: told.append(gpu(triton=fault, varlen="wrong", seconds=5)) or told[-1]
     said = gpu_says()
-    why = FAULTS.get(fault, ("failed", "no answer within 5 s"))
+    why = FAULTS[fault]
     assert f"triton is left out on this GPU, {why[0]}: " in said and why[1] in said
     assert "varlen is left out on this GPU, inexact: gradient: 2.5e-01, 1.0e-03 allowed" in said
     assert "lm_head: by plain_triton; attention: by segments" in said and "`fastdpo doctor`" in said
@@ -242,9 +248,21 @@ def test_a_folder_that_cannot_be_written(quick, tmp_path):
 
 
 def test_memory_that_another_process_has_is_no_verdict_to_keep(quick, tmp_path):
-    said = quick(triton="out_of_memory")
+    every = ("plain_triton", "cublas", "torch", "segments")
+    said = quick(triton="out_of_memory", varlen="raises", **dict.fromkeys(every, "out_of_memory"))
     assert "another process may have the GPU's memory" in said
-    assert left_out()[0] == {"triton"} and not (tmp_path / "cache").exists()
+    assert "triton is taken as it is, untried: CUDA out of memory" in said
+    assert "lm_head: by triton; attention: by segments" in said
+    assert left_out() == (set(), {"varlen"}) and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("fault", ["hangs", "has_no_process"])
+def test_no_answer_is_of_this_run_alone(quick, tmp_path, fault):
+    for _ in range(2):
+        said = quick(triton=fault)
+        assert "triton is left out on this GPU, failed: no " in said and "of this run alone" in said
+        assert left_out()[0] == {"triton"} and not (tmp_path / "cache").exists()
+    assert quick.asked == ["triton", "plain_triton", "varlen"] * 2
 
 
 def test_a_process_tries_once_whatever_its_runs_caches_are(quick, tmp_path):

@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from benchmarks.process import python_path
+from fastdpo.doctor import trials
 from fastdpo.doctor.trials import Children, NotStarted, try_check
 
 PLANTS = "tests.doctor_plants"
@@ -41,6 +42,7 @@ FAULTS = {
     "not_a_number": ("inexact", "gradient: nan"),
     "prints_rubbish": ("inexact", "gradient: 2.5e-01"),
     "measures_nothing": ("failed", "measured nothing"),
+    "out_of_memory": ("unknown", "CUDA out of memory"),
     "returns_something_else": ("failed", "returned {'right': True}"),
 }
 
@@ -75,6 +77,26 @@ def test_lines_that_are_no_answers_are_passed_over():
 def test_a_child_that_does_not_start_is_no_verdict():
     with Children("cuda:99") as children, pytest.raises(NotStarted, match="exit code 1: "):
         try_check(children, f"{PLANTS}:right", {"device": "cuda:99"})
+
+
+def test_what_is_known_stays_known_where_no_second_child_starts(monkeypatch):
+    orders = [(f"{PLANTS}:{name}", {"device": "cpu"}) for name in ("right", "segfaults", "right", "right")]
+    real, opened = trials.subprocess.Popen, []
+
+    def once(*args, **keys):
+        opened.append(args)
+        if len(opened) > 1:
+            raise OSError("no more processes")
+        return real(*args, **keys)
+
+    monkeypatch.setattr(trials.subprocess, "Popen", once)
+    with Children("cpu") as children:
+        outcomes = [try_check(children, *order) for order in orders]
+    assert [o.verdict for o in outcomes] == ["right", "failed", "failed", "failed"]
+    assert {o.why for o in outcomes[2:]} == {"no further process starts: no more processes"}
+    assert len(opened) == 2  # which is not tried again for each check
+    with Children("cpu") as children, pytest.raises(NotStarted, match="no more processes"):
+        try_check(children, *orders[0])
 
 
 def test_a_child_keeps_what_its_parent_carries(tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ def main(argv: list[str], console: Console | None = None) -> int:
     for line in _closing(device, choice, outcomes, speed):
         console.print(line, highlight=False)
     show.print_report(console, show.report_text(facts, outcomes, choice, speed))
-    return 1 if None in choice.taken.values() else 0
+    return 1 if None in choice.taken.values() or choice.unknown else 0
 
 
 def try_all(children: Children, ladders: tuple[Ladder, ...], console: Console) -> show.Outcomes:
@@ -81,10 +81,14 @@ def _closing(device: str, choice: Choice, outcomes: dict[tuple[str, str], Outcom
     lines = []
     for rung, why in choice.left_out.items():
         lines.append(f"[yellow]{escape(f'{rung} is left out: {why}')}")
+    for rung, why in choice.unknown.items():
+        lines.append(f"[yellow]{escape(f'nothing is known of {rung}: {why}')}")
     for name, _ in OTHERS:
         outcome = outcomes[name, ""]
         if outcome.verdict in ("failed", "inexact"):
             lines.append(f"[red]{escape(f'do not train with {name} here: {outcome.why}')}")
+        elif outcome.verdict == "unknown":
+            lines.append(f"[yellow]{escape(f'nothing is known of {name}: {outcome.why}')}")
     if isinstance(speed, str) and speed:
         lines.append(f"[yellow]{escape(speed)}")
     if device == "cpu":
@@ -95,6 +99,8 @@ def _closing(device: str, choice: Choice, outcomes: dict[tuple[str, str], Outcom
     wrong = [name for name, rung in choice.taken.items() if rung is None]
     if wrong:
         return [*lines, f"[bold red]nothing is right for {', '.join(wrong)}: do not train on this machine"]
+    if choice.unknown:
+        return [*lines, "[bold yellow]not all that a run here stands on (*) could be tried"]
     return [*lines, "[bold green]all that a run here stands on (*) is right"]
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastdpo.doctor import machine
-from fastdpo.doctor.trials import Children, NotStarted, Outcome, try_check
+from fastdpo.doctor.trials import NO_ANSWER, NO_PROCESS, Children, NotStarted, Outcome, try_check
 from fastdpo.doctor.verdict import Choice, keep_verdict, read_verdict, verdict_path
 from fastdpo.errors import ModelError
 
@@ -49,7 +49,8 @@ def ladders_of(device: str) -> tuple[Ladder, ...]:
 
 
 def choose(ladders: tuple[Ladder, ...], outcome_of: Callable[[Ladder, str], Outcome]) -> Choice:
-    """The first right rung of each ladder. A rung that is wrong in one ladder is taken in none."""
+    """The first right rung of each ladder. A rung that is wrong in one ladder is taken in none; one that
+    nothing is known of is taken as it is."""
     known, left_out = {}, {}
 
     def first_right(ladder: Ladder) -> str | None:
@@ -57,7 +58,7 @@ def choose(ladders: tuple[Ladder, ...], outcome_of: Callable[[Ladder, str], Outc
             if (ladder.name, rung) not in known:
                 known[ladder.name, rung] = outcome_of(ladder, rung)
             outcome = known[ladder.name, rung]
-            if outcome.verdict == "right":
+            if outcome.verdict in ("right", "unknown"):
                 return rung
             if outcome.verdict != "not here":
                 left_out[rung] = f"{outcome.verdict}: {outcome.why}"
@@ -67,7 +68,8 @@ def choose(ladders: tuple[Ladder, ...], outcome_of: Callable[[Ladder, str], Outc
         before = len(left_out)
         taken = {ladder.name: first_right(ladder) for ladder in ladders}
         if len(left_out) == before:
-            return Choice(taken, left_out)
+            stands = [(rung, known[name, rung]) for name, rung in taken.items() if rung is not None]
+            return Choice(taken, left_out, {r: o.why for r, o in stands if o.verdict == "unknown"})
 
 
 def settle(
@@ -122,8 +124,10 @@ def _tried(path: Path, key: dict, device: str, ladders, console: Console, limit:
 
 def kept(path: Path, key: dict, choice: Choice) -> str:
     """Keeps the verdict for the next runs; why it is not kept, or nothing."""
-    if any("out of memory" in why.lower() for why in choice.left_out.values()):
+    if choice.unknown:
         return "another process may have the GPU's memory"
+    if any(sign in why for why in choice.left_out.values() for sign in (NO_ANSWER, NO_PROCESS)):
+        return "a check without an answer may have one the next time"
     try:
         keep_verdict(path, key, choice)
     except OSError as error:
@@ -152,11 +156,12 @@ def leave_out(rungs: Collection[str]) -> None:
 
 
 def take(choice: Choice, console: Console, path: Path | None = None) -> None:
-    """Leaves out what the choice leaves out, aloud."""
+    """Leaves out what the choice leaves out, aloud, as is said what nothing is known of."""
     leave_out(choice.left_out)
-    if not choice.left_out:
-        return
     lines = [f"{rung} is left out on this GPU, {why}" for rung, why in choice.left_out.items()]
+    lines += [f"{rung} is taken as it is, untried: {why}" for rung, why in choice.unknown.items()]
+    if not lines:
+        return
     lines.append("; ".join(f"{name}: by {rung}" for name, rung in choice.taken.items()))
     again = "" if path is None or not path.exists() else f" (kept in {path}: remove it to try again)"
     lines.append(f"`fastdpo doctor` shows each kernel, with text for a bug report{again}")

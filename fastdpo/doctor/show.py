@@ -8,7 +8,7 @@ from rich.text import Text
 from fastdpo.doctor.trials import Outcome
 from fastdpo.doctor.verdict import Choice
 
-_STYLES = {"right": "green", "inexact": "red", "failed": "red", "not here": "dim"}
+_STYLES = {"right": "green", "inexact": "red", "failed": "red", "unknown": "yellow", "not here": "dim"}
 _SHOWN = {"plain_triton": "triton, plain", "flash_attn": "flash-attn"}
 
 Outcomes = dict[tuple[str, str], Outcome]  # (what, its rung, or "" where there is one way only) -> ...

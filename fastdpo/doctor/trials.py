@@ -22,15 +22,20 @@ WHY_LENGTH = 200  # of a reason
 TAIL_LINES = 12  # of what a failed child said
 
 
+# How reasons begin that may be gone next time: the machine was busy, or is not well.
+NO_ANSWER, NO_PROCESS = "no answer within", "no further process starts"
+
+
 class NotStarted(Exception):
-    """The child could not even begin: nothing is known of any check."""
+    """The first child could not even begin: nothing is known of any check."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What became of a check.
 
-    verdict  right; inexact (an error above what is allowed, or NaN); failed (raised, hung, died); not here
+    verdict  right; inexact (an error above what is allowed, or NaN); failed (raised, hung, died); not here;
+             unknown (out of memory, which is no fault of a kernel: another process may have it)
     why      the reason, one line, where it is not right
     worst    the result that is nearest to its bound, or furthest above it
     detail   the end of what the child said on stderr, where it failed
@@ -60,6 +65,7 @@ class Children:
     def __init__(self, device: str, environment: dict[str, str] | None = None):
         self.device, self.environment = device, environment or {}
         self.started = 0  # processes, so far
+        self._no_more = ""  # why no further one starts
         self._process = self._log = None
         self._number = 0
 
@@ -70,9 +76,17 @@ class Children:
         self._stop()
 
     def ask(self, function: str, arguments: dict, seconds: float = SECONDS) -> Answer:
-        """What "module:name" returns in the child, as JSON brings it back. Raises NotStarted."""
-        if self._process is None:
-            self._start()
+        """What "module:name" returns in the child, as JSON brings it back. Raises NotStarted where no process
+        ever started; a later one that does not is an Answer, so that what is known is not lost."""
+        if self._process is None and not self._no_more:
+            try:
+                self._start()
+            except NotStarted as error:
+                if not self.started:
+                    raise
+                self._no_more = f"{NO_PROCESS}: {error}"
+        if self._no_more:
+            return Answer(failed=self._no_more, detail=self._tail())
         self._number += 1
         order = {"number": self._number, "function": function, "arguments": arguments, "seconds": seconds}
         with contextlib.suppress(OSError):  # it is dead; why is told below
@@ -86,11 +100,24 @@ class Children:
         return Answer(answer.get("answer"), answer.get("not_here"))
 
     def _start(self) -> None:
-        self._stop()
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._log = None
+        try:
+            self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+            self._process = self._open()
+        except OSError as error:
+            raise NotStarted(str(error)) from None
+        self._number, self._lines = 0, queue.SimpleQueue()
+        threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
+        answer, why = self._answer(START_SECONDS)
+        if answer is None:
+            self._stop()
+            raise NotStarted(f"{why}: {self._tail().splitlines()[-1] if self._tail() else 'it said nothing'}")
+        self.started += 1
+
+    def _open(self) -> subprocess.Popen:
         # All that we can import it can, and -P: no file of the working directory stands for a module.
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        self._process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-P", "-m", "fastdpo.doctor.child", self.device],
             env=os.environ | {"PYTHONPATH": paths} | self.environment,
             stdin=subprocess.PIPE,
@@ -100,13 +127,6 @@ class Children:
             errors="replace",
             start_new_session=True,  # Ctrl-C is for us, and not a crash of a kernel
         )
-        self.started += 1
-        self._number, self._lines = 0, queue.SimpleQueue()
-        threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
-        answer, why = self._answer(START_SECONDS)
-        if answer is None:
-            self._stop()
-            raise NotStarted(f"{why}: {self._tail().splitlines()[-1] if self._tail() else 'it said nothing'}")
 
     def _answer(self, seconds: float) -> tuple[dict | None, str]:
         """(the answer to the last order, why there is none). Lines that are no answer are passed over."""
@@ -117,7 +137,7 @@ class Children:
             except queue.Empty:
                 self._process.send_signal(signal.SIGUSR1)  # it writes down where it hangs, for the detail
                 time.sleep(HANG_SECONDS)
-                return None, f"no answer within {seconds:g} s"
+                return None, f"{NO_ANSWER} {seconds:g} s"
             if line is None:
                 return None, self._death()
             try:
@@ -137,6 +157,8 @@ class Children:
         return f"the process ended with exit code {code}"
 
     def _tail(self) -> str:
+        if self._log is None:
+            return ""
         self._log.seek(0)
         return "\n".join(self._log.read().splitlines()[-TAIL_LINES:])
 
@@ -166,7 +188,8 @@ def try_check(children: Children, function: str, arguments: dict, seconds: float
     if answer.not_here is not None:
         return outcome("not here", answer.not_here)
     if answer.failed is not None:
-        return outcome("failed", answer.failed.strip().splitlines()[0][:WHY_LENGTH], detail=answer.detail)
+        verdict = "unknown" if "out of memory" in answer.failed.lower() else "failed"
+        return outcome(verdict, answer.failed.strip().splitlines()[0][:WHY_LENGTH], detail=answer.detail)
     try:
         results = [Measured(str(what), float(error), float(allowed)) for what, error, allowed in answer.value]
     except (TypeError, ValueError):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastdpo import durable
@@ -11,10 +11,12 @@ from fastdpo.cache_file import cache_path
 
 @dataclass(frozen=True)
 class Choice:
-    """taken: ladder -> its rung, None where none is right. left_out: rung -> why, "failed: ..."."""
+    """taken: ladder -> its rung, None where none is right. left_out: rung -> why, "failed: ...".
+    unknown: rung that is taken as it is -> why it could not be tried; such a choice is not kept."""
 
     taken: dict[str, str | None]
     left_out: dict[str, str]
+    unknown: dict[str, str] = field(default_factory=dict)
 
 
 def verdict_path(reference_cache: str | None, key: dict) -> Path:
@@ -36,7 +38,7 @@ def read_verdict(path: Path, key: dict) -> Choice | None:
 
 def keep_verdict(path: Path, key: dict, choice: Choice) -> None:
     """Raises OSError."""
-    content = {"key": key, **asdict(choice)}
+    content = {"key": key, "taken": choice.taken, "left_out": choice.left_out}
     path.parent.mkdir(parents=True, exist_ok=True)
     durable.write_text(path, json.dumps(content | {"digest": _digest(content)}, indent=1) + "\n")
 
