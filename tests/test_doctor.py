@@ -5,8 +5,12 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from fastdpo import attention, offloading
 from fastdpo.cli import main
 from fastdpo.doctor import (
     attention_checks,
+    child,
     command,
     head_checks,
     head_problem,
@@ -358,6 +363,55 @@ def test_what_the_doctor_knows_is_shown_where_no_second_child_starts(monkeypatch
     code, said = doctor(monkeypatch, planted(monkeypatch, triton="aborts"))
     assert code == 1 and "by triton: failed (the process died of SIGABRT)" in said
     assert "by cublas: failed (no further process starts: exit code 1: the GPU is gone)" in said
+
+
+KILLED = """
+from fastdpo.doctor import command
+from fastdpo.doctor.ladder import Ladder
+
+command.ladders_of = lambda device: (Ladder("head", "tests.doctor_plants:by_variable", ("one", "two")),)
+command.main([])
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="looks into /proc, and a child dies with us on Linux alone"
+)
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=["TERM", "KILL"])
+def test_a_doctor_that_is_killed_has_told_what_it_knew_and_leaves_no_child(number, code):
+    environment = os.environ | {"PLANTED": '{"two": "hangs"}', "CUDA_VISIBLE_DEVICES": ""}
+    command_line = [sys.executable, "-c", KILLED]
+    process = subprocess.Popen(command_line, stdout=subprocess.PIPE, env=environment, text=True)
+    with process:
+        late = threading.Timer(60, process.kill)
+        late.start()
+        told = next((line for line in process.stdout if line.startswith("head by one: right (")), None)
+        late.cancel()
+        assert told, "nothing was told before the end"
+        (begun,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(number)
+        assert process.wait(20) == code
+    until = time.monotonic() + 10
+    while _runs(begun) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not _runs(begun)
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_child_is_on_its_device(monkeypatch):
+    """synchronize waits for the current one."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(("current", device)))
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: done.append(("used", device)))
+    child.reach("cuda:1")
+    child.reach("cpu")
+    assert done == [("current", "cuda:1"), ("used", "cuda:1"), ("used", "cpu")]
 
 
 def test_no_child_is_an_error(monkeypatch):

@@ -6,6 +6,7 @@ printed goes to stderr. After a failure its parent ends it: an illegal memory ac
 check.
 """
 
+import ctypes
 import faulthandler
 import importlib
 import json
@@ -15,9 +16,28 @@ import sys
 import traceback
 
 DEAD_SECONDS = 60  # after the time that an order has: the parent, which ends it then, is gone
+PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
+
+
+def die_with_parent() -> None:
+    """From now on the end of the thread that started this process is its end: whoever kills the parent's
+    group does not reach a child with a session of its own. Elsewhere than on Linux nothing is done."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def reach(device: str) -> None:
+    """Makes this the current device, which synchronize waits for, and raises where it cannot be used: that is
+    no fault of a kernel."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
+    torch.zeros(1, device=device)
 
 
 def main() -> None:
+    die_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     tell = lambda **answer: print(json.dumps(answer), file=answers, flush=True)
@@ -26,7 +46,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)  # on a busy machine each small operation of two would wait for the slower one
-    torch.zeros(1, device=sys.argv[1])  # a device that cannot be used is no fault of a kernel
+    reach(sys.argv[1])
     from fastdpo.doctor.measuring import NotHere
 
     tell(number=0, answer="ready")

@@ -1,8 +1,13 @@
 """`fastdpo doctor`: what is installed, what is right, how fast it is."""
 
+import contextlib
+import signal
+from collections.abc import Iterator
+
 import torch
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from fastdpo.doctor import machine, show
 from fastdpo.doctor.ladder import Ladder, choose, kept, ladders_of
@@ -36,7 +41,7 @@ def main(argv: list[str], console: Console | None = None) -> int:
     console.print(show.facts_table(facts))
     ladders = ladders_of(device)
     try:
-        with Children(device) as children:
+        with _ended_by_sigterm(), Children(device) as children:
             outcomes = try_all(children, ladders, console)
             choice = choose(ladders, lambda ladder, rung: outcomes[ladder.name, rung])
             speed = _speed(children, choice) if device != "cpu" else ""
@@ -51,8 +56,22 @@ def main(argv: list[str], console: Console | None = None) -> int:
     return 1 if None in choice.taken.values() or choice.unknown else 0
 
 
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM is SystemExit, so that what `with` holds is let go: a child that computes too."""
+
+    def leave(number, frame):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def try_all(children: Children, ladders: tuple[Ladder, ...], console: Console) -> show.Outcomes:
-    """Every rung of every ladder, and the rest."""
+    """Every rung of every ladder, and the rest, each told at once: a limit from outside may come first."""
     device = children.device
     trials = [(ladder.name, rung, ladder.check) for ladder in ladders for rung in ladder.rungs]
     trials += [(name, "", check) for name, check in OTHERS]
@@ -63,6 +82,7 @@ def try_all(children: Children, ladders: tuple[Ladder, ...], console: Console) -
             progress.update(bar, info=f"{name} {rung}")
             arguments = {"device": device} | ({"rung": rung} if rung else {})
             outcomes[name, rung] = try_check(children, check, arguments)
+            console.print(Text(show.outcome_line(name, rung, outcomes[name, rung])), highlight=False)
             progress.advance(bar)
         progress.update(bar, info="")
     return outcomes

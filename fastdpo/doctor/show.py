@@ -42,6 +42,11 @@ def outcomes_table(outcomes: Outcomes, choice: Choice) -> Table:
     return table
 
 
+def outcome_line(name: str, rung: str, outcome: Outcome) -> str:
+    by = f" by {_SHOWN.get(rung, rung)}" if rung else ""
+    return f"{name}{by}: {outcome.verdict} ({_words(outcome)}), {outcome.seconds:.1f} s"
+
+
 def _brief(outcome: Outcome) -> str:
     if outcome.verdict != "right":
         return outcome.why
@@ -87,8 +92,7 @@ def report_text(facts, outcomes: Outcomes, choice: Choice, speed: dict | str) ->
     lines = ["```", *(f"{name}: {value}" for name, value in facts.items())]
     told = set()
     for (name, rung), outcome in outcomes.items():
-        by = f" by {_SHOWN.get(rung, rung)}" if rung else ""
-        lines.append(f"{name}{by}: {outcome.verdict} ({_words(outcome)}), {outcome.seconds:.1f} s")
+        lines.append(outcome_line(name, rung, outcome))
         if outcome.detail not in told:
             lines += [f"    {line}" for line in outcome.detail.splitlines()]
             told.add(outcome.detail)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fastdpo.doctor.measuring import Measured
 
 START_SECONDS = 180  # to import torch and to reach the device
-SECONDS = 240  # of a check, with the compilation of its kernels
+SECONDS = 90  # of a check, with the compilation of its kernels, some 25
 KILLED_SECONDS = 10  # until a killed process is gone; one that waits for a driver may never be
 HANG_SECONDS = 0.5  # for a hung one to say where
 WHY_LENGTH = 200  # of a reason
