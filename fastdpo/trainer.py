@@ -62,6 +62,7 @@ def train(config: Config, console: Console | None = None) -> Path:
         tokenizer = load_tokenizer(config)
         model_config = load_model_config(config)  # a wrong model or max_length shows before the data is read
         groups, eval_groups, reports = load_data(config, tokenizer, console)
+        settle_backends(console)  # what is left out changes the plan
         config = choose(config, model_config, groups, console)
         for stage in config.per_stage():
             check_rows(make_objective(stage), groups)
@@ -71,7 +72,6 @@ def train(config: Config, console: Console | None = None) -> Path:
                 check_rows(make_objective(stage), flipped)
         data = rows_digest(groups, eval_groups)
         check_same_run(found, config, data, len(groups))
-        settle_backends(config.reference_cache, console)
         policy = load_policy(config, console)
         check_vocabulary(policy, groups + eval_groups)
         prepare(policy, groups, console)
@@ -234,11 +234,11 @@ def fill_reference(config: Config, console: Console | None = None) -> None:
         tokenizer = load_tokenizer(config)
         model_config = load_model_config(config)
         groups, eval_groups, _ = load_data(config, tokenizer, console)
+        settle_backends(console)  # what is left out changes the plan
         config = choose(config, model_config, groups, console)
         first = config.per_stage()[0]
         check_rows(make_objective(first), groups)
         check_rows(make_objective(first), eval_groups, "eval_data")
-        settle_backends(config.reference_cache, console)
         policy = load_policy(config, console)
         check_vocabulary(policy, groups + eval_groups)
         prepare(policy, groups, console)

@@ -326,7 +326,7 @@ def test_on_a_gpu_speed_and_a_verdict_for_the_next_runs(monkeypatch, fake_gpu):
     assert re.search(r"lm_head +│ keep by triton +│ 3.60 +│ +455.0 +│ +65%", said)
     assert "attention by triton: 3.60 ms, 301.0 TFLOP/s" in said  # was told what is left out
     key = machine.key("cuda:0")
-    choice = read_verdict(verdict_path("auto", key), key)
+    choice = read_verdict(verdict_path(key), key)
     assert choice.taken == {"lm_head, bf16": "plain_triton"} and set(choice.left_out) == {"triton"}
     assert "kept for the next runs" in said
 
@@ -338,7 +338,7 @@ def test_a_verdict_for_want_of_memory_is_not_kept(monkeypatch, fake_gpu):
     assert "will try the kernels again: another process may have" in said
     assert "nothing is known of triton: MemoryError: CUDA out of memory" in said
     assert code == 1 and "not all that a run here stands on (*) could be tried" in said
-    assert not verdict_path("auto", key).exists()
+    assert not verdict_path(key).exists()
 
 
 def test_a_crash_while_timing_costs_the_timing(monkeypatch, fake_gpu):

@@ -20,7 +20,7 @@ needs_datasets = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def no_ladder(monkeypatch):
     """Each process of the tests would compile a hundred kernels for it. `fastdpo doctor` climbs it once."""
-    monkeypatch.setattr(trainer, "settle_backends", lambda *args: None)
+    monkeypatch.setattr(trainer, "settle_backends", lambda console: None)
 
 
 def attend(backend, dtype, window, heads=(4, 2), scale=1):

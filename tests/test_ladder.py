@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 import fastdpo_kernels
@@ -16,6 +16,7 @@ from fastdpo_kernels import tiles
 from rich.console import Console
 
 from fastdpo import attention, trainer
+from fastdpo.cache_file import cache_path
 from fastdpo.config import Config
 from fastdpo.doctor import ladder, machine
 from fastdpo.doctor.ladder import Ladder, choose, settle
@@ -121,8 +122,9 @@ def test_the_attention_without_some_rungs(monkeypatch):
 def gpu(monkeypatch, tmp_path):
     """settle() on a GPU that is none; its ladders are plants under the real rungs' names."""
     monkeypatch.setattr(machine, "key", lambda device: dict(KEY))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def go(cache=str(tmp_path / "cache/ref.sqlite"), seconds=20, new_process=True, **becomes):
+    def go(seconds=20, new_process=True, **becomes):
         head = ("triton", "plain_triton", "cublas", "torch")
         monkeypatch.setenv("PLANTED", json.dumps(becomes))
         if new_process:
@@ -132,7 +134,7 @@ def gpu(monkeypatch, tmp_path):
             Ladder("attention", f"{PLANTS}:by_variable", ("varlen", "segments")),
         )
         console = Console(file=io.StringIO(), width=80)
-        settle(cache, console, device="cpu", ladders=ladders, seconds=seconds)
+        settle(console, device="cpu", ladders=ladders, seconds=seconds)
         return console.file.getvalue()
 
     return go
@@ -169,7 +171,7 @@ def test_all_right_is_said_once_and_kept(gpu, tmp_path, monkeypatch):
     assert left_out() == (set(), set())
     monkeypatch.setattr(ladder, "Children", None)  # no child is started
     assert gpu() == ""
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [verdict_path(None, KEY).name]
+    assert [p.name for p in (tmp_path / "fastdpo").iterdir()] == [verdict_path(KEY).name]
 
 
 @pytest.mark.parametrize("fault", ["segfaults", "raises", "not_a_number"])
@@ -193,7 +195,7 @@ def test_nothing_right_is_an_error_and_not_kept(gpu, tmp_path):
     faults = dict(triton="aborts", plain_triton="wrong", cublas="not_a_number", torch="wrong")
     with pytest.raises(ModelError, match=r"lm_head: no way .*torch inexact.*`fastdpo doctor`"):
         gpu(**faults)
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "fastdpo").exists()
     assert "first run" in gpu()
 
 
@@ -225,7 +227,7 @@ def test_sources_are_in_the_key(monkeypatch, tmp_path):
 @pytest.mark.parametrize("damage", ["", "{", "null", "[]", '{"digest": 1}', "another rung", "a directory"])
 def test_a_damaged_verdict_is_made_again(quick, tmp_path, damage):
     quick(triton="raises")
-    (path,) = (tmp_path / "cache").iterdir()
+    (path,) = (tmp_path / "fastdpo").iterdir()
     text = path.read_text()
     path.unlink()
     if damage == "a directory":
@@ -241,8 +243,8 @@ def test_a_damaged_verdict_is_made_again(quick, tmp_path, damage):
 
 
 def test_a_folder_that_cannot_be_written(quick, tmp_path):
-    (tmp_path / "file").write_text("")
-    said = quick(cache=str(tmp_path / "file/ref.sqlite"), triton="raises")
+    (tmp_path / "fastdpo").write_text("")
+    said = quick(triton="raises")
     assert said.count("cannot write") == 1 and "of this run alone" in said and "remove it" not in said
     assert left_out()[0] == {"triton"}
 
@@ -253,7 +255,7 @@ def test_memory_that_another_process_has_is_no_verdict_to_keep(quick, tmp_path):
     assert "another process may have the GPU's memory" in said
     assert "triton is taken as it is, untried: CUDA out of memory" in said
     assert "lm_head: by triton; attention: by segments" in said
-    assert left_out() == (set(), {"varlen"}) and not (tmp_path / "cache").exists()
+    assert left_out() == (set(), {"varlen"}) and not (tmp_path / "fastdpo").exists()
 
 
 @pytest.mark.parametrize("fault", ["hangs", "has_no_process"])
@@ -261,26 +263,24 @@ def test_no_answer_is_of_this_run_alone(quick, tmp_path, fault):
     for _ in range(2):
         said = quick(triton=fault)
         assert "triton is left out on this GPU, failed: no " in said and "of this run alone" in said
-        assert left_out()[0] == {"triton"} and not (tmp_path / "cache").exists()
+        assert left_out()[0] == {"triton"} and not (tmp_path / "fastdpo").exists()
     assert quick.asked == ["triton", "plain_triton", "varlen"] * 2
 
 
-def test_a_process_tries_once_whatever_its_runs_caches_are(quick, tmp_path):
-    (tmp_path / "file").write_text("")
-    quick(cache=str(tmp_path / "file/ref.sqlite"), triton="raises")
+def test_a_process_tries_once_where_nothing_can_be_kept(quick, tmp_path):
+    (tmp_path / "fastdpo").write_text("")
+    quick(triton="raises")
     asked = list(quick.asked)
-    said = quick(cache=str(tmp_path / "b/ref.sqlite"), new_process=False)
+    said = quick(new_process=False)
     assert quick.asked == asked and "triton is left out" in said and left_out()[0] == {"triton"}
-    quick(cache=str(tmp_path / "b/ref.sqlite"))
+    quick()
     assert len(quick.asked) > len(asked)
 
 
 def test_where_the_verdict_is_kept(monkeypatch, tmp_path):
+    """Beside the cache that runs have by default, whatever cache this one has: the doctor keeps it there."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    name = verdict_path("auto", KEY).name
-    for reference_cache in ("auto", "off", None):
-        assert verdict_path(reference_cache, KEY) == tmp_path / "fastdpo" / name
-    assert verdict_path("runs/ref.sqlite", KEY) == Path("runs") / name
+    assert verdict_path(KEY).parent == cache_path("auto").parent == tmp_path / "fastdpo"
     assert read_verdict(tmp_path / "none", KEY) is None
 
 
@@ -288,7 +288,8 @@ def test_a_gpu_that_a_child_cannot_reach(monkeypatch, tmp_path):
     """Nothing is known then: the run goes on, aloud, and the next one tries again."""
     monkeypatch.setattr(machine, "key", lambda device: dict(KEY))
     console = Console(file=io.StringIO(), width=300)
-    settle(str(tmp_path / "ref.sqlite"), console, device="cuda:99", ladders=(A,))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    settle(console, device="cuda:99", ladders=(A,))
     said = console.file.getvalue()
     assert "could not be tried" in said and "exit code 1" in said and "`fastdpo doctor`" in said
     assert not list(tmp_path.iterdir())
@@ -320,27 +321,30 @@ def config(tmp_path):
     )
 
 
-class Loaded(Exception):
+class Chosen(Exception):
     pass
 
 
 @pytest.mark.parametrize("function", [trainer.train, trainer.fill_reference])
-def test_a_run_on_a_gpu_climbs_before_it_loads_the_model(monkeypatch, config, gpu, function):
-    def load_policy(*args):
-        raise Loaded(left_out())
+def test_a_run_on_a_gpu_climbs_before_its_plan_is_made(monkeypatch, config, gpu, function, tmp_path):
+    def choose(*args):
+        raise Chosen(left_out())
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     told = []
-    monkeypatch.setattr(ladder, "settle", lambda cache, console: told.append((cache, gpu(varlen="aborts"))))
-    monkeypatch.setattr(trainer, "load_policy", load_policy)
-    with pytest.raises(Loaded) as stop:
-        function(config, Console(quiet=True))
+    monkeypatch.setattr(ladder, "settle", lambda console: told.append(gpu(varlen="aborts")))
+    monkeypatch.setattr(trainer, "choose", choose)
+    own_cache = replace(config, reference_cache=str(tmp_path / "own/ref.sqlite"))
+    with pytest.raises(Chosen) as stop:
+        function(own_cache, Console(quiet=True))
     assert stop.value.args[0] == (set(), {"varlen"})
-    assert told[0][0] == config.reference_cache and "varlen is left out" in told[0][1]
+    assert "varlen is left out" in told[0] and verdict_path(KEY).exists()
 
 
+@pytest.mark.parametrize("use_cpu", [False, True])
 @pytest.mark.parametrize("cache", ["a/ref.sqlite", None])
-def test_fast_dpo_trainer_climbs_before_trl_begins(monkeypatch, tmp_path, cache):
+def test_fast_dpo_trainer_climbs_before_trl_begins(monkeypatch, tmp_path, cache, use_cpu):
+    """... but where it is told to train on the CPU."""
     trl = pytest.importorskip("trl")
     import fastdpo.integrations.trl_trainer as ours
 
@@ -351,16 +355,16 @@ def test_fast_dpo_trainer_climbs_before_trl_begins(monkeypatch, tmp_path, cache)
         raise Begun
 
     told = []
-    monkeypatch.setattr(ours, "settle_backends", lambda cache, console: told.append((cache, console.quiet)))
+    monkeypatch.setattr(ours, "settle_backends", lambda console: told.append(console.quiet))
     monkeypatch.setattr(trl.DPOTrainer, "__init__", begin)
-    config = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    config = trl.DPOConfig(output_dir=str(tmp_path), use_cpu=use_cpu, bf16=False, report_to=[])
     with pytest.raises(Begun):
         ours.FastDPOTrainer("model", args=config, reference_cache=cache)
-    assert told == [(cache, False)]
+    assert told == ([] if use_cpu else [False])
 
 
 def test_without_a_gpu_nothing_happens():
-    script = "import sys, fastdpo.trainer; fastdpo.trainer.settle_backends('auto', None); "
+    script = "import sys, fastdpo.trainer; fastdpo.trainer.settle_backends(None); "
     script += "assert not [m for m in sys.modules if m.startswith('fastdpo.doctor.')]"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)

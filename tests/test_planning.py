@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import fastdpo_kernels
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -12,6 +13,7 @@ from benchmarks.inputs import groups_of, random_rows
 from benchmarks.lengths import PairLengths
 from benchmarks.models import MODELS
 from benchmarks.plan_accuracy import LIMIT, SMALL, run
+from fastdpo import attention
 from fastdpo.adapters import add_lora
 from fastdpo.config import Config
 from fastdpo.errors import ModelError
@@ -125,6 +127,43 @@ def test_attention_on_a_gpu_gathers_what_shared_prompts_need():
     keys = 300 + 49 + 300 + 49
     end = at(simulate(config(), c, Load((pair,), several=False), GPU), "head")
     assert end[ATTENTION] == 2 * 2 * in_blocks(2 * keys * 64, block=512)
+
+
+@pytest.fixture
+def all_allowed_again():
+    yield
+    fastdpo_kernels.avoid()
+    attention.avoid()
+
+
+def test_a_plan_is_of_what_this_process_does_not_avoid(monkeypatch, all_allowed_again):
+    hopper = Target(capability=(9, 0))
+    on_head = head_policy(config(lora_rank=4, lora_target_modules=["lm_head"]), llama(), hopper)
+    heads = lambda: (hopper.head_backend(torch.bfloat16), on_head.head_backend)
+    for avoided, taken in {
+        (): ("triton", "cublas"),
+        ("triton",): ("triton", "cublas"),
+        ("triton", "plain_triton"): ("cublas", "cublas"),
+        ("triton", "plain_triton", "cublas"): ("torch", "torch"),
+    }.items():
+        fastdpo_kernels.avoid(*avoided)
+        assert heads() == taken
+
+    seen = []
+    real = attention._segments
+    monkeypatch.setattr(attention, "_segments", lambda *args: seen.append("segments") or real(*args))
+    load = Load((group(0, 30, [20, 9]),), several=False)
+    for avoided, installed, segments in (
+        ((), False, False),
+        (("varlen",), False, True),
+        (("varlen",), True, False),
+        (("varlen", "flash_attn"), True, True),
+    ):
+        seen.clear()
+        attention.avoid(*avoided)
+        monkeypatch.setattr(attention, "_has_flash_attn", lambda installed=installed: installed)
+        simulate(config(), llama(), load, GPU)
+        assert bool(seen) == segments, avoided
 
 
 def test_offloading_keeps_little_on_a_gpu():

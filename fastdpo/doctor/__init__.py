@@ -7,10 +7,10 @@
 import torch
 
 
-def settle_backends(reference_cache: str | None, console) -> None:
+def settle_backends(console) -> None:
     """On a GPU: leaves the head's and the attention's ways that fail or are inexact here to others, aloud;
     see ladder.settle. Without one nothing is done, and nothing imported."""
     if torch.cuda.is_available():
         from fastdpo.doctor.ladder import settle
 
-        settle(reference_cache, console)
+        settle(console)

@@ -126,7 +126,7 @@ def _closing(device: str, choice: Choice, outcomes: dict[tuple[str, str], Outcom
 
 def _kept(device: str, choice: Choice) -> str:
     key = machine.key(device)
-    path = verdict_path("auto", key)
+    path = verdict_path(key)
     if why := kept(path, key, choice):
         return f"[yellow]the next runs will try the kernels again: {escape(why)}"
     return escape(f"kept for the next runs, in {path}")

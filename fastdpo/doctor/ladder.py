@@ -38,7 +38,7 @@ LADDERS = (
     Ladder("attention, bf16", f"{ATTENTION}:check_bf16", ("varlen", "flash_attn", "segments"), True),
     Ladder("attention, fp32 or softcap", f"{ATTENTION}:check_others", ("flash_attn", "segments")),
 )
-_known: dict[str, Choice] = {}  # to this process, by the verdict's file name, wherever that is kept
+_known: dict[str, Choice] = {}  # to this process, by the verdict's file name, where none can be kept too
 HEAD_RUNGS, ATTENTION_RUNGS = tiles.RUNGS[:-1], ("varlen", "flash_attn")  # that can be left out
 
 
@@ -73,7 +73,6 @@ def choose(ladders: tuple[Ladder, ...], outcome_of: Callable[[Ladder, str], Outc
 
 
 def settle(
-    reference_cache: str | None,
     console: Console,
     *,
     device: str | None = None,
@@ -87,7 +86,7 @@ def settle(
     """
     device = device or f"cuda:{torch.cuda.current_device()}"
     key = machine.key(device)
-    path = verdict_path(reference_cache, key)
+    path = verdict_path(key)
     choice = read_verdict(path, key) or _known.get(path.name)
     if choice is None:
         limit = {} if seconds is None else {"seconds": seconds}

@@ -1,4 +1,4 @@
-"""What the ladder found, kept beside the reference cache: one file for each machine it was found on."""
+"""What the ladder found, kept beside the default reference cache: one file for each machine."""
 
 import hashlib
 import json
@@ -19,10 +19,10 @@ class Choice:
     unknown: dict[str, str] = field(default_factory=dict)
 
 
-def verdict_path(reference_cache: str | None, key: dict) -> Path:
-    """Where the verdict for a `machine.key` is kept; without a reference cache, where that would be."""
-    cache = cache_path(reference_cache or "auto") or cache_path("auto")
-    return cache.parent / f"kernels-{_digest(key)[:16]}.json"
+def verdict_path(key: dict) -> Path:
+    """Where the verdict for a `machine.key` is kept: in one folder, whatever cache a run has, so that all
+    look where the doctor keeps it."""
+    return cache_path("auto").parent / f"kernels-{_digest(key)[:16]}.json"
 
 
 def read_verdict(path: Path, key: dict) -> Choice | None:

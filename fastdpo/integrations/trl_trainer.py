@@ -49,7 +49,8 @@ class FastDPOTrainer(trl.DPOTrainer):
             config.precompute_ref_log_probs = True
         state = PartialState()
         with state.main_process_first():  # the others read what the first one keeps
-            settle_backends(reference_cache, Console(stderr=True, quiet=not state.is_main_process))
+            if not getattr(config, "use_cpu", False):
+                settle_backends(Console(stderr=True, quiet=not state.is_main_process))
         with self._making(), self._no_hash():
             super().__init__(*args, **kwargs)
 

@@ -27,8 +27,7 @@ class FakePolicy(Policy):
 
     @property
     def head_backend(self) -> str:
-        name = self.target.head_backend(self.dtype)
-        return "cublas" if name == "triton" and hasattr(self.head.module, "base_layer") else name
+        return self.target.head_backend(self.dtype, lora=hasattr(self.head.module, "base_layer"))
 
 
 def fake_policy(

@@ -31,14 +31,17 @@ def _attention(
     fastdpo_layout=None,
     **options,
 ):
-    """attention.prefix_attention as a GPU would run it. Its varlen kernel is an operator that knows what it
-    returns for tensors without data. The layout's `seen` is the tracker."""
+    """attention.prefix_attention as a GPU would run it, without what this process avoids. Its varlen kernel
+    is an operator that knows what it returns for tensors without data; it stands for flash-attn too. The
+    layout's `seen` is the tracker."""
     layout = fastdpo_layout
     tracker, layout = layout.seen, replace(layout, seen=None)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else v.dtype
     size = q.shape[-1]
     fast = half.itemsize == 2 and size % 8 == 0 and size <= 256 and v.shape[-1] == size and softcap is None
+    if attention.avoids("varlen"):
+        fast = fast and attention._has_flash_attn() and not attention.avoids("flash_attn")
     options = {"scale": scaling, "window": sliding_window, "softcap": softcap}
     if not fast:
         return attention.attend(q, k, v, layout, backend="segments", **options)[None], None

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 import torch
-from fastdpo_kernels import backend
+from fastdpo_kernels import backend, tiles
 
 from fastdpo.config import Config
 from fastdpo.planning.allocations import CPU_BLOCK, CUDA_BLOCK
@@ -87,13 +87,13 @@ class Target:
             return torch.bfloat16 if has_bf16 else torch.float32
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
 
-    def head_backend(self, dtype: torch.dtype) -> str:
-        """fastdpo_kernels.backend, for a device that need not be here."""
+    def head_backend(self, dtype: torch.dtype, *, lora: bool = False) -> str:
+        """fastdpo_kernels.backend, for a device that need not be here; without what this process avoids."""
         if self.is_cpu:
             return backend("cpu", dtype)
-        from fastdpo_kernels.tiles import TILES
-
-        return "triton" if (self.capability, dtype) in TILES else "cublas"
+        if not lora and (self.capability, dtype) in tiles.TILES and not tiles.avoids("plain_triton"):
+            return "triton"
+        return "torch" if tiles.avoids("cublas") else "cublas"
 
     @property
     def block(self) -> int:
