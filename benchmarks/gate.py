@@ -47,6 +47,7 @@ def check(device: str, dtype: torch.dtype) -> list[str]:
     }
     found = []
     for name, part in parts.items():
+        print(f"gate: {str(dtype).split('.')[1]}, {name}", flush=True)  # the last line names what hangs
         try:
             found += part(device, dtype)
         except Exception as error:  # the news of a gate: the other parts go on

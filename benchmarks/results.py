@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -26,18 +27,31 @@ def short_name(gpu: str) -> str:
     return known[0] if known else slug
 
 
+def today() -> str:
+    """The date results are written under, YYYY-MM-DD: BENCH_DATE's where given, so that a visit over midnight
+    goes on with what it has. ValueError for anything else."""
+    told = os.environ.get("BENCH_DATE")
+    if not told:
+        return time.strftime("%Y-%m-%d")
+    try:
+        day = time.strftime("%Y-%m-%d", time.strptime(told, "%Y-%m-%d"))
+    except ValueError:
+        day = None
+    if day != told:
+        raise ValueError(f"BENCH_DATE={told} is no date: give it as YYYY-MM-DD, or not at all")
+    return day
+
+
 def result_path(what: str, folder: Path = RESULTS) -> Path:
     """Where today's result of `what` on this machine belongs."""
-    return folder / f"{what}_{machine()}_{time.strftime('%Y-%m-%d')}.json"
+    return folder / f"{what}_{machine()}_{today()}.json"
 
 
 def write_result(what: str, record: dict, folder: Path = RESULTS, quiet: bool = False) -> Path:
-    """Writes the record, where it comes from, and whether the gate of its commit was green on this machine
-    (None: there was no gate). Whoever is killed meanwhile leaves the file as it was."""
+    """Writes the record, where it comes from, and what gate_passed says by then. Whoever is killed
+    meanwhile leaves the file as it was."""
     if what != "gate":
-        gate = newest("gate", machine(), folder)
-        same = gate is not None and gate["git"] == commit()["git"]  # another commit's says nothing
-        record = {"gate_passed": gate["passed"] if same else None} | record
+        record = {"gate_passed": gate_passed(commit()["git"], machine(), folder)} | record
     path = result_path(what, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -71,6 +85,19 @@ def newest(what: str, machine: str | None = None, folder: Path = RESULTS) -> dic
     """newest_path, read."""
     path = newest_path(what, machine, folder)
     return json.loads(path.read_text()) if path else None
+
+
+def gate_passed(git: str | None, machine: str, folder: Path = RESULTS) -> bool | None:
+    """Whether the newest gate of this commit on this machine was green; None: there was none, and another
+    commit's says nothing."""
+    paths = sorted(folder.glob(f"gate_{machine}_*.json"), reverse=True)  # by their dates
+    gates = (json.loads(path.read_text()) for path in paths if _NAME.fullmatch(path.stem))
+    return next((gate["passed"] for gate in gates if gate["git"] == git), None)
+
+
+def machine_of(path: Path) -> str:
+    """The machine that a result's file name tells."""
+    return _NAME.fullmatch(path.stem)["machine"]
 
 
 def stage_parser(description: str) -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """The gate is green on the code as it is, and names what was broken on purpose."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,15 +170,53 @@ def test_gpu_gate_runs_every_gpu_test():
 
 
 def test_gpu_gate_is_red_where_a_test_or_the_check_is(monkeypatch, tmp_path, capsys):
-    arguments = ["gpu_gate", "--dry-run", "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", arguments)
-    monkeypatch.setattr(gate, "check", lambda device, dtype: [])
-    for returncode, red in ((0, False), (1, True)):
-        monkeypatch.setattr(
-            gpu_gate, "run_tests", lambda dry_run, seconds, code=returncode: (code, ["tests"])
-        )
+    monkeypatch.setattr("sys.argv", ["gpu_gate", "--dry-run", "--out", str(tmp_path)])
+    for failures, code in (([], 0), ([], 1), (["head: wrong"], 0)):
+        check = {"passed": not failures, "failures": failures, "seconds": 1.0}
+        monkeypatch.setattr(gpu_gate, "own_check", lambda check=check: dict(check))
+        monkeypatch.setattr(gpu_gate, "run_tests", lambda *_, code=code: (code, ["tests"], {}))
+        red = bool(failures) or code != 0
         assert gpu_gate.main() == red
         assert results.newest("gate", folder=tmp_path)["passed"] is not red
+
+
+A_GATE = """
+import os, sys, time
+print("gate: float32, head", flush=True)
+{}
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("time.sleep(60)", "stopped after 2 s; its last line: gate: float32, head"),
+        ("os._exit(7)", "died with code 7; its last line: gate: float32, head"),
+        ("1 / 0", "died with code 1; its last line: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_check_that_hangs_or_dies_is_red_and_named(monkeypatch, tmp_path, does, said):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/__init__.py").touch()
+    (tmp_path / "benchmarks/gate.py").write_text(A_GATE.format(does))
+    monkeypatch.setattr(gpu_gate, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_gate, "CHECK_SECONDS", 2)
+    record = gpu_gate.own_check()
+    assert record["failures"] == [f"the gate's own check {said}"] and not record["passed"]
+
+
+def test_the_check_runs_in_a_process_of_its_own(monkeypatch, tmp_path):
+    written = []
+
+    def child(command, seconds):
+        assert command[1:4] == ["-m", "benchmarks.gate", "--out"] and seconds == gpu_gate.CHECK_SECONDS
+        results.write_result("gate", {"passed": False, "failures": ["x"], "seconds": 3.0}, Path(command[4]))
+        written.append(command[4])
+        return 1, []
+
+    monkeypatch.setattr(gpu_gate, "run_child", child)
+    assert gpu_gate.own_check() == {"passed": False, "failures": ["x"], "seconds": 3.0}
+    assert not Path(written[0]).exists()
 
 
 A_GPU = """
@@ -226,22 +265,57 @@ def a_gpu(tmp_path, monkeypatch):
 
 
 def test_a_broken_gpu_breaks_no_other_test(a_gpu, capfd):
-    code, lines = gpu_gate.run_tests(dry_run=False, seconds=200)
+    code, lines, outcomes = gpu_gate.run_tests(dry_run=False, seconds=200)
     said = capfd.readouterr().out
     assert code == 1 and "2 failed, 5 passed" in lines[-1], said  # the one that broke it passed before that
     red = " ".join(lines[:-1])
     assert "test_number[1]" in red and "test_number[4]" in red and said.count("crashed") >= 2
     assert "PASSED" in said  # the whole of it
+    red = {node for node, outcome in outcomes.items() if outcome != "passed"}
+    assert len(outcomes) == 6 and {node[-3:] for node in red} == {"[1]", "[4]"}
+
+
+def test_a_gate_run_again_tries_what_was_not_green(a_gpu, monkeypatch, tmp_path):
+    """The fourth, red at first; and those that there was no time for."""
+    tests = tmp_path / "test_it.py"
+    tests.write_text(ITS_TESTS.replace("number == 1", "False").replace("number == 4", "False"))
+    first = tests.read_text().replace("assert not broken", "assert number != 4 ")
+    second = tests.read_text()
+    tests.write_text(first)
+    monkeypatch.setattr(gpu_gate.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(results, "machine", lambda: "h200")
+    monkeypatch.setattr(results, "provenance", lambda: {"git": "abc"})
+    monkeypatch.setenv("BENCH_COMMIT", "abc")
+    monkeypatch.setattr("sys.argv", ["gpu_gate", "--out", str(tmp_path)])
+    checks = []
+    check = {"passed": True, "failures": [], "seconds": 1.0}
+    monkeypatch.setattr(gpu_gate, "own_check", lambda: checks.append(None) or dict(check))
+    assert gpu_gate.main() == 1
+    tests.write_text(second.replace("assert not", "assert number in (4, 5) and not"))  # the others would fail
+    record = results.result_of_today("gate", tmp_path)
+    ran_no_more = [node for node in record["outcomes"] if node.endswith("[5]")]
+    del record["outcomes"][ran_no_more[0]]  # as if stopped before it
+    results.write_result("gate", record, tmp_path)
+    assert gpu_gate.main() == 0 and len(checks) == 1
+    record = results.result_of_today("gate", tmp_path)
+    assert (
+        record["passed"] and len(record["outcomes"]) == 6 and set(record["outcomes"].values()) == {"passed"}
+    )
+    assert record["tests"][-1].startswith("4 tests were green before")
+    tests.write_text("raise SystemError")
+    assert gpu_gate.main() == 1  # what can no longer be collected is red
+    tests.write_text(second.replace("assert not", "assert False and not"))
+    assert gpu_gate.main() == 0  # nothing is left to run
 
 
 def test_without_xdist_a_broken_gpu_ends_the_tests(a_gpu, monkeypatch):
     monkeypatch.setattr(gpu_gate, "TOGETHER", ())
-    code, lines = gpu_gate.run_tests(dry_run=False, seconds=200)
+    code, lines, _ = gpu_gate.run_tests(dry_run=False, seconds=200)
     assert code == 1 and "left the GPU unusable for this process: CUDA error" in lines[-1], lines
 
 
 def test_gpu_tests_end_in_time(a_gpu, tmp_path):
     (tmp_path / "test_it.py").write_text("import time\ntime.sleep(100)")
     began = time.monotonic()
-    code, lines = gpu_gate.run_tests(dry_run=False, seconds=8)
+    code, lines, _ = gpu_gate.run_tests(dry_run=False, seconds=8)
     assert code == 124 and "stopped after 8 s" in lines[-1] and time.monotonic() - began < 40

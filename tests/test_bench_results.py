@@ -53,6 +53,18 @@ def test_a_result_says_where_it_comes_from(tmp_path, monkeypatch):
     assert process.commit() == {"git": None, "git_dirty": None}
 
 
+def test_a_visit_over_midnight_keeps_its_date(tmp_path, monkeypatch):
+    monkeypatch.setenv("BENCH_DATE", "2026-01-02")
+    assert results.write_result("head", {"x": 1}, tmp_path).name.endswith("_2026-01-02.json")
+    assert results.result_of_today("head", tmp_path)["x"] == 1
+    for wrong in ("2026-1-2", "20260102", "2026-02-30", "today", "2026-01-02T00"):
+        monkeypatch.setenv("BENCH_DATE", wrong)
+        with pytest.raises(ValueError, match=f"BENCH_DATE={wrong} is no date"):
+            results.today()
+    monkeypatch.setenv("BENCH_DATE", "")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", results.today())
+
+
 def test_a_dry_run_names_its_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["stage", "--dry-run"])
     with pytest.raises(SystemExit):
@@ -187,6 +199,19 @@ def test_a_block_says_what_the_record_says(what, tmp_path):
     assert all(said in text for said in (*SAID[what], "NVIDIA H200", f"{what}_h200_2026-11-22.json")), text
     put(tmp_path, f"{what}_h200_2026-11-23", GPU_RECORDS[what] | MACHINE | {"gate_passed": False})
     assert not CLAIM.search(tables.block(name, tmp_path)) and "red" in tables.block(name, tmp_path)
+
+
+@pytest.mark.parametrize("stored", [None, True, False])
+def test_the_newest_gate_of_the_commit_counts(tmp_path, stored):
+    """Whatever the gate said when the numbers were written; another commit's or machine's says nothing."""
+    red = lambda: not CLAIM.search(tables.block("head-gpu", tmp_path))
+    put(tmp_path, "head_h200_2026-11-22", GPU_RECORDS["head"] | MACHINE | {"git": "a", "gate_passed": stored})
+    for name, git in (("gate_h200_2026-11-29", "b"), ("gate_h100_2026-11-29", "a")):
+        put(tmp_path, name, {"git": git, "passed": bool(stored is False)})
+    assert red() is (stored is False)
+    for date, passed in ((23, False), (24, True), (25, False)):
+        put(tmp_path, f"gate_h200_2026-11-{date}", {"git": "a", "passed": passed})
+        assert red() is not passed
 
 
 def test_readme_differs_when_a_number_does(tmp_path):
