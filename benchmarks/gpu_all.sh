@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All GPU work: benchmarks/gpu_all.sh [--dry-run] [visit-1 | visit-2 | visit-3 | visit-4 | STAGE...]
 #
-# A visit is one command of at most 9 minutes 30 seconds, on a machine that is borrowed for as long:
+# A visit is one command of at most $VISIT_SECONDS (570), on a machine that is borrowed for as long:
 #
 #   visit-1    the gate with all GPU tests, doctor, the head's first shapes
 #   visit-2    steps of Qwen2.5-0.5B in a short field
@@ -29,12 +29,12 @@
 # shapes, on a CPU too, into a temporary $OUT. No network is needed: wheels in $WHEELS (default: .whl;
 # fetch_peers.sh makes it) are installed for this run alone. $MINUTES: what a stage by name may take before it
 # begins nothing new (7.5); half a minute later it is stopped. $BENCH_COMMIT: the commit, where this copy of the
-# tree has no .git.
+# tree has no .git. $BENCH_DATE: the day that results are written under, where a visit may cross midnight.
 set -u
 cd "$(dirname "$0")/.."
 ALL=(gate head steps dropin parity memory fit tricks attention growth tuning)
 VISITED=(gate head steps memory tuning dropin parity) # with a log 8 files, which is all that may come back
-VISIT_SECONDS=570                                     # from the first line
+VISIT_SECONDS=${VISIT_SECONDS:-570}                   # from the first line; the plans below are made for 570
 LEAST_SECONDS=30                                      # that a stage is begun with
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 WHEELS=${WHEELS:-.whl}
@@ -65,7 +65,8 @@ else
 fi
 
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
-machine=$(timeout 60 "$PYTHON" -c 'from benchmarks.results import machine; print(machine())')
+# the first import of torch reads gigabytes; a date that is none ends here
+machine=$(timeout 180 "$PYTHON" -c 'from benchmarks.results import machine, today; today(); print(machine())')
 [ -n "$machine" ] || { echo "$PYTHON cannot say which machine this is: see above"; exit 2; }
 if [ "$machine" = cpu ] && [ ${#dry[@]} -eq 0 ]; then
     echo "no GPU here: --dry-run shows that all of it runs"
@@ -87,9 +88,16 @@ for stage in ${SEED:+"${seeds[@]}"}; do
     [ -n "$newest" ] && [ ! -e "$OUT/${newest##*/}" ] && cp "$newest" "$OUT" && echo "from $SEED: ${newest##*/}"
 done
 if compgen -G "$WHEELS/*.whl" >/dev/null; then
-    timeout 90 "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
-        --target "$scratch/site" "$WHEELS"/*.whl || echo "the wheels in $WHEELS do not fit this Python"
+    if ! timeout 180 "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
+        --no-compile --target "$scratch/site" "$WHEELS"/*.whl; then
+        echo "the wheels in $WHEELS do not fit this Python"
+        [[ "$visit" == visit-[234] ]] && echo "$visit measures nothing without them" && exit 2
+    fi
     export PYTHONPATH="$PYTHONPATH:$scratch/site"
+fi
+if [[ "$visit" == visit-[234] ]] && ! timeout 180 "$PYTHON" -c 'from trl import DPOTrainer'; then
+    echo "$visit measures nothing without TRL: make $WHEELS anew, for this Python (fetch_peers.sh)"
+    exit 2
 fi
 [ -n "$visit" ] && export BENCH_NO_PLOTS=1 # files that may come back are few
 
@@ -115,6 +123,7 @@ for line in "${plan[@]}"; do
     minutes=$MINUTES
     if [ -n "$visit" ]; then
         KILL_AFTER=5
+        [ "$stage" = doctor ] || seconds=$((seconds * VISIT_SECONDS / 570))
         left=$((VISIT_SECONDS - SECONDS - KILL_AFTER - 3))
         [ "$seconds" -gt "$left" ] && seconds=$left
         if [ "$seconds" -lt "$LEAST_SECONDS" ]; then

@@ -16,7 +16,8 @@ FAKE = """#!/usr/bin/env bash
 case "$*" in
 *machine*) echo "${MACHINE:-h200}" ;;
 *find_spec*) exit "${NO_DOCTOR:-0}" ;;
-*pip*) ;;
+*pip*) exit "${NO_WHEELS:-0}" ;;
+*DPOTrainer*) exit "${NO_TRL:-0}" ;;
 *) echo "ran $*" ;;
 esac
 [ "$2" = benchmarks.gpu_head ] && exit 3
@@ -24,7 +25,7 @@ exit 0
 """
 # writes a number, starts a process, and hangs deaf to every word
 DEAF = """#!/usr/bin/env bash
-case "$*" in *machine*) echo h200; exit ;; *find_spec*) exit 1 ;; esac
+case "$*" in *machine*) echo h200; exit ;; *find_spec*) exit 1 ;; *DPOTrainer*) exit ;; esac
 trap '' TERM
 while [ $# -gt 0 ]; do [ "$1" = --out ] && echo 1 > "$2/steps_h200_2026-01-02.json"; shift; done
 sleep 90 &
@@ -33,23 +34,25 @@ sleep 90
 """
 
 
+OWN = ("OUT", "SEED", "MINUTES", "WHEELS", "VISIT_SECONDS")
+
+
 @pytest.fixture
 def gpu_all(tmp_path):
-    """run(arguments, fake=, seconds of a visit, environment): the script, with $OUT tmp_path/out."""
+    """run(arguments, fake=, environment): the script, with $OUT tmp_path/out."""
 
-    def run(*arguments, fake=FAKE, seconds=None, **environment):
+    def run(*arguments, fake=FAKE, **environment):
         script = (process.ROOT / "benchmarks/gpu_all.sh").read_text()
-        if seconds:
-            script, n = re.subn(r"(?m)^VISIT_SECONDS=570\b", f"VISIT_SECONDS={seconds}", script)
-            script, m = re.subn(r"(?m)^LEAST_SECONDS=30\b", "LEAST_SECONDS=2", script)
-            assert (n, m) == (1, 1)
+        if int(environment.get("VISIT_SECONDS", 570)) < 60:
+            script, n = re.subn(r"(?m)^LEAST_SECONDS=30\b", "LEAST_SECONDS=2", script)
+            assert n == 1
         (tmp_path / "tree/benchmarks").mkdir(parents=True, exist_ok=True)
         (tmp_path / "tree/benchmarks/gpu_all.sh").write_text(script)
         (tmp_path / "python").write_text(fake)
         (tmp_path / "python").chmod(0o755)
         command = ["bash", tmp_path / "tree/benchmarks/gpu_all.sh", *arguments]
         given = {"PYTHON": str(tmp_path / "python"), "OUT": str(tmp_path / "out"), **environment}
-        around = {name: value for name, value in os.environ.items() if name not in ("OUT", "SEED", "MINUTES")}
+        around = {name: value for name, value in os.environ.items() if name not in OWN}
         return subprocess.run(command, env=around | given, capture_output=True, text=True)
 
     return run
@@ -102,9 +105,35 @@ def test_what_a_visit_does(gpu_all, tmp_path):
     assert all("--dry-run" in arguments for _, arguments in ran(gpu_all("--dry-run", "visit-4")))
 
 
+def test_a_shorter_visit_has_shorter_stages(gpu_all):
+    told = lambda visit, n: [
+        float(re.search(r"--minutes (\S+)", arguments)[1]) * 60 + 50
+        for _, arguments in ran(gpu_all(visit, VISIT_SECONDS=str(n)))
+        if "--minutes" in arguments
+    ]
+    assert told("visit-4", 570)[:2] == pytest.approx([120, 250], abs=1)
+    shares = told("visit-4", 420)
+    assert shares[:2] == pytest.approx([120 * 420 / 570, 250 * 420 / 570], abs=1)
+    assert 400 < shares[2] <= 412  # here the others took no time
+
+
+@pytest.mark.parametrize("lacks", ["NO_WHEELS", "NO_TRL"])
+def test_a_visit_that_measures_nothing_without_the_wheels_ends_at_once(gpu_all, tmp_path, lacks):
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels/trl-1.16.0-py3-none-any.whl").touch()
+    given = {"WHEELS": str(tmp_path / "wheels"), lacks: "1"}
+    for n in (2, 3, 4):
+        done = gpu_all(f"visit-{n}", **given)
+        assert done.returncode == 2 and not ran(done)
+        assert f"visit-{n} measures nothing without" in done.stdout
+        assert done.stdout == (tmp_path / f"out/visit-{n}.log").read_text()
+    assert [stage for stage, _ in ran(gpu_all("visit-1", **given))] == ["gate", "doctor", "head"]
+    assert ran(gpu_all("steps", **given))
+
+
 def test_a_visit_ends_by_its_own_clock(gpu_all, tmp_path):
     began = time.monotonic()
-    done = gpu_all("visit-3", fake=DEAF, seconds=16)
+    done = gpu_all("visit-3", fake=DEAF, VISIT_SECONDS="16")
     # TERM, and KILL by the sixteenth second; the rest is for a busy machine to begin and to end
     assert time.monotonic() - began < 22
     assert re.search(r"^steps +stopped after \d s", done.stdout, re.M), done.stdout
