@@ -251,10 +251,15 @@ def orders(*curves):
         (torch.float32, [([0.7, 0.69], [0.7, 0.69])], False),  # nothing was learned
         (torch.bfloat16, [([0.7, 0.61], [0.7, 0.60]), ([0.7, 0.56], [0.7, 0.55])], True),
         (torch.bfloat16, [([0.7, 0.67], [0.7, 0.60]), ([0.7, 0.62], [0.7, 0.55])], False),
-        (torch.bfloat16, [([0.7, 0.6], [0.7, 0.6])], False),  # of one order there is no spread
+        (torch.bfloat16, [([0.7, 0.6], [0.7, 0.6])], None),  # of one order there is no spread
+        (torch.bfloat16, [([0.7, 0.69], [0.7, 0.69])], False),  # but nothing was learned
     ],
 )
-def test_what_counts_as_learning_the_same(dtype, curves, same):
+def test_what_counts_as_learning_the_same(dtype, curves, same, monkeypatch, tmp_path):
     setting = parity.Setting(torch.nn.Linear(1, 1), None, dtype, 1e-4, 2)
     setting.model.device = torch.device("cpu")
-    assert parity.summarise(setting, orders(*curves))["same"] is same
+    result = parity.summarise(setting, orders(*curves))
+    assert result["same"] is same
+    run = result["seeds"]["0"] | {"weights_difference": 0.0}
+    monkeypatch.setattr(parity, "curves", lambda *_: None)
+    assert parity.write({"it": result | {"seeds": {"0": run}}}, tmp_path) == (same is False)

@@ -235,3 +235,20 @@ def test_parity_is_written_after_every_order(monkeypatch, tmp_path):
         gpu_parity.main()
     found = results.result_of_today("parity", tmp_path)["results"]["fp32"]
     assert list(found["seeds"]) == ["0", "1"] and found["no_time_for"] == ["2"]
+
+
+def test_parity_leaves_time_for_two_orders_in_bf16(monkeypatch, tmp_path):
+    until = []
+
+    def measure(setting, orders, end, keep):
+        until.append(end - time.monotonic())
+        return {"same": True}
+
+    monkeypatch.setattr(gpu_parity, "measure", measure)
+    monkeypatch.setattr(gpu_parity, "small_setting", lambda *_: None)
+    monkeypatch.setattr(gpu_parity, "demo_start", lambda folder: (None, None))
+    monkeypatch.setattr(gpu_parity, "build", lambda *_: None)
+    monkeypatch.setattr(gpu_parity, "write", lambda *_: 0)
+    monkeypatch.setattr("sys.argv", ["gpu_parity", "--out", str(tmp_path), "--minutes", "4"])
+    gpu_parity.main()
+    assert 40 < until[0] <= 61 and 220 < until[1] <= 240

@@ -262,6 +262,21 @@ def losses_of(contender, job):
     return recorder.losses
 
 
+def test_trls_stored_reference_is_the_models_own(tmp_path):
+    """Equal rows, another model, one process."""
+    trl_dpo = pytest.importorskip("benchmarks.peers.trl_dpo", reason="needs trl")
+    (tmp_path / "rows.json").write_text(json.dumps([random_rows([PairLengths(9, 5, 4)] * 2, 1000)]))
+
+    def key(model, **keys):
+        options = {"batch_size": 1, "best": True, "keys": keys}
+        job = trl_dpo.Job(model, str(tmp_path / "rows.json"), "cpu", 1e-3, tiny=True, options=options)
+        return trl_dpo.make_token_trainer(job, str(tmp_path / "trl")).train_dataset._fingerprint
+
+    first = key("Qwen2.5-0.5B")
+    assert first == key("Qwen2.5-0.5B")
+    assert first not in (key("Llama-3.2-1B"), key("Qwen2.5-0.5B", pure_bf16=True))
+
+
 @pytest.mark.parametrize("model", ["Qwen2.5-0.5B", "Llama-3.1-8B LoRA"])
 def test_all_contenders_have_the_same_losses(tmp_path, model):
     lengths = [PairLengths(*n) for n in ((9, 5, 4), (3, 2, 7), (20, 1, 3), (6, 6, 1))]

@@ -275,6 +275,54 @@ def test_a_short_field_is_written_as_it_goes(tmp_path, monkeypatch):
         assert name in names
 
 
+@pytest.mark.parametrize("gigabytes", [80, 141])
+def test_the_short_field_fits_the_card(monkeypatch, gigabytes):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = Namespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    names = lambda model: [c.name for c in gpu_steps.short_contenders(model, 32)]
+    whole = names("Qwen2.5-0.5B")
+    assert {"TRL 4 x 8", "TRL 8 x 4", "TRL 16 x 2", "TRL, lengths grouped 8 x 4"} <= set(whole)
+    assert len(whole) == 10 and "TRL default 8 x 4" in whole and "TRL + liger layers 8 x 4" in whole
+    if gigabytes == 141:
+        assert names("Qwen2.5-1.5B") == whole
+        return
+    sizes = {c.options.get("batch_size") for c in gpu_steps.short_contenders("Qwen2.5-1.5B", 32)[1:]}
+    families = {c.family for c in gpu_steps.short_contenders("Qwen2.5-1.5B", 32)}
+    assert sizes == {4, 2} and len(names("Qwen2.5-1.5B")) == 7
+    assert families == {None, "TRL", "TRL, lengths grouped", "TRL default", "plain HF"}
+    for model in ("Llama-3.2-1B", "Qwen3-1.7B", "Llama-3.1-8B LoRA"):
+        assert names(model) == names("Qwen2.5-1.5B")
+
+
+def test_a_race_done_again_does_not_end_poorer(tmp_path, monkeypatch):
+    args = Namespace(dry_run=False, short="Qwen2.5-1.5B", minutes=8.0, out=tmp_path)
+    monkeypatch.setattr(gpu_steps, "measured_ceilings", lambda small: {"gemm_tflops": 1.0})
+    monkeypatch.setattr(gpu_steps, "print_table", lambda *_: None)
+    summary = lambda *states: {"summary": {str(i): {"state": state} for i, state in enumerate(states)}}
+    found = lambda: results.result_of_today("steps", tmp_path)["results"]["Qwen2.5-1.5B"]["HH-RLHF"]
+    earlier = summary("measured", "measured", "time")
+    whole = {"Qwen2.5-1.5B": {"HH-RLHF": earlier, "UltraFeedback": summary("measured")}}
+    results.write_result("steps", {"results": whole}, tmp_path)
+
+    def again(first, last=None):
+        def measure(plan, field, ceiling, workers, keep):
+            keep(first)
+            assert found()["summary"] == earlier["summary"]
+            if last is None:
+                raise WorkerFailed("error", "it broke")
+            return last
+
+        monkeypatch.setattr(gpu_steps, "measure_steps", measure)
+        gpu_steps.run(args, None)
+        return found()["summary"]
+
+    assert again(summary("measured")) == earlier["summary"]
+    assert again(summary("measured"), summary("measured", "time")) == earlier["summary"]
+    better = summary("measured", "measured", "disagrees")
+    assert again(summary("measured"), better) == better["summary"]
+
+
 def test_a_result_is_whole_or_the_one_before(tmp_path, monkeypatch):
     results.write_result("steps", {"a": 1}, tmp_path)
     monkeypatch.setattr(results.Path, "replace", lambda *_: 1 / 0)  # killed before

@@ -210,8 +210,9 @@ def make_token_trainer(job: Job, folder: str) -> TokenTrainer:
         require_liger(job.device)
     attention = flash_attention() if job.options.get("flash") else None
     # To name its file of reference log-probs TRL copies all weights to the host and hashes them: minutes
-    # for large models, and no part of a step.
-    with mock.patch.object(trl.trainer.dpo_trainer, "hash_module", lambda _: "random weights"):
+    # for large models, and no part of a step. The name says what Job.build makes: other weights have another.
+    weights = f"random weights of {job.bench_model.name}, {job.dtype}, {sorted(job.keys.items())}"
+    with mock.patch.object(trl.trainer.dpo_trainer, "hash_module", lambda _: weights):
         trainer = TokenTrainer(
             job.build(attention),
             None if best or lora else job.build(),
