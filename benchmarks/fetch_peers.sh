@@ -8,7 +8,8 @@
 # for $CUDA (130 is CUDA 13.0, what torch 2.11.0+cu130 loads) are taken out of its wheel.
 # Not among them: quack-kernels, whose nvidia-cutlass-dsl is over 90 MB (PACKAGEs: quack-kernels einops
 # apache-tvm-ffi torch-c-dlpack-ext nvidia-cutlass-dsl nvidia-cutlass-dsl-libs-{core,base,cu13}), and pyarrow,
-# 50 MB. What cannot be had is told here, and is told as absent beside the numbers.
+# 50 MB. flash-attn has no wheel for every Python and torch: where it has none that is said here, and told as
+# absent beside the numbers. Anything else that cannot be had is an error. Wheels that lie in DIR are removed first.
 set -u
 DIR=${1:?usage: benchmarks/fetch_peers.sh DIR [PACKAGE...]}
 shift
@@ -16,17 +17,20 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 FOR_PYTHON=${FOR_PYTHON:-3.12}
 CUDA=${CUDA:-130}
-PACKAGES=(trl==1.16.0 datasets==5.2.0 "dill<0.4.2" "multiprocess<0.70.20" xxhash liger-kernel cut-cross-entropy flash-attn bitsandbytes "$@")
+PACKAGES=(trl==1.16.0 datasets==5.2.0 "dill<0.4.2" "multiprocess<0.70.20" xxhash)
+PACKAGES+=("liger-kernel>=0.8.5,<0.9" cut-cross-entropy==25.1.1 bitsandbytes==0.50.2 flash-attn "$@")
 PLATFORMS=()
 for version in 2_35 2_34 2_31 2_28 2_27 2_24 2_17 2014 1; do
     PLATFORMS+=(--platform "manylinux${version/#2_/_2_}_x86_64")
 done
 mkdir -p "$DIR"
-missing=()
+rm -f "$DIR"/*.whl
+missing=() # of what must not be
+flash=
 for package in "${PACKAGES[@]}"; do
     "$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
-        --python-version "$FOR_PYTHON" --implementation cp "${PLATFORMS[@]}" -d "$DIR" "$package" 2>/dev/null ||
-        missing+=("$package")
+        --python-version "$FOR_PYTHON" --implementation cp "${PLATFORMS[@]}" -d "$DIR" "$package" 2>/dev/null && continue
+    [ "$package" = flash-attn ] && flash=absent || missing+=("$package")
 done
 
 # writes a wheel again without the libraries for other devices, and without their lines in its RECORD
@@ -57,4 +61,8 @@ for wheel in filter(Path.exists, map(Path, wheels)):
     print(f"{wheel.name}: {len(out)} libraries for other devices taken out")
 END
 ls -sh "$DIR"
-[ ${#missing[@]} -eq 0 ] || echo "no wheel for Python $FOR_PYTHON on manylinux: ${missing[*]}"
+if [ ${#missing[@]} -gt 0 ]; then
+    echo "no wheel for Python $FOR_PYTHON on manylinux: ${missing[*]}" >&2
+    exit 1
+fi
+[ -z "$flash" ] || echo "no wheel of flash-attn for Python $FOR_PYTHON: told as absent beside the numbers"

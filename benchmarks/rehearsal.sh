@@ -31,7 +31,9 @@ environment() {
         FOR_PYTHON=$version PYTHON=$python benchmarks/fetch_peers.sh "$REHEARSAL/wheels" &&
         "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile \
             --target "$REHEARSAL/site" "$REHEARSAL"/wheels/*.whl &&
-        cat "${made_of[@]}" >"$REHEARSAL/made_of"
+        cat "${made_of[@]}" >"$REHEARSAL/made_of" && return
+    rm -rf "$REHEARSAL" # half of one
+    return 1
 }
 
 tests() {

@@ -75,6 +75,17 @@ def test_readme_tree_names_what_is_there():
     assert not missing
 
 
+def test_what_make_is_said_to_make_it_makes():
+    """A target that is only .PHONY is "nothing to be done" for make, with status 0."""
+    makefile = (ROOT / "Makefile").read_text()
+    phony = set(re.search(r"(?m)^\.PHONY:(.*)$", makefile)[1].split())
+    named = phony & set(re.findall(r"\bmake ([a-z][\w-]*)", (ROOT / "README.md").read_text()))
+    assert {"demo", "test", "bench", "gpu-rehearsal"} <= named
+    for target in phony:
+        rule = re.search(rf"(?m)^{target}:(.*)\n(\t.+)?", makefile)
+        assert rule and (rule[1].strip() or rule[2]), f"make {target} does nothing"
+
+
 def test_public_names_load_when_asked_for():
     script = "import sys, fastdpo.cli; fastdpo.cli.main(['--help']); assert 'torch' not in sys.modules; "
     script += "import fastdpo; [getattr(fastdpo, name) for name in fastdpo.__all__]"

@@ -21,12 +21,13 @@ case "$*" in
 "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 "-m pip download "*)
     asked="${{@: -1}}"
-    cp "$SHELF/${{asked%%[=<]*}}"-*.whl "${{@: -2:1}}" ;;
+    cp "$SHELF/${{asked%%[=<>]*}}"-*.whl "${{@: -2:1}}" ;;
 "-m pip "*) echo "pip ${{*:3}}" ;;
 "-m "*) echo "ran $* with $PYTHONPATH"; [[ "$*" != *"$FAILS"* ]] ;;
 *) exec {sys.executable} "$@" ;;
 esac
 """
+OTHERS = ["trl", "datasets", "dill", "multiprocess", "xxhash", "liger-kernel", "cut-cross-entropy"]
 LIBRARIES = ["cpu", "cuda118", "cuda130", "cuda132", "rocm713", "xpu2025"]
 
 
@@ -57,14 +58,16 @@ def shelf(tmp_path):
         for name, content in files.items():
             wheel.writestr(name, content)
         wheel.writestr(f"{info}/RECORD", record + f"{info}/RECORD,,\n")
+    for name in OTHERS:
+        (tmp_path / "shelf" / f"{name}-9.9-py3-none-any.whl").touch()
 
 
 def test_bitsandbytes_is_carried_with_one_library(tmp_path, shelf):
     done = run("fetch_peers.sh", tmp_path, tmp_path / "wheels", FOR_PYTHON="3.11")
     assert done.returncode == 0, done.stderr
     assert "4 libraries for other devices taken out" in done.stdout
-    assert "no wheel for Python 3.11" in done.stdout and "flash-attn" in done.stdout
-    (path,) = (tmp_path / "wheels").iterdir()
+    assert done.stdout.splitlines()[-1].startswith("no wheel of flash-attn for Python 3.11")
+    (path,) = (tmp_path / "wheels").glob("bitsandbytes-*")
     with zipfile.ZipFile(path) as wheel:
         names = set(wheel.namelist())
         record = list(csv.reader(io.StringIO(wheel.read("bitsandbytes-9.9.dist-info/RECORD").decode())))
@@ -83,8 +86,29 @@ def test_bitsandbytes_is_carried_with_one_library(tmp_path, shelf):
 def test_a_library_that_is_not_in_the_wheel_is_an_error(tmp_path, shelf):
     done = run("fetch_peers.sh", tmp_path, tmp_path / "wheels", CUDA="150")
     assert done.returncode == 1 and "no library for CUDA=150" in done.stderr and "cuda132" in done.stderr
-    (path,) = (tmp_path / "wheels").iterdir()
-    assert path.stat().st_size == next((tmp_path / "shelf").iterdir()).stat().st_size
+    (path,) = (tmp_path / "wheels").glob("bitsandbytes-*")
+    assert path.stat().st_size == (tmp_path / "shelf" / path.name).stat().st_size
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes", *OTHERS])
+def test_what_cannot_be_fetched_is_red(tmp_path, shelf, name):
+    """flash-attn may be absent. The rehearsal makes its environment anew then, and keeps no half of one."""
+    (tmp_path / "shelf" / f"{name}-9.9-py3-none-any.whl").unlink()
+    done = run("fetch_peers.sh", tmp_path, tmp_path / "wheels")
+    assert done.returncode == 1 and f"no wheel for Python 3.12 on manylinux: {name}" in done.stderr
+    done = rehearse(tmp_path)
+    assert done.returncode == 1 and done.stdout.splitlines()[-1] == "red: environment"
+    assert not (tmp_path / "environment").exists()
+
+
+def test_old_wheels_do_not_stay(tmp_path, shelf):
+    (tmp_path / "wheels").mkdir()
+    for name in ("trl-0.1-py3-none-any.whl", "notes.txt"):
+        (tmp_path / "wheels" / name).touch()
+    assert run("fetch_peers.sh", tmp_path, tmp_path / "wheels").returncode == 0
+    found = {path.name for path in (tmp_path / "wheels").iterdir()}
+    names = {f"{name}-9.9-py3-none-any.whl" for name in ("bitsandbytes", *OTHERS)}
+    assert found == names | {"notes.txt"}
 
 
 def rehearse(tmp_path, **environment):
