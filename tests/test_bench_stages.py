@@ -178,6 +178,8 @@ def test_what_waits_for_a_gpu_names_what_is_there():
     files = {path.name: path.read_text() for path in (process.ROOT / "tests").rglob("*.py")}
     for name in re.findall(r"`(?:tests/(?:kernels/)?)?(test_\w+)(?:\.py|\*)?", text):
         assert f"{name}.py" in files or any(f"def {name}" in source for source in files.values()), name
+    by_hand = text.partition("## By hand")[2]  # there is no fastdpo, pytest or python on that machine's path
+    assert re.findall(r"`(?:fastdpo|pytest|python) .*?`", by_hand) == []
     for module in re.findall(r"-m (benchmarks(?:\.\w+)+)", text):
         assert (process.ROOT / f"{module.replace('.', '/')}.py").exists(), module
 
