@@ -1,5 +1,6 @@
 """The gate is green on the code as it is, and names what was broken on purpose."""
 
+import os
 import time
 from pathlib import Path
 
@@ -167,6 +168,7 @@ def test_gpu_gate_runs_every_gpu_test():
     names = {path.rsplit("/", 1)[1] for path in gpu_gate.gpu_tests()}
     assert {"test_gpu.py", "test_gpu_head.py", "test_linear_dpo.py"} <= names
     assert "test_trl_parity.py" not in names
+    assert 1 <= int(gpu_gate.TOGETHER[1]) <= os.cpu_count()
 
 
 def test_gpu_gate_is_red_where_a_test_or_the_check_is(monkeypatch, tmp_path, capsys):
