@@ -71,7 +71,8 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def try_all(children: Children, ladders: tuple[Ladder, ...], console: Console) -> show.Outcomes:
-    """Every rung of every ladder, and the rest, each told at once: a limit from outside may come first."""
+    """Every rung of every ladder, and the rest. In a log each is told at once: a limit from outside may come
+    first; a terminal has a bar, and the table at the end."""
     device = children.device
     trials = [(ladder.name, rung, ladder.check) for ladder in ladders for rung in ladder.rungs]
     trials += [(name, "", check) for name, check in OTHERS]
@@ -82,7 +83,8 @@ def try_all(children: Children, ladders: tuple[Ladder, ...], console: Console) -
             progress.update(bar, info=f"{name} {rung}")
             arguments = {"device": device} | ({"rung": rung} if rung else {})
             outcomes[name, rung] = try_check(children, check, arguments)
-            console.print(Text(show.outcome_line(name, rung, outcomes[name, rung])), highlight=False)
+            if not console.is_terminal:
+                console.print(Text(show.outcome_line(name, rung, outcomes[name, rung])), highlight=False)
             progress.advance(bar)
         progress.update(bar, info="")
     return outcomes
