@@ -169,6 +169,8 @@ def faults(row, capability, name):
     out = [f"{key} {row[key]}" for key in ("stack", "local", "spills") if row[key]]
     if row["shared"] > SHARED_BYTES[capability]:
         out.append(f"shared {row['shared']} of {SHARED_BYTES[capability]}")
+    if row["registers"] * 32 * row["warps"] > launch.REGISTERS:
+        out.append(f"registers {row['registers']} of each of {32 * row['warps']} threads")
     if name in WHOLE_PASSES and row["matrix"] != MATRIX[capability]:
         out.append(f"matrix {row['matrix']}")
     if name in WHOLE_PASSES and capability == ASYNCHRONOUS:

@@ -14,6 +14,7 @@ from . import triton_rows as rows
 from .triton_tile import head_tiles
 
 SLOTS = 6  # of partial results, numbered in triton_tile.py; the first three settle rows out of range
+REGISTERS = 65536  # of a multiprocessor, on every chip that Triton knows; a thread has 255 at most
 MERGED = 16  # tiles whose sums are merged at a time
 LANES = 1024  # columns of a chunk of logits that a program of the row kernels takes at a time
 
@@ -107,7 +108,8 @@ def tile_pass(tile, head, x, target, span, state, *, out=None, partial=None, sum
     )
     # One program a multiprocessor: registers that the compiler saves for a second one, at the price of
     # spills, are of no use.
-    return Launch(head_tiles, arguments, constants, programs, tile.warps, tile.stages, registers=255)
+    most = min(255, REGISTERS // (32 * tile.warps))
+    return Launch(head_tiles, arguments, constants, programs, tile.warps, tile.stages, registers=most)
 
 
 def start_rows(head, x, target, state):

@@ -33,6 +33,19 @@ for capability, names, changes in json.loads(sys.argv[1]):
 print(json.dumps(out))
 """
 
+WARPS = """
+import json
+from dataclasses import replace
+import torch
+from benchmarks import aot
+from fastdpo_kernels import tiles
+
+tile = tiles.TILES[(9, 0), torch.bfloat16]._replace(warps=16)
+spec = aot.launches(tile, torch.bfloat16)["sums only"]
+specs = (spec, replace(spec, registers=255))
+print(json.dumps([aot.faults(aot.resources(s, (9, 0)), (9, 0), "sums only") for s in specs]))
+"""
+
 ONE_GEMM = """
 import json
 from benchmarks import aot
@@ -73,6 +86,13 @@ def test_a_tile_too_large_is_a_fault():
     (shared,), (spilled,) = answer(SCRIPT, questions)
     assert any("shared" in fault for fault in shared)
     assert any("stack" in fault for fault in spilled)
+
+
+def test_a_program_has_no_more_registers_than_there_are():
+    """Of 16 warps with 255 registers each the compiler has no complaint, and the launch fails."""
+    ours, too_many = answer(WARPS)
+    assert not any("registers" in fault for fault in ours)
+    assert any("registers" in fault for fault in too_many)
 
 
 def test_serialised_products_are_a_fault():
