@@ -13,7 +13,6 @@ whoever made it.
 
 import argparse
 import gc
-import importlib.metadata
 import os
 import statistics
 import sys
@@ -30,6 +29,7 @@ from benchmarks.head_table import draw, print_table
 from benchmarks.peers import head_others, head_ours
 from benchmarks.process import gpu_unusable
 from benchmarks.results import RESULTS, result_of_today, write_result
+from fastdpo.doctor import machine
 
 SHAPES = (
     Shape(8192, 4096, 128256, 256),
@@ -221,12 +221,7 @@ def anew(minutes: float) -> None:
 
 def write(out: Path, results: dict, left: list[str], dtype: str, unfit: dict[str, str]) -> Path:
     """The JSON: every single time, and what it was measured on. unfit: who made the GPU unusable."""
-    found = {}
-    for name in head_others.DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
+    found = machine.versions(head_others.DISTRIBUTIONS)
     record = {"dtype": dtype, "memory_budget": MEMORY_BUDGET, "no_time_for": left, "unfit": unfit}
     return write_result("head", record | {"peers": found, "results": results}, out)
 

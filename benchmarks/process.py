@@ -1,6 +1,5 @@
 """What a benchmark says of its own process and machine."""
 
-import importlib.metadata
 import os
 import platform
 import re
@@ -54,17 +53,6 @@ def gpu_unusable() -> bool:
     return False
 
 
-def versions() -> dict:
-    """Installed versions of what matters to a number; None where a package is absent."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def commit() -> dict:
     """The commit this tree is of, and whether files differ from it. A copy without .git is told by
     BENCH_COMMIT, else unknown: None."""
@@ -83,11 +71,12 @@ def _git(*args: str) -> str:
 
 def provenance() -> dict:
     """Versions, git commit, processor and GPU: what a result must carry to mean anything."""
-    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    from fastdpo.doctor import machine  # here: every peer's process imports this file
+
     return commit() | {
-        "versions": versions(),
+        "versions": machine.versions(PACKAGES),
         "python": platform.python_version(),
-        "cpu": cpu[1] if cpu else platform.processor(),
+        "cpu": machine.processor(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

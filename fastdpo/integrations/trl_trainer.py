@@ -47,9 +47,9 @@ class FastDPOTrainer(trl.DPOTrainer):
             if config is None:
                 raise ConfigError("args: FastDPOTrainer needs a DPOConfig (or reference_cache=None)")
             config.precompute_ref_log_probs = True
-        state = PartialState()
-        with state.main_process_first():  # the others read what the first one keeps
-            if not getattr(config, "use_cpu", False):
+        if not getattr(config, "use_cpu", False):
+            state = PartialState()
+            with state.main_process_first():  # the others read what the first one keeps
                 settle_backends(Console(stderr=True, quiet=not state.is_main_process))
         with self._making(), self._no_hash():
             super().__init__(*args, **kwargs)
