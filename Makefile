@@ -25,12 +25,12 @@ lint: venv
 
 # the gate first: what is red is not timed
 bench-cpu: venv
-	$(BIN)/python -m benchmarks.gate --out benchmarks/results
-	$(BIN)/python -m benchmarks.small_pieces
-	$(BIN)/python -m benchmarks.bench_cpu --minutes 5.6
-	$(BIN)/python -m benchmarks.parity
-	$(BIN)/python -m benchmarks.bench_cache --forward-pairs 40
-	$(BIN)/python -m benchmarks.growth --small
+	$(BIN)/python -m benchmarks.gate.run --out benchmarks/results
+	$(BIN)/python -m benchmarks.cpu.small_pieces
+	$(BIN)/python -m benchmarks.cpu.steps --minutes 5.6
+	$(BIN)/python -m benchmarks.learning.parity
+	$(BIN)/python -m benchmarks.growth.cache --forward-pairs 40
+	$(BIN)/python -m benchmarks.growth.run --small
 	$(BIN)/python -m benchmarks.tables
 
 bench: venv
@@ -40,14 +40,14 @@ TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 
 # what each kernel needs on each chip, under each triton whose table is committed (3 minutes a version)
 aot: venv $(TRITONS:%=.venv/triton-%)
-	for version in $(TRITONS); do PYTHONPATH=.venv/triton-$$version $(BIN)/python -m benchmarks.aot || exit 1; done
+	for version in $(TRITONS); do PYTHONPATH=.venv/triton-$$version $(BIN)/python -m benchmarks.head.aot || exit 1; done
 
 .venv/triton-%: | venv
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$* || { rm -rf $@; exit 1; }
 
 # the GPU machine's versions without its GPU: every test, every kernel compiled, every stage on tiny shapes
 gpu-rehearsal:
-	PYTHON=$(PYTHON) bash benchmarks/rehearsal.sh
+	PYTHON=$(PYTHON) bash benchmarks/gpu/rehearsal.sh
 
 clean:
 	rm -rf .venv .venv-rehearsal

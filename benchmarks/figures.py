@@ -20,7 +20,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-    from fastdpo.plots import COLOURS, short
+    from fastdpo.report.plots import COLOURS, short
 except ModuleNotFoundError:  # numbers do not wait for plots
     Axes = Figure = rc_context = None
 

@@ -143,7 +143,7 @@ for line in "${plan[@]}"; do
         continue
     fi
     # shellcheck disable=SC2086
-    run "$seconds" "$PYTHON" -m "benchmarks.gpu_$stage" --minutes "$minutes" "${dry[@]}" --out "$OUT" $options
+    run "$seconds" "$PYTHON" -m "benchmarks.gpu.$stage" --minutes "$minutes" "${dry[@]}" --out "$OUT" $options
 done
 echo
 printf '%s\n' "${summary[@]}"

@@ -1,6 +1,6 @@
 """The models that are measured: real configurations with random weights.
 
-The sizes are those of the public config.json files; `tests/test_bench_models.py` holds each one against
+The sizes are those of the public config.json files; `tests/benchmarks/test_models.py` holds each one against
 its published number of parameters. Speed and memory do not depend on what the weights are.
 """
 
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from fastdpo.model import switch_off_dropout
-from fastdpo.quantised import quantised_linears
+from fastdpo.model.policy import switch_off_dropout
+from fastdpo.model.quantised import quantised_linears
 
 SEED = 0
 

@@ -7,18 +7,18 @@ What a trainer author needs is importable from here; each name is loaded when fi
 import importlib
 
 _HOME = {
-    "Config": "config",
+    "Config": "config.keys",
     "FastDPOError": "errors",
-    "Limits": "groups",
-    "Policy": "model",
+    "Limits": "data.groups",
+    "Policy": "model.policy",
     "PreferenceGroup": "records",
     "ResponseLogps": "records",
-    "load_groups": "groups",
-    "pack": "packing",
-    "prepare": "support",
-    "split_step": "packing",
-    "to_group": "groups",
-    "train": "trainer",
+    "load_groups": "data.groups",
+    "pack": "data.packing",
+    "prepare": "model.support",
+    "split_step": "data.packing",
+    "to_group": "data.groups",
+    "train": "training.trainer",
 }
 __all__ = list(_HOME)
 

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _config(command: str, argv: list[str]):
-    from fastdpo.config_io import help_text, load_config
+    from fastdpo.config.reading import help_text, load_config
 
     if "-h" in argv or "--help" in argv:
         print(help_text(command))
@@ -63,7 +63,7 @@ def _config(command: str, argv: list[str]):
 def _train(argv):
     config = _config("train", argv)
     if config is not None:
-        from fastdpo.trainer import train
+        from fastdpo.training.trainer import train
 
         train(config)
 
@@ -71,7 +71,7 @@ def _train(argv):
 def _ref(argv):
     config = _config("ref", argv)
     if config is not None:
-        from fastdpo.trainer import fill_reference
+        from fastdpo.training.trainer import fill_reference
 
         fill_reference(config)
 
@@ -81,9 +81,9 @@ def _data(argv):
     if config is not None:
         from rich.console import Console
 
-        from fastdpo.groups import Limits, load_groups
-        from fastdpo.model import load_tokenizer
-        from fastdpo.show_data import show
+        from fastdpo.data.groups import Limits, load_groups
+        from fastdpo.data.show import show
+        from fastdpo.model.policy import load_tokenizer
 
         console = Console()
         tokenizer = load_tokenizer(config)
@@ -112,7 +112,7 @@ def _merge(argv):
     usage += "  (default: RUN_OR_ADAPTER_FOLDER-merged, in the base's dtype)"
     source, options = _folder_and_options(argv, usage, ("output", "dtype"))
     if source is not None:
-        from fastdpo.merge import merge
+        from fastdpo.publish.merge import merge
 
         merge(source, **options)
 
@@ -123,8 +123,8 @@ def _push(argv):
     if source is not None:
         from rich.console import Console
 
-        from fastdpo.hub import check_hub, push
-        from fastdpo.model_card import model_folder
+        from fastdpo.publish.hub import check_hub, push
+        from fastdpo.publish.model_card import model_folder
 
         if "to" not in options:
             raise ConfigError(usage)
@@ -163,8 +163,8 @@ def _convert(argv):
         raise ConfigError(usage)
     from pathlib import Path
 
-    from fastdpo.config_io import read_yaml
-    from fastdpo.habits import converted
+    from fastdpo.config.reading import read_yaml
+    from fastdpo.convert.convert import converted
 
     text = converted(read_yaml(Path(argv[0])))
     if len(argv) == 1:

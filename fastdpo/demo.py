@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastdpo.config import Config
+from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError, Stopped
-from fastdpo.trainer import train
+from fastdpo.training.trainer import train
 
 DISHES = {
     "pancakes": ("flour", "milk", "eggs"),

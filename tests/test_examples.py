@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from fastdpo.cli import main
-from fastdpo.config_io import load_config
-from fastdpo.trainer import train
+from fastdpo.config.reading import load_config
+from fastdpo.training.trainer import train
 from tests import tiny
-from tests.test_trainer import QUIET
+from tests.training.test_trainer import QUIET
 
 EXAMPLES = ("full_500m_8gb", "full_1b_16gb", "qlora_8b_16gb", "lora_8b_24gb", "full_8b_24gb")
 pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'fastdpo[quant]'")

@@ -6,10 +6,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastdpo import attention, support, trainer
-from fastdpo.packing import pack
-from tests.test_trainer import Run
+from fastdpo.data.packing import pack
+from fastdpo.model import attention, support
+from fastdpo.training import trainer
 from tests.tiny import group, groups, policy
+from tests.training.test_trainer import Run
 
 pytestmark = pytest.mark.gpu
 needs_datasets = pytest.mark.skipif(

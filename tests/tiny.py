@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from fastdpo.model import Policy, switch_off_dropout
+from fastdpo.model.policy import Policy, switch_off_dropout
 from fastdpo.records import Pair, PreferenceGroup, Response
 
 VOCAB = 131

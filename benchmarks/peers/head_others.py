@@ -1,4 +1,4 @@
-"""The other heads, as contenders of `benchmarks.head`: {name: maker of run(inputs) -> (loss, logp)}.
+"""The other heads, as contenders of `benchmarks.head.run`: {name: maker of run(inputs) -> (loss, logp)}.
 
 A maker imports its package and raises where it is absent or cannot do the shape; the reason goes into
 the table. All get the same scored rows. Two serve the mean cross-entropy only: the same GEMMs, no
@@ -7,7 +7,7 @@ preference loss, no log-probs.
 
 import torch
 
-from benchmarks.head_inputs import BETA, Inputs
+from benchmarks.head.inputs import BETA, Inputs
 
 
 class CannotRunError(Exception):

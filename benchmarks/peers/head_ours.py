@@ -1,8 +1,8 @@
-"""fastdpo's ways through the head, as contenders of `benchmarks.head`."""
+"""fastdpo's ways through the head, as contenders of `benchmarks.head.run`."""
 
 from fastdpo_kernels import MEMORY_BUDGET, backend, linear_dpo, linear_logp, plan
 
-from benchmarks.head_inputs import BETA, Inputs
+from benchmarks.head.inputs import BETA, Inputs
 
 
 def _sizes(inputs: Inputs) -> tuple[int, int, int]:

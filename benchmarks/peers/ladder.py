@@ -20,9 +20,9 @@ from torch import Tensor
 from benchmarks.peers.jobs import BETA, CLIP, Job
 from benchmarks.peers.ours import ENDLESS, prepare
 from benchmarks.peers.session import Session, serve
-from fastdpo.model import Policy
-from fastdpo.optimizers import make_optimizer
-from fastdpo.packing import pack, split_step
+from fastdpo.data.packing import pack, split_step
+from fastdpo.model.policy import Policy
+from fastdpo.optim.optimizers import make_optimizer
 from fastdpo.records import PackedGroups, PreferenceGroup, Response, ResponseLogps
 
 Groups = list[PreferenceGroup]

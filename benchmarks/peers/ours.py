@@ -1,4 +1,4 @@
-"""fastdpo's own training step, as a worker: fastdpo.stage.Stage on shared prompts with a stored reference.
+"""fastdpo's own training step, as a worker: its Stage on shared prompts with a stored reference.
 
 Options: max_tokens; keys (config keys over those that all contenders share); liger (liger-kernel's layers
 under it); compile (a torch.compile backend for the decoder layers).
@@ -16,18 +16,18 @@ from rich.console import Console
 from benchmarks.inputs import groups_of
 from benchmarks.peers.jobs import BETA, CLIP, Job, apply_liger, same_lora
 from benchmarks.peers.session import Absent, Session, serve
-from fastdpo import adapters, support
-from fastdpo.activations import set_up_activations
-from fastdpo.config import Config
+from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError
-from fastdpo.key_types import as_bytes
-from fastdpo.model import Policy
-from fastdpo.optim_library import check_library
-from fastdpo.optimizers import make_optimizer
-from fastdpo.quantised import set_up_4bit
+from fastdpo.model import adapters, support
+from fastdpo.model.activations import set_up_activations
+from fastdpo.model.policy import Policy
+from fastdpo.model.quantised import set_up_4bit
+from fastdpo.optim.library import check_library
+from fastdpo.optim.optimizers import make_optimizer
 from fastdpo.records import PreferenceGroup
-from fastdpo.ref_fill import load_reference
-from fastdpo.stage import Progress, Stage
+from fastdpo.reference.fill import load_reference
+from fastdpo.training.stage import Progress, Stage
+from fastdpo.values import as_bytes
 
 ENDLESS = 1_000_000  # steps: the parent says when to stop
 QUIET = Console(quiet=True)

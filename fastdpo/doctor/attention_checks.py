@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fastdpo import attention
+from fastdpo.data.packing import pack
 from fastdpo.doctor import machine
 from fastdpo.doctor.measuring import Measured, NotHere, beside, short
-from fastdpo.packing import pack
+from fastdpo.model import attention
 from fastdpo.records import PreferenceGroup, PrefixLayout, Response
 
 # (prompt, responses) in tokens: segments of no and of one query, keys by the block, prompts beyond a window

@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from fastdpo.console.progress import make_progress
 from fastdpo.doctor import machine, show
 from fastdpo.doctor.ladder import Ladder, choose, kept, ladders_of
 from fastdpo.doctor.trials import Children, NotStarted, Outcome, try_check
 from fastdpo.doctor.verdict import Choice, verdict_path
 from fastdpo.errors import ConfigError, ModelError
-from fastdpo.progress import make_progress
 
 USAGE = """usage: fastdpo doctor
 

@@ -148,7 +148,7 @@ def leave_out(rungs: Collection[str]) -> None:
     """No head and no attention of this process runs by these, nor by what was avoided before."""
     if not rungs:
         return
-    from fastdpo import attention
+    from fastdpo.model import attention
 
     for family, ways in ((tiles, HEAD_RUNGS), (attention, ATTENTION_RUNGS)):
         family.avoid(*(rung for rung in ways if rung in rungs or family.avoids(rung)))

@@ -15,7 +15,7 @@ import torch
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "flash-attn", "liger-kernel", "trl")
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 _DOCTOR = Path(__file__).parent
-_SOURCES = (Path(fastdpo_kernels.__file__).parent, _DOCTOR, _DOCTOR.parent / "attention.py")
+_SOURCES = (Path(fastdpo_kernels.__file__).parent, _DOCTOR, _DOCTOR.parent / "model" / "attention.py")
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str | None]:

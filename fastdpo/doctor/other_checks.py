@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastdpo.doctor.measuring import Measured, NotHere, beside, short
-from fastdpo.offloading import MIN_BYTES, Moves
+from fastdpo.model.offloading import MIN_BYTES, Moves
 
 # ||w - NF4 of w|| / ||w||: 0.091 on normal weights in blocks of 64. Another table of values, or scales of
 # other blocks, give more than twice that.

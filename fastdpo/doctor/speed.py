@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from fastdpo_kernels import backend, linear_logp, plan
 
-from fastdpo import attention
 from fastdpo.doctor.attention_checks import Case, inputs, layout_of
 from fastdpo.doctor.ladder import leave_out
+from fastdpo.model import attention
 
 M, D, V = 4096, 2048, 32768  # about 1 GB with all gradients: small cards have it
 SHAPES = ((1024, (256, 256, 256, 256)),) * 4  # prompts and responses, 8176 tokens

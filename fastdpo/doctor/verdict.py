@@ -5,8 +5,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastdpo import durable
-from fastdpo.cache_file import cache_path
+from fastdpo.files import durable
+from fastdpo.reference.cache_file import cache_path
 
 
 @dataclass(frozen=True)

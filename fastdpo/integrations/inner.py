@@ -1,4 +1,4 @@
-"""The start check of fastdpo.support on a model that another trainer has wrapped already."""
+"""The start check of fastdpo.model.support on a model that another trainer has wrapped already."""
 
 import contextlib
 import io
@@ -9,11 +9,11 @@ import torch
 from fastdpo_kernels import MEMORY_BUDGET
 from rich.console import Console
 
-from fastdpo.attention import stock_attention
 from fastdpo.integrations.trl_attention import Sealed, random_module
-from fastdpo.model import Head, Policy, logit_transform
+from fastdpo.model.attention import stock_attention
+from fastdpo.model.policy import Head, Policy, logit_transform
+from fastdpo.model.support import prepare
 from fastdpo.records import PreferenceGroup, Response
-from fastdpo.support import prepare
 
 _SHORT = 96  # tokens of a prompt's end, and of a response
 

@@ -20,7 +20,7 @@ from fastdpo.integrations.head import one_dtype
 from fastdpo.integrations.inner import can_share
 from fastdpo.integrations.trl_attention import Sealed, switch_attention
 from fastdpo.integrations.trl_rows import IGNORED, PackedRows, pack_rows
-from fastdpo.model import Head, logit_transform
+from fastdpo.model.policy import Head, logit_transform
 
 _LOG = logging.getLogger("fastdpo")
 _UNDERSTOOD = {"input_ids", "attention_mask", "use_cache", "return_dict"}

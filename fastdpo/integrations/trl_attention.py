@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import AttentionInterface
 
-from fastdpo.attention import prefix_attention
+from fastdpo.model.attention import prefix_attention
 from fastdpo.records import PrefixLayout
 
 NAME = "fastdpo_prefix_trl"

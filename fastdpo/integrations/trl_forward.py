@@ -17,7 +17,7 @@ from fastdpo.integrations.head import token_logp
 from fastdpo.integrations.inner import can_share
 from fastdpo.integrations.trl_attention import Sealed, switch_attention
 from fastdpo.integrations.trl_rows import IGNORED, PackedRows, pack_rows
-from fastdpo.model import logit_transform
+from fastdpo.model.policy import logit_transform
 
 STOCK_ADD = getattr(trl_utils, "add_fused_lm_head", None)  # TRL before 1.15: see trl_older.py
 STOCK_KERNEL = trl_utils._ChunkedLogProbFunction

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdpo.packing import pack
+from fastdpo.data.packing import pack
 from fastdpo.records import Movable, PackedGroups, PreferenceGroup, Response
 
 IGNORED = -100

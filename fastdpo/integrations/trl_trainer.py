@@ -14,14 +14,14 @@ from torch.utils.data import RandomSampler, Sampler
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from fastdpo.cache_file import cache_path
 from fastdpo.doctor import settle_backends
 from fastdpo.errors import ConfigError
 from fastdpo.integrations.trl import making_a_trainer
-from fastdpo.model import Policy
+from fastdpo.model.policy import Policy
+from fastdpo.model.support import prepare
 from fastdpo.records import Pair, PreferenceGroup, Response
-from fastdpo.ref_fill import ReferenceTable, load_reference
-from fastdpo.support import prepare
+from fastdpo.reference.cache_file import cache_path
+from fastdpo.reference.fill import ReferenceTable, load_reference
 
 _COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdpo.config import Config
+from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError
 from fastdpo.objectives import options as given_options
 from fastdpo.objectives.batch import bco_remember, drdpo

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastdpo.errors import ConfigError
-from fastdpo.key_types import nearest
 from fastdpo.objectives.catalogue import BASES, MIXTURES, NAMES
+from fastdpo.values import nearest
 
 _SHARE = (lambda x: 0 <= x <= 1, "in [0, 1]")
 _ABOVE = (lambda x: x > 0, "above 0")

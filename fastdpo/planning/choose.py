@@ -5,14 +5,14 @@ from dataclasses import replace
 import torch
 from rich.console import Console
 
-from fastdpo.config import Config
+from fastdpo.config.keys import Config
+from fastdpo.console.formatting import gigabytes
 from fastdpo.errors import ConfigError
-from fastdpo.formatting import gigabytes
-from fastdpo.key_types import as_bytes
 from fastdpo.planning import show
 from fastdpo.planning.microbatch import selected
 from fastdpo.planning.search import CHOSEN, SURE, Option, Planner, at_default
 from fastdpo.planning.target import Target
+from fastdpo.values import as_bytes
 
 
 def choose(config: Config, model_config, groups, console: Console, target: Target | None = None) -> Config:

@@ -2,11 +2,11 @@
 
 from rich.console import Console
 
-from fastdpo.config import Config
-from fastdpo.config_io import help_text, load_config
+from fastdpo.config.keys import Config
+from fastdpo.config.reading import help_text, load_config
 from fastdpo.errors import ConfigError, DataError, ModelError
-from fastdpo.model import load_model_config
-from fastdpo.optimizers import check_schedule
+from fastdpo.model.policy import load_model_config
+from fastdpo.optim.optimizers import check_schedule
 from fastdpo.planning import show
 from fastdpo.planning.choose import budget_of
 from fastdpo.planning.microbatch import assumed_groups, selected, step_loads
@@ -108,8 +108,8 @@ def _target(argv: list[str]) -> tuple[list[str], Target]:
 
 def _groups(config: Config, console: Console):
     """The training rows, or None, said aloud, where they or the tokenizer cannot be read."""
-    from fastdpo.model import load_tokenizer
-    from fastdpo.trainer import load_data  # it plans, too
+    from fastdpo.model.policy import load_tokenizer
+    from fastdpo.training.trainer import load_data  # it plans, too
 
     try:
         return load_data(config, load_tokenizer(config), console)[0]

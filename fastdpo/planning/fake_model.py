@@ -8,16 +8,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from fastdpo.activations import set_up_activations
-from fastdpo.adapters import add_lora, find_start, steady_dora
-from fastdpo.config import Config
-from fastdpo.key_types import as_bytes
-from fastdpo.model import Policy, switch_off_dropout
+from fastdpo.config.keys import Config
+from fastdpo.model.activations import set_up_activations
+from fastdpo.model.adapters import add_lora, find_start, steady_dora
+from fastdpo.model.policy import Policy, switch_off_dropout
+from fastdpo.model.quantised import quantised_linears
+from fastdpo.model.support import sharing_refusal
 from fastdpo.planning import stand_ins
 from fastdpo.planning.allocations import Tracker
 from fastdpo.planning.target import Target
-from fastdpo.quantised import quantised_linears
-from fastdpo.support import sharing_refusal
+from fastdpo.values import as_bytes
 
 
 class FakePolicy(Policy):

@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from fastdpo.config import Config
+from fastdpo.config.keys import Config
+from fastdpo.data.packing import places, split_step
+from fastdpo.data.pairs import BY_GAP, select_pairs
+from fastdpo.model.support import sharing_refusal
 from fastdpo.objectives import make_objective
-from fastdpo.packing import places, split_step
-from fastdpo.pairs import BY_GAP, select_pairs
 from fastdpo.planning.fake_model import head_policy
 from fastdpo.planning.simulate import Load
 from fastdpo.planning.target import Target
 from fastdpo.records import Pair, PreferenceGroup, Response
-from fastdpo.stage import step_groups, total_steps
-from fastdpo.support import sharing_refusal
+from fastdpo.training.stage import step_groups, total_steps
 
 
 def step_loads(config: Config, model_config, groups: Sequence[PreferenceGroup], target: Target) -> list[Load]:

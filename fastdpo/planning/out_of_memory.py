@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from fastdpo.config import Config
+from fastdpo.config.keys import Config
+from fastdpo.console.formatting import gigabytes
 from fastdpo.errors import ConfigError
-from fastdpo.formatting import gigabytes
 from fastdpo.planning import show
 from fastdpo.planning.allocations import ATTENTION, BATCH, HEAD, LAYER, OWNERS, SAVED
 from fastdpo.planning.prediction import Prediction, predict

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastdpo.config import Config
+from fastdpo.config.keys import Config
 from fastdpo.planning.allocations import ADAPTERS, GRADIENTS, OWNERS, STATES, WEIGHTS, Peak
 from fastdpo.planning.fake_model import with_layers
 from fastdpo.planning.simulate import Load, simulate

@@ -3,15 +3,15 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from fastdpo.config import FIELDS, Config
+from fastdpo.config.keys import FIELDS, Config
+from fastdpo.data.packing import places
 from fastdpo.errors import ConfigError
-from fastdpo.packing import places
+from fastdpo.model.support import sharing_refusal
 from fastdpo.planning.microbatch import step_loads
 from fastdpo.planning.prediction import Prediction, predict
 from fastdpo.planning.step_time import Shape, StepTime, step_time, trains_all
 from fastdpo.planning.target import Target
 from fastdpo.records import PreferenceGroup
-from fastdpo.support import sharing_refusal
 
 CHOSEN = ("max_tokens", "head_memory", "gradient_checkpointing", "activation_offloading", "tiled_mlp")
 SURE = 0.05  # of a budget: how near a prediction from a few layers must not be for it to decide

@@ -3,9 +3,9 @@
 from rich.console import Console
 from rich.table import Table
 
-from fastdpo.config import Config
-from fastdpo.config_io import to_word
-from fastdpo.formatting import counted, duration, gigabytes
+from fastdpo.config.keys import Config
+from fastdpo.config.reading import to_word
+from fastdpo.console.formatting import counted, duration, gigabytes
 from fastdpo.planning.allocations import OWNERS
 from fastdpo.planning.prediction import Prediction
 from fastdpo.planning.search import Option

@@ -12,12 +12,12 @@ from fastdpo_kernels.logp_ops import backward_pass, forward_pass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen  # noqa: F401 (makes the operator)
 
-from fastdpo import offloading
-from fastdpo.activations import decoder_layers
-from fastdpo.config import Config
+from fastdpo.config.keys import Config
+from fastdpo.data.packing import pack
 from fastdpo.errors import FastDPOError, ModelError
-from fastdpo.optim_bytes import state_bytes, step_bytes
-from fastdpo.packing import pack
+from fastdpo.model import offloading
+from fastdpo.model.activations import decoder_layers
+from fastdpo.optim.bytes import state_bytes, step_bytes
 from fastdpo.planning import stand_ins
 from fastdpo.planning.allocations import (
     ADAPTERS,

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from fastdpo import attention
+from fastdpo.model import attention
+from fastdpo.model.quantised import nf4_bytes
 from fastdpo.planning.allocations import ATTENTION, COPIES, Tracker
-from fastdpo.quantised import nf4_bytes
 
 NAME = "fastdpo_plan"
 _ROUNDS = 128  # flash-attention's backward rounds each segment's queries up to this many

@@ -12,15 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from fastdpo.adapters import find_start
-from fastdpo.config import Config
-from fastdpo.optim_bytes import host_state_bytes, state_bytes
-from fastdpo.packing import places, split_step
+from fastdpo.config.keys import Config
+from fastdpo.data.packing import places, split_step
+from fastdpo.model.adapters import find_start
+from fastdpo.model.quantised import quantised_linears
+from fastdpo.model.support import sharing_refusal
+from fastdpo.optim.bytes import host_state_bytes, state_bytes
 from fastdpo.planning.fake_model import head_policy, with_layers
 from fastdpo.planning.target import Card, Target
-from fastdpo.quantised import quantised_linears
 from fastdpo.records import PreferenceGroup
-from fastdpo.support import sharing_refusal
 
 # The share of a card's dense bf16 rate that a step's matrix products reach: an assumption, not measured yet.
 SHARE = 0.4

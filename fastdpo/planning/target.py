@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from fastdpo_kernels import backend, tiles
 
-from fastdpo.config import Config
+from fastdpo.config.keys import Config
 from fastdpo.planning.allocations import CPU_BLOCK, CUDA_BLOCK
 
 # What a process takes of a card that torch's allocator does not count: the context, loaded kernels.

@@ -1,5 +1,5 @@
 """How each kernel is launched: its arguments, tile and programs. Compiling ahead of time for a chip
-that is not here (benchmarks/aot.py) and launching read the same `Launch`.
+that is not here (benchmarks/head/aot.py) and launching read the same `Launch`.
 """
 
 from dataclasses import dataclass

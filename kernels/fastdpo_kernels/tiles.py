@@ -27,7 +27,7 @@ class Tile(NamedTuple):
 
 
 # (capability, dtype) -> the tile of the GEMM. Chosen by registers and shared memory alone until
-# benchmarks/tune_tiles.py has run on the chip.
+# benchmarks/head/tune_tiles.py has run on the chip.
 TILES = {
     ((8, 0), torch.bfloat16): Tile(128, 128, 64, 8, 8, 3, False),
     ((9, 0), torch.bfloat16): Tile(256, 128, 64, 8, 8, 3, True),

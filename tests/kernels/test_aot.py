@@ -1,7 +1,7 @@
 """Every kernel compiled for chips that are not here: nothing spills, and the GEMMs keep the tensor cores
 busy.
 
-`python -m benchmarks.aot` compiles all of them (4 minutes) and commits the table; here it is held
+`python -m benchmarks.head.aot` compiles all of them (4 minutes) and commits the table; here it is held
 against the kernels' sources, and the kernels that matter most are compiled again. In a process of its
 own: other tests may have set the interpreter.
 """

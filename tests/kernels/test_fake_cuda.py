@@ -7,9 +7,9 @@ pytest.importorskip("triton")
 import torch
 from fastdpo_kernels import backend, linear_dpo, linear_logp, plan
 
-from tests.fake_cuda import CUDA
-from tests.fake_driver import fake_cuda
 from tests.kernels.cases import STATS
+from tests.training.fake_cuda import CUDA
+from tests.training.fake_driver import fake_cuda
 
 M, V, D, RANK = 64, 160, 16, 4
 CU, PAIRS = [0, 15, 24, 44, 64], [(0, 1), (2, 3)]

@@ -1,0 +1,252 @@
+"""One flat config: YAML keys, flags, `--help` and the README's table all come from the fields below."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+
+from fastdpo.errors import ConfigError
+from fastdpo.values import as_type, nearest
+
+
+def _key(default, doc):
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. Unknown keys are errors; see `fastdpo train --help`."""
+
+    model: str = _key("", "model to train: a folder or a hub name (required)")
+    adapter: str | None = _key(
+        None, "a peft adapter folder to start from: it is trained on, and the reference is model + adapter"
+    )
+    data: str = _key(
+        "",
+        "preference rows (required): a .jsonl/.json/.csv/.parquet file, a folder, or a hub name; "
+        "NAME:CONFIG picks a hub configuration, FOLDER:NAME a data set of FOLDER/dataset_info.json, #SPLIT a "
+        "split, as in data.jsonl#train[:100]",
+    )
+    data_format: str | dict | None = _key(
+        None,
+        "how rows are read where their columns do not tell: a format's name (see the README's table), or "
+        "{our column: the rows' own name, ...}, as in {prompt: question, chosen: better, rejected: worse}",
+    )
+    eval_data: str | float | None = _key(
+        None, "held-out rows: like data, or a fraction of data (0.05) split off by seed"
+    )
+    output_dir: str = _key("runs/fastdpo", "the run folder")
+    push_to_hub: str | None = _key(
+        None,
+        "the hub repository that `model/` is uploaded to when training ends, as in me/my-dpo: made private "
+        "where it does not exist; the log-in is checked before training",
+    )
+    chat_template: str | None = _key(None, "a Jinja file that replaces the tokenizer's chat template")
+    objective: str | dict | list = _key(
+        "sigmoid",
+        "the loss: sigmoid is DPO, sft trains on the chosen responses, `fastdpo objectives` lists all; "
+        "or several with their weights: {sigmoid: 0.8, sft: 0.2}",
+    )
+    objective_args: dict | None = _key(None, "the objective's options, as `fastdpo objectives` lists them")
+    beta: float | None = _key(
+        None, "strength of the pull towards the reference (default: the objective's own, mostly 0.1)"
+    )
+    label_smoothing: float | None = _key(
+        None, "the assumed share of flipped pairs, 0 <= x < 0.5, where the objective reads it"
+    )
+    pairs: str = _key(
+        "all",
+        "the pairs of a ranked row that train: all (every pair whose scores differ), best_worst, or easy, "
+        "medium, hard: the best response against the last, the middle one, the second (Curry-DPO's stages)",
+    )
+    pair_gap: str = _key(
+        "rating", "what easy and hard are told by: the rating, or logp (how far apart the reference has them)"
+    )
+    flip_pairs: float = _key(
+        0.0,
+        "noise, to study robustness: this share of the training pairs is flipped, by seed; never held-out",
+    )
+    learning_rate: float = _key(1e-6, "peak learning rate (1e-5 or more suits LoRA)")
+    warmup_steps: float = _key(0, "linear warm-up steps; below 1, a share of all steps")
+    lr_scheduler_type: str = _key(
+        "linear", "schedule, by transformers' names: linear, cosine, constant_with_warmup, ..."
+    )
+    optim: str = _key(
+        "adamw_torch_fused",
+        "optimizer, by transformers' names: adamw_torch_fused (torch's AdamW), adamw_8bit, paged_adamw_8bit, "
+        "paged_adamw_32bit (bitsandbytes), adamw_torch_8bit, adamw_torch_4bit (torchao), adafactor, sgd",
+    )
+    offload_optimizer: bool = _key(False, "keep the optimizer's states in the host's memory and step there")
+    optimizer_in_backward: bool = _key(
+        False,
+        "update each weight as soon as its gradient is complete, so that one or two are there at a time (of "
+        "several microbatches the sum waits in the host's memory); needs max_grad_norm: 0",
+    )
+    pure_bf16: bool = _key(
+        False, "keep trained weights in bf16, updated with stochastic rounding, instead of fp32"
+    )
+    weight_decay: float = _key(0.0, "AdamW's decay of matrices (never of norms and biases)")
+    max_grad_norm: float = _key(1.0, "clip the gradient to this norm; 0 switches clipping off")
+    batch_size: int = _key(8, "prompt groups an optimizer step")
+    max_tokens: int = _key(
+        8192, "token cap of a microbatch: memory only, never the result; a larger group goes alone"
+    )
+    max_length: int = _key(1024, "longest prompt + response in tokens")
+    truncation: str = _key(
+        "keep_start",
+        "rows over max_length: keep_start cuts the response's end, keep_end the prompt's start, "
+        "drop leaves the row out; all counted",
+    )
+    num_epochs: float = _key(1.0, "passes over the data")
+    max_steps: int | None = _key(None, "stop after this many optimizer steps, whatever num_epochs")
+    eval_steps: int | None = _key(None, "evaluate every so many steps (always at start and end)")
+    logging_steps: int = _key(10, "write metrics every so many steps")
+    save_steps: int | None = _key(
+        100, "write a checkpoint every so many steps (always at a stage's end, and when stopped)"
+    )
+    save_total_limit: int = _key(2, "how many of the newest checkpoints to keep, besides the best one")
+    load_best: bool = _key(
+        False,
+        "end a stage with its checkpoint of the lowest held-out loss, not with the last; "
+        "evaluates at every checkpoint",
+    )
+    report_to: str | list[str] | None = _key(
+        None, "where metrics go besides metrics.jsonl: tensorboard, wandb, trackio (any that are installed)"
+    )
+    samples: int = _key(
+        4, "held-out prompts (or training ones) completed before and after, for the report; 0 for none"
+    )
+    seed: int = _key(0, "seed of the data order and of LoRA's start")
+    dtype: str = _key(
+        "auto",
+        "compute dtype: bf16, fp32, or auto (bf16 where the GPU has it, else fp32); "
+        "trained weights are kept in fp32 unless pure_bf16",
+    )
+    memory: str | None = _key(
+        None,
+        "the GPU memory that a run may take, as in 24GB or 22GiB: it then chooses max_tokens, head_memory, "
+        "gradient_checkpointing, activation_offloading and tiled_mlp where they are left at their defaults",
+    )
+    head_memory: str = _key("512MiB", "what the lm_head may take for its own buffers, above its gradients")
+    gradient_checkpointing: bool | int | str = _key(
+        False,
+        "recompute layers in the backward to save memory: true (every layer), a number k (layers 0, k, 2k, "
+        "...), or selective (all but matrix products and attention)",
+    )
+    activation_offloading: bool = _key(
+        False,
+        "keep in the host's memory what the layers save for the backward (of recomputed ones: their inputs)",
+    )
+    tiled_mlp: bool = _key(False, "compute MLPs 8192 tokens at a time: for long rows")
+    load_in_4bit: bool = _key(False, "QLoRA: keep the frozen weights in 4 bits (bitsandbytes' NF4)")
+    lora_rank: int | None = _key(None, "train a LoRA of this rank instead of all weights")
+    lora_alpha: float | None = _key(None, "LoRA's alpha (default: twice the rank)")
+    lora_target_modules: str | list[str] = _key(
+        "all-linear", "modules that get a LoRA: names, or all-linear (all but the lm_head)"
+    )
+    use_dora: bool = _key(False, "DoRA: a LoRA that learns the weights' magnitude apart (2402.09353)")
+    use_rslora: bool = _key(False, "scale the LoRA by alpha / sqrt(rank), not alpha / rank (2312.03732)")
+    reference_cache: str = _key(
+        "auto",
+        "SQLite file that keeps the reference's log-probs for every later run with the same start weights; "
+        "auto is ~/.cache/fastdpo/reference.sqlite (or under $XDG_CACHE_HOME), off computes them anew, "
+        "whatever columns the data brings",
+    )
+    strict: bool = _key(False, "stop at the first dropped, truncated, identical or malformed row")
+    resume: bool = _key(
+        False, "go on from the newest whole checkpoint in output_dir (from the start where there is none)"
+    )
+    overwrite: bool = _key(
+        False, "replace the run that output_dir already holds (with resume: only where it cannot go on)"
+    )
+    stages: list[dict] | None = _key(
+        None,
+        "runs one after the other, each a set of keys that override these (objective, beta, "
+        "learning_rate, num_epochs, ...); each starts from, and refers to, the one before",
+    )
+
+    def __post_init__(self):
+        from fastdpo.config.checks import check  # it reads this module itself
+
+        check(self)
+        self.per_stage()  # a bad stage shows before any work
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in report_to."""
+        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        return [name for name in names if name != "none"]
+
+    def per_stage(self) -> list["Config"]:
+        """One config a stage; without `stages`, this one."""
+        plain = dataclasses.asdict(self) | {"stages": None}
+        if not self.stages:
+            return [self]
+        out = []
+        for number, overrides in enumerate(self.stages, 1):
+            if not isinstance(overrides, dict) or not overrides:
+                raise ConfigError(f"stages: stage {number} is not a set of keys: {overrides!r}")
+            for name in overrides:
+                if name not in STAGE_KEYS:
+                    raise ConfigError(
+                        f"stages: stage {number} sets {name!r}. {nearest(name, STAGE_KEYS)}"
+                        f"A stage can set: {', '.join(STAGE_KEYS)}"
+                    )
+            try:
+                values = {name: coerce(name, value) for name, value in overrides.items()}
+                out.append(Config(**_inherited(plain, values)))
+            except ConfigError as error:
+                raise ConfigError(f"stages: stage {number}: {error}") from None
+        self._check_options_reach(out)
+        return out
+
+    def _check_options_reach(self, stages: list["Config"]) -> None:
+        """Raises ConfigError for an option above the stages that none of them reads."""
+        for name in ("beta", "label_smoothing"):
+            if getattr(self, name) is not None and all(getattr(stage, name) is None for stage in stages):
+                raise ConfigError(f"{name}: no stage's objective reads it")
+        for name in self.objective_args or {}:
+            if not any(name in (stage.objective_args or {}) for stage in stages):
+                raise ConfigError(f"objective_args: no stage's objective reads {name!r}")
+
+
+def _inherited(above: dict, overrides: dict) -> dict:
+    """A stage's keys: its own over those above the stages, objective_args option by option. Options above
+    that its objective does not read are for the other stages."""
+    from fastdpo.objectives.make import options_read  # it reads configs itself
+
+    own_args = overrides.get("objective_args") or {}
+    args = (above["objective_args"] or {}) | own_args
+    read = options_read((above | overrides)["objective"], args.get("base_loss"))
+    kept = {name: above[name] for name in above if name in read or name not in ("beta", "label_smoothing")}
+    args = {name: value for name, value in args.items() if name in read or name in own_args}
+    return kept | overrides | {"objective_args": args or None}
+
+
+STAGE_KEYS = (
+    "objective",
+    "objective_args",
+    "beta",
+    "label_smoothing",
+    "pairs",
+    "learning_rate",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "weight_decay",
+    "max_grad_norm",
+    "batch_size",
+    "max_tokens",
+    "num_epochs",
+    "max_steps",
+    "eval_steps",
+    "logging_steps",
+    "save_steps",
+)
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+TYPES = typing.get_type_hints(Config)
+
+
+def coerce(name, value):
+    """Checks one key and brings its value (a YAML value or a flag's string) to the field's type."""
+    if name not in FIELDS:
+        raise ConfigError(f"unknown key {name!r}. {nearest(name, FIELDS)}`--help` lists all keys.")
+    return as_type(name, value, TYPES[name])

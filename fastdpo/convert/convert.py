@@ -1,0 +1,77 @@
+"""Other trainers' configs as ours: each key is mapped, left out with a reason, or refused; nothing is dropped
+in silence.
+
+    TRL            recognised by loss_type, dataset_name, use_peft, per_device_train_batch_size, ...
+    LLaMA-Factory  by stage, finetuning_type, pref_loss, cutoff_len, template, ...
+    Axolotl        by base_model, rl, micro_batch_size, sequence_len, datasets, ...
+"""
+
+import yaml
+
+from fastdpo.config.keys import FIELDS, Config, coerce
+from fastdpo.convert.axolotl import AXOLOTL
+from fastdpo.convert.llama_factory import LLAMA_FACTORY
+from fastdpo.convert.rules import Draft, Tool, part_of, plain
+from fastdpo.convert.trl import TRL
+from fastdpo.errors import ConfigError
+from fastdpo.values import nearest
+
+TOOLS = (TRL, LLAMA_FACTORY, AXOLOTL)
+
+
+def recognise(values: dict) -> Tool | None:
+    """The tool that has these keys; None where no tool has any of them (but we may). Raises ConfigError for
+    keys of several tools."""
+    marks = {tool: [key for key in values if key in tool.marks] for tool in TOOLS}
+    found = [tool for tool in TOOLS if marks[tool]]
+    if len(found) > 1:
+        which = "; ".join(f"{tool.name} has {', '.join(marks[tool])}" for tool in found)
+        raise ConfigError(f"these keys are of several tools, so none is sure to be meant: {which}")
+    if not found and any((key in TRL.rules or key in TRL.read) and key not in FIELDS for key in values):
+        return TRL  # transformers' own keys, which LLaMA-Factory has too but then with some of its own
+    return found[0] if found else None
+
+
+def translate(values: dict, *, whole: bool = True) -> tuple[dict, list[str]]:
+    """(our keys and values, what became of each of theirs) of a config of TRL, Axolotl or LLaMA-Factory.
+
+    `whole`: it is a whole config, so what it leaves out has the tool's default, and where ours is another one
+    the tool's is written down; unless it has our key for the model, and so is a config of ours with some of
+    their words. Other keys of ours stay. Raises ConfigError for a key that changes training and has no
+    counterpart.
+    """
+    tool = recognise(values)
+    if tool is None:
+        return dict(values), []
+    draft = Draft(tool.name, {key: plain(value) for key, value in values.items()})
+    if whole and "model" not in values:
+        draft.defaults = tool.defaults
+        draft.left = {key: None for key in tool.defaults if key in tool.rules} | draft.left
+    for part in tool.parts:
+        part(draft)
+    for key in list(draft.left):
+        if key in tool.rules:
+            tool.rules[key](draft, key)
+        elif key in FIELDS:
+            draft.ours[key] = values[key]
+        elif key in tool.read:
+            part_of("the rest of the config")(draft, key)
+        else:
+            known = [*tool.rules, *tool.read, *FIELDS]
+            raise ConfigError(
+                f"{key}: not a key that is known of {tool.name}, so what it does to training is not known. "
+                f"{nearest(key, known)}Remove it, or replace it by a key of `fastdpo train --help`"
+            )
+    return draft.ours, [f"read as a config of {tool.name}", *draft.notes]
+
+
+def converted(values: dict) -> str:
+    """Another trainer's config as YAML of ours, what became of its keys in comments above it. Raises
+    ConfigError where that is not a config that fastdpo can run."""
+    if recognise(values) is None:
+        marks = "; ".join(f"{tool.name} by {', '.join(sorted(tool.marks)[:6])}, ..." for tool in TOOLS)
+        raise ConfigError(f"none of the keys is of a tool that is known: {marks}")
+    ours, notes = translate(values)
+    Config(**{name: coerce(name, value) for name, value in ours.items()})
+    comments = "".join(f"# {note}\n" for note in notes)
+    return comments + yaml.safe_dump(ours, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,220 @@
+"""From rows to PreferenceGroups: token ids, what is scored, the shared prompt, truncation."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from fastdpo.console.progress import make_progress
+from fastdpo.data.formats.layouts import Layout
+from fastdpo.data.report import DataReport
+from fastdpo.data.rows import Row, RowProblem, parse_row
+from fastdpo.data.sources import Rows, load_rows
+from fastdpo.data.templating import Draft, write
+from fastdpo.data.tokenizing import Encoder, Tokens, shared_length, tokenize
+from fastdpo.errors import ConfigError, DataError
+from fastdpo.records import Pair, PreferenceGroup, Response
+
+_CHUNK = 256  # rows a tokenizer call: one call a row is slower, more than this gains nothing
+_SERIOUS = {  # notes on kept rows that stop a strict run
+    "trailing_turns": "{} turn(s) after a response's last assistant turn; remove them",
+    "truncated": "{} response(s) cut at max_length; raise max_length, or shorten the row",
+    "identical_pair": "{} pair(s) of responses with the same tokens; remove the duplicate",
+    "span_unscored": "{} span(s) without a scored token; correct them",
+}
+TRUNCATIONS = ("keep_start", "keep_end", "drop")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long prompt + response may be in tokens, and what happens to longer ones:
+    keep_start cuts the response's end, keep_end the prompt's start, drop leaves the row out."""
+
+    max_length: int
+    truncation: str = "keep_start"
+
+    def __post_init__(self):
+        if self.max_length < 2:
+            raise ConfigError(f"max_length: 2 at least (a prompt and a response), not {self.max_length}")
+        if self.truncation not in TRUNCATIONS:
+            choices = ", ".join(TRUNCATIONS)
+            raise ConfigError(f"truncation: one of {choices}, not {self.truncation!r}")
+
+
+class Cut(NamedTuple):
+    """A row's tokens within the limits."""
+
+    prompt: np.ndarray
+    tails: list[Tokens]  # per response, what follows the prompt
+    truncated: int  # responses whose sequence lost tokens
+
+
+def to_group(row: dict | Row, number: int, tokenizer, limits: Limits) -> tuple[PreferenceGroup, Counter]:
+    """One row -> (PreferenceGroup, notes); notes count what was worth saying about it.
+
+    Raises RowProblem when the row cannot be used.
+    """
+    (outcome,) = _outcomes([(number, row)], Encoder(tokenizer), limits)
+    if isinstance(outcome, RowProblem):
+        raise outcome
+    return outcome
+
+
+def load_groups(
+    spec: str, tokenizer, limits: Limits, *, strict: bool, console, data_format: str | dict | None = None
+) -> tuple[list[PreferenceGroup], DataReport]:
+    """All usable rows of a data source (see load_rows) as groups, and the account of every row. `data_format`
+    says how to read the rows, where their columns do not.
+
+    Raises DataError when no row is left, or under `strict` at the first row that was dropped,
+    truncated, identical or malformed.
+    """
+    rows = load_rows(spec, data_format)
+    encoder, report = Encoder(tokenizer), DataReport(spec)
+    groups, numbered = [], enumerate(rows)
+    with make_progress(console) as bar:
+        task = bar.add_task("reading rows", total=len(rows), info="")
+        while chunk := list(islice(numbered, _CHUNK)):
+            for (number, _), outcome in zip(
+                chunk, _outcomes(chunk, encoder, limits, rows.layout, report.formats)
+            ):
+                if strict:
+                    _refuse(outcome, rows, number)
+                if isinstance(outcome, RowProblem):
+                    report.drop(number, outcome)
+                else:
+                    groups.append(outcome[0])
+                    report.keep(*outcome)
+            bar.update(task, advance=len(chunk))
+    if not groups:
+        raise DataError(f"data: none of the {len(rows)} rows of {spec!r} can be used.\n{report.losses()}")
+    return groups, report
+
+
+def _refuse(outcome, rows: Rows, number: int) -> None:
+    """Raises DataError for what `strict` does not let pass."""
+    if isinstance(outcome, RowProblem):
+        problem = str(outcome)
+    else:
+        notes = outcome[1]
+        found = [text.format(notes[name]) for name, text in _SERIOUS.items() if notes[name]]
+        if not found:
+            return
+        problem = f"responses: {'; '.join(found)}"
+    way_out = "Correct or remove the row, or set strict: false to go on without such rows, counted."
+    raise DataError(f"{rows.where(number)}: {problem}\n{way_out}") from None
+
+
+def _outcomes(
+    chunk: list[tuple[int, dict | Row]],
+    encoder: Encoder,
+    limits: Limits,
+    layout: Layout | None = None,
+    formats: Counter | None = None,
+) -> Iterator:
+    """Per numbered row its (group, notes) or its RowProblem, in order; counts the rows' formats."""
+    drafts = [_draft(row, number, encoder.tokenizer, layout) for number, row in chunk]
+    if formats is not None:
+        formats.update(draft.row.format for draft in drafts if isinstance(draft, Draft))
+    texts = set().union(*(draft.texts() for draft in drafts if isinstance(draft, Draft)))
+    ids = encoder.encode(texts)
+    for draft in drafts:
+        try:
+            yield draft if isinstance(draft, RowProblem) else _group(draft, ids, encoder, limits)
+        except RowProblem as problem:
+            yield problem
+
+
+def _draft(row: dict | Row, number: int, tokenizer, layout: Layout | None) -> Draft | RowProblem:
+    try:
+        return write(row if isinstance(row, Row) else parse_row(row, number, layout), tokenizer)
+    except RowProblem as problem:
+        return problem
+
+
+def _group(draft: Draft, ids: dict[str, np.ndarray], encoder: Encoder, limits: Limits):
+    """(group, notes) of a row whose texts are tokenised."""
+    row, notes = draft.row, Counter(draft.notes)
+    sequences = [tokenize(script, draft.plain, ids, encoder, notes) for script in draft.scripts]
+    if not all(tokens.scored.any() for tokens in sequences):
+        message = "a response has no token of its own to score (see the note on merged boundaries)"
+        raise RowProblem("nothing_scored", "responses", message)
+    shared = min(int(tokens.scored.argmax()) for tokens in sequences)
+    for tokens in sequences[1:]:
+        shared = shared_length(sequences[0].ids[:shared], tokens.ids[:shared])
+    if shared == 0:
+        message = "no token comes before the responses that could predict their first token"
+        raise RowProblem("empty_prompt", "prompt", message)
+    cut = _cut(sequences, shared, limits, encoder.tokenizer.bos_token_id)
+    if cut.truncated:
+        notes["truncated"] = cut.truncated
+    pairs = _differing_pairs(row, cut, notes)
+    ref_logps = _whole_ref_logps(row, cut, notes)
+    responses = tuple(
+        Response(tail.ids, tail.scored, score, ref_logp, row.label, tail.weight)
+        for tail, score, ref_logp in zip(cut.tails, row.scores, ref_logps)
+    )
+    return PreferenceGroup(row.number, cut.prompt, responses, pairs), notes
+
+
+def _whole_ref_logps(row: Row, cut: Cut, notes: Counter) -> tuple[float | None, ...]:
+    """The row's reference log-probs, which are sums over all tokens of whole responses after the whole
+    prompt: None where that is not what we score."""
+    if row.ref_logps[0] is None:
+        return row.ref_logps
+    lost = any(notes[name] for name in ("truncated", "trailing_turns", "merged_boundary"))
+    if lost or not all(tail.scored.all() for tail in cut.tails):
+        notes["ref_columns_unusable"] = len(row.ref_logps)
+        return (None,) * len(row.ref_logps)
+    notes["ref_columns"] = len(row.ref_logps)
+    return row.ref_logps
+
+
+def _differing_pairs(row: Row, cut: Cut, notes: Counter) -> tuple[Pair, ...]:
+    """The pairs whose responses differ as tokens; equal ones have margin 0 whatever is learnt. None of an
+    unpaired row."""
+    ids = [tail.ids for tail in cut.tails]
+    pairs = tuple(Pair(i, j) for i, j in row.pairs if not np.array_equal(ids[i], ids[j]))
+    if len(pairs) == len(row.pairs):
+        return pairs
+    if not pairs and cut.truncated:
+        message = "within max_length the responses have the same tokens; raise max_length"
+        raise RowProblem("identical_after_truncation", "responses", message)
+    if not pairs:
+        raise RowProblem("identical", "responses", "they have the same tokens: nothing to prefer")
+    notes["identical_pair"] = len(row.pairs) - len(pairs)
+    return pairs
+
+
+def _cut(sequences: list[Tokens], shared: int, limits: Limits, bos: int | None) -> Cut:
+    longest, limit = max(len(tokens.ids) for tokens in sequences), limits.max_length
+    prompt, start = sequences[0].ids[:shared], shared
+    truncated = sum(len(tokens.ids) > limit for tokens in sequences)
+    if truncated and limits.truncation == "drop":
+        raise RowProblem(
+            "too_long", "row", f"{longest} tokens, over max_length={limit}; raise it, or let truncation cut"
+        )
+    if truncated and limits.truncation == "keep_end":
+        prompt = _prompt_end(prompt, longest - limit, bos, limit)
+        limit = longest  # nothing is cut from the responses
+        truncated = len(sequences)  # the one prompt of all of them is shorter
+    elif truncated and shared >= limit:
+        message = f"{shared} tokens leave no room for a response: raise max_length={limit}"
+        raise RowProblem("prompt_too_long", "prompt", message)
+    tails = [tokens.until(limit).after(start) for tokens in sequences]
+    if not all(len(tail.ids) for tail in tails):
+        message = f"a response has no scored token left: raise max_length={limit}"
+        raise RowProblem("nothing_scored", "responses", message)
+    return Cut(prompt.copy(), tails, truncated)
+
+
+def _prompt_end(prompt: np.ndarray, excess: int, bos: int | None, limit: int) -> np.ndarray:
+    """The prompt without `excess` tokens of its start; a BOS stays, models are lost without it."""
+    kept = prompt[:1] if prompt[0] == bos else prompt[:0]
+    if len(prompt) - excess < 1:
+        message = f"the longest response alone does not fit: raise max_length={limit}"
+        raise RowProblem("response_too_long", "responses", message)
+    return np.concatenate([kept, prompt[len(kept) + excess :]])

@@ -1,0 +1,249 @@
+"""From a preference row of any format to the one shape all of them become: `Row`.
+
+TRL's formats and ours are
+    {prompt, chosen, rejected}      strings, or message lists ([{role, content}, ...])
+    {chosen, rejected}              the prompt is what the two have in common
+    {prompt: str, chosen: [...]}    whole conversations beside a prompt (ultrafeedback_binarized)
+    {prompt, responses: [{text, score}, ...]}   ranked: every pair whose scores differ
+    {prompt, completion, label}     one response, desirable or not (TRL's format for KTO)
+and formats.py has those of other tools. One source may mix them. How a row says which tokens are relevant
+is in row_fields.py.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+
+from fastdpo.data import row_fields
+from fastdpo.data.formats.columns import Columns
+from fastdpo.data.formats.layouts import Layout, read
+from fastdpo.data.row_fields import Relevance, RowProblem, kind
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+Messages = list[dict]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row in the only shape the rest knows: all of it text, or all of it messages."""
+
+    number: int
+    format: str  # the name of what the row was read as, see formats.py
+    prompt: str | Messages
+    responses: tuple[str | Messages, ...]
+    scores: tuple[float | None, ...]
+    ref_logps: tuple[float | None, ...]  # of whole responses, from ref_chosen_logps and ref_rejected_logps
+    pairs: tuple[tuple[int, int], ...]  # (winner, loser) as indices of responses
+    tools: list | None
+    chat_template_kwargs: dict
+    ties: int  # pairs of a ranked row that equal scores left out
+    label: bool | None  # of an unpaired row
+    relevance: tuple[Relevance | None, ...]
+
+
+def parse_row(row: dict, number: int, layout: Layout | None = None) -> Row:
+    """One row of any known format as a Row; `layout` says how to read it, where its columns do not. Raises
+    RowProblem."""
+    if isinstance(row, RowProblem):  # a line that could not be read as JSON
+        raise row
+    if not isinstance(row, dict):
+        raise RowProblem("wrong_type", "row", f"a JSON object is needed, got {kind(row)}")
+    if layout is None:
+        return _parse(row, number, None)
+    try:
+        return _parse(layout.ours(row), number, layout)
+    except RowProblem as problem:
+        raise layout.problem(problem) from None
+
+
+def _parse(row: dict, number: int, layout: Layout | None) -> Row:
+    given = row
+    row = {name: value for name, value in given.items() if value is not None}
+    if "system" in given:
+        row.setdefault("system", "")  # the column is there: the row is a conversation, without a system turn
+    name, columns = read(row, layout)
+    fields = columns.fields
+    prompt, responses = _conversation(columns)
+    _check_prompt(prompt, columns.prompt_field)
+    for field, response in zip(fields, responses):
+        _check_response(response, field)
+    if columns.pairs and all(response == responses[0] for response in responses[1:]):
+        raise RowProblem("identical", " and ".join(fields), "they are the same: nothing to prefer")
+    kwargs = row.get("chat_template_kwargs", {})
+    if not isinstance(kwargs, dict):
+        raise RowProblem("wrong_type", "chat_template_kwargs", f"an object, not {kind(kwargs)}")
+    return Row(
+        number=number,
+        format=name,
+        prompt=_with_system(prompt, columns.system) if columns.system else prompt,
+        responses=responses,
+        scores=columns.scores,
+        ref_logps=columns.ref_logps,
+        pairs=columns.pairs,
+        tools=_tools(columns.tools),
+        chat_template_kwargs=_without_none(kwargs),
+        ties=columns.ties,
+        label=columns.label,
+        relevance=_relevance(columns, responses),
+    )
+
+
+def _relevance(columns: Columns, responses: tuple) -> tuple[Relevance | None, ...]:
+    found, missing = [], []
+    for (source, prefix, where), value, response in zip(columns.marks, columns.values, responses):
+        before = len(value) - len(response) if isinstance(value, list) else 0
+        if isinstance(response, str) and columns.prompt is None:
+            before = None
+        found.append(row_fields.relevance(source, prefix, where, response, before))
+        missing.append(f"{where}{prefix}spans")
+    return row_fields.all_or_none(found, tuple(missing))
+
+
+def _conversation(columns: Columns):
+    """(prompt, responses), all text or all messages."""
+    prompt, values, fields = columns.prompt, columns.values, columns.fields
+    for field, value in zip((columns.prompt_field, *fields), (prompt, *values)):
+        if isinstance(value, str) and re.match(r"""\s*\[\s*\{.{0,99}?['"]role['"]\s*:""", value):
+            message = "messages written as text (a CSV cannot hold them): use JSON lines or parquet"
+            raise RowProblem("messages_as_text", field, message)
+    if all(isinstance(value, str) for value in values):
+        if prompt is None and columns.chat:
+            message = "missing or null: beside a system column text needs its prompt in a column of its own"
+            raise RowProblem("missing_column", columns.prompt_field, message)
+        if prompt is None:
+            return _split_text(*values)
+        if isinstance(prompt, str) and not columns.chat:
+            return prompt, values
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        prompt = _messages(prompt, columns.prompt_field)
+        return prompt, tuple([{"role": "assistant", "content": value}] for value in values)
+    if isinstance(prompt, list) or (isinstance(prompt, str) and columns.chat):
+        # a text answer to a conversation is one assistant turn
+        turn = lambda value: [{"role": "assistant", "content": value}]
+        values = tuple(turn(v) if isinstance(v, str) else v for v in values)
+    if isinstance(prompt, list):
+        prompt = _messages(prompt, columns.prompt_field)
+    elif prompt is not None and not isinstance(prompt, str):
+        message = f"text or a list of messages, not {kind(prompt)}"
+        raise RowProblem("wrong_type", columns.prompt_field, message)
+    conversations = tuple(_messages(v, f) for v, f in zip(values, fields))
+    if isinstance(prompt, list):
+        return prompt, conversations
+    if isinstance(prompt, str) and all(c and c[0]["role"] == "assistant" for c in conversations):
+        return [{"role": "user", "content": prompt}], conversations
+    if len(conversations) == 1:
+        message = "it starts with an assistant turn; the turns before it belong into the prompt"
+        raise RowProblem("response_start", fields[0], message)
+    turns, conversations = _split_turns(conversations)
+    if prompt is not None and not any(_same_text(prompt, turn) for turn in turns):
+        message = "it is none of the turns that the responses have in common; one of them is wrong"
+        raise RowProblem("prompt_mismatch", columns.prompt_field, message)
+    return turns, conversations
+
+
+def _same_text(prompt: str, turn: dict) -> bool:
+    return prompt.strip() == (turn.get("content") or "").strip()
+
+
+def _split_text(chosen: str, rejected: str):
+    """The implicit prompt of two strings: the whole words they begin with, without the space that
+    follows (a word's space belongs to its token; a line's end stays). TRL splits inside words too
+    ("ca|t", "ca|r"), where tokens merge across the boundary; splitting before the word changes no
+    margin, as what both responses begin with cancels."""
+    words = re.match(r"(?s).*\s", chosen[: _common(chosen, rejected)])
+    prompt = words[0].removesuffix(" ") if words else ""
+    return prompt, (chosen[len(prompt) :], rejected[len(prompt) :])
+
+
+def _split_turns(conversations: tuple[Messages, ...]):
+    shared = min(_common(conversations[0], other) for other in conversations[1:])
+    return conversations[0][:shared], tuple(turns[shared:] for turns in conversations)
+
+
+def _common(a, b) -> int:
+    """How many leading items two sequences share; one less than all of the shorter one, so that
+    both keep a response."""
+    shortest = min(len(a), len(b))
+    differing = (i for i in range(shortest) if a[i] != b[i])
+    return next(differing, max(shortest - 1, 0))
+
+
+def _messages(value, field: str) -> Messages:
+    """Checked messages, without the nulls with which Arrow fills absent keys."""
+    if not isinstance(value, list):
+        message = f"a list of messages, not {kind(value)} (a row is all text or all messages)"
+        raise RowProblem("wrong_type", field, message)
+    messages = []
+    for i, message in enumerate(value):
+        where = f"{field}[{i}]"
+        if not isinstance(message, dict) or "role" not in message:
+            raise RowProblem("wrong_type", where, "a message has a role and a content")
+        message = _without_none(message)
+        if message.get("role") not in ROLES:
+            problem = f"unknown role {message.get('role')!r}; known are {', '.join(ROLES)}"
+            raise RowProblem("unknown_role", f"{where}.role", problem)
+        content = message.get("content")
+        if content is None and message.get("tool_calls"):
+            message = {**message, "content": ""}  # many templates would print "None"
+        elif not isinstance(content, str):
+            raise RowProblem("wrong_type", f"{where}.content", f"text, not {kind(content)}")
+        messages.append(message)
+    return messages
+
+
+def _without_none(value):
+    if isinstance(value, dict):
+        return {name: _without_none(v) for name, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_without_none(v) for v in value]
+    return value
+
+
+def _check_prompt(prompt: str | Messages, field: str) -> None:
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise RowProblem("empty_prompt", field, "there is none (or only white space)")
+        return
+    if not any(turn["content"].strip() for turn in prompt):
+        raise RowProblem("empty_prompt", field, "no turn comes before the responses")
+    if prompt[-1]["role"] == "assistant":
+        message = "it ends with an assistant turn; the responses must be what comes next"
+        raise RowProblem("prompt_end", field, message)
+
+
+def _with_system(prompt: Messages, system: str) -> Messages:
+    """The prompt after the system column's turn."""
+    if prompt[0]["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": system}, *prompt]
+    if not _same_text(system, prompt[0]):
+        message = "it is another system prompt than the conversation's own; leave one out"
+        raise RowProblem("ambiguous_row", "system", message)
+    return prompt
+
+
+def _check_response(response: str | Messages, field: str) -> None:
+    if isinstance(response, str):
+        empty = not response.strip()
+    elif response and response[0]["role"] != "assistant":
+        message = (
+            f"a response starts with an assistant turn, not {response[0]['role']!r} "
+            "(where it repeats the prompt, leave out the prompt column)"
+        )
+        raise RowProblem("response_start", field, message)
+    else:
+        empty = not response or not (response[0]["content"].strip() or "tool_calls" in response[0])
+    if empty:
+        raise RowProblem("empty_response", field, "there is no text")
+
+
+def _tools(tools) -> list | None:
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise RowProblem("wrong_type", "tools", f"the string is not JSON: {error}") from None
+    if tools is not None and not isinstance(tools, list):
+        raise RowProblem("wrong_type", "tools", f"a list, not {kind(tools)}")
+    return _without_none(tools) or None  # some templates print tool boilerplate for []

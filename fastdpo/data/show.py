@@ -1,0 +1,81 @@
+"""`fastdpo data`: the report, and one row of each kind as the model will see it."""
+
+import numpy as np
+from rich.text import Text
+
+from fastdpo.data.report import DataReport
+from fastdpo.records import PreferenceGroup, Response
+
+_SCORED, _UNSCORED = ("«", "»", "bold green"), ("⟦", "⟧", "yellow")
+_RELEVANT = ("【", "】", "bold magenta")  # tokens of a response with weights; a weight below 1 follows it
+
+
+def show(groups: list[PreferenceGroup], report: DataReport, tokenizer, console) -> None:
+    """Prints the report, the lengths and the first group (of each kind: with pairs or labels, with token
+    weights or without), its scored and its relevant tokens told by colour and by marks."""
+    report.print(console)
+    report.print_lengths(console)
+    first = {}
+    for group in groups:
+        first.setdefault((len(group.pairs) > 0, _weighted(group)), group)
+    for group in first.values():
+        _show_group(group, tokenizer, console)
+
+
+def _weighted(group: PreferenceGroup) -> bool:
+    return any(response.token_weight is not None for response in group.responses)
+
+
+def _show_group(group: PreferenceGroup, tokenizer, console) -> None:
+    console.print()
+    console.print(Text(f"row {group.row}, decoded", style="bold"))
+    legend = Text("prompt, never scored", style="dim")
+    kinds = {"scored": _SCORED, "read, not scored": _UNSCORED}
+    if _weighted(group):
+        kinds = {"scored and relevant": _RELEVANT, "scored, irrelevant": _SCORED} | kinds
+        kinds.pop("scored")
+    for text, (opening, closing, style) in kinds.items():
+        legend.append(" · ").append(f"{opening}{text}{closing}", style=style)
+    console.print(legend)
+    console.print(Text(f"── prompt, {len(group.prompt)} tokens", style="bold"))
+    console.print(Text(_decode(tokenizer, group.prompt), style="dim"))
+    for index, response in enumerate(group.responses):
+        console.print(Text(f"── {_title(group, index, response)}", style="bold"))
+        console.print(_marked(response, tokenizer))
+
+
+def _title(group: PreferenceGroup, index: int, response: Response) -> str:
+    beats = [pair.loser for pair in group.pairs if pair.winner == index]
+    role = "rejected"
+    if response.label is not None:
+        role = "desirable" if response.label else "undesirable"
+    elif index in group.chosen:
+        role = "chosen"
+    elif beats:
+        role = f"preferred to {', '.join(map(str, beats))}"
+    score = "" if response.score is None else f", score {response.score:g}"
+    scored = int(response.target_mask.sum())
+    title = f"response {index} ({role}{score}), {len(response.ids)} tokens, {scored} scored"
+    if response.token_weight is not None:
+        title += f", {int((response.token_weight > 0).sum())} relevant"
+    return title
+
+
+def _marked(response: Response, tokenizer) -> Text:
+    """The response in runs of unscored, scored and equally relevant tokens, each between its marks."""
+    text, n = Text(), len(response.ids)
+    weight = np.zeros(n) if response.token_weight is None else response.token_weight
+    edges = np.flatnonzero(np.diff(response.target_mask) | (np.diff(weight) != 0)) + 1
+    for start, end in zip([0, *edges], [*edges, n]):
+        opening, closing, style = _SCORED if response.target_mask[start] else _UNSCORED
+        if weight[start] > 0:
+            opening, closing, style = _RELEVANT
+            closing += f"×{weight[start]:g}" if weight[start] < 1 else ""
+        # a run alone may be spelt without the space in front of it
+        run = _decode(tokenizer, response.ids[:end])[len(_decode(tokenizer, response.ids[:start])) :]
+        text.append(f"{opening}{run}{closing}", style=style)
+    return text
+
+
+def _decode(tokenizer, ids: np.ndarray) -> str:
+    return tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)

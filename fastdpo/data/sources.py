@@ -1,0 +1,200 @@
+"""Where rows come from: a local file or folder, a hub data set, or a name in a dataset_info.json."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fastdpo.data.formats.dataset_info import data_sets, listed
+from fastdpo.data.formats.layouts import Layout, layout_of
+from fastdpo.data.row_fields import RowProblem
+from fastdpo.errors import DataError
+
+_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
+_FORMS = "a .jsonl, .json, .csv or .parquet file, a folder, or a hub name org/name[:config]"
+_WAY_OUT = (
+    "{!r} is not a local path, so it was looked up on the Hugging Face hub. Check the "
+    "name, :config and #split, and the network (or log-in); or download it and give a path"
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set: rows in order, and for JSON lines the place each one came from."""
+
+    source: str
+    rows: Sequence[dict | RowProblem]  # a RowProblem stands where a line is not JSON
+    lines: Sequence[tuple[str, int]] | None = None  # (file, line from 1)
+    layout: Layout | None = None  # how to read them, where their columns are not to tell
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict | RowProblem:
+        return self.rows[number]
+
+    def __iter__(self) -> Iterator[dict | RowProblem]:
+        return iter(self.rows)
+
+    def where(self, number: int) -> str:
+        """`row 12 of SOURCE`, and its line where it has one."""
+        if self.lines is None:
+            return f"row {number} of {self.source}"
+        file, line = self.lines[number]
+        return f"row {number} of {self.source} (line {line} of {file})"
+
+
+def load_rows(spec: str, data_format: str | dict | None = None) -> Rows:
+    """The rows of `PATH_OR_NAME[#SPLIT]`: SPLIT as in datasets (`train[:100]`), or train. A name may be
+    FOLDER:NAME, of FOLDER's dataset_info.json. `data_format` as in the config: how to read the rows.
+
+    Raises DataError for a source that is missing, unreadable or empty.
+    """
+    name, _, split = (spec, "", "") if Path(spec).exists() else spec.partition("#")
+    path, layout = Path(name).expanduser(), layout_of(data_format)
+    if name and path.exists():
+        rows = _load_path(path, split or "train", spec)
+    elif entry := listed(name):
+        if layout is not None:
+            way_out = "remove data_format, or give the file itself as data"
+            raise DataError(f"data: {name!r}: its dataset_info.json says how to read the rows; {way_out}")
+        layout, split = entry.layout, split or entry.split
+        if entry.path is not None:
+            rows = _load_path(entry.path, split, spec)
+        else:
+            way_out = _WAY_OUT.format(entry.hub["path"])
+            rows = Rows(spec, _with_datasets(spec, way_out, **entry.hub, split=split))
+    elif path.suffix in _READERS or not (hub := _HUB_NAME.fullmatch(name)):
+        raise DataError(f"data: {name!r} does not exist here. Give {_FORMS}.")
+    else:
+        options = {"path": hub["name"], "name": hub["config"], "split": split or "train"}
+        rows = Rows(spec, _with_datasets(spec, _WAY_OUT.format(name), **options))
+    if not len(rows):
+        raise DataError(f"data: {spec!r} has no rows.")
+    return replace(rows, layout=layout)
+
+
+def _load_path(path: Path, split: str, spec: str) -> Rows:
+    if path.is_dir() and any((path / f).exists() for f in ("state.json", "dataset_dict.json")):
+        return Rows(spec, _take(_load_from_disk(path, spec), split, spec))
+    if path.is_dir() and (known := data_sets(path)):
+        names = ", ".join(f"{path}:{name}" for name in known)
+        raise DataError(f"data: {str(path)!r} has a dataset_info.json; name one of its data sets: {names}")
+    files = {"train": [path]} if path.is_file() else _files_by_split(path)
+    suffixes = {file.suffix for some in files.values() for file in some}
+    kinds = {_READERS.get(suffix) for suffix in suffixes}
+    if len(kinds) != 1 or None in kinds:
+        found = ", ".join(sorted(suffixes)) or "no data files"
+        raise DataError(f"data: {str(path)!r} holds {found}. Give {_FORMS}, of one kind.")
+    (kind,) = kinds
+    named = {name: some for name, some in files.items() if re.search(rf"\b{name}\b", split)}
+    if kind != "json":
+        way_out = "Check that the file is what its name says"
+        options = {"keep_default_na": False} if kind == "csv" else {}  # a response may be "None"
+        sources = {name: [str(f) for f in some] for name, some in (named or files).items()}
+        data = _with_datasets(spec, way_out, path=kind, data_files=sources, **options)
+        return Rows(spec, _take(data, split, spec))
+    read = {name: _read_json(some) for name, some in (named or files).items()}
+    rows = _take({name: rows for name, (rows, _) in read.items()}, split, spec)
+    lines = _take({name: lines for name, (_, lines) in read.items()}, split, spec)
+    return Rows(spec, rows, lines)
+
+
+def _files_by_split(folder: Path) -> dict[str, list[Path]]:
+    """The data files of a folder by split, as datasets tells splits from file names."""
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    try:
+        found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
+    except FileNotFoundError:  # nothing there
+        return {}
+    files = {str(name): [Path(file) for file in some] for name, some in found.items()}
+    known = {name: [f for f in some if f.suffix in _READERS] for name, some in files.items()}
+    return {name: some for name, some in known.items() if some}
+
+
+def _load_from_disk(path: Path, spec: str) -> dict:
+    from datasets import DatasetDict, load_from_disk
+
+    data = _guarded(spec, "Was it written by save_to_disk, and whole?", load_from_disk, path)
+    return data if isinstance(data, DatasetDict) else {str(data.split or "train"): data}
+
+
+def _with_datasets(spec: str, way_out: str, **options):
+    from datasets import load_dataset
+
+    return _guarded(spec, way_out, load_dataset, **options)
+
+
+def _guarded(spec: str, way_out: str, load, *args, **options):
+    """datasets and its builders raise anything; the user needs one line and what to do."""
+    try:
+        return load(*args, **options)
+    except Exception as error:
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        text = f"data: {spec!r} cannot be loaded: {type(error).__name__}: {reason}\n{way_out}."
+        raise DataError(text) from None
+
+
+def _take(splits: dict, split: str, spec: str):
+    """The rows that a split instruction names, of lists or of datasets."""
+    from datasets import Dataset, ReadInstruction, concatenate_datasets
+
+    sizes = {str(name): len(rows) for name, rows in splits.items()}
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute(sizes)
+    except (ValueError, AssertionError) as error:
+        have = ", ".join(f"{name} ({size} rows)" for name, size in sizes.items())
+        raise DataError(f"data: {spec!r}: {error} There is: {have}.") from None
+    slices = [(splits[part.splitname], part.from_ or 0, part.to) for part in parts]
+    if all(isinstance(rows, Dataset) for rows, _, _ in slices):
+        chosen = [rows.select(range(len(rows))[start:end]) for rows, start, end in slices]
+        return concatenate_datasets(chosen)
+    return [row for rows, start, end in slices for row in rows[start:end]]
+
+
+def _read_json(files: list[Path]) -> tuple[list, list[tuple[str, int]]]:
+    """(rows, their places). Read with json, not Arrow: rows need not have the same types, and an
+    error can name the line."""
+    rows, lines = [], []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"data: cannot read {file}: {error}") from None
+        read = _read_array if text.lstrip().startswith("[") else _read_lines
+        for row, line in read(text, file):
+            rows.append(row)
+            lines.append((file.name, line))
+    return rows, lines
+
+
+def _read_array(text: str, file: Path) -> Iterator[tuple[object, int]]:
+    """A JSON array's items, each with the line it starts on."""
+    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
+    at, line = text.index("[") + 1, 1
+    seen = 0
+    try:
+        while text[at := space.match(text, at).end()] != "]":
+            line, seen = line + text.count("\n", seen, at), at
+            row, at = decoder.raw_decode(text, at)
+            yield row, line
+    except (ValueError, IndexError) as error:
+        raise DataError(f"data: {file} is not JSON from line {line} on: {error}") from None
+
+
+def _read_lines(text: str, file: Path) -> Iterator[tuple[object, int]]:
+    good, first = False, None
+    for line, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            row, good = json.loads(content), True
+        except ValueError as error:
+            row = RowProblem("invalid_json", f"line {line}", f"not JSON: {error}")
+            first = first or row
+        yield row, line
+    if first and not good:
+        raise DataError(f"data: {file} is neither a JSON array nor one object a line: {first}")

@@ -1,0 +1,180 @@
+"""From text to token ids, and from stretches of text to the tokens that are scored."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from fastdpo.data.spans import Places, closed, places_by_decoding, weigh
+from fastdpo.data.templating import Script
+from fastdpo.errors import ModelError
+
+
+class Tokens(NamedTuple):
+    """Token ids, which of them are scored, and where the row says so, how relevant each is."""
+
+    ids: np.ndarray  # i64[n]
+    scored: np.ndarray  # bool[n]
+    weight: np.ndarray | None = None  # f32[n]
+
+    def until(self, length: int) -> "Tokens":
+        """At most `length` tokens, and none after the last scored one."""
+        where = np.flatnonzero(self.scored[:length])
+        end = int(where[-1]) + 1 if len(where) else 0
+        return self._map(lambda values: values[:end])
+
+    def after(self, start: int) -> "Tokens":
+        # copies, so that a group of a long data set does not keep its prompt once a response
+        return self._map(lambda values: values[start:].copy())
+
+    def _map(self, cut) -> "Tokens":
+        weight = None if self.weight is None else cut(self.weight)
+        return Tokens(cut(self.ids), cut(self.scored), weight)
+
+
+class Encoder:
+    """A tokenizer without its special tokens; those it adds in front (BOS) are kept in `lead`."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = tokenizer("a")["input_ids"]
+        starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
+        self.lead = np.array(full[: starts[0]] if starts else [], np.int64)
+        self.seams = self._find_seams()
+
+    def encode(self, texts: Iterable[str]) -> dict[str, np.ndarray]:
+        """Token ids by text, without special tokens other than those that the text spells.
+
+        A row's texts share their turns, so texts are taken apart at special tokens and each part
+        is tokenised once: twice as fast on two-response conversations, and the same ids.
+        """
+        parts = {text: self._parts(text) for text in texts}
+        ids = self._encode_parts(list({part for some in parts.values() for part in some}))
+        empty = np.zeros(0, np.int64)
+        return {text: np.concatenate([empty, *(ids[p] for p in some)]) for text, some in parts.items()}
+
+    def places(self, text: str) -> Places | None:
+        """The characters that each token of `encode` spells; a piece of a character counts as all of it. None
+        where the tokenizer does not tell."""
+        found, before = [np.zeros((2, 0), np.int64)], 0
+        for part in self._parts(text):
+            places = self._places_of_part(part)
+            if places is None:
+                return None
+            found.append(np.stack(places) + before)
+            before += len(part)
+        return tuple(np.concatenate(found, axis=1))
+
+    def _places_of_part(self, text: str) -> Places | None:
+        ids = self._encode_parts([text])[text]
+        if self.tokenizer.is_fast:
+            (told,) = self.tokenizer.backend_tokenizer.encode_batch([text], add_special_tokens=False)
+            places = np.array(told.offsets, np.int64).reshape(-1, 2).T
+            if np.array_equal(told.ids, ids) and (whole := closed(*places, text)):
+                return whole
+        return places_by_decoding(ids, text, self.decode)
+
+    def decode(self, ids: np.ndarray) -> str:
+        return self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+
+    def _parts(self, text: str) -> list[str]:
+        parts = self.seams.split(text) if self.seams else [text]
+        return [part for part in parts if part]
+
+    def _encode_parts(self, texts: list[str]) -> dict[str, np.ndarray]:
+        if not texts:
+            return {}
+        if self.tokenizer.is_fast:
+            # The library below transformers' call, which spends a quarter of its time on offsets
+            # and masks. The call in __init__ has reset the library's truncation and padding.
+            backend = self.tokenizer.backend_tokenizer
+            ids = [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        else:
+            ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return {text: np.array(some, np.int64) for text, some in zip(texts, ids)}
+
+    def _find_seams(self) -> re.Pattern | None:
+        """The special tokens, if the text around each is tokenised as if it stood alone. It is not
+        where a token takes white space along, or the first word of a text is spelt another way."""
+        special = {str(token) for token in self.tokenizer.all_special_tokens if str(token)}
+        if not special:
+            return None
+        probes = {token: ["a b ", token, " c\n", token, token, "\nd e", token] for token in special}
+        wholes = {token: "".join(parts) for token, parts in probes.items()}
+        ids = self._encode_parts([*wholes.values(), *{p for parts in probes.values() for p in parts}])
+        for token, parts in probes.items():
+            if ids[wholes[token]].tolist() != np.concatenate([ids[p] for p in parts]).tolist():
+                return None
+        longest_first = sorted(special, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+
+def tokenize(
+    script: Script, plain: bool, ids: dict[str, np.ndarray], encoder: Encoder, notes: Counter
+) -> Tokens:
+    """A script's tokens. Plain text gets the tokenizer's own BOS and the
+    EOS, each once even where the text spells it; a template spells its own."""
+    text = script.text
+    full = ids[text]
+    scored = np.zeros(len(full), bool)
+    merged = False
+    for start, end in script.spans:
+        first, holds_both = _first_after(ids[text[:start]], full, encoder)
+        # an end of turn that merged with what follows says more than the turn: not scored either
+        scored[first : shared_length(ids[text[:end]], full)] = True
+        merged |= holds_both
+    if merged:
+        notes["merged_boundary"] += 1
+    lead = 0
+    if plain:
+        full, scored, lead = _with_specials(full, scored, encoder)
+    if script.marks is None:
+        return Tokens(full, scored)
+    return Tokens(full, scored, weigh(script.marks, lambda: encoder.places(text), scored, lead, notes))
+
+
+def _with_specials(full: np.ndarray, scored: np.ndarray, encoder: Encoder):
+    """(ids, scored, how many ids were added in front)."""
+    eos = encoder.tokenizer.eos_token_id
+    if eos is None:
+        raise ModelError(
+            "the tokenizer has no EOS token, so plain text cannot end.\n"
+            "Set eos_token in its tokenizer_config.json, or use message rows with a chat_template."
+        )
+    lead, added = encoder.lead, 0
+    if not np.array_equal(full[: len(lead)], lead):
+        added = len(lead)
+        full = np.concatenate([lead, full])
+        scored = np.concatenate([np.zeros(len(lead), bool), scored])
+    if full[-1] != eos:
+        full = np.append(full, eos)
+        scored = np.append(scored, True)
+    return full, scored, added
+
+
+def _first_after(prefix: np.ndarray, full: np.ndarray, encoder: Encoder) -> tuple[int, bool]:
+    """The first token of `full` that holds nothing of the text that `prefix` spells, and whether
+    the one before holds text of both sides.
+
+    Usually that is len(prefix). Where the tokenizer merged across the boundary ("wor" + "ld"), the
+    merged token says something of the prompt as well, and is left out of the score.
+    """
+    shared = shared_length(prefix, full)
+    if shared == len(prefix):
+        return shared, False
+    text = encoder.decode(prefix)
+    for end in range(shared, len(full) + 1):
+        spelt = encoder.decode(full[:end])
+        if spelt.startswith(text):
+            return end, spelt != text
+    return len(full), True
+
+
+def shared_length(a: np.ndarray, b: np.ndarray) -> int:
+    """How many leading items two id arrays share."""
+    length = min(len(a), len(b))
+    differing = np.flatnonzero(a[:length] != b[:length])
+    return int(differing[0]) if len(differing) else length

@@ -1,0 +1,105 @@
+"""What the backward finds of the forward: recomputed, kept, or kept in the host's memory."""
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fastdpo.config.keys import Config
+from fastdpo.errors import ConfigError
+from fastdpo.model.offloading import Offloading
+from fastdpo.model.tiled_mlp import is_inside, tile_mlps, untile_mlps
+
+# What `selective` keeps: matrix products with weights, and fused attention. Batched products are not here:
+# where a decoder has them they are the scores of an attention that is not fused, quadratic in the row.
+KEPT = {
+    "aten::mm",
+    "aten::addmm",
+    "aten::_addmm_activation",
+    "aten::_scaled_mm",
+    "aten::_grouped_mm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+    "bitsandbytes::gemm_4bit",
+}
+
+
+def set_up_activations(model, config: Config) -> list[str]:
+    """Makes a causal LM (or a peft model of one) train with gradient_checkpointing, activation_offloading
+    and tiled_mlp as they are in `config`, whatever it was set to before. Returns what it did, a line each.
+    Raises ConfigError where the model has nothing that a key could apply to.
+
+    gradient_checkpointing True recomputes every decoder layer from its input, a number k the layers 0, k,
+    2k, ... (as transformers' every_n_layers), "selective" all but what KEPT names. Nothing is reentrant, so
+    frozen embeddings and 4-bit weights need no special care; the random state is not restored for the
+    recompute, because nothing random is left in a model that trains here.
+    """
+    core = model.get_base_model() if hasattr(model, "peft_config") else model
+    layers = decoder_layers(core)
+    lines = [_set_recompute(core, layers, config.gradient_checkpointing)]
+    lines += [_set_tiles(core, layers, config.tiled_mlp), _set_offloading(core, config)]
+    return [line for line in lines if line]
+
+
+def decoder_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model that can be recomputed, in order; none inside another."""
+    if isinstance(module, GradientCheckpointingLayer):
+        return [module]
+    return [layer for child in module.children() for layer in decoder_layers(child)]
+
+
+def _set_recompute(core, layers: list[nn.Module], level: bool | int | str) -> str:
+    if level and not layers:
+        raise ConfigError(
+            f"gradient_checkpointing: {type(core).__name__} has no layers that can be recomputed; "
+            "leave the key out"
+        )
+    function = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if level == "selective":
+        function = partial(function, context_fn=partial(create_selective_checkpoint_contexts, _policy))
+    every = 1 if isinstance(level, str) else int(level)
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = bool(level) and number % every == 0
+        layer._gradient_checkpointing_func = function
+    done = sum(layer.gradient_checkpointing for layer in layers)
+    but = ", all but matrix products and attention" if level == "selective" else ""
+    return f"{done} of {len(layers)} layers are computed again in the backward{but}" if done else ""
+
+
+def _policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+    schema = getattr(op, "_schema", None)
+    kept = schema is not None and schema.name in KEPT and not is_inside()
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _set_tiles(core, layers: list[nn.Module], tiled: bool) -> str:
+    untile_mlps(layers)
+    if not tiled:
+        return ""
+    done, left = tile_mlps(layers)
+    if not done:
+        raise ConfigError(
+            f"tiled_mlp: {type(core).__name__} has no dense MLP that takes hidden states only; "
+            "leave the key out"
+        )
+    rest = f"; {left} (mixtures of experts, or of another form) are left alone" if left else ""
+    return f"{done} MLPs are computed in tiles of tokens{rest}"
+
+
+def _set_offloading(core, config: Config) -> str:
+    before = vars(core).pop("_fastdpo_offloading", None)
+    if before is not None:
+        before.remove()
+    if not config.activation_offloading:
+        return ""
+    core._fastdpo_offloading = Offloading(core.base_model)
+    if config.gradient_checkpointing == "selective":  # torch keeps those where no hook sees them
+        return "the layers' inputs are kept in the host's memory, the products and attention are not"
+    return "what the layers save for the backward is kept in the host's memory"

@@ -1,0 +1,265 @@
+"""LoRA adapters: a fresh one on a model, or the one that a peft folder holds, to train on."""
+
+import json
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.markup import escape
+from safetensors import safe_open
+
+from fastdpo.config.keys import FIELDS, Config
+from fastdpo.errors import ConfigError, ModelError
+
+_SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+_OF_A_FRESH_LORA = ("lora_rank", "lora_alpha", "lora_target_modules")
+# What these do depends on more than a module's input (the tokens around it, other adapters), or
+# changes layers that the head or the reference would not know of.
+_UNSUPPORTED = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "megatron_config",
+    "monteclora_config",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+
+
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    model: str  # a folder or a hub name, never an adapter
+    adapter: Path | None  # a peft folder that goes on it
+    settings: dict  # what is in its adapter_config.json
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer is: beside the adapter where it has one, as it was trained with it."""
+        beside = self.adapter and any((self.adapter / name).exists() for name in TOKENIZERS)
+        return str(self.adapter) if beside else self.model
+
+
+def find_start(config: Config) -> Start:
+    """The base model and the adapter that `model` and `adapter` name; `model` may be an adapter folder."""
+    model_is_adapter = Path(config.model, _SETTINGS).exists()
+    if model_is_adapter and config.adapter is not None:
+        raise ConfigError(
+            f"adapter: model {config.model} is a peft adapter already, and there can be one only; "
+            "give as model the base of the one to start from"
+        )
+    if not model_is_adapter and config.adapter is None:
+        return Start(config.model, None, {})
+    if config.pure_bf16:
+        raise ConfigError("pure_bf16: a LoRA's weights stay in fp32 (they are few); leave the key out")
+    folder = Path(config.model if model_is_adapter else config.adapter)
+    settings = _read_settings(folder)
+    for key in _OF_A_FRESH_LORA:
+        if getattr(config, key) != FIELDS[key].default:
+            raise ConfigError(f"{key}: the adapter {folder} has its own, so leave the key out")
+    base = settings.get("base_model_name_or_path") if model_is_adapter else config.model
+    if not base:
+        raise ModelError(
+            f"model: {folder} is a peft adapter that does not say what its base is; "
+            f"set model to the base, and adapter: {folder}"
+        )
+    if Path(base, _SETTINGS).exists():
+        raise ModelError(f"model: {base}, the base of {folder}, is an adapter itself; merge it first")
+    return Start(base, folder, settings)
+
+
+def _read_settings(folder: Path) -> dict:
+    """A folder's adapter_config.json, when it is an adapter that can be trained on."""
+    try:
+        settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"adapter: cannot read {_SETTINGS} in the folder {folder}: {error}") from None
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    if kind != "LORA":
+        raise ModelError(f"adapter: {folder} is of peft_type {kind}; only LORA adapters can be trained on")
+    for name in _UNSUPPORTED:
+        if settings.get(name):
+            raise ModelError(f"adapter: {folder} uses {name}, which is not supported; merge it into its base")
+    if not (folder / _WEIGHTS).exists():
+        found = "only adapter_model.bin, a pickle, which can run anything when it is loaded"
+        found = found if (folder / "adapter_model.bin").exists() else "none"
+        raise ModelError(
+            f"adapter: {folder} needs its weights as {_WEIGHTS}, and there is {found}; "
+            "save it with peft's save_pretrained"
+        )
+    return settings
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError:
+        raise ModelError("LoRA adapters need peft: pip install 'fastdpo[peft]'") from None
+    return peft
+
+
+def add_lora(model, config: Config):
+    """A fresh LoRA on a model: it starts as no change at all."""
+    peft = _peft()
+    torch.manual_seed(config.seed)
+    lora = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+        target_modules=config.lora_target_modules,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # tell_tied says it
+            model = peft.get_peft_model(model, lora)
+    except ValueError as error:
+        raise ConfigError(f"lora_target_modules: {error}") from None
+    if config.use_dora and hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):
+        raise ConfigError(
+            "use_dora: the lm_head cannot have it (each step would need its whole matrix once more); take it "
+            "out of lora_target_modules"
+        )
+    steady_dora(model, fresh=True)
+    leave_out_base(model)
+    return model
+
+
+def leave_out_base(model) -> None:
+    """Makes `save_pretrained` write no weight of the base: where a LoRA is on the embeddings or the lm_head,
+    peft would write these too, whole, and put them in place of the base's own wherever it loads them."""
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+
+
+def steady_dora(model, fresh: bool) -> None:
+    """Makes peft's DoRA take its norms in fp32, hand on the activations' dtype, and, where it is fresh,
+    change nothing at all.
+
+    DoRA scales each row of W + s B A by magnitude / norm (2402.09353, equation 5). peft takes the norm in the
+    activations' dtype: in bf16 it stands still, or moves by 2^-8, while the magnitude learns in fp32, and
+    before the first step the two differ. And on 4-bit weights, under CUDA's autocast, it goes on in fp32.
+    """
+    from peft.tuners.lora.dora import DoraEmbeddingLayer, DoraLinearLayer
+    from peft.utils.integrations import dequantize_module_weight
+
+    for module in model.modules():
+        for layer in getattr(module, "lora_magnitude_vector", {}).values():
+            if type(layer) not in (DoraLinearLayer, DoraEmbeddingLayer):
+                continue  # convolutions
+            layer.get_weight_norm = partial(_norm_in_fp32, layer.fan_in_fan_out)
+            if fresh:
+                weight = dequantize_module_weight(module.get_base_layer()).detach()
+                layer.weight.data = layer.get_weight_norm(weight, torch.zeros((), device=weight.device), 1.0)
+            if type(layer) is DoraLinearLayer:
+                layer.get_lora_weight = _product
+                module.register_forward_hook(_in_autocast_dtype)
+
+
+@torch.no_grad()
+def _product(lora_A, lora_B, adapter_name=None):
+    """B A, for the norm: DoraLinearLayer.get_lora_weight, which goes through an identity matrix and makes a
+    graph that nobody reads. A batched product, as those are what `selective` checkpointing never keeps: this
+    one is as large as the weight."""
+    return torch.bmm(lora_B.weight[None], lora_A.weight[None])[0]
+
+
+def _norm_in_fp32(transposed: bool, weight, lora_weight, scaling, adapter_name=None):
+    """|W + s B A| of each output feature, f32[out] (f64 of f64 weights): DoraLinearLayer.get_weight_norm."""
+    device = "cpu" if weight.is_meta else weight.device.type  # `fastdpo plan` makes LoRAs without data
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        weight = weight.T if transposed else weight
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32)) + scaling * lora_weight.detach()
+        return torch.linalg.vector_norm(wide, dim=1)
+
+
+def _in_autocast_dtype(module, inputs, out):
+    device = out.device.type
+    return out.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else out
+
+
+def tell_tied(model, console) -> None:
+    """Says what an adapter on the lm_head or the embeddings means where these are one weight."""
+    configs = getattr(model, "peft_config", {}).values()
+    if not configs or any(getattr(config, "ensure_weight_tying", False) for config in configs):
+        return
+    core = model.get_base_model()
+    ends = {"lm_head": core.get_output_embeddings(), "embeddings": core.get_input_embeddings()}
+    changed = " and ".join(name for name, module in ends.items() if hasattr(module, "base_layer"))
+    if changed and core.config.get_text_config().tie_word_embeddings:
+        text = f"the model's lm_head and embeddings are one weight, and the LoRA on its {changed} sets them "
+        text += "apart; `fastdpo merge` gives each its own (peft's merge_and_unload would add to both)"
+        console.print(f"[yellow]{text}", highlight=False, soft_wrap=True)
+
+
+def load_adapter(model, start: Start, console):
+    """The adapter of a folder on its base, to train on; says what it changes. Raises ModelError."""
+    peft = _peft()
+    fields = peft.LoraConfig.__dataclass_fields__
+    unknown = [name for name, value in start.settings.items() if value and name not in fields]
+    if unknown:
+        raise ModelError(
+            f"adapter: {start.adapter} sets {unknown[0]}, which the installed peft does not know: update peft"
+        )
+    _tell_base(start, console)
+    lora = peft.PeftConfig.from_pretrained(start.adapter)
+    lora.base_model_name_or_path = start.model  # where whoever loads the result finds it
+    lora.inference_mode = False
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # tell_tied says it
+            model = peft.get_peft_model(model, lora)
+        result = model.load_adapter(start.adapter, "default", is_trainable=True)
+        odd = [f"{key} is not in the base" for key in result.unexpected_keys]
+        odd += [f"{key} is not in the adapter" for key in result.missing_keys]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever shapes and names that do not fit make peft raise
+        lines = str(error).strip().splitlines()
+        odd = [f"{type(error).__name__}: {' '.join(line.strip() for line in lines[:2])}"]
+    if odd:
+        raise ModelError(
+            f"adapter: {start.adapter} does not fit the model {start.model}; "
+            f"it was trained on {start.settings.get('base_model_name_or_path')}.\n{odd[0]}"
+        )
+    _check_head(model.get_base_model().get_output_embeddings(), lora, start)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft does this to LoRA's own weights only
+            parameter.data = parameter.data.float()
+    steady_dora(model, fresh=False)
+    with safe_open(start.adapter / _WEIGHTS, framework="pt") as file:
+        if not any(".base_layer." in key for key in file.keys()):
+            leave_out_base(model)
+    _switch_off_dropout(model, lora, console)
+    return model
+
+
+def _tell_base(start: Start, console) -> None:
+    trained_on = start.settings.get("base_model_name_or_path")
+    other = "" if trained_on == start.model else f" (it was trained on {trained_on})"
+    line = f"starting from the adapter {start.adapter} on {start.model}{other}; the reference is both"
+    console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def _check_head(head, lora, start: Start) -> None:
+    """linear_logp knows the lm_head's LoRA as scale * B A, and no more."""
+    for name in ("use_dora", "lora_bias"):
+        if hasattr(head, "lora_A") and getattr(lora, name):
+            raise ModelError(f"adapter: {start.adapter} has {name} on the lm_head: merge it into its base")
+
+
+def _switch_off_dropout(model, lora, console) -> None:
+    """In the modules only: the settings, and so the saved adapter, keep the dropout they name."""
+    if not lora.lora_dropout:
+        return
+    for module in model.modules():
+        dropouts = getattr(module, "lora_dropout", {})
+        for name in dropouts:
+            dropouts[name] = torch.nn.Identity()
+    console.print(f"dropout set to 0 for training: lora_dropout (was {lora.lora_dropout})")

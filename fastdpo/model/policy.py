@@ -1,0 +1,297 @@
+"""A Hugging Face causal LM as a policy: packed ids in, per-token log-probs out."""
+
+import contextlib
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from fastdpo_kernels import MEMORY_BUDGET, Plan, backend, linear_logp, plan
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from fastdpo.config.keys import Config
+from fastdpo.errors import ConfigError, ModelError
+from fastdpo.model import attention
+from fastdpo.model.activations import set_up_activations
+from fastdpo.model.adapters import Start, add_lora, find_start, load_adapter, tell_tied
+from fastdpo.model.quantised import check_quantisation, loading_in_4bit, set_up_4bit
+from fastdpo.records import PackedGroups
+from fastdpo.values import as_bytes
+
+# How configs name a factor on the logits: (attribute, model types where it means that or None, power).
+_LOGIT_FACTORS = (
+    ("logit_scale", ("cohere", "cohere2"), 1),
+    ("logits_scaling", ("hyperclovax",), 1),
+    ("logits_scaling", None, -1),  # granite*, minicpm3
+    ("output_multiplier", None, 1),
+    ("lm_head_multiplier", None, 1),
+)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The lm_head: its module, and what the model does to the logits after it."""
+
+    module: torch.nn.Module
+    scale: float
+    softcap: float | None
+
+    def tensors(self, dtype: torch.dtype) -> dict:
+        """weight [V, D], bias [V] and lora (A, B, scale) as linear_logp takes them."""
+        base = getattr(self.module, "base_layer", self.module)
+        cast = lambda t: None if t is None else t.to(dtype)
+        lora = None
+        if base is not self.module and not self.module.disable_adapters:
+            (name,) = self.module.active_adapters
+            a, b = self.module.lora_A[name].weight, self.module.lora_B[name].weight
+            lora = (cast(a), cast(b), float(self.module.scaling[name]))
+        return {"weight": cast(base.weight), "bias": cast(base.bias), "lora": lora}
+
+    @property
+    def trained(self) -> bool:
+        return any(p.requires_grad for p in self.module.parameters())
+
+
+class Policy:
+    """A model and how to score packed groups with it. Policy and reference share this one path."""
+
+    def __init__(
+        self,
+        model,
+        dtype: torch.dtype,
+        dropout: dict[str, float] | None = None,
+        head_budget: int = MEMORY_BUDGET,
+    ):
+        self.model = model
+        self.head_budget = head_budget  # bytes that the lm_head may take, see fastdpo_kernels.plan
+        self.dtype = dtype  # of the computation; trained weights are fp32
+        self.core = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.head = Head(self.core.get_output_embeddings(), *logit_transform(self.core.config))
+        self.device = next(model.parameters()).device
+        self.dropout = dropout or {}  # what training switched off; saved models get it back
+        self.stock_attention = attention.stock_attention(self.core.config)
+        self.share = False  # fastdpo.model.support.prepare switches it on where it is exact
+
+    def set_sharing(self, share: bool) -> None:
+        """Switches between shared prompts and separate rows through the model's stock attention."""
+        wanted = attention.NAME if share else self.stock_attention
+        self.core.set_attn_implementation(wanted)
+        if self.core.config._attn_implementation != wanted:
+            raise attention.UnsharedAttention(
+                f"{type(self.core).__name__} does not take its attention from AttentionInterface"
+            )
+        self.share = share
+
+    @contextlib.contextmanager
+    def stock(self):
+        """Inside, the model is as transformers loaded it: for generation, and to compare with."""
+        shared = self.share
+        self.set_sharing(False)
+        try:
+            yield self.model
+        finally:
+            self.set_sharing(shared)
+
+    def autocast(self):
+        return torch.autocast(
+            self.device.type,
+            dtype=self.dtype,
+            enabled=self.dtype in (torch.bfloat16, torch.float16),
+            cache_enabled=False,  # or a copy of every fp32 weight would stay until the forward ends
+        )
+
+    def hidden(self, batch: PackedGroups) -> Tensor:
+        """Final hidden states [T, D] of a packed batch (on separate rows: [R * L, D])."""
+        if batch.layout is None:
+            arguments = {"attention_mask": batch.attention_mask}
+        else:
+            arguments = {"position_ids": batch.position_ids, "fastdpo_layout": batch.layout}
+        with self.autocast():
+            out = self.core.base_model(input_ids=batch.input_ids, use_cache=False, **arguments)
+        return out.last_hidden_state.flatten(0, 1)
+
+    def token_logp(self, batch: PackedGroups, stats: tuple[str, ...] = ()):
+        """log pi(target | context) of each scored token, f32[M]; with stats named, (that, dict)."""
+        hidden = self.hidden(batch)[batch.score_row].to(self.dtype)
+        return linear_logp(
+            hidden,
+            target=batch.target,
+            scale=self.head.scale,
+            softcap=self.head.softcap,
+            stats=stats,
+            memory_budget=self.head_budget,
+            **self.head.tensors(self.dtype),
+        )
+
+    def trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def head_backend(self) -> str:
+        """What runs the lm_head: "triton", "cublas" or "torch", see fastdpo_kernels.backend."""
+        return backend(self.device, self.dtype, lora=hasattr(self.head.module, "base_layer"))
+
+    def plan(self, scored: int, memory_budget: int | None = None) -> Plan:
+        """How linear_logp runs the head on this many scored tokens."""
+        V, D = self.core.get_output_embeddings().weight.shape
+        return plan(
+            *(scored, V, D),
+            dtype=self.dtype,
+            train_weight=self.head.trained,
+            memory_budget=memory_budget or self.head_budget,
+            backend=self.head_backend,
+        )
+
+    @cached_property
+    def max_scored(self) -> int | None:
+        """The most scored tokens the packer puts into a microbatch: what the head can keep for its
+        backward (6MVD, where recomputing is 8MVD) in half of linear_logp's memory budget. The other
+        half is room for a single larger group. None with a frozen head, which keeps nothing."""
+        if not self.head.trained:
+            return None
+        recomputes = lambda m: self.plan(m, self.head_budget // 2).name != "keep"
+        return bisect_left(range(1, 1 << 22), True, key=recomputes) or None
+
+    def head_plan(self, batches: list[PackedGroups]) -> str:
+        """One phrase on how the lm_head runs on the largest of these."""
+        scored = max(len(batch.target) for batch in batches)
+        p = self.plan(scored)
+        V, D = self.core.get_output_embeddings().weight.shape
+        cost = f"{p.flops / (scored * V * D):.0f}MVD, at most {p.peak_bytes / 1e6:.0f} MB"
+        return f"{p.name} by {self.head_backend}, {cost}"
+
+
+def logit_transform(config) -> tuple[float, float | None]:
+    """(scale, softcap) that this model applies to lm_head's output, in this order."""
+    scale = 1.0
+    for name, model_types, power in _LOGIT_FACTORS:
+        factor = getattr(config, name, None)
+        if factor and (model_types is None or config.model_type in model_types):
+            scale = float(factor) ** power
+            break
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """auto | bf16 | fp32 -> the compute dtype on this machine."""
+    if name == "auto":
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def load_model_config(config: Config):
+    """The model's transformers config. Raises ModelError, or ConfigError for a max_length beyond it."""
+    start = find_start(config)
+    try:
+        model_config = AutoConfig.from_pretrained(start.model)
+    except Exception as error:  # whatever a broken folder makes transformers raise
+        whose = f", the base of the adapter {start.adapter}," if start.adapter else ""
+        raise ModelError(f"model: cannot load {start.model!r}{whose}: {error}") from None
+    _check_lengths(config, model_config)
+    _in_4bit(config, start, model_config)
+    return model_config
+
+
+def _in_4bit(config: Config, start: Start, model_config) -> bool:
+    has_lora = start.adapter is not None or config.lora_rank is not None
+    return check_quantisation(config.load_in_4bit, has_lora, start.model, model_config)
+
+
+def load_policy(config: Config, console) -> Policy:
+    """Loads the model, freezes what is not trained, adds a LoRA (a fresh one, or one to start from)
+    where asked. Raises ModelError."""
+    start = find_start(config)
+    dtype = torch.bfloat16 if config.pure_bf16 else resolve_dtype(config.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model_config = load_model_config(config)
+    in_4bit = _in_4bit(config, start, model_config)
+    dropped = switch_off_dropout(model_config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            start.model,
+            config=model_config,
+            dtype=dtype if start.adapter or config.lora_rank or config.pure_bf16 else torch.float32,
+            **(loading_in_4bit(model_config, dtype, device) if in_4bit else {}),
+        )
+    except Exception as error:
+        raise ModelError(f"model: cannot load {start.model!r}: {type(error).__name__}: {error}") from None
+    if in_4bit:
+        set_up_4bit(model, dtype, console)
+    else:
+        model.to(device)
+    if dropped:
+        console.print(f"dropout set to 0 for training: {', '.join(dropped)}")
+    if start.adapter:
+        model = load_adapter(model, start, console)
+    elif config.lora_rank is not None:
+        model = add_lora(model, config)
+    tell_tied(model, console)
+    model.train()
+    for line in set_up_activations(model, config):
+        console.print(line, highlight=False)
+    return Policy(model, dtype, dropped, head_budget=as_bytes("head_memory", config.head_memory))
+
+
+def load_tokenizer(config: Config):
+    """The tokenizer of the model, or of the adapter to start from where that has one, with the
+    config's chat template where it names one."""
+    where = find_start(config).tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except Exception as error:
+        raise ModelError(f"model: no tokenizer in {where!r}: {error}") from None
+    if config.chat_template is not None:
+        try:
+            with open(config.chat_template, encoding="utf-8") as file:
+                tokenizer.chat_template = file.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat_template: cannot read the file: {error}") from None
+    return tokenizer
+
+
+def switch_off_dropout(model_config) -> dict[str, float]:
+    """Sets every dropout probability (and layerdrop, and router noise) of a transformers config to 0;
+    returns what they were.
+
+    A shared prompt would share one dropout mask between responses, and DPO compares two passes.
+    """
+    changed = {}
+    text_config = model_config.get_text_config()
+    for name, value in text_config.to_dict().items():
+        is_random = any(word in name for word in ("dropout", "pdrop", "layerdrop", "jitter_noise"))
+        if is_random and isinstance(value, float) and value > 0:
+            changed[name] = value
+            setattr(text_config, name, 0.0)
+    return changed
+
+
+def _check_lengths(config: Config, model_config) -> None:
+    limit = getattr(model_config, "max_position_embeddings", None)
+    rope = getattr(model_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        # These pick their frequencies by the longest row of a batch, so that one row would change
+        # another's result; below the original length they never do.
+        limit = rope.get("original_max_position_embeddings", limit)
+    if limit and config.max_length > limit:
+        raise ConfigError(
+            f"max_length: {config.max_length} is more than the {limit} positions of {config.model}; "
+            f"set max_length: {limit} or less"
+        )
+
+
+def save_model(policy: Policy, tokenizer, folder) -> None:
+    """Writes a folder that `from_pretrained` loads: the model, or the LoRA adapter, and the tokenizer.
+
+    A model is saved in the compute dtype (after dtype: bf16 its fp32 master weights are rounded), an
+    adapter as it trained; the config gets back the dropout that training switched off.
+    """
+    config = policy.core.config.get_text_config()
+    for name, value in policy.dropout.items():
+        setattr(config, name, value)
+    with policy.stock() as model:
+        if policy.core is policy.model:
+            model.to(policy.dtype)
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

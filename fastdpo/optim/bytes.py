@@ -1,0 +1,77 @@
+"""What an optimizer's states take, by each library's own rule, before any of them is made."""
+
+import math
+
+from fastdpo.config.keys import Config
+
+BLOCK_8BIT = 256  # elements that share a scale, in bitsandbytes and in torchao
+BLOCK_4BIT = 128
+SMALL = 4096  # both libraries keep 32-bit states of tensors with fewer elements
+PAGED_FROM = 100_000  # bitsandbytes pages states of so many elements
+PIECE = 1 << 23  # elements of a weight that are stepped at once where a copy in fp32 is needed
+_FP32 = 4
+
+
+def state_bytes(
+    config: Config, numel: int, dtype_bytes: int = 4, shape: tuple[int, ...] | None = None
+) -> int:
+    """Bytes on the device that the states of a trained weight take: 0 under offload_optimizer.
+
+    Paged states (paged_adamw_*) count as none, for they leave when the device is full. Left out: an
+    optimizer's 8 KB of tables and a step number a weight. dtype_bytes: the weight's own, which torch's AdamW
+    takes for its states where that is more than fp32. shape: only adafactor's depend on it.
+    """
+    device, _ = _places(config, numel, dtype_bytes, shape)
+    return device
+
+
+def host_state_bytes(config: Config, numel: int, dtype_bytes: int = 4, shape=None) -> int:
+    """Bytes of those states that lie, or can be moved, in the host's memory."""
+    _, host = _places(config, numel, dtype_bytes, shape)
+    return host
+
+
+def step_bytes(config: Config, numel: int, dtype_bytes: int = 4) -> int:
+    """Bytes on the device, beside weight, gradient and states, while the largest weight (of so many elements)
+    is stepped: fp32 copies and the random bits of stochastic rounding, a piece at a time."""
+    temporary = 3 if config.optim == "adafactor" else 0  # fp32 copies that the library itself makes
+    if not (config.pure_bf16 or config.offload_optimizer):
+        return temporary * max(_FP32, dtype_bytes) * numel
+    piece = numel if config.optim == "adafactor" else min(numel, PIECE)
+    rounding = 4 if config.pure_bf16 else 0  # random bits, NaN mask and two results
+    stepping = 1 if config.offload_optimizer else 2 + temporary  # the new weights, or weights and gradient
+    return (stepping + rounding) * _FP32 * piece
+
+
+def _places(config: Config, numel: int, dtype_bytes: int, shape) -> tuple[int, int]:
+    """(bytes on the device, bytes on the host or movable there)."""
+    fixed, pageable = _forms(config.optim, numel, dtype_bytes, shape)
+    if config.offload_optimizer:
+        return 0, fixed + pageable
+    return fixed, pageable
+
+
+def _forms(optim: str, numel: int, dtype_bytes: int, shape) -> tuple[int, int]:
+    """(bytes that stay where the step is, bytes that are paged)."""
+    full = 2 * _FP32 * numel
+    if optim == "adamw_torch_fused":
+        return 2 * max(_FP32, dtype_bytes) * numel, 0
+    if optim == "paged_adamw_32bit":
+        return (0, full) if numel >= PAGED_FROM else (full, 0)
+    if optim in ("adamw_8bit", "paged_adamw_8bit"):
+        if numel < SMALL:
+            return full, 0
+        scales = 2 * _FP32 * math.ceil(numel / BLOCK_8BIT)
+        paged = optim == "paged_adamw_8bit" and numel >= PAGED_FROM
+        return (scales, 2 * numel) if paged else (scales + 2 * numel, 0)
+    if optim in ("adamw_torch_8bit", "adamw_torch_4bit"):
+        block, bits = (BLOCK_8BIT, 8) if optim == "adamw_torch_8bit" else (BLOCK_4BIT, 4)
+        if numel < SMALL or numel % block:
+            return full, 0
+        return 2 * numel * bits // 8 + 2 * _FP32 * (numel // block), 0
+    if optim == "adafactor":
+        shape = shape or (numel,)
+        if len(shape) < 2:
+            return _FP32 * numel, 0
+        return _FP32 * (numel // shape[-1] + numel // shape[-2]), 0
+    return 0, 0  # sgd

@@ -1,0 +1,151 @@
+"""The optimizers of torch, bitsandbytes, torchao and transformers behind one face: step some tensors, and
+their states as plain tensors, for checkpoints.
+"""
+
+import importlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdpo.config.keys import Config
+from fastdpo.errors import ConfigError
+from fastdpo.optim.bytes import BLOCK_4BIT, BLOCK_8BIT
+
+_EXTRA = "pip install 'fastdpo[quant]'"
+_LIBRARY = {
+    "adamw_8bit": "bitsandbytes",
+    "paged_adamw_8bit": "bitsandbytes",
+    "paged_adamw_32bit": "bitsandbytes",
+    "adamw_torch_8bit": "torchao",
+    "adamw_torch_4bit": "torchao",
+}
+
+
+class Library:
+    """One optimizer object, stepped for any of its tensors alone or for all at once.
+
+    States are made by the library when a tensor is first stepped. Hyperparameters are the libraries' common
+    defaults: betas 0.9 and 0.999, eps 1e-8.
+    """
+
+    def __init__(self, config: Config):
+        self.name = config.optim
+        self.optimizer = _make(config.optim, torch.nn.Parameter(torch.zeros(1)))
+        self.optimizer.param_groups = []
+        self.state = self.optimizer.state
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether a tensor's parts may be stepped one after the other."""
+        return self.name != "adafactor"
+
+    def divides(self, numel: int) -> bool:
+        """Whether the parts of a tensor of this size have the states that the whole would have."""
+        block = {"adamw_torch_8bit": BLOCK_8BIT, "adamw_torch_4bit": BLOCK_4BIT}.get(self.name, 1)
+        return self.elementwise and numel % block == 0
+
+    def step(self, tensors: Sequence[torch.nn.Parameter], weight_decay: float, rate: float) -> None:
+        """Updates the tensors that have a gradient; leaves the gradients as they are."""
+        self.step_groups([(tensors, weight_decay)], rate)
+
+    def step_groups(self, groups: Sequence[tuple], rate: float) -> None:
+        """The same for several (tensors, weight decay) at once."""
+        lr = torch.tensor(rate, dtype=torch.float32) if _LIBRARY.get(self.name) == "torchao" else rate
+        own = lambda tensors, decay: {"params": list(tensors), "weight_decay": decay, "lr": lr}
+        self.optimizer.param_groups = [self.optimizer.defaults | own(*group) for group in groups]
+        self.optimizer.step()
+
+    def tensors(self, tensor: torch.nn.Parameter) -> dict[str, Tensor]:
+        """A tensor's states: numbers as 0-dim tensors, torchao's quantised ones as their parts."""
+        out = {}
+        for key, value in self.state.get(tensor, {}).items():
+            if hasattr(value, "tensor_attrs"):  # torchao's subclasses
+                out |= {f"{key}.{part}": getattr(value, part) for part in value.tensor_attrs}
+            else:
+                out[key] = torch.as_tensor(value)
+        return out
+
+    def load(self, tensor: torch.nn.Parameter, saved: dict[str, Tensor]) -> None:
+        """Puts back what `tensors` gave, on the tensor's device; its data must have its real shape."""
+        if _LIBRARY.get(self.name) == "bitsandbytes":
+            self._load_bitsandbytes(tensor, saved)
+        elif any("." in key for key in saved):
+            self.state[tensor] = self._torchao(tensor, saved)
+        else:
+            self.state[tensor] = {key: self._placed(tensor, value) for key, value in saved.items()}
+
+    def _placed(self, tensor, value: Tensor):
+        if value.ndim == 0 and not value.is_floating_point():
+            return value.item()  # transformers counts steps by an int
+        if value.ndim == 0 and _LIBRARY.get(self.name) == "torchao":
+            return value.clone()  # and torchao on the CPU
+        return value.to(tensor.device, copy=True)
+
+    def _load_bitsandbytes(self, tensor, saved: dict[str, Tensor]) -> None:
+        """Into buffers that the library makes, for paged ones are its own kind of memory."""
+        group = self.optimizer.defaults | {"params": [tensor]}
+        self.optimizer.param_groups = [group]
+        self.optimizer.init_state(group, tensor, 0, 0)
+        state = self.state[tensor]
+        for key, value in saved.items():
+            if isinstance(state[key], int):
+                state[key] = value.item()
+            else:
+                state[key].copy_(value)
+
+    def _torchao(self, tensor, saved: dict[str, Tensor]) -> dict:
+        bits = 8 if self.name == "adamw_torch_8bit" else 4
+        module = importlib.import_module(f"torchao.optim.subclass_{bits}bit")
+        kind = getattr(module, f"OptimState{bits}bit")
+        block = BLOCK_8BIT if bits == 8 else BLOCK_4BIT
+        state = {}
+        for name, value in saved.items():
+            key, _, part = name.partition(".")
+            if not part:
+                state[key] = self._placed(tensor, value)
+                continue
+            if key not in state:
+                signed = key == "exp_avg"  # the other is a mean of squares
+                state[key] = kind.zeros(tensor.shape, signed, block, tensor.device, dtype=tensor.dtype)
+            getattr(state[key], part).copy_(value.view_as(getattr(state[key], part)))
+        return state
+
+
+def _make(name: str, tensor: torch.nn.Parameter) -> torch.optim.Optimizer:
+    """The library's own class with the options that make learning_rate and weight_decay mean the same."""
+    if name == "adamw_torch_fused":
+        return torch.optim.AdamW([tensor], fused=True)
+    if name == "sgd":
+        return torch.optim.SGD([tensor], lr=1.0, foreach=False)  # which would copy all gradients to decay
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor([tensor], lr=1.0, relative_step=False, scale_parameter=False, warmup_init=False)
+    library = importlib.import_module(f"{_LIBRARY[name]}.optim")
+    if _LIBRARY[name] == "torchao":
+        kind = library.AdamW8bit if name == "adamw_torch_8bit" else library.AdamW4bit
+        return kind([tensor])
+    kinds = {
+        "adamw_8bit": library.AdamW8bit,
+        "paged_adamw_8bit": library.PagedAdamW8bit,
+        "paged_adamw_32bit": library.PagedAdamW32bit,
+    }
+    return kinds[name]([tensor])
+
+
+def check_library(config: Config) -> None:
+    """Raises ConfigError where the optimizer cannot work on this machine: no library, or no GPU."""
+    library = _LIBRARY.get(config.optim)
+    if library:
+        try:
+            importlib.import_module(f"{library}.optim")
+        except ImportError as error:
+            raise ConfigError(
+                f"optim: {config.optim} is {library}'s, which cannot be loaded ({error}); {_EXTRA}"
+            ) from None
+    if config.optim.startswith("paged_") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"optim: {config.optim} pages states out of a GPU's memory and there is no GPU here; "
+            "use adamw_8bit or adamw_torch_fused"
+        )

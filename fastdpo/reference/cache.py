@@ -1,0 +1,186 @@
+"""The reference's log-probs on disk: one SQLite file for all models and data sets, and safe to kill.
+
+A pack is what one forward of a fill computed: its responses' keys, lengths and values, and a digest of
+all that. Packs are written once, and nothing is believed that its digest does not confirm. A value once
+stored never changes: of two processes that compute a response, the first to commit decides for both.
+"""
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Collection, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from fastdpo.reference.cache_file import CacheFile, cannot_write, transaction
+from fastdpo.reference.fingerprint import KEY_BYTES, Fingerprint
+
+COMMIT_SECONDS = 1.0  # a kill loses what was computed since the last commit; 0 commits every pack
+_COMMIT_SHARE = 0.02  # ... or rarer: a slow disk's commits may take this share of a fill's time
+
+
+class RefCache:
+    """The log-probs of the wanted responses under one fingerprint: `values` are those known, f32[n] each.
+
+    Without a path they are kept in memory only. Use it in `with`.
+    """
+
+    def __init__(self, path: Path | None, fingerprint: Fingerprint, wanted: Collection[bytes], console):
+        self.path, self.values = path, {}
+        self._fingerprint, self._wanted = fingerprint, wanted
+        self._namespace = bytes.fromhex(fingerprint.namespace)
+        self._pending: list[dict[bytes, np.ndarray]] = []  # per computed pack, what is not stored yet
+        self._environment: dict = {}
+        self._db: sqlite3.Connection | None = None  # the one that the next three are of
+        self._fill: int | None = None  # this process's row in fills
+        self._last_pack = 0  # packs up to here have been read
+        self._damaged: list[tuple[int, int]] = []  # (pack, responses in it)
+        self._committed, self._commit_took = time.monotonic(), 0.0
+        self._file = None
+        if path is not None:
+            self._file = CacheFile(path, console)
+            self._file.run(self._load)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._file:
+            self._file.close()
+
+    def start_fill(self, environment: dict) -> None:
+        """Records what will compute; call before the first `add`. Raises ConfigError where the file
+        cannot be written, before anything is computed for it."""
+        self._environment = environment
+        if self._file:
+            self._file.run(self._store)
+
+    def add(self, keys: list[bytes], values: list[np.ndarray]) -> None:
+        """A computed pack. A response that is known keeps its value. Commits when it is time."""
+        new = {key: value for key, value in zip(keys, values) if key not in self.values}
+        self.values |= new
+        if self._file is None:
+            return
+        self._pending.append(new)
+        due = COMMIT_SECONDS * max(1.0, self._commit_took / _COMMIT_SHARE)
+        if time.monotonic() - self._committed >= due:
+            self.commit()
+
+    def commit(self) -> None:
+        """Stores everything added so far in one transaction."""
+        if self._pending:
+            start = time.monotonic()
+            self._file.run(self._store)
+            self._committed = time.monotonic()
+            self._commit_took = self._committed - start
+
+    def parts_of(self, namespace: str) -> dict | None:
+        """The recorded parts of another fingerprint, where they are there."""
+        found = []
+        query = "SELECT parts FROM namespaces WHERE id = ?"
+        if self._file:
+            self._file.run(lambda db: found.extend(db.execute(query, (bytes.fromhex(namespace),))))
+        try:
+            return dict(json.loads(found[0][0]))
+        except (IndexError, ValueError, TypeError):
+            return None
+
+    # What runs on an open file
+
+    def _load(self, db) -> None:
+        self.values.clear()
+        self._read_new(db)
+        orphans = "NOT EXISTS (SELECT 1 FROM namespaces WHERE namespaces.id = packs.namespace)"
+        self._damaged += db.execute(f"SELECT id, length(keys) / {KEY_BYTES} FROM packs WHERE {orphans}")
+        try:
+            self._delete_damaged(db)
+        except sqlite3.Error as error:
+            if not cannot_write(error):
+                raise
+
+    def _read_new(self, db) -> None:
+        """Takes over the wanted values of the packs that were stored since the last look."""
+        if db is not self._db:
+            self._db, self._fill, self._last_pack, self._damaged = db, None, 0, []
+        query = "SELECT id, digest, keys, lengths, logps FROM packs WHERE id > ? AND namespace = ?"
+        for number, digest, *content in db.execute(query, (self._last_pack, self._namespace)):
+            self._last_pack = number
+            if not _confirmed(digest, self._namespace, *content):
+                n_keys = len(content[0]) // KEY_BYTES if isinstance(content[0], bytes) else 0
+                self._damaged.append((number, n_keys))
+                continue
+            for key, value in _unpacked(*content):
+                if key in self._wanted:
+                    self._take(key, value)
+
+    def _take(self, key: bytes, value: np.ndarray) -> None:
+        """A stored value. It replaces one that is only pending, and no other."""
+        computed_here = [pack.pop(key) for pack in self._pending if key in pack]
+        if computed_here or key not in self.values:
+            self.values[key] = value
+
+    def _delete_damaged(self, db) -> None:
+        if not self._damaged:
+            return
+        for number, responses in self._damaged:
+            self._file.say(
+                f"{self.path}: pack {number} is damaged: its {responses} responses count as not stored"
+            )
+        damaged, self._damaged = self._damaged, []
+        with transaction(db):
+            db.executemany("DELETE FROM packs WHERE id = ?", [(number,) for number, _ in damaged])
+
+    def _store(self, db) -> None:
+        with transaction(db):
+            self._read_new(db)
+            fill, last = self._fill or self._insert_fill(db), self._last_pack
+            for pack in filter(None, self._pending):
+                last = self._insert_pack(db, fill, pack)
+        self._fill, self._last_pack = fill, last
+        self._pending.clear()
+        self._delete_damaged(db)
+
+    def _insert_pack(self, db, fill: int, pack: dict[bytes, np.ndarray]) -> int:
+        content = _packed(pack)
+        row = (self._namespace, fill, _digest(self._namespace, *content), *content)
+        columns = "namespace, fill, digest, keys, lengths, logps"
+        return db.execute(f"INSERT INTO packs ({columns}) VALUES (?, ?, ?, ?, ?, ?)", row).lastrowid
+
+    def _insert_fill(self, db) -> int:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        parts = json.dumps(self._fingerprint.parts)
+        db.execute("INSERT OR IGNORE INTO namespaces VALUES (?, ?, ?)", (self._namespace, now, parts))
+        row = (self._namespace, now, json.dumps(self._environment))
+        insert = "INSERT INTO fills (namespace, started, environment) VALUES (?, ?, ?)"
+        return db.execute(insert, row).lastrowid
+
+
+def _packed(pack: dict[bytes, np.ndarray]) -> tuple[bytes, bytes, bytes]:
+    """(keys, lengths, values) of a pack's responses, as they are stored."""
+    lengths = np.array([len(value) for value in pack.values()], "<i4")
+    values = np.concatenate(list(pack.values())).astype("<f4", copy=False)
+    return b"".join(pack), lengths.tobytes(), values.tobytes()
+
+
+def _unpacked(keys: bytes, lengths: bytes, logps: bytes) -> Iterator[tuple[bytes, np.ndarray]]:
+    values = np.frombuffer(logps, "<f4")
+    ends = np.frombuffer(lengths, "<i4").cumsum().tolist()
+    starts = [0, *ends[:-1]]
+    for i, (start, end) in enumerate(zip(starts, ends)):
+        yield keys[i * KEY_BYTES : (i + 1) * KEY_BYTES], values[start:end]
+
+
+def _confirmed(digest, *content) -> bool:
+    """Whether these columns, of whatever type they come back, are what was stored."""
+    return all(isinstance(part, bytes) for part in (digest, *content)) and _digest(*content) == digest
+
+
+def _digest(*content: bytes) -> bytes:
+    """Of the parts, their lengths and their order."""
+    hash_ = hashlib.blake2b(digest_size=16)
+    for part in content:
+        hash_.update(len(part).to_bytes(8, "little") + part)
+    return hash_.digest()

@@ -1,0 +1,163 @@
+"""What the reference's log-probs depend on, as content hashes: of the model (the namespace), and of each
+response (its key). Two runs that hash alike may use each other's values; where they live does not count.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdpo.model.policy import Policy
+from fastdpo.records import PreferenceGroup
+
+NUMERICS_VERSION = 1  # raise it when our own forward gives other values for the same model and tokens
+KEY_BYTES = 16
+_PIECE_BYTES = 64 << 20  # a thread's piece of a tensor: one such copy a thread, when it comes from a GPU
+
+# What a transformers config says besides the model's mathematics. The dtype of each weight and of the
+# computation are hashed as they are; training sets every dropout (and router jitter) to 0; transformers'
+# Trainer overwrites the special tokens with the tokenizer's when it begins to train (up to 5.17 with None
+# where that has none). Which ids a row holds is in its key.
+_NOT_THE_MODEL = ("architectures", "dtype", "torch_dtype", "use_cache", "transformers_version")
+_NOT_THE_MODEL += ("bos_token_id", "eos_token_id", "pad_token_id")
+_RANDOM = ("drop", "jitter")
+# What a peft config says besides what its tensors' names and values already do.
+_NOT_THE_ADAPTER = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "lora_dropout",
+    "peft_version",
+    "revision",
+    "target_modules",
+    "task_type",
+)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Which reference: `parts` says what went in, so that two of them can be compared in words."""
+
+    parts: dict[str, str | int | None]
+
+    @property
+    def namespace(self) -> str:
+        """32 hex digits."""
+        return _digest(self.parts)
+
+    def differs_from(self, parts: dict) -> list[str]:
+        """The names of the parts in which another fingerprint's parts differ."""
+        return sorted(name for name in self.parts if self.parts[name] != parts.get(name))
+
+
+def reference_fingerprint(policy: Policy, fresh_lora: bool) -> Fingerprint:
+    """Of the policy as it stands: without its adapter where that is fresh, with it where it has learnt.
+
+    A fresh LoRA of any rank and full fine-tuning refer to the same weights, so they hash alike where
+    the weights are kept in the same dtype.
+    """
+    prefix = policy.model.base_model.prefix if policy.core is not policy.model else None
+    weights, adapter = {}, {}
+    for name, tensor in policy.core.state_dict().items():
+        where, name = _place(name, prefix, weights, adapter)
+        where[name] = tensor
+    config = _mathematics(policy.core.config.to_dict())
+    quantization = config.pop("quantization_config", None)
+    return Fingerprint(
+        {
+            "numerics": NUMERICS_VERSION,
+            "weights": _tensors_digest(weights),
+            "config": _digest([type(policy.core).__name__, config]),
+            "compute dtype": str(policy.dtype).removeprefix("torch."),
+            "quantization": None if quantization is None else _digest(quantization),
+            "adapter": None if fresh_lora or prefix is None else _adapter_digest(policy, adapter),
+            "logit scale": repr(policy.head.scale),
+            "logit softcap": repr(policy.head.softcap),
+        }
+    )
+
+
+def response_keys(group: PreferenceGroup) -> list[bytes]:
+    """One key a response: a hash of the whole sequence (ids as little-endian int32) and of which of its
+    tokens are scored, so that it does not matter where the prompt that the group shares ends."""
+    prompt = hashlib.blake2b(group.prompt.astype("<i4").tobytes(), digest_size=KEY_BYTES)
+    unscored = bytes(len(group.prompt))
+    keys = []
+    for response in group.responses:
+        key = prompt.copy()
+        key.update(response.ids.astype("<i4").tobytes())
+        key.update(unscored + response.target_mask.tobytes())  # 4 + 1 bytes a token: no two splits agree
+        keys.append(key.digest())
+    return keys
+
+
+def _place(name: str, prefix: str | None, weights: dict, adapter: dict) -> tuple[dict, str]:
+    """(the dict a tensor belongs to, its name there). Under peft, the base's names without the wrappers."""
+    if prefix is None:
+        return weights, name
+    parts = name.split(".")
+    if "modules_to_save" in parts or any(part.startswith(prefix) for part in parts):
+        return adapter, name
+    return weights, ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+
+
+def _adapter_digest(policy: Policy, tensors: dict[str, Tensor]) -> str:
+    """Of an adapter that has learnt: its tensors, and what its config makes of them."""
+    configs = {}
+    for name, config in policy.model.peft_config.items():
+        kept = {k: v for k, v in config.to_dict().items() if k not in _NOT_THE_ADAPTER}
+        configs[name] = {k: v for k, v in kept.items() if v}  # a newer peft's unused features are falsy
+    return _digest([_tensors_digest(tensors), configs])
+
+
+def _mathematics(config: dict) -> dict:
+    """A transformers config (nested ones too) without names, paths, versions and dropout, and without
+    None: unset is as good as absent, and newer versions add keys."""
+    out = {}
+    for key, value in config.items():
+        key = str(key)  # id2label's are numbers
+        if key.startswith("_") or key in _NOT_THE_MODEL or any(word in key for word in _RANDOM):
+            continue
+        if value is not None:
+            out[key] = _mathematics(value) if isinstance(value, dict) else value
+    return out
+
+
+def _digest(value) -> str:
+    """Of anything JSON-like; sets become sorted lists, and what JSON does not know its str."""
+    plain = lambda v: sorted(v) if isinstance(v, set | frozenset) else str(v)
+    text = json.dumps(value, sort_keys=True, default=plain)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """Of names, dtypes, shapes and bytes. Tied tensors count under each name and are read once."""
+    owner = {name: (t.data_ptr(), t.dtype, t.shape, t.stride()) for name, t in tensors.items()}
+    distinct = {owner[name]: tensor for name, tensor in tensors.items()}
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # hashlib lets other threads run
+        pieces = {o: [pool.submit(_piece_digest, p) for p in _pieces(t)] for o, t in distinct.items()}
+        content = {o: [job.result() for job in jobs] for o, jobs in pieces.items()}
+    entries = [
+        [name, str(tensor.dtype), list(tensor.shape), content[owner[name]]]
+        for name, tensor in sorted(tensors.items())
+    ]
+    return _digest(entries)
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor's bytes in views of at most _PIECE_BYTES (copied only where they do not lie in a row)."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return iter(flat.split(_PIECE_BYTES))
+
+
+def _piece_digest(piece: Tensor) -> str:
+    content: np.ndarray = piece.cpu().numpy()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

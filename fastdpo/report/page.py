@@ -1,0 +1,200 @@
+"""`report.html`: what happened in a run, made from the run folder's files alone, whenever one likes."""
+
+import dataclasses
+import functools
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from fastdpo.config.keys import FIELDS
+from fastdpo.console import formatting
+from fastdpo.data.report import MEANING
+from fastdpo.files import durable
+from fastdpo.report.charts import charts, description, drawable, marks, said
+from fastdpo.report.history import RunHistory, read_run
+from fastdpo.report.plots import draw, draw_lengths
+from fastdpo.report.story import ending, headline_numbers, stage_tables, timeline
+
+_LONGEST = 6000  # characters of a prompt or completion that the page shows
+_CHECKPOINTS = 20  # that the timeline shows
+
+
+def write_report(run: Path, ended: bool = True) -> Path:
+    """Writes report.html, and plots/*.png where the run has ended, into its folder; returns the page's
+    path.
+
+    Whatever is missing or damaged there is named on the page. Raises OSError where nothing can be
+    written; an earlier report then stays as it was.
+    """
+    run = Path(run)
+    history = read_run(run)
+    history.ended = ended
+    (run / "plots").mkdir(exist_ok=True)
+    page = render(history)
+    durable.write_text(run / "report.html", page)
+    return run / "report.html"
+
+
+def render(history: RunHistory) -> str:
+    """The page; its charts are also written into plots/."""
+    sections = {
+        "facts": _facts,
+        "ending": ending,
+        "headline": headline_numbers,
+        "stage_tables": stage_tables,
+        "figures": _figures,
+        "said": lambda h: [said(c) for c in charts(h) if not drawable(c)],
+        "samples": _samples,
+        "data": _data,
+        "lengths": _lengths,
+        "stages": lambda h: [s for s in h.stages() if "first_step_tokens" in s],
+        "references": lambda h: h.happened("reference"),
+        "drifts": lambda h: h.happened("drift"),
+        "timeline": lambda h: timeline(h, _CHECKPOINTS),
+        "config": _config,
+        "environment": _environment,
+    }
+    parts = {}
+    for name, build in sections.items():
+        try:
+            parts[name] = build(history)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            parts[name] = None  # a file that is JSON, but not what a run writes
+            why = f"{type(error).__name__}: {error}"
+            history.problems.append(f"The part '{name}' of this report could not be made ({why}).")
+    return _template().render(history=history, written=datetime.now(UTC), **parts)
+
+
+@functools.cache
+def _template():
+    folder = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    for name in ("significant", "signed", "percent", "gigabytes", "duration", "counted"):
+        environment.filters[name] = getattr(formatting, name)
+    environment.filters["shortened"] = shortened
+    return environment.get_template("report.html.jinja")
+
+
+def shortened(text) -> str:
+    """Very long texts end with how much was left out."""
+    text = str(text)
+    rest = len(text) - _LONGEST
+    return text if rest <= 0 else f"{text[:_LONGEST]}\n[... {rest:,} more characters in samples.jsonl]"
+
+
+def _facts(history: RunHistory) -> dict:
+    """What was trained on what, in a line."""
+    config, data = history.config, history.data.get("data") or {}
+    names = {"sigmoid": "DPO", "sft": "SFT"}
+    objectives = [str(stage["objective"] or "training") for stage in history.stages()]
+    if not objectives:
+        wanted = config.get("stages") or [{}]
+        objectives = [str(s.get("objective", config.get("objective", "training"))) for s in wanted]
+    lora = config.get("lora_rank")
+    return {
+        "name": history.run.resolve().name,
+        "folder": str(history.run.resolve()),
+        "model": config.get("model", "a model that config.yaml would name"),
+        "objectives": " then ".join(names.get(name, name) for name in objectives),
+        "how": f"LoRA of rank {lora}" if lora else "all weights",
+        "rows": (data.get("kept") or {}).get("rows"),
+        "source": data.get("source") or config.get("data"),
+        "is_lora": bool(lora),
+        "has_model": history.has_model,
+    }
+
+
+def _figures(history: RunHistory) -> list[dict]:
+    found, at = [c for c in charts(history) if drawable(c)], marks(history)
+    return [
+        _saved(history, c.name, c.title, c.note, description(c), draw(c, at, history.ended)) for c in found
+    ]
+
+
+def _saved(history: RunHistory, name, title, note, words, drawn) -> dict:
+    """Writes the PNG, where there is one, and returns what the page needs of a figure."""
+    svg, png = drawn
+    figure = {"name": name, "title": title, "note": note, "words": words, "svg": Markup(svg)}
+    if png is None:
+        return figure
+    part, path = (history.run / "plots" / f"{prefix}{name}.png" for prefix in (".part-", ""))
+    try:
+        part.write_bytes(png)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return figure
+
+
+def _samples(history: RunHistory) -> list[dict]:
+    """One entry a prompt: its first completion and, where there is a later one, its last."""
+    found = {}
+    for sample in history.samples:
+        entry = found.setdefault((sample.get("row"), sample.get("prompt")), {"before": None, "after": None})
+        entry |= {name: sample.get(name) for name in ("row", "prompt", "chosen")}
+        if sample.get("when") == "start":
+            entry["before"] = entry["before"] or sample
+        else:
+            entry["after"] = sample
+    return list(found.values())
+
+
+def _data(history: RunHistory) -> list[dict]:
+    """The account of each data set, its notes with their meaning."""
+    out = []
+    for name, title in (("data", "training"), ("eval_data", "held-out")):
+        report = history.data.get(name)
+        if not report:
+            continue
+        report = dict(report, title=title)
+        if "rows" in report and "kept" in report:
+            rows = max(report["rows"], 1)
+            report["dropped"] = [
+                {"reason": reason, "share": tally["rows"] / rows, **tally}
+                for reason, tally in report["dropped"].items()
+            ]
+            report["notes"] = [
+                {"name": note, "meaning": MEANING.get(note, ""), **tally}
+                for note, tally in report["notes"].items()
+            ]
+        out.append(report)
+    return out
+
+
+def _lengths(history: RunHistory) -> dict | None:
+    lengths = (history.data.get("data") or {}).get("lengths")
+    if not lengths or not sum(lengths["counts"]):
+        return None
+    limit = history.config.get("max_length")
+    note = ", ".join(f"{name} {lengths[name]:,}" for name in ("p50", "p90", "p99", "max"))
+    words = f"Histogram of the training responses' lengths with their prompts, in tokens: {note}."
+    drawn = draw_lengths(lengths["edges"], lengths["counts"], limit, history.ended)
+    return _saved(history, "lengths", "Lengths", f"Prompt + response in tokens: {note}.", words, drawn)
+
+
+def _config(history: RunHistory) -> list[dict]:
+    """The keys that are not at their default."""
+    out = []
+    for name, value in history.config.items():
+        known = FIELDS.get(name)
+        default = known.default if known else dataclasses.MISSING
+        if known is None or value != default:
+            doc = known.metadata["doc"] if known else "a key that this version does not know"
+            out.append({"name": name, "value": value, "default": default if known else "", "doc": doc})
+    return out
+
+
+def _environment(history: RunHistory) -> list[dict]:
+    """What the run ran on; again where a resumed run found something else."""
+    out = []
+    for event in history.happened("start", "resume"):
+        ran = {key: event.get(key) for key in ("versions", "device", "git_sha", "command")}
+        ran = {key: value for key, value in ran.items() if value}
+        if ran and (not out or ran != out[-1]["ran"]):
+            out.append({"time": event.get("time"), "event": event["event"], "ran": ran})
+    return out

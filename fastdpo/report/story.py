@@ -1,0 +1,236 @@
+"""How a run went, in words and a few numbers: the top of the report and its timeline."""
+
+from datetime import datetime
+
+import numpy as np
+
+from fastdpo.console.formatting import counted, duration, gigabytes, percent, signed, significant
+from fastdpo.report.history import RunHistory
+
+# (metric, what it is called, how it is written, whether lower is better; None: neither)
+_NUMBERS = (
+    ("loss", "loss", significant, True),
+    ("rewards/accuracies", "accuracy over the reference", percent, False),
+    ("logps/accuracies", "accuracy of the policy alone", percent, False),
+    ("rewards/margins", "reward margin", significant, False),
+    ("kl", "KL from the reference, nats a token", significant, None),
+    ("rewards/chosen", "reward of the chosen", significant, None),
+    ("rewards/rejected", "reward of the rejected", significant, None),
+    ("logps/chosen", "log-prob of the chosen, nats", significant, None),
+    ("logps/rejected", "log-prob of the rejected, nats", significant, None),
+    ("entropy", "entropy, nats a token", significant, None),
+    ("mean_token_accuracy", "token accuracy on the chosen", percent, False),
+)
+_TILES = {
+    "loss": "Loss",
+    "rewards/accuracies": "Accuracy over the reference",
+    "logps/accuracies": "Accuracy of the policy alone",
+    "rewards/margins": "Reward margin",
+    "kl": "KL",
+}
+
+
+def ending(history: RunHistory) -> dict:
+    """How the run stands: a state for the eye, a headline, a sentence, the steps done."""
+    step = history.last_step
+    planned = sum(stage.get("steps") or 0 for stage in history.stages())
+    n_stages = len(history.config.get("stages") or [0])
+    known = len(history.stages()) == n_stages and planned
+    where = f"step {step:,} of {planned:,}" if known else f"step {step:,}"
+    last = (history.happened("start", "resume", "done", "stopped", "error") or [{}])[-1]
+    spent = seconds_spent(history)
+    took = f" after {duration(spent)}" if spent else ""
+    way_on = "The same command with --resume goes on from the newest checkpoint."
+    kind = last.get("event")
+    if kind == "done":
+        state, headline, text = "done", f"Finished{f' in {duration(spent)}' if spent else ''}", ""
+    elif kind == "stopped":
+        state = "stopped"
+        headline = f"Stopped by {last.get('signal') or 'a signal'} at {where}{took}"
+        text = way_on
+    elif kind == "error":
+        state, headline = "failed", f"Failed at {where}{took}"
+        text = str(last.get("message") or "")
+    elif kind:
+        state, headline = "running", f"At {where}{took}"
+        text = f"It had not ended when this page was written; if its process is gone, it was killed. {way_on}"
+    else:
+        state, headline = "unknown", f"At {where}"
+        text = "events.jsonl does not say whether the run ended."
+    return {
+        "state": state,
+        "headline": headline,
+        "text": text,
+        "step": step,
+        "planned": planned if known else None,
+        "model": _which_weights(history, state),
+    }
+
+
+def _which_weights(history: RunHistory, state: str) -> str:
+    """Which step's weights model/ holds, and whether others did better on the held-out rows."""
+    stages = history.stages()
+    loss = history.series("eval_loss", stages[-1]["stage"]) if stages else ()
+    if not len(loss) or len(loss) < 2:
+        return ""
+    best = int(np.argmin(loss.value))
+    at = lambda i: f"{significant(loss.value[i])} at step {loss.step[i]:,.0f}"
+    if best == len(loss) - 1:
+        return f"The last held-out loss is also the lowest: {at(best)}."
+    text = f"The lowest held-out loss was {at(best)}, the last {at(-1)}."
+    if state == "done" and history.config.get("load_best"):
+        return f"{text} load_best: the model is the checkpoint with the lowest."
+    return f"{text} The model is the last; load_best: true would have kept the checkpoint with the lowest."
+
+
+def seconds_spent(history: RunHistory) -> float:
+    """Between the first and the last event of each process that worked on the run."""
+    spent, begin, last = 0.0, None, None
+    for event in history.events:
+        time = moment(event)
+        if time is None:
+            continue
+        if event.get("event") in ("start", "resume"):
+            spent += (last - begin).total_seconds() if begin else 0
+            begin = time
+        begin, last = begin or time, time
+    return spent + ((last - begin).total_seconds() if begin else 0)
+
+
+def moment(event: dict) -> datetime | None:
+    try:
+        return datetime.fromisoformat(event["time"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def headline_numbers(history: RunHistory) -> list[dict]:
+    """The last stage's loss, accuracy, margin and KL, before and after."""
+    tables = stage_tables(history)
+    if not tables:
+        return []
+    rows = {row["metric"]: row for row in tables[-1]["rows"]}
+    return [dict(rows[name], title=title) for name, title in _TILES.items() if name in rows]
+
+
+def stage_tables(history: RunHistory) -> list[dict]:
+    """Each stage's numbers before, at its best held-out loss, and after."""
+    out = []
+    for stage in history.stages():
+        number = stage["stage"]
+        held_out = len(history.series("eval_loss", number)) > 1
+        prefix = "eval_" if held_out else ""
+        loss = history.series(f"{prefix}loss", number)
+        if not len(loss):
+            continue
+        first, last = loss.step[0], loss.step[-1]
+        best = loss.step[int(np.argmin(loss.value))] if held_out else None
+        steps = (first, None if best in (first, last) else best, last)
+        rows = [_row(history, history.series(f"{prefix}{n[0]}", number), steps, *n) for n in _NUMBERS]
+        out.append(
+            {
+                "stage": number,
+                "objective": stage["objective"],
+                "held_out": held_out,
+                "steps": steps if first < last else (None, None, last),
+                "rows": [row for row in rows if row],
+            }
+        )
+    return out
+
+
+def _row(history, series, steps, metric, title, written, lower_is_better) -> dict | None:
+    """One number at the first, the best (or None) and the last step."""
+    before, best, after = (None if step is None else series.at(step) for step in steps)
+    if after is None:
+        return None
+    write = lambda value: "" if value is None else written(value)
+    row = {"metric": metric, "title": title, "best": write(best), "after": write(after)}
+    if metric == "rewards/accuracies" and before is not None:
+        if history.all_ties([series.stage[0]], [steps[0]], [before])[0]:
+            return row | {"before": "all ties", "change": "", "verdict": ""}
+    if steps[0] == steps[2]:
+        return row | {"before": "", "change": "", "verdict": ""}
+    change = after - before if before is not None else 0.0
+    better = None if lower_is_better is None or not change else (change < 0) == lower_is_better
+    return row | {
+        "before": write(before),
+        "change": f"{signed(100 * change)} pp" if written is percent else signed(change),
+        "verdict": {None: "", True: "better", False: "worse"}[better],
+    }
+
+
+def timeline(history: RunHistory, most_checkpoints: int) -> dict:
+    """What happened when; of many checkpoints only the newest."""
+    checkpoints = history.happened("checkpoint")
+    hidden = {id(event) for event in checkpoints[:-most_checkpoints]}
+    start = next((t for t in map(moment, history.events) if t), None)
+    rows = []
+    for event in history.events:
+        if id(event) in hidden:
+            continue
+        time = moment(event)
+        rows.append(
+            {
+                "time": time.strftime("%Y-%m-%d %H:%M:%S") if time else "",
+                "since": duration((time - start).total_seconds()) if time and start else "",
+                "event": event.get("event", ""),
+                "text": _TEXT.get(event.get("event"), _plain)(event),
+            }
+        )
+    return {"rows": rows, "hidden": len(hidden)}
+
+
+def _plain(event: dict) -> str:
+    return ", ".join(f"{k}: {v}" for k, v in event.items() if k not in ("time", "event"))
+
+
+def _started(event: dict) -> str:
+    from_where = f"from {event['checkpoint']}" if event.get("checkpoint") else "from the model as loaded"
+    skipped = event.get("skipped") or {}
+    pairs = skipped.items() if isinstance(skipped, dict) else ((s, "") for s in skipped)
+    return from_where + "".join(f"; passed over {name}: {why}" for name, why in pairs)
+
+
+def _checkpoint(event: dict) -> str:
+    text = f"{event['folder']}, {gigabytes(event['bytes'])} in {duration(event['seconds'])}"
+    if event.get("eval_loss") is not None:
+        text += f", held-out loss {significant(event['eval_loss'])}"
+    return text + (", the best so far" if event.get("best") else "")
+
+
+def _stage(event: dict) -> str:
+    steps = f"{counted(event['steps'], 'step')}, {counted(event['groups'], 'prompt')}"
+    return f"{event['objective']}: {steps}, {counted(event['responses'], 'response')}"
+
+
+def _reference(event: dict) -> str:
+    if event.get("source") == "columns":
+        return f"{counted(event['responses'], 'response')}, from the data's own columns"
+    if not event.get("misses") and event.get("source") == "cache":
+        return f"all {counted(event['hits'], 'response')} found in the cache"
+    hits, misses = event.get("hits") or 0, event.get("misses") or 0
+    spent = f" in {duration(event['seconds'])}" if event.get("seconds") is not None else ""
+    return f"{event.get('source')}: {hits:,} found, {misses:,} computed{spent}"
+
+
+def _pairs(event: dict) -> str:
+    left, flipped = event.get("left_out") or {}, event.get("flipped_rows")
+    text = f"{event['pairs']}: {counted(left.get('pairs', 0), 'pair')} left out"
+    return text + (f", {counted(flipped, 'row')} flipped on purpose" if flipped is not None else "")
+
+
+_TEXT = {
+    "pairs": _pairs,
+    "start": _started,
+    "resume": _started,
+    "checkpoint": _checkpoint,
+    "stage": _stage,
+    "reference": _reference,
+    "drift": lambda e: (
+        f"{significant(e['max_nats'], 2)} nats a token at most (bound {significant(e['bound'], 2)})"
+    ),
+    "stopped": lambda e: f"by {e.get('signal')}",
+    "error": lambda e: str(e.get("message")),
+    "done": lambda e: f"this process took {duration(e['seconds'])}" if e.get("seconds") else "",
+}

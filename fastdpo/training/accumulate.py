@@ -1,0 +1,202 @@
+"""The gradients of one optimizer step: exact over the whole step, however it is cut into microbatches."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fastdpo.objectives.batch import kto_z0
+from fastdpo.objectives.seam import Coupled, Decomposable, Rescaled
+from fastdpo.optim.stepping import InBackward
+from fastdpo.records import Groups, PackedGroups, ResponseLogps
+
+_ROOM = 30.0  # weights up to e^30 beside the first microbatch's, before the sums are re-based
+
+
+@dataclass
+class StepLoss:
+    """A step's loss, and what each microbatch was like, to find the rows where it is no number."""
+
+    loss: Tensor | float = 0.0
+    parts: list[Tensor] = field(default_factory=list)
+    rows: list[tuple[int, ...]] = field(default_factory=list)
+    scored_first: int = 0  # input tokens of forwards without gradient
+    context: dict = field(default_factory=dict)  # what the objective was told of the step
+
+
+class NotFinite(Exception):
+    """A loss that is no number, before any weight was updated by it."""
+
+    def __init__(self, step: StepLoss):
+        super().__init__()
+        self.step = step
+
+
+@dataclass
+class Accumulator:
+    """How to go through a step, by the kind of its objective."""
+
+    parameters: list[Tensor]
+    microbatches: Callable[[Groups], Collection[PackedGroups]]  # each packed when it is asked for
+    score: Callable[[PackedGroups], ResponseLogps]
+    guard: Callable[[PackedGroups], AbstractContextManager]  # around a microbatch's work
+    see: Callable[[PackedGroups, ResponseLogps], None]  # what else is done with each microbatch's log-probs
+    memory: dict[str, float]  # what a Coupled objective carries from step to step
+    in_backward: InBackward | None = None  # the optimizer, where it updates in the last backward
+
+    def run(self, objective, groups: Groups, aside: Groups) -> StepLoss:
+        """The gradients of the step's loss, in the parameters, or the updates by them. `aside`: KTO's
+        mismatched groups. Raises NotFinite before a backward that would update."""
+        step = StepLoss()
+        if objective.mismatched:
+            with torch.no_grad():
+                first = [self._first(batch, step) for batch in self.microbatches(aside)]
+                step.context = context_of(first, self.parameters[0].device)
+        kinds = {Decomposable: self._decomposable, Rescaled: self._rescaled, Coupled: self._coupled}
+        kinds[type(objective)](objective, groups, step)
+        return step
+
+    def _decomposable(self, objective: Decomposable, groups: Groups, step: StepLoss) -> None:
+        """Each microbatch's part is divided by the whole step's counts, so the parts just add up."""
+        counts = objective.counts(groups)
+        for batch, is_last in ending(self.microbatches(groups)):
+            with self.guard(batch):
+                logps = replace(self.score(batch), context=step.context)
+                loss = objective.part(logps, counts)
+                self._before_backward(step, {batch.rows: loss.detach()}, is_last)
+                loss.backward()
+            self._seen(step, batch, logps, loss.detach())
+        step.loss = torch.stack(step.parts).double().sum()
+
+    def _rescaled(self, objective: Rescaled, groups: Groups, step: StepLoss) -> None:
+        """Sums exp((shift - loss) / T) * gradient over the microbatches and divides by the sum of the
+        weights at the end: Wu et al. 2024, eq. 13, with no second forward."""
+        running = _RunningWeights(objective.temperature)
+        for batch in self.microbatches(groups):
+            with self.guard(batch):
+                logps = self.score(batch)
+                losses = objective.term.losses(logps)
+                weights, rebase = running.add(losses.detach(), logps.weight)
+                if rebase is not None:
+                    self._scale_gradients(rebase)
+                (weights * losses).sum().backward()
+            self._seen(step, batch, logps, losses.detach().sum())
+        self._scale_gradients(1 / running.total)
+        step.loss = running.loss()
+
+    def _coupled(self, objective: Coupled, groups: Groups, step: StepLoss) -> None:
+        """The loss of all responses as one, by its slopes at their log-probs (gradient caching, Gao et al.
+        2021): several microbatches are scored without gradient first, a single one is not."""
+        pairs = sum(len(group.pairs) for group in groups)
+        size = objective.within or len(groups)
+        for some, is_last in ending([groups[i : i + size] for i in range(0, len(groups), size)]):
+            share = sum(len(group.pairs) for group in some) / pairs if objective.within else 1.0
+            batches = self.microbatches(some)
+            if len(batches) == 1:
+                self._at_once(objective, *batches, share, step, is_last)
+            else:
+                self._in_two_passes(objective, batches, share, step, is_last)
+
+    def _at_once(self, objective, batch, share: float, step: StepLoss, is_last: bool) -> None:
+        with self.guard(batch):
+            logps = self.score(batch)
+            loss = share * objective.whole(self._informed(objective, logps, step.context))
+            self._before_backward(step, {batch.rows: loss.detach()}, is_last)
+            loss.backward()
+        self._seen(step, batch, logps, loss.detach())
+        step.loss = step.loss + loss.detach().double()
+
+    def _in_two_passes(self, objective, batches, share: float, step: StepLoss, is_last: bool) -> None:
+        with torch.no_grad():
+            batches, scored = zip(*[(batch, self._first(batch, step)) for batch in batches])
+            joined = ResponseLogps.joined(scored)
+            del scored  # with all that went to the GPU
+        joined = replace(joined, token_logp=joined.token_logp.requires_grad_())
+        loss = share * objective.whole(self._informed(objective, joined, step.context))
+        (slope,) = torch.autograd.grad(loss, joined.token_logp)
+        sizes = [len(batch.target) for batch in batches]
+        slopes_of, first = slope.split(sizes), joined.token_logp.detach().split(sizes)
+        parts = {batch.rows: (a * b).sum() for batch, a, b in zip(batches, first, slopes_of)}
+        for (batch, slopes), ends in ending(list(zip(batches, slopes_of))):
+            with self.guard(batch):
+                logps = self.score(batch)
+                self._before_backward(step, parts, is_last and ends)
+                logps.token_logp.backward(slopes)
+            self._seen(step, batch, logps, (logps.token_logp.detach() * slopes).sum())
+        step.loss = step.loss + loss.detach().double()
+
+    def _before_backward(self, step: StepLoss, parts: dict, is_last: bool) -> None:
+        """Before the step's last backward, where that one updates weights: makes sure that the loss is a
+        number, as nothing could be undone, and announces it. parts: {rows: part} of microbatches not yet
+        seen, or of more."""
+        if self.in_backward is None or not is_last:
+            return
+        parts = dict(zip(step.rows, step.parts)) | parts
+        if not torch.stack(list(parts.values())).isfinite().all():
+            step.rows, step.parts = list(parts), list(parts.values())
+            step.loss = torch.stack(step.parts).double().sum()
+            raise NotFinite(step)
+        self.in_backward.last_microbatch()
+
+    def _informed(self, objective: Coupled, logps: ResponseLogps, context: dict) -> ResponseLogps:
+        """With what the loss reads of the step, this batch's part of the running memory included."""
+        if objective.remember is not None:
+            self.memory = objective.remember(logps.detached(), self.memory)
+        return replace(logps, context=context | self.memory)
+
+    def _first(self, batch: PackedGroups, step: StepLoss) -> ResponseLogps:
+        step.scored_first += batch.input_tokens
+        with self.guard(batch):
+            return self.score(batch)
+
+    def _seen(self, step: StepLoss, batch: PackedGroups, logps: ResponseLogps, part: Tensor) -> None:
+        step.parts.append(part)
+        step.rows.append(batch.rows)
+        self.see(batch, logps)
+
+    def _scale_gradients(self, factor: Tensor) -> None:
+        # bf16 gradients would round a tensor without dimensions to bf16 first, as _foreach_mul_ on the CPU
+        # would; a number is not rounded, but a GPU's has to be waited for
+        factor = factor.float()[None] if factor.is_cuda else float(factor)
+        for p in self.parameters:
+            if p.grad is not None:
+                torch.atleast_1d(p.grad).mul_(factor)
+
+
+def ending(items: Collection) -> Iterator[tuple]:
+    """(item, whether it is the last) of each; none is made before it is due."""
+    for number, item in enumerate(items, 1):
+        yield item, number == len(items)
+
+
+def context_of(mismatched: list[ResponseLogps], device) -> dict[str, Tensor]:
+    """What the log-probs of mismatched responses say of a whole batch: KTO's reference point, 0 where no
+    prompt has one."""
+    return {"z0": kto_z0(ResponseLogps.joined(mismatched)) if mismatched else torch.zeros((), device=device)}
+
+
+class _RunningWeights:
+    """exp((shift - loss) / T) of pairs that come a microbatch at a time, and their sum."""
+
+    def __init__(self, temperature: float):
+        self.temperature, self.shift = temperature, None
+
+    def add(self, losses: Tensor, pair_weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(the weights f32[P], None or what everything so far must be multiplied by)."""
+        scaled, rebase = -losses.double() / self.temperature, None
+        top = scaled.max()
+        if self.shift is None:
+            self.shift, self.total, self.count = top, 0.0, 0.0
+        elif float(top - self.shift) > _ROOM:
+            rebase = (self.shift - top).exp()
+            self.shift, self.total = top, self.total * rebase
+        weights = pair_weight * (scaled - self.shift).exp()
+        self.total = self.total + weights.sum()
+        self.count = self.count + pair_weight.double().sum()
+        return weights.to(losses.dtype), rebase
+
+    def loss(self) -> Tensor:
+        """-T log of the weighted mean of exp(-loss / T) over all pairs so far."""
+        return -self.temperature * (self.total.log() + self.shift - self.count.log())

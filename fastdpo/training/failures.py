@@ -1,0 +1,84 @@
+"""Why a run cannot go on, in words that name the rows and the way out."""
+
+import contextlib
+import math
+
+import torch
+
+from fastdpo.config.keys import Config
+from fastdpo.data.packing import pack
+from fastdpo.errors import TrainingError
+from fastdpo.model.policy import Policy
+from fastdpo.records import PackedGroups, PreferenceGroup
+
+WAY_OUT = "Try a lower learning_rate, more warmup_steps, or dtype: fp32; look at the rows with `fastdpo data`"
+
+
+@contextlib.contextmanager
+def memory_guard(step: int, batch: PackedGroups, config: Config | None = None, model_config=None):
+    """Turns CUDA's out-of-memory error into one that names the microbatch and the way out: with the configs
+    of the run and of the model also what the plan predicts, what was measured, and what to try next."""
+    try:
+        yield
+        return
+    except torch.OutOfMemoryError:
+        pass  # what the microbatch held is freed when its traceback is
+    rows = ", ".join(map(str, batch.rows[:8])) + (", ..." if len(batch.rows) > 8 else "")
+    size = f"{batch.input_ids.numel()} tokens (rows {rows})"
+    text = (
+        f"step {step}: out of GPU memory on a microbatch of {size}. "
+        "Lower max_tokens (or, if it is one group, max_length), set gradient_checkpointing: true, "
+        "or train a LoRA (lora_rank)"
+    )
+    if config is not None:
+        text += f"\n{_plan_of(config, model_config, batch)}"
+    raise TrainingError(text)
+
+
+@contextlib.contextmanager
+def update_guard(step: int, group: PreferenceGroup, config: Config, model_config, share: bool):
+    """As memory_guard, around the update, in which the optimizer makes its states at first; `group`: any of
+    the step's, for what a plan says of the weights depends on none."""
+    try:
+        yield
+        return
+    except torch.OutOfMemoryError:
+        pass
+    states = (
+        "Take an optimizer with smaller states (optim: adamw_8bit), set offload_optimizer: true, or train"
+    )
+    ways = f"{'Train' if config.offload_optimizer else states} a LoRA (lora_rank)"
+    text = f"step {step}: out of GPU memory in the optimizer's update. {ways}"
+    raise TrainingError(f"{text}\n{_plan_of(config, model_config, pack([group], share))}")
+
+
+def _plan_of(config: Config, model_config, batch: PackedGroups) -> str:
+    from fastdpo.planning.out_of_memory import explain, measured  # it reads what a run is made of
+
+    try:
+        return explain(config, model_config, batch)
+    except Exception as error:  # whatever a plan may fail by, the run's own error is the one to tell
+        return f"{measured()}\n(no plan of this microbatch: {type(error).__name__}: {error})"
+
+
+def not_finite(step: int, done, norm=None, updated: bool = False) -> TrainingError:
+    """Says which rows made the loss (an accumulate.StepLoss) or the gradient something else than a
+    number. norm: None where no gradient was computed; updated: whether weights were, in the backward."""
+    parts = torch.stack(done.parts).tolist()
+    bad = [r for part, rows in zip(parts, done.rows) if not math.isfinite(part) for r in rows]
+    where = f"in the microbatch of rows {', '.join(map(str, bad))}" if bad else "in the gradient"
+    values = f"the loss is {float(done.loss)}" + (
+        "" if norm is None else f" and the gradient norm {float(norm)}"
+    )
+    weights = (
+        "optimizer_in_backward has updated weights by it: only the newest checkpoint is good"
+        if updated
+        else "The weights of this step were not updated"
+    )
+    return TrainingError(f"step {step}: {values}; not a number first {where}. {weights}. {WAY_OUT}")
+
+
+def check_weights(policy: Policy) -> None:
+    """Raises TrainingError rather than let a broken model be saved."""
+    if not all(bool(p.isfinite().all()) for p in policy.trained()):
+        raise TrainingError(f"the trained weights are no longer numbers; nothing was saved. {WAY_OUT}")

@@ -1,0 +1,115 @@
+"""The run folder: where a run leaves everything, what it must not overwrite, and where it goes on."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from fastdpo.config.keys import Config
+from fastdpo.config.reading import to_yaml
+from fastdpo.errors import ConfigError
+from fastdpo.files import durable
+from fastdpo.model.adapters import find_start
+
+RUN_FILES = (
+    *("config.yaml", "metrics.jsonl", "events.jsonl", "samples.jsonl", "data_report.json"),
+    *("report.html", "plots", "tensorboard", "wandb", "tracker_id", "checkpoints", "model"),
+)
+GROWING = ("metrics.jsonl", "samples.jsonl")  # a resumed run cuts them back to its checkpoint
+
+
+def free_folder(config: Config) -> Path:
+    """The run folder's path; ConfigError where it holds another run and neither `overwrite` nor
+    `resume` is set."""
+    run = Path(config.output_dir)
+    held = [name for name in RUN_FILES if (run / name).exists()]
+    if held and not config.overwrite and not config.resume:
+        raise ConfigError(
+            f"output_dir: {run} already holds a run ({', '.join(held)}). "
+            "Go on with it by --resume, replace it by --overwrite, or name another folder"
+        )
+    keys = ("model", "adapter", "data", "eval_data", "chat_template")
+    named = {name: getattr(config, name) for name in keys}
+    named["the adapter's base"] = find_start(config).model
+    for name, value in named.items():
+        source = Path(str(value).partition("#")[0]).resolve()
+        for doomed in ((run / part).resolve() for part in held):
+            if source == doomed or doomed in source.parents:
+                raise ConfigError(f"output_dir: the run would replace {name}: {source}. Name another folder")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / ".writable").touch()
+        (run / ".writable").unlink()
+    except OSError as error:
+        raise ConfigError(f"output_dir: cannot write into the folder {run}: {error}") from None
+    return run
+
+
+@contextlib.contextmanager
+def only_run_in(run: Path) -> Iterator[None]:
+    """Holds the folder against a second process; the lock goes with the process, however it ends."""
+    fd = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"output_dir: another process is training into {run}") from None
+        yield
+    finally:
+        os.close(fd)
+
+
+def open_run(run: Path, config: Config, reports: dict, state: dict | None, console: Console) -> None:
+    """Makes the run folder ready, once everything that can be wrong before the first step was right.
+
+    Without a checkpoint's `state`, what an earlier run left is deleted (but for damaged checkpoints, where
+    the run was to be resumed); with it, the files that grow with the steps are cut back to where the
+    checkpoint was written.
+    """
+    if state is None:
+        clear(run, RUN_FILES if not config.resume else set(RUN_FILES) - {"checkpoints"})
+    for name, size in (state or {"files": {}})["files"].items():
+        with (run / name).open("ab") as file:
+            if file.tell() < size:
+                lost = size - file.tell()
+                console.print(f"[yellow]{name} has lost its last {lost:,} bytes", highlight=False)
+            file.truncate(min(size, file.tell()))
+    durable.write_text(run / "config.yaml", to_yaml(config))
+    durable.write_text(run / "data_report.json", json.dumps(reports, indent=1))
+
+
+def clear(run: Path, names) -> None:
+    """Deletes these of a run's files and folders."""
+    for path in (run / name for name in names):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def growing_sizes(run: Path) -> dict[str, int]:
+    """Bytes of the files that grow with the steps, now on the disk for good."""
+    sizes = {}
+    for path in (run / name for name in GROWING):
+        if path.exists():
+            durable.sync(path)
+        sizes[path.name] = path.stat().st_size if path.exists() else 0
+    return sizes
+
+
+class Events:
+    """events.jsonl: what happened to a run and when, one JSON object a line, for people and the report."""
+
+    def __init__(self, run: Path):
+        self._file = run / "events.jsonl"
+
+    def add(self, event: str, **values) -> None:
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time, "event": event, **values}) + "\n")

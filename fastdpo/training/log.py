@@ -1,0 +1,132 @@
+"""Where a run's numbers go: metrics.jsonl, the progress bar and the lines above it."""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from fastdpo.console.progress import make_progress
+from fastdpo.objectives.seam import Coupled
+from fastdpo.training.metrics import Sums, Window
+
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "rewards/accuracies": "accuracy {:.3f}",
+    "rewards/margins": "margin {:+.4f}",
+    "logps/chosen": "logp chosen {:.2f}",
+    "logps/rejected": "rejected {:.2f}",
+    "grad_norm": "grad {:.3g}",
+    "learning_rate": "lr {:.2e}",
+    "pairs_per_second": "{:.1f} pairs/s",
+}
+
+
+class RunLog:
+    """The log of a run: what each line says goes to metrics.jsonl, the trackers and the screen."""
+
+    def __init__(self, run: Path, console: Console, trackers):
+        self.console, self.stage = console, 0
+        self._file, self._trackers = run / "metrics.jsonl", trackers
+
+    def _write(self, record: dict) -> None:
+        """Opened, appended and closed a line, so that a killed run keeps what it wrote."""
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": self.stage, **record}) + "\n")
+        self._trackers.log(record["step"], record)
+
+    @contextmanager
+    def bar(self, name: str, done: int, total: int):
+        with make_progress(self.console) as self._progress:
+            self._task = self._progress.add_task(name, completed=done, total=total, info="")
+            yield
+
+    def track(self, batches: list, what: str):
+        """Yields the batches under a bar of their own, gone when they are done."""
+        task = self._progress.add_task(what, total=len(batches), info="", visible=len(batches) > 1)
+        for batch in batches:
+            yield batch
+            self._progress.update(task, advance=1)
+        self._progress.remove_task(task)
+
+    def advance(self, window: Window) -> None:
+        """One optimizer step done."""
+        speed = window.throughput()
+        pairs = f"{speed['pairs_per_second']:.1f} pairs/s · " if window.pairs else ""
+        info = f"{pairs}{speed['tokens_per_second']:,.0f} tokens/s · {speed['peak_memory_gb']:.1f} GB"
+        self._progress.update(self._task, advance=1, info=info)
+
+    def train(self, step: int, epoch: float, window: Window) -> None:
+        record = {"step": step, "epoch": round(epoch, 4)}
+        record |= window.sums.means() | window.throughput()
+        self._write(record)
+        self._line(f"step {step:>5}", record)
+
+    def held_out(self, step: int, sums: Sums) -> None:
+        means = sums.means()
+        self._write({"step": step, **{f"eval_{name}": value for name, value in means.items()}})
+        self._line(f"[bold]held-out at {step}[/]", means)
+
+    def _line(self, what: str, record: dict) -> None:
+        shown = [text.format(record[name]) for name, text in _SHOWN.items() if name in record]
+        self.console.print(what, " ".join(shown), highlight=False, soft_wrap=True)
+
+    def announce(self, stage) -> dict:
+        """Says what a stage will do, before it does it; returns the same as numbers."""
+        size = stage.config.batch_size
+        first = stage.first_step()
+        batches = list(stage.microbatches(first))
+        facts = {
+            "objective": stage.objective.name,
+            "steps": stage.total,
+            "groups": len(stage.groups),
+            "pairs": sum(len(g.pairs) for g in stage.groups),
+            "responses": sum(len(g.responses) for g in stage.groups),
+            "first_step_microbatches": len(batches),
+            "first_step_tokens": sum(b.input_tokens for b in batches),
+            "first_step_separate_tokens": sum(b.unshared_tokens for b in batches),
+            "head_plan": stage.policy.head_plan(batches),
+            "shared": stage.policy.share,
+        }
+        tokens, separate = facts["first_step_tokens"], facts["first_step_separate_tokens"]
+        preferences = f"{facts['pairs']:,} pairs over " if facts["pairs"] else ""
+        self.console.print(
+            f"[bold]{stage.objective.name}[/]: {stage.total} steps of {size} groups; a pass is {preferences}"
+            f"{facts['responses']:,} responses, each computed once. {len(first)} groups take {len(batches)} "
+            f"microbatches, {tokens:,} tokens for {separate:,} of separate rows "
+            f"({tokens / separate:.0%}); lm_head: {facts['head_plan']}",
+            highlight=False,
+        )
+        if isinstance(stage.objective, Coupled) and len(batches) > 1:
+            within = stage.objective.within
+            what = f"{within} groups" if within else "a step"
+            text = (
+                f"{stage.objective.name} looks at {what} as a whole: several microbatches of it are scored "
+            )
+            self.console.print(f"{text}once without gradient first", highlight=False)
+        if stage.objective.mismatched:
+            text = f"{stage.objective.name} also scores each prompt with another row's response"
+            self.console.print(f"{text}, without gradient", highlight=False)
+            if not stage.mismatched:
+                text = "[yellow]all rows have one prompt, so there is no such response and z0 is 0"
+                self.console.print(text, highlight=False)
+        return facts | self._announce_caps(stage)
+
+    def _announce_caps(self, stage) -> dict:
+        cap = stage.config.max_tokens
+        if stage.policy.max_scored is not None:
+            self.console.print(
+                f"a microbatch ends at {stage.policy.max_scored:,} scored tokens or max_tokens={cap:,}",
+                highlight=False,
+            )
+        sizes = [(stage.cost(group), group.row) for group in stage.groups]
+        over = [row for size, row in sizes if size > cap]
+        if over:
+            largest, row = max(sizes)
+            self.console.print(
+                f"[yellow]{len(over)} groups are larger than max_tokens={cap:,} and go alone, whole "
+                f"(rows {', '.join(map(str, over[:5]))}{', ...' * (len(over) > 5)}); "
+                f"the largest has {largest:,} tokens (row {row})",
+                highlight=False,
+            )
+        return {"groups_over_max_tokens": len(over), "largest_group_tokens": max(sizes)[0]}

@@ -1,0 +1,139 @@
+"""Going on with a run: which checkpoint, and is it this run's?"""
+
+import hashlib
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from fastdpo.config.keys import FIELDS, Config
+from fastdpo.errors import ConfigError, TrainingError
+from fastdpo.records import PreferenceGroup
+from fastdpo.reference.fingerprint import response_keys
+from fastdpo.training import checkpoint
+from fastdpo.training.folder import RUN_FILES
+from fastdpo.training.stage import total_steps
+
+# What a resumed run may set anew. The lengths decide when the run ends (and, by the schedule, its
+# learning rate from there on); the rest changes no step, but for rounding: max_tokens', checkpointing's, the
+# host's, and under pure_bf16 that of gradients summed over microbatches, in bf16 or (in the backward) fp32.
+FREE = set(
+    "max_steps num_epochs eval_steps logging_steps save_steps save_total_limit load_best report_to samples "
+    "reference_cache memory max_tokens head_memory gradient_checkpointing activation_offloading "
+    "tiled_mlp offload_optimizer optimizer_in_backward push_to_hub output_dir resume overwrite strict".split()
+)
+
+
+def find_checkpoint(
+    folder: Path, config: Config, console: Console
+) -> tuple[checkpoint.Checkpoint | None, dict[str, str]]:
+    """(the newest whole checkpoint of a run to go on with, the newer ones passed over and why).
+
+    None where the run starts from the beginning. Raises ConfigError where the config is another run's, or
+    where a finished model would be lost.
+    """
+    if not config.resume:
+        return None, {}
+    try:
+        found, passed = checkpoint.newest(folder / "checkpoints")
+    except OSError as error:
+        raise ConfigError(f"resume: cannot read the checkpoints: {error}") from None
+    for name, reason in passed.items():
+        console.print(
+            f"[yellow]{escape(f'{name} cannot be used: {reason}. It is kept as damaged-{name}')}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if found:
+        check_config(found.state["config"], config)
+        console.print(f"going on from {folder}/checkpoints/{found.name}", highlight=False, soft_wrap=True)
+    elif (folder / "model").exists() and not config.overwrite:
+        raise ConfigError(
+            f"resume: {folder} holds a finished model and no checkpoint to go on from; "
+            "to train it anew say --overwrite"
+        )
+    else:
+        held = any((folder / name).exists() for name in RUN_FILES)
+        what = "holds no whole checkpoint" if held else "holds no run"
+        console.print(f"{folder} {what}: the run starts from the beginning", highlight=False)
+    return found, passed
+
+
+def check_config(saved: dict, config: Config) -> None:
+    """Raises ConfigError for a key that makes another run of this one."""
+    defaults = {name: f.default for name, f in FIELDS.items()}
+    _check_keys(defaults | saved, vars(config), FREE | {"stages"}, "")
+    before, after = saved.get("stages") or [], config.stages or []
+    if len(before) != len(after):
+        raise _changed("stages", f"{len(before)} stages", f"{len(after)}")
+    for number, (old, new) in enumerate(zip(before, after), 1):
+        _check_keys(old, new, FREE, f"stages: stage {number}: ")
+
+
+def _check_keys(old: dict, new: dict, free: set, where: str) -> None:
+    for name in sorted((old.keys() | new.keys()) - free):
+        if old.get(name) != new.get(name) and not _same_file(old.get(name), new.get(name)):
+            raise _changed(where + name, old.get(name), new.get(name))
+
+
+def _same_file(old, new) -> bool:
+    """Whether two values are two ways to write the path of one file or folder."""
+    if not (isinstance(old, str) and isinstance(new, str)):
+        return False
+    (old, old_split), (new, new_split) = (
+        (Path(path), split) for path, _, split in (value.partition("#") for value in (old, new))
+    )
+    return old_split == new_split and new.exists() and old.resolve() == new.resolve()
+
+
+def _changed(name, old, new) -> ConfigError:
+    return ConfigError(
+        f"{name}: the run in output_dir was started with {old!r}, this config says {new!r}. "
+        "To resume, keep it; for another run, name another output_dir"
+    )
+
+
+def check_same_run(found: checkpoint.Checkpoint | None, config: Config, data: str, n_groups: int) -> None:
+    """Raises ConfigError where the rows or the lengths of the stages do not fit the checkpoint."""
+    if found is None:
+        return
+    if found.state["data"] != data:
+        raise ConfigError(
+            "data: the rows (or the tokenizer) are no longer those that the run in output_dir was started "
+            "with, so it cannot go on exactly; start another run from its model instead"
+        )
+    now, stage = config.per_stage(), found.state["stage"]
+    for number, (old, new) in enumerate(zip(Config(**found.state["config"]).per_stage(), now[:stage]), 1):
+        if total_steps(old, n_groups) != total_steps(new, n_groups):
+            raise ConfigError(
+                f"stages: stage {number} is over, so its max_steps and num_epochs cannot change"
+            )
+    total = total_steps(now[stage], n_groups)
+    if total < found.steps:
+        raise ConfigError(
+            f"max_steps: {total}, but {found.name} is already {found.steps} steps into its stage"
+        )
+
+
+def check_start(expected: str | None, namespace: str) -> None:
+    """Raises TrainingError where the stage's start weights are not those it started from."""
+    if expected not in (None, namespace):
+        raise TrainingError(
+            "model: these are not the start weights of the run in output_dir any more; give it the model it "
+            "was started with, or start another run"
+        )
+
+
+def rows_digest(*sets: list[PreferenceGroup]) -> str:
+    """Fingerprint of the rows in their order: tokens, what is scored, the pairs, scores, labels, token
+    weights and the reference columns."""
+    digest = hashlib.blake2b(digest_size=16)
+    for groups in sets:
+        digest.update(len(groups).to_bytes(8, "little"))
+        for group in groups:
+            digest.update(b"".join(response_keys(group)))
+            known = [(r.ref_logp, r.score, r.label) for r in group.responses]
+            digest.update(repr([known, [tuple(pair) for pair in group.pairs]]).encode())
+            for r in group.responses:
+                digest.update(b"-" if r.token_weight is None else r.token_weight.tobytes())
+    return digest.hexdigest()

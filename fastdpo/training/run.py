@@ -1,0 +1,191 @@
+"""A run while it goes: where it stands, its checkpoints and events, and how each ending is told."""
+
+import contextlib
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from safetensors import SafetensorError
+
+from fastdpo.config.keys import Config
+from fastdpo.errors import FastDPOError, Stopped, TrainingError
+from fastdpo.files import durable
+from fastdpo.report.page import write_report
+from fastdpo.training import checkpoint
+from fastdpo.training.folder import Events, growing_sizes
+from fastdpo.training.log import RunLog
+from fastdpo.training.samples import complete
+from fastdpo.training.stopping import Stopping
+
+_PACKAGES = (
+    *("fastdpo", "torch", "transformers", "datasets", "safetensors", "numpy"),
+    *("peft", "bitsandbytes", "torchao"),
+)
+# Between two packings of the same rows on one machine, a response's mean over its tokens moves by 1e-6
+# in fp32; bf16 activations keep 8 bits.
+WRONG_REFERENCE = 1.0  # nats a token: no rounding does this
+DRIFT_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float64: 1e-9}
+
+
+@dataclass
+class Place:
+    """The stage a run is in."""
+
+    stage: int = 0
+    first: int = 0  # optimizer steps of the run before this stage
+    start: str | None = None  # the checkpoint with the stage's start weights; None: the model as loaded
+    namespace: str | None = None  # of those start weights, see reference_fingerprint
+    total: int = 0  # optimizer steps of this stage
+
+
+class Run:
+    """Make it once the folder is ready; `data` is the fingerprint of the rows."""
+
+    def __init__(
+        self, folder: Path, config: Config, console: Console, stopping: Stopping, data: str, trackers
+    ):
+        self.folder, self.config, self.console, self.stopping = folder, config, console, stopping
+        self.checkpoints = folder / "checkpoints"
+        self.events, self.log = Events(folder), RunLog(folder, console, trackers)
+        self.place, self.data, self.start = Place(), data, time.perf_counter()
+
+    @property
+    def fresh_lora(self) -> bool:
+        """Whether the start weights are the base model's, under an adapter that has learnt nothing."""
+        return self.config.lora_rank is not None and self.place.start is None
+
+    def save(self, policy, optimizer, progress, may_be_best: bool) -> None:
+        """A checkpoint of where the stage stands, then the report; older checkpoints go."""
+        step, start = self.place.first + progress.steps, time.perf_counter()
+        if not self.checkpoints.exists():
+            self.checkpoints.mkdir()
+            durable.sync(self.folder)
+        loss = progress.eval_loss if may_be_best else None
+        best = loss is not None and (progress.best is None or loss < progress.best["eval_loss"])
+        if best:
+            progress.best = {"step": step, "eval_loss": loss}
+        keep = {self.place.start} | ({f"step-{progress.best['step']}"} if progress.best else set())
+        state = {
+            **dataclasses.asdict(self.place),
+            "progress": progress.state(),
+            "data": self.data,
+            "files": growing_sizes(self.folder),
+            "config": dataclasses.asdict(self.config),
+        }
+        folder = self.checkpoints / f"step-{step}"
+        size = checkpoint.save(folder, policy, optimizer, state)
+        checkpoint.prune(self.checkpoints, self.config.save_total_limit, keep)
+        seconds = round(time.perf_counter() - start, 3)
+        facts = {"step": step, "folder": folder.name, "bytes": size, "seconds": seconds}
+        self.events.add("checkpoint", **facts, eval_loss=loss, best=best)
+        self.report(ended=False)
+
+    def end_stage(self, policy, progress) -> None:
+        """Moves the place to the next stage's start: the last weights, or under load_best the best."""
+        step = self.place.first + progress.steps
+        name = f"step-{step}"
+        if self.config.load_best and progress.best and progress.best["step"] != step:
+            best, loss = f"step-{progress.best['step']}", progress.best["eval_loss"]
+            try:
+                checkpoint.load(self.checkpoints / best).load_weights(policy)
+                name = best
+                text = f"load_best: {best}, with the lowest held-out loss, {loss:.4f}"
+            except ValueError as error:
+                why = escape(f"{best} cannot be used: {error}")
+                text = f"[yellow]load_best: {why}; the stage ends with {name}"
+            self.console.print(text, highlight=False, soft_wrap=True)
+        self.place = Place(self.place.stage + 1, step, name)
+
+    def tell_drift(self, drift: float, dtype: torch.dtype) -> None:
+        """How far policy and reference were apart in a stage's first step, where they are one model. Raises
+        TrainingError for a reference that is of another model altogether."""
+        bound = DRIFT_BOUND[dtype]
+        self.events.add("drift", stage=self.place.stage, max_nats=drift, bound=bound)
+        text = f"reference: before the first update it differs from the policy by {drift:.2g} nats a token"
+        if drift > WRONG_REFERENCE:
+            raise TrainingError(
+                f"{text} in one response: it is another model's. If the data brings ref_chosen_logps and "
+                "ref_rejected_logps, --reference_cache off leaves them and computes the reference"
+            )
+        if drift > bound:
+            self.console.print(
+                f"[yellow]{text} in one response, more than rounding explains ({bound:g}). Where another "
+                "device or other versions computed it, --reference_cache off computes it here"
+            )
+        elif drift > 0:
+            self.console.print(f"{text} at most (of {bound:g} that rounding explains)", highlight=False)
+
+    def sample(self, policy, tokenizer, groups, when: str) -> None:
+        """Completes the groups' prompts, for the report: `when` is "start" or "end"."""
+        where = {"when": when, "stage": self.place.stage, "step": self.place.first}
+        rows = complete(policy, tokenizer, groups, console=self.console) if groups else []
+        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(where | row) + "\n" for row in rows)
+
+    def report(self, ended: bool) -> None:
+        """Writes report.html. A report that cannot be written costs no training: it is said, and that is
+        all."""
+        try:
+            write_report(self.folder, ended)
+        except Exception as error:
+            why = escape(f"{type(error).__name__}: {error}")
+            self.console.print(f"[yellow]report.html was not written: {why}", highlight=False)
+
+    @contextlib.contextmanager
+    def told(self, found: checkpoint.Checkpoint | None, passed: dict[str, str]) -> Iterator[None]:
+        """Around the training: its start and its end, whichever it is, go to events.jsonl and the report."""
+        facts = {"versions": versions(), "device": device_name()}
+        if found:
+            self.events.add("resume", step=found.step, checkpoint=found.name, skipped=passed, **facts)
+        else:
+            self.events.add("start", skipped=passed, **facts)
+        try:
+            yield
+        except Stopped as stop:
+            self._end("stopped", signal=stop.signal.name)
+            stop.args = (f"{stop}; {self.way_on()}",)
+            raise
+        except (OSError, SafetensorError) as error:
+            self._end("error", message=f"cannot write: {error}")
+            raise TrainingError(f"cannot write: {error}. Nothing saved is lost: {self.way_on()}") from None
+        except Exception as error:
+            self._end("error", message=f"{type(error).__name__}: {error}")
+            if isinstance(error, FastDPOError):
+                error.args = (f"{error}\n{self.way_on()}",)
+            raise
+        self._end("done", seconds=round(time.perf_counter() - self.start, 1))
+
+    def _end(self, event: str, **facts) -> None:
+        with contextlib.suppress(OSError):  # what ended the run may be that nothing can be written
+            self.events.add(event, **facts)
+        self.report(ended=True)
+
+    def way_on(self) -> str:
+        """What is saved, and how to go on."""
+        names = checkpoint.found(self.checkpoints)
+        if not names:
+            return "no checkpoint was written yet: the same command with --resume starts over"
+        return f"the newest checkpoint is {names[-1]}: the same command with --resume goes on from it"
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

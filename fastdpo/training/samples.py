@@ -1,0 +1,105 @@
+"""Greedy completions of a few prompts, before and after training, for the report."""
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from transformers import GenerationConfig
+
+from fastdpo.model.policy import Policy
+from fastdpo.records import PreferenceGroup
+
+
+@torch.no_grad()
+def complete(
+    policy: Policy,
+    tokenizer,
+    groups: list[PreferenceGroup],
+    max_new_tokens: int = 128,
+    console: Console | None = None,
+) -> list[dict]:
+    """One {"row", "prompt", "completion", "chosen"} a group, through transformers' own `generate`.
+
+    Greedy, so no random number is drawn; the policy is left as it was. A model that cannot generate costs
+    a run its samples and nothing else: a note says why, and the list is empty.
+    """
+    model, was_training, config = policy.core, policy.model.training, policy.core.generation_config
+    ends = end_tokens(policy, tokenizer, groups)
+    policy.model.eval()
+    # In place of the model's own, whose sampling and penalties (Qwen's 1.1) would have a say here.
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=ends or None,
+        pad_token_id=padding(tokenizer, ends),
+    )
+    completions = {}
+    try:
+        with policy.stock(), policy.autocast():
+            for batch, room in batches(policy, groups, max_new_tokens):
+                new = generate(model, [g.prompt.tolist() for g in batch], room)
+                completions |= {id(g): cut(ids, ends) for g, ids in zip(batch, new)}
+    except Exception as error:  # whatever a model's own generation code raises
+        why = escape(f"{type(error).__name__}: {error}")
+        (console or Console()).print(f"[yellow]no sample completions: {why}", soft_wrap=True)
+        return []
+    finally:
+        model.generation_config = config
+        policy.model.train(was_training)
+    text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return [
+        {
+            "row": group.row,
+            "prompt": text(group.prompt.tolist()),
+            "completion": text(completions[id(group)]),
+            "chosen": text(group.responses[group.chosen[0]].ids.tolist()) if group.chosen else None,
+        }
+        for group in groups
+    ]
+
+
+def end_tokens(policy: Policy, tokenizer, groups: list[PreferenceGroup]) -> list[int]:
+    """The ids that end a completion: the tokenizer's and the model's EOS, and whichever special token
+    the responses themselves end with (a chat template's end of turn is often neither)."""
+    known = [tokenizer.eos_token_id, getattr(policy.core.generation_config, "eos_token_id", None)]
+    known.append(policy.core.config.get_text_config().eos_token_id)
+    ends = {i for value in known for i in (value if isinstance(value, list) else [value])} - {None}
+    last = {int(r.ids[-1]) for group in groups for r in group.responses}
+    return sorted(ends | last & set(tokenizer.get_added_vocab().values()))
+
+
+def padding(tokenizer, ends: list[int]) -> int:
+    """Any id does: padding is masked."""
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    return ends[0] if ends else 0
+
+
+def batches(policy: Policy, groups: list[PreferenceGroup], max_new_tokens: int):
+    """(groups, new tokens) of each call: all at once, but alone and shorter where the model's positions
+    do not suffice, since a position too many is an error (on a GPU, one that ends the process)."""
+    limit = getattr(policy.core.config.get_text_config(), "max_position_embeddings", None)
+    room = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(g.prompt)) for g in groups]
+    together = [g for g, new in zip(groups, room) if new == max_new_tokens]
+    if together:
+        yield together, max_new_tokens
+    yield from (([g], new) for g, new in zip(groups, room) if new < max_new_tokens)
+
+
+def generate(model, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """The new ids of each prompt, padding and all."""
+    longest = max(map(len, prompts))
+    pad = model.generation_config.pad_token_id
+    ids = [[pad] * (longest - len(p)) + p for p in prompts]
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    device = model.get_input_embeddings().weight.device
+    out = model.generate(
+        input_ids=torch.tensor(ids, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        max_new_tokens=max_new_tokens,
+    )
+    return out[:, longest:].tolist()
+
+
+def cut(ids: list[int], ends: list[int]) -> list[int]:
+    """The ids before the first that ends a completion."""
+    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]

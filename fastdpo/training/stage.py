@@ -1,0 +1,288 @@
+"""One stage of a run: one objective on one data set, from the stage's start weights to its last step."""
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fastdpo.config.keys import Config
+from fastdpo.data.mismatched import mismatched
+from fastdpo.data.packing import Packing, epoch_order, in_row_order, pack, places, split_step
+from fastdpo.errors import TrainingError
+from fastdpo.model.policy import Policy
+from fastdpo.objectives import make_objective
+from fastdpo.optim.optimizers import make_optimizer, set_schedule
+from fastdpo.records import Groups, PackedGroups, PreferenceGroup, ResponseLogps
+from fastdpo.training.accumulate import Accumulator, NotFinite, context_of
+from fastdpo.training.failures import WAY_OUT, memory_guard, not_finite, update_guard
+from fastdpo.training.metrics import EVAL_STATS, Sums, Window, add_kl, add_pair_metrics, add_token_metrics
+
+
+@dataclass
+class Progress:
+    """How far a stage is: with the weights and the optimizer's state, all that its next step depends on."""
+
+    steps: int = 0
+    evaluated: bool = False  # False while held-out rows are due at this step
+    eval_loss: float | None = None  # at this step
+    best: dict | None = None  # {"step", "eval_loss"} of the stage's best checkpoint
+    memory: dict[str, float] = field(default_factory=dict)  # the objective's own (BCO's running mean)
+    window: Window = field(default_factory=Window)
+
+    def state(self) -> dict:
+        return {**vars(self), "window": self.window.state()}
+
+    @classmethod
+    def restored(cls, state: dict, device) -> "Progress":
+        return cls(**state | {"window": Window.restored(state["window"], device)})
+
+
+class Stage:
+    """Make it before the first step, while the policy stands at the stage's start weights.
+
+    `reference` is set before `run` where the objective needs one: `reference.of(groups)` gives the
+    reference's token log-probs of a microbatch.
+    """
+
+    def __init__(self, config: Config, policy: Policy, groups, eval_groups):
+        self.config, self.policy, self.reference = config, policy, None
+        self.objective = make_objective(config)
+        self.groups = [self.objective.select(g) for g in groups]
+        self.eval_groups = [self.objective.select(g) for g in eval_groups]
+        aside = lambda some: mismatched(some, config.max_length) if self.objective.mismatched else {}
+        self.mismatched, self.eval_mismatched = aside(self.groups), aside(self.eval_groups)
+        self.per_epoch = math.ceil(len(self.groups) / config.batch_size)
+        self.total = total_steps(config, len(self.groups))
+        self.drifts = None  # of the first step's microbatches, while it runs
+        self.ahead: tuple = (None, None)  # (groups, the same packed) of a microbatch that is to come
+
+    def run(self, run, resumed=None) -> Progress:
+        """Trains to the end, or from the checkpoint `resumed`; `run` (a run.Run) knows the place.
+        Raises Stopped after a signal, with a checkpoint written."""
+        optimizer, schedule = make_optimizer(self.policy, self.config, self.total)
+        progress, done = Progress(), resumed.steps if resumed else 0
+        with contextlib.closing(optimizer), run.log.bar(self.objective.name, done, self.total):
+            eval_batches = self.in_row_order(self.eval_groups)
+            if resumed:  # the reference is made: the start weights are needed no more
+                progress = Progress.restored(resumed.state["progress"], self.policy.device)
+                resumed.load_weights(self.policy)
+                resumed.load_optimizer(optimizer)
+                set_schedule(schedule, progress.steps)
+            settle = lambda: self.settle(run, progress, eval_batches, optimizer)
+            if not progress.evaluated:
+                settle()
+            self.drifts = [] if self.reference and progress.steps == 0 else None
+            steps = step_groups(self.groups, self.config, self.total, progress.steps)
+            for groups, following in itertools.pairwise(itertools.chain(steps, [None])):
+                step = run.place.first + progress.steps + 1
+                norm = self.step(groups, progress, step, optimizer, following)
+                if self.drifts is not None:
+                    run.tell_drift(float(torch.stack(self.drifts).max()), self.policy.dtype)
+                    self.drifts = None
+                progress.window.sums.add("grad_norm", norm)
+                progress.window.sums.add("learning_rate", schedule.get_last_lr()[0])
+                with self.updating(step, groups):
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+                progress.steps += 1
+                self.log_step(run, progress)
+                settle()
+        return progress
+
+    def due(self, steps: int, every: int | None) -> bool:
+        return steps == self.total or bool(every and steps and steps % every == 0)
+
+    def log_step(self, run, progress: Progress) -> None:
+        i, config, window = progress.steps, self.config, progress.window
+        run.log.advance(window)
+        if self.due(i, config.logging_steps):
+            run.log.train(run.place.first + i, i / self.per_epoch, window)
+            progress.window = Window(window.num_tokens)
+        evaluates = self.due(i, config.eval_steps) or (config.load_best and self.due(i, config.save_steps))
+        progress.evaluated, progress.eval_loss = not evaluates, None
+
+    def settle(self, run, progress: Progress, eval_batches, optimizer) -> None:
+        """Evaluates and saves where due; after a signal saves and raises Stopped."""
+        with progress.window.paused():
+            self.evaluate(eval_batches, run, progress)
+            due = self.due(progress.steps, self.config.save_steps)
+            if due or (run.stopping.requested and progress.steps):
+                # what only a signal made must not be the best, or the run would end as no other
+                run.save(self.policy, optimizer, progress, may_be_best=due)
+        run.stopping.check()
+
+    def step(self, groups: Groups, progress: Progress, step: int, optimizer=None, following=None):
+        """Forward and backward of one optimizer step, in microbatches; returns the gradient norm, before
+        clipping. The gradient is that of the whole step's loss however the step was cut. Under
+        optimizer_in_backward the optimizer is needed, and has updated the weights. `following`: the next
+        step's groups, to begin with while the device computes this one."""
+        window = progress.window
+
+        def see(batch: PackedGroups, logps: ResponseLogps) -> None:
+            if self.drifts is not None:
+                self.drifts.append(self.drift(logps))
+            self.add_metrics(window.sums, logps)
+            window.count(batch)
+
+        parameters, in_backward = self.policy.trained(), self.config.optimizer_in_backward
+        accumulator = Accumulator(
+            *(parameters, self.microbatches, self.score, self.guard(step), see, dict(progress.memory)),
+            in_backward=optimizer if in_backward else None,
+        )
+        try:
+            done = accumulator.run(self.objective, groups, self.aside(groups))
+        except NotFinite as stop:
+            raise not_finite(step, stop.step) from None
+        clip, limit = torch.nn.utils.clip_grad_norm_, self.config.max_grad_norm or math.inf
+        with self.updating(step, groups):
+            norm = optimizer.end_backward() if in_backward else clip(parameters, limit)
+        if following:
+            self.look_ahead(following)
+        if not math.isfinite(float(done.loss + norm)):
+            raise not_finite(step, done, norm, updated=in_backward)
+        window.sums.add("loss", done.loss)
+        window.first_pass += done.scored_first
+        if "z0" in done.context:
+            window.sums.add("z0", done.context["z0"])
+        progress.memory = accumulator.memory
+        return norm
+
+    def guard(self, step: int):
+        """What goes around the work on a microbatch."""
+        return lambda batch: memory_guard(step, batch, self.config, self.policy.core.config)
+
+    def updating(self, step: int, groups: Groups):
+        """What goes around the update by these groups."""
+        return update_guard(step, groups[0], self.config, self.policy.core.config, self.policy.share)
+
+    @torch.no_grad()
+    def drift(self, logps: ResponseLogps) -> Tensor:
+        """How far policy and reference are apart: the largest mean over a response's tokens."""
+        if not self.reference.per_token:
+            return (logps.log_ratio.abs() / logps.lengths).max()
+        apart = (logps.token_logp - logps.ref_token_logp).abs()
+        return (logps.per_response(apart) / logps.lengths).max()
+
+    @torch.no_grad()
+    def add_metrics(self, sums: Sums, logps: ResponseLogps) -> None:
+        add_pair_metrics(sums, self.objective.seen(logps), self.objective.reward)
+        if self.reference and self.reference.per_token:
+            add_kl(sums, logps)
+
+    def cost(self, group: PreferenceGroup) -> int:
+        """What a group takes of max_tokens."""
+        return places(group, self.policy.share)
+
+    def cut(self, groups: Groups) -> list[Groups]:
+        """One step's groups as microbatches."""
+        return split_step(groups, self.config.max_tokens, self.policy.max_scored, self.policy.share)
+
+    def microbatches(self, groups: Groups) -> Packing:
+        return Packing(self.cut(groups), self.packed)
+
+    def packed(self, part: Groups) -> PackedGroups:
+        """One microbatch, with the reference's log-probs."""
+        groups, batch = self.ahead
+        if part == groups:  # the very same ones
+            self.ahead = None, None
+            return batch
+        batch = pack(part, self.policy.share)
+        return replace(batch, ref_token_logp=self.reference.of(part)) if self.reference else batch
+
+    def look_ahead(self, following: Groups) -> None:
+        """Packs what a step begins with, for nothing else would be done while the device is waited for."""
+        first = self.aside(following) or following[: getattr(self.objective, "within", None)]
+        part = self.cut(first)[0]
+        self.ahead = part, self.packed(part)
+
+    def score(self, batch: PackedGroups, stats=()) -> ResponseLogps:
+        """The policy's log-probs of a microbatch beside the reference's, and what the objective reads."""
+        batch = batch.to(self.policy.device)
+        stats = tuple(dict.fromkeys((*self.objective.stats, *stats)))
+        out = self.policy.token_logp(batch, stats)
+        token_logp, token_stats = out if stats else (out, {})
+        return ResponseLogps.of(batch, token_logp, batch.ref_token_logp, token_stats)
+
+    def in_row_order(self, groups: Groups) -> list[PackedGroups]:
+        """Rows packed as the reference packs what it computes: equal models then agree bit by bit."""
+        return [self.packed(part) for part in in_row_order(groups, self.config.max_tokens, self.policy.share)]
+
+    def aside(self, groups: Groups) -> Groups:
+        """The mismatched groups beside these training rows, where the objective looks at them."""
+        return [self.mismatched[group.row] for group in groups if group.row in self.mismatched]
+
+    def reference_sets(self) -> list[Groups]:
+        """What the reference must know: training rows, held-out rows, and what lies beside either."""
+        used = self.used_groups()
+        return [used, self.eval_groups, self.aside(used), list(self.eval_mismatched.values())]
+
+    def first_step(self) -> Groups:
+        """The groups of the first optimizer step."""
+        return next(step_groups(self.groups, self.config, 1))
+
+    def used_groups(self) -> Groups:
+        """The groups that the steps will visit: all, unless max_steps ends before one pass."""
+        if self.total >= self.per_epoch:
+            return self.groups
+        visited = {group.row for step in step_groups(self.groups, self.config, self.total) for group in step}
+        return [group for group in self.groups if group.row in visited]
+
+    @torch.no_grad()
+    def evaluate(self, batches, run, progress: Progress) -> None:
+        """Loss and metrics of the held-out rows as one batch, the vocabulary-wide ones too, where they are
+        due; after a signal they stay due."""
+        if progress.evaluated:
+            return
+        sums, seen, step = Sums(), [], run.place.first + progress.steps
+        guard = self.guard(step)
+        self.policy.model.eval()
+        aside = self.in_row_order(list(self.eval_mismatched.values()))
+        for batch in run.log.track([*batches, *aside], "held-out"):
+            if run.stopping.requested:
+                break
+            with guard(batch):
+                seen.append(self.score(batch, EVAL_STATS).kept())
+            if len(seen) <= len(batches):
+                self.add_metrics(sums, seen[-1])
+                add_token_metrics(sums, batch, seen[-1].token_stats)
+        self.policy.model.train()
+        if batches and run.stopping.requested:
+            return
+        progress.evaluated = True
+        if not batches:
+            return
+        context = dict(progress.memory)
+        if self.objective.mismatched:
+            context |= context_of(seen[len(batches) :], self.policy.device)
+        logps = replace(ResponseLogps.joined(seen[: len(batches)]), context=context)
+        sums.add("loss", self.objective.whole(logps))
+        if "z0" in context:
+            sums.add("z0", context["z0"])
+        run.log.held_out(step, sums)
+        progress.eval_loss = sums.means()["loss"]
+        if not math.isfinite(progress.eval_loss):
+            raise TrainingError(f"step {step}: the held-out loss is {progress.eval_loss}; {WAY_OUT}")
+
+
+def total_steps(config: Config, n_groups: int) -> int:
+    """Optimizer steps of a stage."""
+    return config.max_steps or math.ceil(config.num_epochs * math.ceil(n_groups / config.batch_size))
+
+
+def step_groups(groups, config: Config, n_steps: int, skip: int = 0) -> Iterator[Groups]:
+    """The groups of each optimizer step after the first `skip`, epoch after epoch: a function of seed
+    and epoch alone."""
+    steps = itertools.chain.from_iterable(_epochs(len(groups), config))
+    for rows in itertools.islice(steps, skip, n_steps):
+        yield [groups[i] for i in rows]
+
+
+def _epochs(n_groups: int, config: Config) -> Iterator[list]:
+    for epoch in itertools.count():
+        order = epoch_order(n_groups, config.seed, epoch)
+        yield [order[start : start + config.batch_size] for start in range(0, n_groups, config.batch_size)]

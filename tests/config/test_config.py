@@ -1,0 +1,126 @@
+"""The config: one source for YAML keys, flags and help; wrong keys and values say what to do."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from fastdpo.config.keys import STAGE_KEYS, Config
+from fastdpo.config.reading import help_text, keys_table, load_config, to_yaml
+from fastdpo.errors import ConfigError
+from fastdpo.objectives import objectives_table
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_flags_win_over_the_file(file):
+    path = file("model: m\ndata: d\nbeta: 0.5\nbatch_size: 4\n")
+    config = load_config([path, "--beta", "0.2", "--batch-size=16", "--strict"])
+    assert (config.beta, config.batch_size, config.strict) == (0.2, 16, True)
+
+
+def test_values_are_brought_to_their_types(file):
+    """YAML 1.1 reads 1e-6 as a string, and flags are all strings."""
+    path = file("model: m\ndata: d\nlearning_rate: 5e-7\nbeta: 1\neval_data: 0.1\nmax_steps: 3")
+    config = load_config([path, "--lora_target_modules", "[q_proj, v_proj]", "--max-steps", "null"])
+    assert config.learning_rate == 5e-7 and config.beta == 1.0 and config.eval_data == 0.1
+    assert config.lora_target_modules == ["q_proj", "v_proj"] and config.max_steps is None
+    assert load_config([path, "--eval_data", "x.jsonl"]).eval_data == "x.jsonl"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--leraning_rate", "1"], "unknown key 'leraning_rate'. Did you mean 'learning_rate'?"),
+        (["--beta", "high"], "beta: expected float or nothing, got 'high'"),
+        (["--batch_size", "2.5"], "batch_size: expected int, got 2.5"),
+        (["--batch_size", "0"], "batch_size: 0 is below 1"),
+        (["--strict", "maybe"], "strict: expected bool"),
+        (["--beta"], "--beta: no value given"),
+        (["beta", "1"], "unexpected argument 'beta'"),
+        (["--truncation", "left"], "truncation: 'left' is not one of keep_start, keep_end, drop"),
+        (["--label_smoothing", "0.5"], "label_smoothing: 0.5 is not in"),
+        (["--eval_data", "1.5"], "eval_data: 1.5 is neither"),
+        (["--stages", "[{modle: x}]"], "stage 1 sets 'modle'"),
+        (["--stages", "[{beta: x}]"], "beta: expected float"),
+        (["--stages", "[3]"], "stage 1 is not a set of keys"),
+    ],
+)
+def test_wrong_flags(file, argv, message):
+    with pytest.raises(ConfigError) as error:
+        load_config([file("model: m\ndata: d\n"), *argv])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("data: d", "model: missing"),
+        ("- a\n- b", "expected lines of `key: value`"),
+        ("model: [", "is not YAML"),
+        ("model: m\ndata: d\nbeta: 1\nbeta: 2", "'beta' is given twice"),
+        ("!!python/object/apply:os.system ['true']", "is not YAML"),
+    ],
+)
+def test_wrong_files(file, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config([file(text)])
+
+
+def test_missing_file():
+    with pytest.raises(ConfigError, match="cannot read the config file"):
+        load_config(["nowhere.yaml"])
+
+
+def test_stages_override_and_inherit():
+    config = Config(model="m", data="d", beta=0.3, stages=[{"objective": "sft"}, {"beta": 1}])
+    first, second = config.per_stage()
+    assert (first.objective, first.beta) == ("sft", None)
+    assert (second.objective, second.beta) == ("sigmoid", 1.0)
+
+
+def test_help_names_every_key():
+    text = help_text("train")
+    for field in dataclasses.fields(Config):
+        assert f"\n  {field.name}" in text and field.metadata["doc"] in text
+    assert set(STAGE_KEYS) <= {f.name for f in dataclasses.fields(Config)}
+
+
+def test_resolved_config_reads_back(file):
+    config = Config(model="m", data="d", learning_rate=3e-7, stages=[{"objective": "sft"}])
+    assert load_config([file(to_yaml(config))]) == config
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[2].glob("examples/*.yaml")), ids=lambda p: p.name
+)
+def test_examples_are_valid(path):
+    assert load_config([str(path)]).per_stage()
+
+
+def test_the_readme_has_every_key():
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    assert keys_table() in readme, "make the README's table anew: it is what keys_table() returns"
+    assert objectives_table() in readme, "make the README's table anew: it is what objectives_table() returns"
+
+
+def test_options_above_the_stages_reach_those_that_read_them():
+    stages = [dict(objective="sft"), dict(objective="ipo"), dict(beta=0.5, objective="odpo")]
+    made = Config(model="m", data="d", beta=0.2, objective_args={"alpha": 2}, stages=stages).per_stage()
+    assert [stage.beta for stage in made] == [None, 0.2, 0.5]
+    assert [stage.objective_args for stage in made] == [None, None, {"alpha": 2}]
+    drdpo = dict(objective="drdpo", objective_args={"beta_prime": 2.0})
+    (made,) = Config(model="m", data="d", objective_args={"scope": 2}, stages=[drdpo]).per_stage()
+    assert made.objective_args == {"scope": 2, "beta_prime": 2.0}
+    with pytest.raises(ConfigError, match="beta: no stage's objective reads it"):
+        Config(model="m", data="d", beta=0.2, stages=[dict(objective="sft")])
+    with pytest.raises(ConfigError, match="no stage's objective reads 'alhpa'"):
+        Config(model="m", data="d", objective_args={"alhpa": 2}, stages=stages)
