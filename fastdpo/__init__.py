@@ -18,7 +18,7 @@ _HOME = {
     "prepare": "model.support",
     "split_step": "data.packing",
     "to_group": "data.groups",
-    "train": "training.trainer",
+    "train": "api",
 }
 __all__ = list(_HOME)
 

@@ -63,7 +63,7 @@ def _config(command: str, argv: list[str]):
 def _train(argv):
     config = _config("train", argv)
     if config is not None:
-        from fastdpo.training.trainer import train
+        from fastdpo.api import train
 
         train(config)
 
@@ -71,7 +71,7 @@ def _train(argv):
 def _ref(argv):
     config = _config("ref", argv)
     if config is not None:
-        from fastdpo.training.trainer import fill_reference
+        from fastdpo.api import fill_reference
 
         fill_reference(config)
 

@@ -21,9 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fastdpo.api import train
 from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError, Stopped
-from fastdpo.training.trainer import train
 
 DISHES = {
     "pancakes": ("flour", "milk", "eggs"),

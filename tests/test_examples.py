@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from fastdpo.api import train
 from fastdpo.cli import main
 from fastdpo.config.reading import load_config
-from fastdpo.training.trainer import train
 from tests import tiny
 from tests.training.test_trainer import QUIET
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from fastdpo import api
 from fastdpo.data.packing import pack
 from fastdpo.model import attention, support
-from fastdpo.training import trainer
 from tests.tiny import group, groups, policy
 from tests.training.test_trainer import Run
 
@@ -21,7 +21,7 @@ needs_datasets = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def no_ladder(monkeypatch):
     """Each process of the tests would compile a hundred kernels for it. `fastdpo doctor` climbs it once."""
-    monkeypatch.setattr(trainer, "settle_backends", lambda console: None)
+    monkeypatch.setattr(api, "settle_backends", lambda console: None)
 
 
 def attend(backend, dtype, window, heads=(4, 2), scale=1):

@@ -27,10 +27,10 @@ from fastdpo.data.packing import epoch_order, pack, split_step
 from fastdpo.demo import DISHES, HELPFUL, QUESTIONS, RUDE, make_model
 from fastdpo.model import attention
 from fastdpo.model.policy import Policy
-from fastdpo.objectives import make_objective
 from fastdpo.records import ResponseLogps
 from fastdpo.reference.fill import load_reference
 from fastdpo.reference.fingerprint import response_keys
+from fastdpo.training.job import objective_of
 
 PAIRS, MAX_TOKENS, VOCAB = 64, 8192, 32_000
 QUIET = Console(quiet=True)
@@ -133,7 +133,7 @@ def test_linear_dpo(benchmark):
 
 def test_objective(benchmark, batch):
     """DPO's loss of 16 pairs and its gradient by token."""
-    objective = make_objective(Config(model="random", data="random"))
+    objective = objective_of(Config(model="random", data="random"))
     logp = torch.from_numpy(np.random.default_rng(0).normal(-6, 1, len(batch.target))).float()
     logp.requires_grad_()
     reference = logp.detach() + 0.1

@@ -31,6 +31,7 @@ from fastdpo.model.policy import Policy
 from fastdpo.model.support import stock_logp
 from fastdpo.optim.optimizers import make_optimizer
 from fastdpo.reference.fill import load_reference
+from fastdpo.training.job import stage_job
 from fastdpo.training.stage import Progress, Stage
 
 BETA, RATE, STEPS, BATCH = 0.1, 1e-3, 2, 4
@@ -168,7 +169,7 @@ def trainer_steps(policy: Policy, groups: list) -> list[tuple[float, float]]:
     config = Config(model="random", data="random", batch_size=BATCH, max_tokens=60, learning_rate=RATE)
     config = replace(config, lr_scheduler_type="constant", beta=BETA, reference_cache="off")
     policy.set_sharing(True)
-    stage = Stage(config, policy, groups, [])
+    stage = Stage(stage_job(config), policy, groups, [])
     options = dict(path=None, fresh_lora=False, max_tokens=config.max_tokens, console=QUIET)
     stage.reference = load_reference(policy, [stage.groups], **options)
     optimizer, _ = make_optimizer(policy, config, STEPS)

@@ -25,6 +25,7 @@ from fastdpo.model.policy import Policy
 from fastdpo.optim.library import check_library
 from fastdpo.optim.optimizers import make_optimizer
 from fastdpo.records import ResponseLogps
+from fastdpo.training.job import stage_job
 from fastdpo.training.stage import Progress, Stage, step_groups
 
 ADAMW = "adamw_torch_fused"
@@ -47,9 +48,9 @@ SEEDS = (0, 1, 2, 3, 4)
 
 def train(policy: Policy, stage: Stage) -> Iterator[float]:
     """Trains a stage to its end; yields each step's loss."""
-    optimizer, schedule = make_optimizer(policy, stage.config, stage.total)
+    optimizer, schedule = make_optimizer(policy, stage.job.optim, stage.total)
     with closing(optimizer):
-        for number, groups in enumerate(step_groups(stage.groups, stage.config, stage.total), 1):
+        for number, groups in enumerate(step_groups(stage.groups, stage.job, stage.total), 1):
             progress = Progress()
             stage.step(groups, progress, number, optimizer)
             optimizer.step()
@@ -73,7 +74,7 @@ def learn(base: Base, sizes: Sizes, seed: int, keys: dict) -> dict:
         policy.set_sharing(True)
     rows, _ = select_pairs([group for group in base.groups if group.pairs], "best_worst")
     held_out, _ = select_pairs([group for group in base.held_out if group.pairs], "best_worst")
-    stage = Stage(config, policy, rows, held_out)
+    stage = Stage(stage_job(config), policy, rows, held_out)
     stage.reference = reference(policy, rows + held_out)
     losses = list(train(policy, stage))
     return {"losses": losses, "held_out": held_out_loss(stage)}

@@ -41,6 +41,7 @@ from fastdpo.model import support
 from fastdpo.model.policy import Policy
 from fastdpo.optim.optimizers import make_optimizer
 from fastdpo.reference.fill import load_reference
+from fastdpo.training.job import stage_job
 from fastdpo.training.stage import Progress, Stage
 
 LIMIT = 1e-4  # of a step's loss, in fp32
@@ -111,7 +112,7 @@ def ours(setting: Setting, rows: list[dict], folder: Path) -> Run:
     )
     policy = Policy(copy.deepcopy(setting.model).train(), setting.dtype)
     support.prepare(policy, groups, QUIET)
-    stage = Stage(config, policy, groups, [])
+    stage = Stage(stage_job(config), policy, groups, [])
     options = dict(path=None, fresh_lora=False, max_tokens=config.max_tokens, console=QUIET)
     stage.reference = load_reference(policy, [stage.groups], **options)
     optimizer, schedule = make_optimizer(policy, config, setting.steps)

@@ -25,6 +25,7 @@ from fastdpo.model.policy import Policy
 from fastdpo.optim.optimizers import make_optimizer
 from fastdpo.records import PreferenceGroup
 from fastdpo.reference.fill import ReferenceTable, load_reference
+from fastdpo.training.job import stage_job
 from fastdpo.training.metrics import Sums, add_pair_metrics
 from fastdpo.training.stage import Progress, Stage, step_groups
 
@@ -110,7 +111,9 @@ def make_base(sizes: Sizes, seed: int) -> Base:
         max_steps=sizes.sft_steps,
         seed=seed,
     )
-    for _ in train(policy, Stage(learn, policy, world.sft_groups(world.reviews(sizes.texts, seed)), [])):
+    for _ in train(
+        policy, Stage(stage_job(learn), policy, world.sft_groups(world.reviews(sizes.texts, seed)), [])
+    ):
         pass
     n, k = sizes.rows + sizes.held_out, sizes.responses
     others = world.reviews(2 * n, 1000 + seed)  # not the SFT's; each of their openings once
@@ -137,9 +140,9 @@ def reference(policy: Policy, groups: Groups) -> ReferenceTable:
 
 def train(policy: Policy, stage: Stage) -> Iterator[int]:
     """Trains a stage to its end; yields after each optimizer step."""
-    optimizer, schedule = make_optimizer(policy, stage.config, stage.total)
+    optimizer, schedule = make_optimizer(policy, stage.job.optim, stage.total)
     progress = Progress()
-    for number, groups in enumerate(step_groups(stage.groups, stage.config, stage.total), 1):
+    for number, groups in enumerate(step_groups(stage.groups, stage.job, stage.total), 1):
         stage.step(groups, progress, number)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -165,7 +168,7 @@ def execute(run: Run, base: Base) -> list[dict]:
     for number, config in enumerate(run.config.per_stage()):
         groups, _ = select_pairs(rows, config.pairs)
         groups, _ = flip_pairs(groups, config.flip_pairs, config.seed)
-        stage = Stage(config, policy, groups, [])
+        stage = Stage(stage_job(config), policy, groups, [])
         starts = number == 0 or run.keep_reference
         stage.reference = base.reference if starts else reference(policy, stage.groups)
         for _ in train(policy, stage):
@@ -195,7 +198,7 @@ def accuracies(policy: Policy, base: Base) -> dict:
     out = {}
     for name, rule in (("accuracy", "all"), ("accuracy_easy", "easy"), ("accuracy_hard", "hard")):
         groups, _ = select_pairs([group for group in base.held_out if group.pairs], rule)
-        stage, sums = Stage(settings(), policy, [], groups), Sums()
+        stage, sums = Stage(stage_job(settings()), policy, [], groups), Sums()
         stage.reference = base.reference
         for batch in stage.in_row_order(groups):
             add_pair_metrics(sums, stage.score(batch), stage.objective.reward)

@@ -35,6 +35,7 @@ from fastdpo.optim.optimizers import make_optimizer
 from fastdpo.planning.microbatch import step_loads
 from fastdpo.planning.prediction import predict
 from fastdpo.planning.target import Target
+from fastdpo.training.job import stage_job
 from fastdpo.training.stage import Progress, Stage
 from fastdpo.values import as_bytes
 
@@ -137,7 +138,7 @@ def train(case: dict, model_config, groups) -> None:
     set_up_activations(model, config)
     policy = Policy(model, dtype, head_budget=as_bytes("head_memory", config.head_memory))
     policy.set_sharing(True)
-    stage = Stage(config, policy, groups, [])
+    stage = Stage(stage_job(config), policy, groups, [])
     stage.reference = _NoReference()
     optimizer, _ = make_optimizer(policy, config, 10)
     for _ in range(2):

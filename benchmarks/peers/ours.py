@@ -26,6 +26,7 @@ from fastdpo.optim.library import check_library
 from fastdpo.optim.optimizers import make_optimizer
 from fastdpo.records import PreferenceGroup
 from fastdpo.reference.fill import load_reference
+from fastdpo.training.job import stage_job
 from fastdpo.training.stage import Progress, Stage
 from fastdpo.values import as_bytes
 
@@ -92,7 +93,7 @@ def train(message: dict, session: Session) -> None:
     if backend := job.options.get("compile"):
         for layer in policy.core.base_model.layers:
             layer.compile(backend=backend, dynamic=True)
-    stage = Stage(ready.config, policy, ready.groups, [])
+    stage = Stage(stage_job(ready.config), policy, ready.groups, [])
     options = dict(path=None, max_tokens=ready.config.max_tokens, console=QUIET)
     stage.reference = load_reference(policy, [ready.groups], fresh_lora=job.lora_rank is not None, **options)
     optimizer, schedule = make_optimizer(policy, ready.config, ENDLESS)

@@ -6,9 +6,9 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError
 from fastdpo.model.offloading import Offloading
+from fastdpo.model.spec import ModelSpec
 from fastdpo.model.tiled_mlp import is_inside, tile_mlps, untile_mlps
 
 # What `selective` keeps: matrix products with weights, and fused attention. Batched products are not here:
@@ -31,9 +31,9 @@ KEPT = {
 }
 
 
-def set_up_activations(model, config: Config) -> list[str]:
+def set_up_activations(model, spec: ModelSpec) -> list[str]:
     """Makes a causal LM (or a peft model of one) train with gradient_checkpointing, activation_offloading
-    and tiled_mlp as they are in `config`, whatever it was set to before. Returns what it did, a line each.
+    and tiled_mlp as they are in `spec`, whatever it was set to before. Returns what it did, a line each.
     Raises ConfigError where the model has nothing that a key could apply to.
 
     gradient_checkpointing True recomputes every decoder layer from its input, a number k the layers 0, k,
@@ -43,8 +43,8 @@ def set_up_activations(model, config: Config) -> list[str]:
     """
     core = model.get_base_model() if hasattr(model, "peft_config") else model
     layers = decoder_layers(core)
-    lines = [_set_recompute(core, layers, config.gradient_checkpointing)]
-    lines += [_set_tiles(core, layers, config.tiled_mlp), _set_offloading(core, config)]
+    lines = [_set_recompute(core, layers, spec.gradient_checkpointing)]
+    lines += [_set_tiles(core, layers, spec.tiled_mlp), _set_offloading(core, spec)]
     return [line for line in lines if line]
 
 
@@ -93,13 +93,13 @@ def _set_tiles(core, layers: list[nn.Module], tiled: bool) -> str:
     return f"{done} MLPs are computed in tiles of tokens{rest}"
 
 
-def _set_offloading(core, config: Config) -> str:
+def _set_offloading(core, spec: ModelSpec) -> str:
     before = vars(core).pop("_fastdpo_offloading", None)
     if before is not None:
         before.remove()
-    if not config.activation_offloading:
+    if not spec.activation_offloading:
         return ""
     core._fastdpo_offloading = Offloading(core.base_model)
-    if config.gradient_checkpointing == "selective":  # torch keeps those where no hook sees them
+    if spec.gradient_checkpointing == "selective":  # torch keeps those where no hook sees them
         return "the layers' inputs are kept in the host's memory, the products and attention are not"
     return "what the layers save for the backward is kept in the host's memory"

@@ -10,8 +10,8 @@ import torch
 from rich.markup import escape
 from safetensors import safe_open
 
-from fastdpo.config.keys import FIELDS, Config
 from fastdpo.errors import ConfigError, ModelError
+from fastdpo.model.spec import ModelSpec
 
 _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -46,24 +46,24 @@ class Start(NamedTuple):
         return str(self.adapter) if beside else self.model
 
 
-def find_start(config: Config) -> Start:
+def find_start(spec: ModelSpec) -> Start:
     """The base model and the adapter that `model` and `adapter` name; `model` may be an adapter folder."""
-    model_is_adapter = Path(config.model, _SETTINGS).exists()
-    if model_is_adapter and config.adapter is not None:
+    model_is_adapter = Path(spec.model, _SETTINGS).exists()
+    if model_is_adapter and spec.adapter is not None:
         raise ConfigError(
-            f"adapter: model {config.model} is a peft adapter already, and there can be one only; "
+            f"adapter: model {spec.model} is a peft adapter already, and there can be one only; "
             "give as model the base of the one to start from"
         )
-    if not model_is_adapter and config.adapter is None:
-        return Start(config.model, None, {})
-    if config.pure_bf16:
+    if not model_is_adapter and spec.adapter is None:
+        return Start(spec.model, None, {})
+    if spec.pure_bf16:
         raise ConfigError("pure_bf16: a LoRA's weights stay in fp32 (they are few); leave the key out")
-    folder = Path(config.model if model_is_adapter else config.adapter)
+    folder = Path(spec.model if model_is_adapter else spec.adapter)
     settings = _read_settings(folder)
     for key in _OF_A_FRESH_LORA:
-        if getattr(config, key) != FIELDS[key].default:
+        if getattr(spec, key) != getattr(ModelSpec, key):
             raise ConfigError(f"{key}: the adapter {folder} has its own, so leave the key out")
-    base = settings.get("base_model_name_or_path") if model_is_adapter else config.model
+    base = settings.get("base_model_name_or_path") if model_is_adapter else spec.model
     if not base:
         raise ModelError(
             f"model: {folder} is a peft adapter that does not say what its base is; "
@@ -104,16 +104,16 @@ def _peft():
     return peft
 
 
-def add_lora(model, config: Config):
+def add_lora(model, spec: ModelSpec):
     """A fresh LoRA on a model: it starts as no change at all."""
     peft = _peft()
-    torch.manual_seed(config.seed)
+    torch.manual_seed(spec.seed)
     lora = peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
-        target_modules=config.lora_target_modules,
-        use_dora=config.use_dora,
-        use_rslora=config.use_rslora,
+        r=spec.lora_rank,
+        lora_alpha=2 * spec.lora_rank if spec.lora_alpha is None else spec.lora_alpha,
+        target_modules=spec.lora_target_modules,
+        use_dora=spec.use_dora,
+        use_rslora=spec.use_rslora,
         task_type="CAUSAL_LM",
     )
     try:
@@ -122,7 +122,7 @@ def add_lora(model, config: Config):
             model = peft.get_peft_model(model, lora)
     except ValueError as error:
         raise ConfigError(f"lora_target_modules: {error}") from None
-    if config.use_dora and hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):
+    if spec.use_dora and hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):
         raise ConfigError(
             "use_dora: the lm_head cannot have it (each step would need its whole matrix once more); take it "
             "out of lora_target_modules"

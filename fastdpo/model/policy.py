@@ -10,12 +10,12 @@ from fastdpo_kernels import MEMORY_BUDGET, Plan, backend, linear_logp, plan
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model import attention
 from fastdpo.model.activations import set_up_activations
 from fastdpo.model.adapters import Start, add_lora, find_start, load_adapter, tell_tied
 from fastdpo.model.quantised import check_quantisation, loading_in_4bit, set_up_4bit
+from fastdpo.model.spec import ModelSpec
 from fastdpo.records import PackedGroups
 from fastdpo.values import as_bytes
 
@@ -181,38 +181,38 @@ def resolve_dtype(name: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def load_model_config(config: Config):
+def load_model_config(spec: ModelSpec):
     """The model's transformers config. Raises ModelError, or ConfigError for a max_length beyond it."""
-    start = find_start(config)
+    start = find_start(spec)
     try:
         model_config = AutoConfig.from_pretrained(start.model)
     except Exception as error:  # whatever a broken folder makes transformers raise
         whose = f", the base of the adapter {start.adapter}," if start.adapter else ""
         raise ModelError(f"model: cannot load {start.model!r}{whose}: {error}") from None
-    _check_lengths(config, model_config)
-    _in_4bit(config, start, model_config)
+    _check_lengths(spec, model_config)
+    _in_4bit(spec, start, model_config)
     return model_config
 
 
-def _in_4bit(config: Config, start: Start, model_config) -> bool:
-    has_lora = start.adapter is not None or config.lora_rank is not None
-    return check_quantisation(config.load_in_4bit, has_lora, start.model, model_config)
+def _in_4bit(spec: ModelSpec, start: Start, model_config) -> bool:
+    has_lora = start.adapter is not None or spec.lora_rank is not None
+    return check_quantisation(spec.load_in_4bit, has_lora, start.model, model_config)
 
 
-def load_policy(config: Config, console) -> Policy:
+def load_policy(spec: ModelSpec, console) -> Policy:
     """Loads the model, freezes what is not trained, adds a LoRA (a fresh one, or one to start from)
     where asked. Raises ModelError."""
-    start = find_start(config)
-    dtype = torch.bfloat16 if config.pure_bf16 else resolve_dtype(config.dtype)
+    start = find_start(spec)
+    dtype = torch.bfloat16 if spec.pure_bf16 else resolve_dtype(spec.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model_config = load_model_config(config)
-    in_4bit = _in_4bit(config, start, model_config)
+    model_config = load_model_config(spec)
+    in_4bit = _in_4bit(spec, start, model_config)
     dropped = switch_off_dropout(model_config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             start.model,
             config=model_config,
-            dtype=dtype if start.adapter or config.lora_rank or config.pure_bf16 else torch.float32,
+            dtype=dtype if start.adapter or spec.lora_rank or spec.pure_bf16 else torch.float32,
             **(loading_in_4bit(model_config, dtype, device) if in_4bit else {}),
         )
     except Exception as error:
@@ -225,26 +225,26 @@ def load_policy(config: Config, console) -> Policy:
         console.print(f"dropout set to 0 for training: {', '.join(dropped)}")
     if start.adapter:
         model = load_adapter(model, start, console)
-    elif config.lora_rank is not None:
-        model = add_lora(model, config)
+    elif spec.lora_rank is not None:
+        model = add_lora(model, spec)
     tell_tied(model, console)
     model.train()
-    for line in set_up_activations(model, config):
+    for line in set_up_activations(model, spec):
         console.print(line, highlight=False)
-    return Policy(model, dtype, dropped, head_budget=as_bytes("head_memory", config.head_memory))
+    return Policy(model, dtype, dropped, head_budget=as_bytes("head_memory", spec.head_memory))
 
 
-def load_tokenizer(config: Config):
+def load_tokenizer(spec: ModelSpec):
     """The tokenizer of the model, or of the adapter to start from where that has one, with the
-    config's chat template where it names one."""
-    where = find_start(config).tokenizer
+    spec's chat template where it names one."""
+    where = find_start(spec).tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
     except Exception as error:
         raise ModelError(f"model: no tokenizer in {where!r}: {error}") from None
-    if config.chat_template is not None:
+    if spec.chat_template is not None:
         try:
-            with open(config.chat_template, encoding="utf-8") as file:
+            with open(spec.chat_template, encoding="utf-8") as file:
                 tokenizer.chat_template = file.read()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"chat_template: cannot read the file: {error}") from None
@@ -267,16 +267,16 @@ def switch_off_dropout(model_config) -> dict[str, float]:
     return changed
 
 
-def _check_lengths(config: Config, model_config) -> None:
+def _check_lengths(spec: ModelSpec, model_config) -> None:
     limit = getattr(model_config, "max_position_embeddings", None)
     rope = getattr(model_config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
         # These pick their frequencies by the longest row of a batch, so that one row would change
         # another's result; below the original length they never do.
         limit = rope.get("original_max_position_embeddings", limit)
-    if limit and config.max_length > limit:
+    if limit and spec.max_length > limit:
         raise ConfigError(
-            f"max_length: {config.max_length} is more than the {limit} positions of {config.model}; "
+            f"max_length: {spec.max_length} is more than the {limit} positions of {spec.model}; "
             f"set max_length: {limit} or less"
         )
 

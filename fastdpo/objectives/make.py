@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError
 from fastdpo.objectives import options as given_options
 from fastdpo.objectives.batch import bco_remember, drdpo
@@ -16,24 +15,10 @@ from fastdpo.objectives.tokens import on_policy_weight, transformed
 from fastdpo.records import ResponseLogps
 
 
-def make_objective(config: Config) -> Objective:
-    """The objective that a config names. Raises ConfigError for what is unknown, unread or out of range."""
-    args = config.objective_args or {}
-    keys = {"beta": config.beta, "label_smoothing": config.label_smoothing}
-    for key, value in keys.items():
-        if value is not None and key in args:
-            raise ConfigError(f"{key}: given twice, as a key and in objective_args")
-    return _make(config.objective, keys | args)
-
-
-def make(
-    objective: str | dict | list = "sigmoid",
-    beta: float | None = None,
-    label_smoothing: float | None = None,
-    **options,
-) -> Objective:
-    """An objective by name, or names with weights. beta, label_smoothing: None is each one's own default."""
-    return _make(objective, {"beta": beta, "label_smoothing": label_smoothing} | options)
+def make(objective: str | dict | list = "sigmoid", **options) -> Objective:
+    """An objective by name, or names with weights. Options, beta and label_smoothing too, that are None are
+    each one's own default."""
+    return make_objective(objective, options)
 
 
 def options_read(objective: str | dict | list, base_loss: str | None = None) -> set[str]:
@@ -42,7 +27,8 @@ def options_read(objective: str | dict | list, base_loss: str | None = None) -> 
     return {option for name in given_options.parts_of(objective) for option in options_of(name, base)}
 
 
-def _make(objective, given: dict[str, Any]) -> Objective:
+def make_objective(objective: str | dict | list, given: dict[str, Any]) -> Objective:
+    """The same, from a dict of options. Raises ConfigError for what is unknown, unread or out of range."""
     parts = given_options.parts_of(objective)
     given = {option: value for option, value in given.items() if value is not None}
     base = given_options.checked("base_loss", given.get("base_loss", "sigmoid"))

@@ -2,7 +2,7 @@
 
 import math
 
-from fastdpo.config.keys import Config
+from fastdpo.optim.spec import OptimSpec
 
 BLOCK_8BIT = 256  # elements that share a scale, in bitsandbytes and in torchao
 BLOCK_4BIT = 128
@@ -13,7 +13,7 @@ _FP32 = 4
 
 
 def state_bytes(
-    config: Config, numel: int, dtype_bytes: int = 4, shape: tuple[int, ...] | None = None
+    spec: OptimSpec, numel: int, dtype_bytes: int = 4, shape: tuple[int, ...] | None = None
 ) -> int:
     """Bytes on the device that the states of a trained weight take: 0 under offload_optimizer.
 
@@ -21,32 +21,32 @@ def state_bytes(
     optimizer's 8 KB of tables and a step number a weight. dtype_bytes: the weight's own, which torch's AdamW
     takes for its states where that is more than fp32. shape: only adafactor's depend on it.
     """
-    device, _ = _places(config, numel, dtype_bytes, shape)
+    device, _ = _places(spec, numel, dtype_bytes, shape)
     return device
 
 
-def host_state_bytes(config: Config, numel: int, dtype_bytes: int = 4, shape=None) -> int:
+def host_state_bytes(spec: OptimSpec, numel: int, dtype_bytes: int = 4, shape=None) -> int:
     """Bytes of those states that lie, or can be moved, in the host's memory."""
-    _, host = _places(config, numel, dtype_bytes, shape)
+    _, host = _places(spec, numel, dtype_bytes, shape)
     return host
 
 
-def step_bytes(config: Config, numel: int, dtype_bytes: int = 4) -> int:
+def step_bytes(spec: OptimSpec, numel: int, dtype_bytes: int = 4) -> int:
     """Bytes on the device, beside weight, gradient and states, while the largest weight (of so many elements)
     is stepped: fp32 copies and the random bits of stochastic rounding, a piece at a time."""
-    temporary = 3 if config.optim == "adafactor" else 0  # fp32 copies that the library itself makes
-    if not (config.pure_bf16 or config.offload_optimizer):
+    temporary = 3 if spec.optim == "adafactor" else 0  # fp32 copies that the library itself makes
+    if not (spec.pure_bf16 or spec.offload_optimizer):
         return temporary * max(_FP32, dtype_bytes) * numel
-    piece = numel if config.optim == "adafactor" else min(numel, PIECE)
-    rounding = 4 if config.pure_bf16 else 0  # random bits, NaN mask and two results
-    stepping = 1 if config.offload_optimizer else 2 + temporary  # the new weights, or weights and gradient
+    piece = numel if spec.optim == "adafactor" else min(numel, PIECE)
+    rounding = 4 if spec.pure_bf16 else 0  # random bits, NaN mask and two results
+    stepping = 1 if spec.offload_optimizer else 2 + temporary  # the new weights, or weights and gradient
     return (stepping + rounding) * _FP32 * piece
 
 
-def _places(config: Config, numel: int, dtype_bytes: int, shape) -> tuple[int, int]:
+def _places(spec: OptimSpec, numel: int, dtype_bytes: int, shape) -> tuple[int, int]:
     """(bytes on the device, bytes on the host or movable there)."""
-    fixed, pageable = _forms(config.optim, numel, dtype_bytes, shape)
-    if config.offload_optimizer:
+    fixed, pageable = _forms(spec.optim, numel, dtype_bytes, shape)
+    if spec.offload_optimizer:
         return 0, fixed + pageable
     return fixed, pageable
 

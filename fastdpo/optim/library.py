@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError
 from fastdpo.optim.bytes import BLOCK_4BIT, BLOCK_8BIT
+from fastdpo.optim.spec import OptimSpec
 
 _EXTRA = "pip install 'fastdpo[quant]'"
 _LIBRARY = {
@@ -29,9 +29,9 @@ class Library:
     defaults: betas 0.9 and 0.999, eps 1e-8.
     """
 
-    def __init__(self, config: Config):
-        self.name = config.optim
-        self.optimizer = _make(config.optim, torch.nn.Parameter(torch.zeros(1)))
+    def __init__(self, spec: OptimSpec):
+        self.name = spec.optim
+        self.optimizer = _make(spec.optim, torch.nn.Parameter(torch.zeros(1)))
         self.optimizer.param_groups = []
         self.state = self.optimizer.state
 
@@ -134,18 +134,18 @@ def _make(name: str, tensor: torch.nn.Parameter) -> torch.optim.Optimizer:
     return kinds[name]([tensor])
 
 
-def check_library(config: Config) -> None:
+def check_library(spec: OptimSpec) -> None:
     """Raises ConfigError where the optimizer cannot work on this machine: no library, or no GPU."""
-    library = _LIBRARY.get(config.optim)
+    library = _LIBRARY.get(spec.optim)
     if library:
         try:
             importlib.import_module(f"{library}.optim")
         except ImportError as error:
             raise ConfigError(
-                f"optim: {config.optim} is {library}'s, which cannot be loaded ({error}); {_EXTRA}"
+                f"optim: {spec.optim} is {library}'s, which cannot be loaded ({error}); {_EXTRA}"
             ) from None
-    if config.optim.startswith("paged_") and not torch.cuda.is_available():
+    if spec.optim.startswith("paged_") and not torch.cuda.is_available():
         raise ConfigError(
-            f"optim: {config.optim} pages states out of a GPU's memory and there is no GPU here; "
+            f"optim: {spec.optim} pages states out of a GPU's memory and there is no GPU here; "
             "use adamw_8bit or adamw_torch_fused"
         )

@@ -9,22 +9,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastdpo.config.keys import Config
 from fastdpo.optim.library import Library
 from fastdpo.optim.offload import Host, HostPieces
 from fastdpo.optim.pieces import Pieces, Whole, noise_seed
+from fastdpo.optim.spec import OptimSpec
 
 
 class WeightOptimizer(torch.optim.Optimizer):
     """Steps as any torch optimizer does; `param_groups` hold the learning rate and the weight decay, the
     library holds the states. close() it when no step follows."""
 
-    def __init__(self, groups: list[dict], config: Config):
-        super().__init__(groups, {"lr": config.learning_rate})
-        self.library, self.seed, self.steps = Library(config), config.seed, 0
+    def __init__(self, groups: list[dict], spec: OptimSpec):
+        super().__init__(groups, {"lr": spec.learning_rate})
+        self.library, self.seed, self.steps = Library(spec), spec.seed, 0
         self.weights = [p for group in self.param_groups for p in group["params"]]
         self.numbers = {p: number for number, p in enumerate(self.weights)}
-        self.offloads, self.in_backward = config.offload_optimizer, config.optimizer_in_backward
+        self.offloads, self.in_backward = spec.offload_optimizer, spec.optimizer_in_backward
         busy = self.offloads or self.in_backward
         self.host = Host(self.weights[0].device) if busy else None
         decays = [(p, group["weight_decay"]) for group in self.param_groups for p in group["params"]]
@@ -89,8 +89,8 @@ class InBackward(WeightOptimizer):
     """Updates each weight in the backward of a step's last microbatch, which `last_microbatch` announces.
     Weights that only earlier microbatches reached are updated by `end_backward`."""
 
-    def __init__(self, groups: list[dict], config: Config):
-        super().__init__(groups, config)
+    def __init__(self, groups: list[dict], spec: OptimSpec):
+        super().__init__(groups, spec)
         self.updates = False  # whether this backward is the last of its step
         self.sums: dict[torch.nn.Parameter, Tensor] = {}  # gradients so far, on the host, not below fp32
         self.squares: list[Tensor] = []  # the sums of squares of this step's gradients

@@ -4,14 +4,15 @@ from rich.console import Console
 
 from fastdpo.config.keys import Config
 from fastdpo.config.reading import help_text, load_config
+from fastdpo.data.load import load_data
 from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.model.policy import load_model_config
-from fastdpo.optim.optimizers import check_schedule
 from fastdpo.planning import show
 from fastdpo.planning.choose import budget_of
 from fastdpo.planning.microbatch import assumed_groups, selected, step_loads
 from fastdpo.planning.search import SURE, Option, Planner
 from fastdpo.planning.target import CARDS, Target
+from fastdpo.training.job import check_stepping, job_of, stage_job
 
 USAGE = f"""usage: fastdpo plan [CONFIG.yaml] [--memory 24GB] [--card NAME] [--device cpu] [--key value ...]
 
@@ -35,7 +36,7 @@ def main(argv: list[str], console: Console | None = None) -> None:
     budget = budget_of(config, target, console)
     stages = config.per_stage()
     for stage in stages:
-        check_schedule(stage)
+        check_stepping(stage_job(stage))
     for number, stage in enumerate(stages, 1):
         if len(stages) > 1:
             console.rule(f"stage {number}")
@@ -109,10 +110,9 @@ def _target(argv: list[str]) -> tuple[list[str], Target]:
 def _groups(config: Config, console: Console):
     """The training rows, or None, said aloud, where they or the tokenizer cannot be read."""
     from fastdpo.model.policy import load_tokenizer
-    from fastdpo.training.trainer import load_data  # it plans, too
 
     try:
-        return load_data(config, load_tokenizer(config), console)[0]
+        return load_data(job_of(config).data, load_tokenizer(config), console)[0]
     except (DataError, ModelError) as error:
         text = f"[yellow]the data was not read ({error}): rows of max_length are assumed"
         console.print(text, highlight=False, soft_wrap=True)

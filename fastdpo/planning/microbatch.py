@@ -10,12 +10,12 @@ from fastdpo.config.keys import Config
 from fastdpo.data.packing import places, split_step
 from fastdpo.data.pairs import BY_GAP, select_pairs
 from fastdpo.model.support import sharing_refusal
-from fastdpo.objectives import make_objective
 from fastdpo.planning.fake_model import head_policy
 from fastdpo.planning.simulate import Load
 from fastdpo.planning.target import Target
 from fastdpo.records import Pair, PreferenceGroup, Response
-from fastdpo.training.stage import step_groups, total_steps
+from fastdpo.training.job import objective_of, total_steps
+from fastdpo.training.stage import step_groups
 
 
 def step_loads(config: Config, model_config, groups: Sequence[PreferenceGroup], target: Target) -> list[Load]:
@@ -48,7 +48,7 @@ def selected(config: Config, groups: Sequence[PreferenceGroup]) -> list[Preferen
     nobody knows yet, with all their responses."""
     if config.pairs not in BY_GAP or config.pair_gap != "logp":
         groups, _ = select_pairs(groups, config.pairs)
-    objective = make_objective(config)
+    objective = objective_of(config)
     return [objective.select(group) for group in groups]
 
 

@@ -26,6 +26,13 @@ _NEXT = (
 
 def explain(config: Config, model_config, batch: PackedGroups) -> str:
     """Some lines: the plan's view of the microbatch, the measured view, and the next thing to try."""
+    try:
+        return _explanation(config, model_config, batch)
+    except Exception as error:  # whatever a plan may fail by, the run's own error is the one to tell
+        return f"{measured()}\n(no plan of this microbatch: {type(error).__name__}: {error})"
+
+
+def _explanation(config: Config, model_config, batch: PackedGroups) -> str:
     target = Target.here() if torch.cuda.is_available() else Target(is_cpu=True)
     load = Load((), several=True, batch=batch.to("cpu"))
     plan = predict(config, model_config, [load], target, exact=False)

@@ -2,22 +2,23 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 
 import torch
 
-from fastdpo.config.keys import Config
 from fastdpo.data.packing import pack
 from fastdpo.errors import TrainingError
 from fastdpo.model.policy import Policy
 from fastdpo.records import PackedGroups, PreferenceGroup
 
+Explain = Callable[[PackedGroups], str]  # what is to be said of a microbatch that took too much memory
 WAY_OUT = "Try a lower learning_rate, more warmup_steps, or dtype: fp32; look at the rows with `fastdpo data`"
 
 
 @contextlib.contextmanager
-def memory_guard(step: int, batch: PackedGroups, config: Config | None = None, model_config=None):
-    """Turns CUDA's out-of-memory error into one that names the microbatch and the way out: with the configs
-    of the run and of the model also what the plan predicts, what was measured, and what to try next."""
+def memory_guard(step: int, batch: PackedGroups, explain: Explain | None = None):
+    """Turns CUDA's out-of-memory error into one that names the microbatch, the way out, and what `explain`
+    says of it."""
     try:
         yield
         return
@@ -30,15 +31,16 @@ def memory_guard(step: int, batch: PackedGroups, config: Config | None = None, m
         "Lower max_tokens (or, if it is one group, max_length), set gradient_checkpointing: true, "
         "or train a LoRA (lora_rank)"
     )
-    if config is not None:
-        text += f"\n{_plan_of(config, model_config, batch)}"
-    raise TrainingError(text)
+    raise TrainingError(_explained(text, explain, batch))
 
 
 @contextlib.contextmanager
-def update_guard(step: int, group: PreferenceGroup, config: Config, model_config, share: bool):
-    """As memory_guard, around the update, in which the optimizer makes its states at first; `group`: any of
-    the step's, for what a plan says of the weights depends on none."""
+def update_guard(
+    step: int, group: PreferenceGroup, share: bool, offloaded: bool, explain: Explain | None = None
+):
+    """As memory_guard, around the update, in which the optimizer makes its states at first (in the host's
+    memory where it is offloaded); `group`: any of the step's, for what is said of the weights depends on
+    none."""
     try:
         yield
         return
@@ -47,18 +49,13 @@ def update_guard(step: int, group: PreferenceGroup, config: Config, model_config
     states = (
         "Take an optimizer with smaller states (optim: adamw_8bit), set offload_optimizer: true, or train"
     )
-    ways = f"{'Train' if config.offload_optimizer else states} a LoRA (lora_rank)"
+    ways = f"{'Train' if offloaded else states} a LoRA (lora_rank)"
     text = f"step {step}: out of GPU memory in the optimizer's update. {ways}"
-    raise TrainingError(f"{text}\n{_plan_of(config, model_config, pack([group], share))}")
+    raise TrainingError(_explained(text, explain, pack([group], share)))
 
 
-def _plan_of(config: Config, model_config, batch: PackedGroups) -> str:
-    from fastdpo.planning.out_of_memory import explain, measured  # it reads what a run is made of
-
-    try:
-        return explain(config, model_config, batch)
-    except Exception as error:  # whatever a plan may fail by, the run's own error is the one to tell
-        return f"{measured()}\n(no plan of this microbatch: {type(error).__name__}: {error})"
+def _explained(text: str, explain: Explain | None, batch: PackedGroups) -> str:
+    return text if explain is None else f"{text}\n{explain(batch)}"
 
 
 def not_finite(step: int, done, norm=None, updated: bool = False) -> TrainingError:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastdpo.config.keys import Config
-from fastdpo.config.reading import to_yaml
 from fastdpo.errors import ConfigError
 from fastdpo.files import durable
 from fastdpo.model.adapters import find_start
+from fastdpo.training.job import Job
 
 RUN_FILES = (
     *("config.yaml", "metrics.jsonl", "events.jsonl", "samples.jsonl", "data_report.json"),
@@ -24,19 +23,19 @@ RUN_FILES = (
 GROWING = ("metrics.jsonl", "samples.jsonl")  # a resumed run cuts them back to its checkpoint
 
 
-def free_folder(config: Config) -> Path:
+def free_folder(job: Job) -> Path:
     """The run folder's path; ConfigError where it holds another run and neither `overwrite` nor
     `resume` is set."""
-    run = Path(config.output_dir)
+    run = Path(job.output_dir)
     held = [name for name in RUN_FILES if (run / name).exists()]
-    if held and not config.overwrite and not config.resume:
+    if held and not job.overwrite and not job.resume:
         raise ConfigError(
             f"output_dir: {run} already holds a run ({', '.join(held)}). "
             "Go on with it by --resume, replace it by --overwrite, or name another folder"
         )
     keys = ("model", "adapter", "data", "eval_data", "chat_template")
-    named = {name: getattr(config, name) for name in keys}
-    named["the adapter's base"] = find_start(config).model
+    named = {name: job.settings[name] for name in keys}
+    named["the adapter's base"] = find_start(job.model).model
     for name, value in named.items():
         source = Path(str(value).partition("#")[0]).resolve()
         for doomed in ((run / part).resolve() for part in held):
@@ -65,22 +64,25 @@ def only_run_in(run: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def open_run(run: Path, config: Config, reports: dict, state: dict | None, console: Console) -> None:
+def open_run(
+    run: Path, config: str, reports: dict, state: dict | None, resume: bool, console: Console
+) -> None:
     """Makes the run folder ready, once everything that can be wrong before the first step was right.
+    config: the text of its config.yaml; resume: whether the run was to be resumed.
 
     Without a checkpoint's `state`, what an earlier run left is deleted (but for damaged checkpoints, where
     the run was to be resumed); with it, the files that grow with the steps are cut back to where the
     checkpoint was written.
     """
     if state is None:
-        clear(run, RUN_FILES if not config.resume else set(RUN_FILES) - {"checkpoints"})
+        clear(run, RUN_FILES if not resume else set(RUN_FILES) - {"checkpoints"})
     for name, size in (state or {"files": {}})["files"].items():
         with (run / name).open("ab") as file:
             if file.tell() < size:
                 lost = size - file.tell()
                 console.print(f"[yellow]{name} has lost its last {lost:,} bytes", highlight=False)
             file.truncate(min(size, file.tell()))
-    durable.write_text(run / "config.yaml", to_yaml(config))
+    durable.write_text(run / "config.yaml", config)
     durable.write_text(run / "data_report.json", json.dumps(reports, indent=1))
 
 

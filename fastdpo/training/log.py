@@ -73,7 +73,7 @@ class RunLog:
 
     def announce(self, stage) -> dict:
         """Says what a stage will do, before it does it; returns the same as numbers."""
-        size = stage.config.batch_size
+        size = stage.job.batch_size
         first = stage.first_step()
         batches = list(stage.microbatches(first))
         facts = {
@@ -113,7 +113,7 @@ class RunLog:
         return facts | self._announce_caps(stage)
 
     def _announce_caps(self, stage) -> dict:
-        cap = stage.config.max_tokens
+        cap = stage.job.max_tokens
         if stage.policy.max_scored is not None:
             self.console.print(
                 f"a microbatch ends at {stage.policy.max_scored:,} scored tokens or max_tokens={cap:,}",

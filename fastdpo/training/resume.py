@@ -12,7 +12,7 @@ from fastdpo.records import PreferenceGroup
 from fastdpo.reference.fingerprint import response_keys
 from fastdpo.training import checkpoint
 from fastdpo.training.folder import RUN_FILES
-from fastdpo.training.stage import total_steps
+from fastdpo.training.job import Job, total_steps
 
 # What a resumed run may set anew. The lengths decide when the run ends (and, by the schedule, its
 # learning rate from there on); the rest changes no step, but for rounding: max_tokens', checkpointing's, the
@@ -25,14 +25,14 @@ FREE = set(
 
 
 def find_checkpoint(
-    folder: Path, config: Config, console: Console
+    folder: Path, job: Job, console: Console
 ) -> tuple[checkpoint.Checkpoint | None, dict[str, str]]:
     """(the newest whole checkpoint of a run to go on with, the newer ones passed over and why).
 
-    None where the run starts from the beginning. Raises ConfigError where the config is another run's, or
+    None where the run starts from the beginning. Raises ConfigError where the job is another run's, or
     where a finished model would be lost.
     """
-    if not config.resume:
+    if not job.resume:
         return None, {}
     try:
         found, passed = checkpoint.newest(folder / "checkpoints")
@@ -45,9 +45,9 @@ def find_checkpoint(
             soft_wrap=True,
         )
     if found:
-        check_config(found.state["config"], config)
+        check_settings(found.state["config"], job.settings)
         console.print(f"going on from {folder}/checkpoints/{found.name}", highlight=False, soft_wrap=True)
-    elif (folder / "model").exists() and not config.overwrite:
+    elif (folder / "model").exists() and not job.overwrite:
         raise ConfigError(
             f"resume: {folder} holds a finished model and no checkpoint to go on from; "
             "to train it anew say --overwrite"
@@ -59,11 +59,11 @@ def find_checkpoint(
     return found, passed
 
 
-def check_config(saved: dict, config: Config) -> None:
+def check_settings(saved: dict, settings: dict) -> None:
     """Raises ConfigError for a key that makes another run of this one."""
     defaults = {name: f.default for name, f in FIELDS.items()}
-    _check_keys(defaults | saved, vars(config), FREE | {"stages"}, "")
-    before, after = saved.get("stages") or [], config.stages or []
+    _check_keys(defaults | saved, settings, FREE | {"stages"}, "")
+    before, after = saved.get("stages") or [], settings["stages"] or []
     if len(before) != len(after):
         raise _changed("stages", f"{len(before)} stages", f"{len(after)}")
     for number, (old, new) in enumerate(zip(before, after), 1):
@@ -93,7 +93,7 @@ def _changed(name, old, new) -> ConfigError:
     )
 
 
-def check_same_run(found: checkpoint.Checkpoint | None, config: Config, data: str, n_groups: int) -> None:
+def check_same_run(found: checkpoint.Checkpoint | None, job: Job, data: str, n_groups: int) -> None:
     """Raises ConfigError where the rows or the lengths of the stages do not fit the checkpoint."""
     if found is None:
         return
@@ -102,8 +102,9 @@ def check_same_run(found: checkpoint.Checkpoint | None, config: Config, data: st
             "data: the rows (or the tokenizer) are no longer those that the run in output_dir was started "
             "with, so it cannot go on exactly; start another run from its model instead"
         )
-    now, stage = config.per_stage(), found.state["stage"]
-    for number, (old, new) in enumerate(zip(Config(**found.state["config"]).per_stage(), now[:stage]), 1):
+    now, stage = job.stages, found.state["stage"]
+    before = Config(**found.state["config"]).per_stage()
+    for number, (old, new) in enumerate(zip(before, now[:stage]), 1):
         if total_steps(old, n_groups) != total_steps(new, n_groups):
             raise ConfigError(
                 f"stages: stage {number} is over, so its max_steps and num_epochs cannot change"

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,12 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
 
-from fastdpo.config.keys import Config
 from fastdpo.errors import FastDPOError, Stopped, TrainingError
 from fastdpo.files import durable
-from fastdpo.report.page import write_report
 from fastdpo.training import checkpoint
 from fastdpo.training.folder import Events, growing_sizes
+from fastdpo.training.job import Job
 from fastdpo.training.log import RunLog
 from fastdpo.training.samples import complete
 from fastdpo.training.stopping import Stopping
@@ -47,12 +46,21 @@ class Place:
 
 
 class Run:
-    """Make it once the folder is ready; `data` is the fingerprint of the rows."""
+    """Make it once the folder is ready; `data` is the fingerprint of the rows, write_report(folder, ended)
+    makes report.html of what is in the folder."""
 
     def __init__(
-        self, folder: Path, config: Config, console: Console, stopping: Stopping, data: str, trackers
+        self,
+        folder: Path,
+        job: Job,
+        console: Console,
+        stopping: Stopping,
+        data: str,
+        trackers,
+        write_report: Callable[[Path, bool], None],
     ):
-        self.folder, self.config, self.console, self.stopping = folder, config, console, stopping
+        self.folder, self.job, self.console, self.stopping = folder, job, console, stopping
+        self.write_report = write_report
         self.checkpoints = folder / "checkpoints"
         self.events, self.log = Events(folder), RunLog(folder, console, trackers)
         self.place, self.data, self.start = Place(), data, time.perf_counter()
@@ -60,7 +68,7 @@ class Run:
     @property
     def fresh_lora(self) -> bool:
         """Whether the start weights are the base model's, under an adapter that has learnt nothing."""
-        return self.config.lora_rank is not None and self.place.start is None
+        return self.job.model.lora_rank is not None and self.place.start is None
 
     def save(self, policy, optimizer, progress, may_be_best: bool) -> None:
         """A checkpoint of where the stage stands, then the report; older checkpoints go."""
@@ -78,11 +86,11 @@ class Run:
             "progress": progress.state(),
             "data": self.data,
             "files": growing_sizes(self.folder),
-            "config": dataclasses.asdict(self.config),
+            "config": self.job.settings,
         }
         folder = self.checkpoints / f"step-{step}"
         size = checkpoint.save(folder, policy, optimizer, state)
-        checkpoint.prune(self.checkpoints, self.config.save_total_limit, keep)
+        checkpoint.prune(self.checkpoints, self.job.save_total_limit, keep)
         seconds = round(time.perf_counter() - start, 3)
         facts = {"step": step, "folder": folder.name, "bytes": size, "seconds": seconds}
         self.events.add("checkpoint", **facts, eval_loss=loss, best=best)
@@ -92,7 +100,7 @@ class Run:
         """Moves the place to the next stage's start: the last weights, or under load_best the best."""
         step = self.place.first + progress.steps
         name = f"step-{step}"
-        if self.config.load_best and progress.best and progress.best["step"] != step:
+        if self.job.stages[self.place.stage].load_best and progress.best and progress.best["step"] != step:
             best, loss = f"step-{progress.best['step']}", progress.best["eval_loss"]
             try:
                 checkpoint.load(self.checkpoints / best).load_weights(policy)
@@ -134,7 +142,7 @@ class Run:
         """Writes report.html. A report that cannot be written costs no training: it is said, and that is
         all."""
         try:
-            write_report(self.folder, ended)
+            self.write_report(self.folder, ended)
         except Exception as error:
             why = escape(f"{type(error).__name__}: {error}")
             self.console.print(f"[yellow]report.html was not written: {why}", highlight=False)

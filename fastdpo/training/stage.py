@@ -9,16 +9,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastdpo.config.keys import Config
 from fastdpo.data.mismatched import mismatched
 from fastdpo.data.packing import Packing, epoch_order, in_row_order, pack, places, split_step
 from fastdpo.errors import TrainingError
 from fastdpo.model.policy import Policy
-from fastdpo.objectives import make_objective
 from fastdpo.optim.optimizers import make_optimizer, set_schedule
 from fastdpo.records import Groups, PackedGroups, PreferenceGroup, ResponseLogps
 from fastdpo.training.accumulate import Accumulator, NotFinite, context_of
-from fastdpo.training.failures import WAY_OUT, memory_guard, not_finite, update_guard
+from fastdpo.training.failures import WAY_OUT, Explain, memory_guard, not_finite, update_guard
+from fastdpo.training.job import StageJob, total_steps
 from fastdpo.training.metrics import EVAL_STATS, Sums, Window, add_kl, add_pair_metrics, add_token_metrics
 
 
@@ -45,25 +44,25 @@ class Stage:
     """Make it before the first step, while the policy stands at the stage's start weights.
 
     `reference` is set before `run` where the objective needs one: `reference.of(groups)` gives the
-    reference's token log-probs of a microbatch.
+    reference's token log-probs of a microbatch. `explain` says more of one that memory ends at.
     """
 
-    def __init__(self, config: Config, policy: Policy, groups, eval_groups):
-        self.config, self.policy, self.reference = config, policy, None
-        self.objective = make_objective(config)
+    def __init__(self, job: StageJob, policy: Policy, groups, eval_groups, explain: Explain | None = None):
+        self.job, self.policy, self.reference, self.explain = job, policy, None, explain
+        self.objective = job.objective
         self.groups = [self.objective.select(g) for g in groups]
         self.eval_groups = [self.objective.select(g) for g in eval_groups]
-        aside = lambda some: mismatched(some, config.max_length) if self.objective.mismatched else {}
+        aside = lambda some: mismatched(some, job.max_length) if self.objective.mismatched else {}
         self.mismatched, self.eval_mismatched = aside(self.groups), aside(self.eval_groups)
-        self.per_epoch = math.ceil(len(self.groups) / config.batch_size)
-        self.total = total_steps(config, len(self.groups))
+        self.per_epoch = math.ceil(len(self.groups) / job.batch_size)
+        self.total = total_steps(job, len(self.groups))
         self.drifts = None  # of the first step's microbatches, while it runs
         self.ahead: tuple = (None, None)  # (groups, the same packed) of a microbatch that is to come
 
     def run(self, run, resumed=None) -> Progress:
         """Trains to the end, or from the checkpoint `resumed`; `run` (a run.Run) knows the place.
         Raises Stopped after a signal, with a checkpoint written."""
-        optimizer, schedule = make_optimizer(self.policy, self.config, self.total)
+        optimizer, schedule = make_optimizer(self.policy, self.job.optim, self.total)
         progress, done = Progress(), resumed.steps if resumed else 0
         with contextlib.closing(optimizer), run.log.bar(self.objective.name, done, self.total):
             eval_batches = self.in_row_order(self.eval_groups)
@@ -76,7 +75,7 @@ class Stage:
             if not progress.evaluated:
                 settle()
             self.drifts = [] if self.reference and progress.steps == 0 else None
-            steps = step_groups(self.groups, self.config, self.total, progress.steps)
+            steps = step_groups(self.groups, self.job, self.total, progress.steps)
             for groups, following in itertools.pairwise(itertools.chain(steps, [None])):
                 step = run.place.first + progress.steps + 1
                 norm = self.step(groups, progress, step, optimizer, following)
@@ -98,19 +97,19 @@ class Stage:
         return steps == self.total or bool(every and steps and steps % every == 0)
 
     def log_step(self, run, progress: Progress) -> None:
-        i, config, window = progress.steps, self.config, progress.window
+        i, job, window = progress.steps, self.job, progress.window
         run.log.advance(window)
-        if self.due(i, config.logging_steps):
+        if self.due(i, job.logging_steps):
             run.log.train(run.place.first + i, i / self.per_epoch, window)
             progress.window = Window(window.num_tokens)
-        evaluates = self.due(i, config.eval_steps) or (config.load_best and self.due(i, config.save_steps))
+        evaluates = self.due(i, job.eval_steps) or (job.load_best and self.due(i, job.save_steps))
         progress.evaluated, progress.eval_loss = not evaluates, None
 
     def settle(self, run, progress: Progress, eval_batches, optimizer) -> None:
         """Evaluates and saves where due; after a signal saves and raises Stopped."""
         with progress.window.paused():
             self.evaluate(eval_batches, run, progress)
-            due = self.due(progress.steps, self.config.save_steps)
+            due = self.due(progress.steps, self.job.save_steps)
             if due or (run.stopping.requested and progress.steps):
                 # what only a signal made must not be the best, or the run would end as no other
                 run.save(self.policy, optimizer, progress, may_be_best=due)
@@ -129,7 +128,7 @@ class Stage:
             self.add_metrics(window.sums, logps)
             window.count(batch)
 
-        parameters, in_backward = self.policy.trained(), self.config.optimizer_in_backward
+        parameters, in_backward = self.policy.trained(), self.job.optim.optimizer_in_backward
         accumulator = Accumulator(
             *(parameters, self.microbatches, self.score, self.guard(step), see, dict(progress.memory)),
             in_backward=optimizer if in_backward else None,
@@ -138,7 +137,7 @@ class Stage:
             done = accumulator.run(self.objective, groups, self.aside(groups))
         except NotFinite as stop:
             raise not_finite(step, stop.step) from None
-        clip, limit = torch.nn.utils.clip_grad_norm_, self.config.max_grad_norm or math.inf
+        clip, limit = torch.nn.utils.clip_grad_norm_, self.job.optim.max_grad_norm or math.inf
         with self.updating(step, groups):
             norm = optimizer.end_backward() if in_backward else clip(parameters, limit)
         if following:
@@ -154,11 +153,13 @@ class Stage:
 
     def guard(self, step: int):
         """What goes around the work on a microbatch."""
-        return lambda batch: memory_guard(step, batch, self.config, self.policy.core.config)
+        return lambda batch: memory_guard(step, batch, self.explain)
 
     def updating(self, step: int, groups: Groups):
         """What goes around the update by these groups."""
-        return update_guard(step, groups[0], self.config, self.policy.core.config, self.policy.share)
+        return update_guard(
+            step, groups[0], self.policy.share, self.job.optim.offload_optimizer, self.explain
+        )
 
     @torch.no_grad()
     def drift(self, logps: ResponseLogps) -> Tensor:
@@ -180,7 +181,7 @@ class Stage:
 
     def cut(self, groups: Groups) -> list[Groups]:
         """One step's groups as microbatches."""
-        return split_step(groups, self.config.max_tokens, self.policy.max_scored, self.policy.share)
+        return split_step(groups, self.job.max_tokens, self.policy.max_scored, self.policy.share)
 
     def microbatches(self, groups: Groups) -> Packing:
         return Packing(self.cut(groups), self.packed)
@@ -210,7 +211,7 @@ class Stage:
 
     def in_row_order(self, groups: Groups) -> list[PackedGroups]:
         """Rows packed as the reference packs what it computes: equal models then agree bit by bit."""
-        return [self.packed(part) for part in in_row_order(groups, self.config.max_tokens, self.policy.share)]
+        return [self.packed(part) for part in in_row_order(groups, self.job.max_tokens, self.policy.share)]
 
     def aside(self, groups: Groups) -> Groups:
         """The mismatched groups beside these training rows, where the objective looks at them."""
@@ -223,13 +224,13 @@ class Stage:
 
     def first_step(self) -> Groups:
         """The groups of the first optimizer step."""
-        return next(step_groups(self.groups, self.config, 1))
+        return next(step_groups(self.groups, self.job, 1))
 
     def used_groups(self) -> Groups:
         """The groups that the steps will visit: all, unless max_steps ends before one pass."""
         if self.total >= self.per_epoch:
             return self.groups
-        visited = {group.row for step in step_groups(self.groups, self.config, self.total) for group in step}
+        visited = {group.row for step in step_groups(self.groups, self.job, self.total) for group in step}
         return [group for group in self.groups if group.row in visited]
 
     @torch.no_grad()
@@ -269,20 +270,15 @@ class Stage:
             raise TrainingError(f"step {step}: the held-out loss is {progress.eval_loss}; {WAY_OUT}")
 
 
-def total_steps(config: Config, n_groups: int) -> int:
-    """Optimizer steps of a stage."""
-    return config.max_steps or math.ceil(config.num_epochs * math.ceil(n_groups / config.batch_size))
-
-
-def step_groups(groups, config: Config, n_steps: int, skip: int = 0) -> Iterator[Groups]:
+def step_groups(groups, job: StageJob, n_steps: int, skip: int = 0) -> Iterator[Groups]:
     """The groups of each optimizer step after the first `skip`, epoch after epoch: a function of seed
     and epoch alone."""
-    steps = itertools.chain.from_iterable(_epochs(len(groups), config))
+    steps = itertools.chain.from_iterable(_epochs(len(groups), job))
     for rows in itertools.islice(steps, skip, n_steps):
         yield [groups[i] for i in rows]
 
 
-def _epochs(n_groups: int, config: Config) -> Iterator[list]:
+def _epochs(n_groups: int, job: StageJob) -> Iterator[list]:
     for epoch in itertools.count():
-        order = epoch_order(n_groups, config.seed, epoch)
-        yield [order[start : start + config.batch_size] for start in range(0, n_groups, config.batch_size)]
+        order = epoch_order(n_groups, job.seed, epoch)
+        yield [order[start : start + job.batch_size] for start in range(0, n_groups, job.batch_size)]

@@ -170,14 +170,13 @@ except Exception as error:
 
 def test_fastdpos_own_memory_errors_are_results_too():
     from benchmarks.peers.session import kind_of
-    from fastdpo.config.keys import Config
     from fastdpo.data.packing import pack
     from fastdpo.errors import TrainingError
     from fastdpo.training.failures import memory_guard, update_guard
     from tests.tiny import group
 
-    one, config = group(0, 5, [3, 2]), Config(model="m", data="d")
-    for guard in (memory_guard(2, pack([one])), update_guard(2, one, config, None, True)):
+    one = group(0, 5, [3, 2])
+    for guard in (memory_guard(2, pack([one])), update_guard(2, one, True, False)):
         with pytest.raises(TrainingError) as caught, guard:
             raise torch.OutOfMemoryError("CUDA out of memory")
         assert kind_of(caught.value) == "memory"

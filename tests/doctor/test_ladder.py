@@ -15,6 +15,7 @@ import torch
 from fastdpo_kernels import tiles
 from rich.console import Console
 
+from fastdpo import api
 from fastdpo.config.keys import Config
 from fastdpo.doctor import ladder, machine
 from fastdpo.doctor.ladder import Ladder, choose, settle
@@ -23,7 +24,6 @@ from fastdpo.doctor.verdict import Choice, read_verdict, verdict_path
 from fastdpo.errors import ModelError
 from fastdpo.model import attention
 from fastdpo.reference.cache_file import cache_path
-from fastdpo.training import trainer
 from tests.doctor.test_trials import FAULTS, PLANTS
 from tests.tiny import rows, save_model, write_jsonl
 
@@ -326,7 +326,7 @@ class Chosen(Exception):
     pass
 
 
-@pytest.mark.parametrize("function", [trainer.train, trainer.fill_reference])
+@pytest.mark.parametrize("function", [api.train, api.fill_reference])
 def test_a_run_on_a_gpu_climbs_before_its_plan_is_made(monkeypatch, config, gpu, function, tmp_path):
     def choose(*args):
         raise Chosen(left_out())
@@ -334,7 +334,7 @@ def test_a_run_on_a_gpu_climbs_before_its_plan_is_made(monkeypatch, config, gpu,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     told = []
     monkeypatch.setattr(ladder, "settle", lambda console: told.append(gpu(varlen="aborts")))
-    monkeypatch.setattr(trainer, "choose", choose)
+    monkeypatch.setattr(api, "choose", choose)
     own_cache = replace(config, reference_cache=str(tmp_path / "own/ref.sqlite"))
     with pytest.raises(Chosen) as stop:
         function(own_cache, Console(quiet=True))
@@ -365,7 +365,7 @@ def test_fast_dpo_trainer_climbs_before_trl_begins(monkeypatch, tmp_path, cache,
 
 
 def test_without_a_gpu_nothing_happens():
-    script = "import sys, fastdpo.training.trainer; fastdpo.training.trainer.settle_backends(None); "
+    script = "import sys, fastdpo.doctor; fastdpo.doctor.settle_backends(None); "
     script += "assert not [m for m in sys.modules if m.startswith('fastdpo.doctor.')]"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)

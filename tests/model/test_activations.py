@@ -395,7 +395,7 @@ def test_fake_tensors_run_the_same_code(level, tiled):
 
 def test_a_run_learns_the_same(tmp_path, monkeypatch):
     """Through the trainer: reference, evaluation and steps."""
-    monkeypatch.setattr("fastdpo.training.run.write_report", lambda *args, **keys: None)
+    monkeypatch.setattr("fastdpo.api.write_report", lambda *args, **keys: None)
     plain = Run(tmp_path, "plain", max_steps=3)
     keys = dict(gradient_checkpointing="selective", activation_offloading=True)
     ours = Run(tmp_path, "ours", max_steps=3, **keys)

@@ -191,7 +191,7 @@ def test_an_adapter_on_a_tied_end_is_said(bases):
 
 
 def test_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastdpo.training.run.write_report", lambda *args, **keys: None)
+    monkeypatch.setattr("fastdpo.api.write_report", lambda *args, **keys: None)
     keys = dict(use_dora=True, use_rslora=True, learning_rate=1e-2, max_steps=10)
     run = Run(tmp_path, lora_rank=4, **keys)
     assert run.evals[0]["eval_rewards/margins"] == 0

@@ -10,11 +10,11 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from fastdpo.api import train
 from fastdpo.config.keys import Config
 from fastdpo.data.packing import pack, split_step
 from fastdpo.model import activations, attention, support
 from fastdpo.records import PreferenceGroup, Response
-from fastdpo.training.trainer import train
 from tests.model.test_shared_prompt import assert_gradients_close, gradients
 from tests.rounding import model_ulps
 from tests.tiny import group, policy, rows, save_model, write_jsonl
@@ -113,7 +113,7 @@ def test_a_short_group_is_probed_whole():
 
 
 def test_a_group_over_max_tokens_goes_alone_and_says_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastdpo.training.run.write_report", lambda *args, **keys: None)
+    monkeypatch.setattr("fastdpo.api.write_report", lambda *args, **keys: None)
     long = {"prompt": "the red cat " * 40, "chosen": " dog" * 30, "rejected": " bird" * 20}
     folder = train(
         Config(

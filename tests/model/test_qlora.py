@@ -12,6 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from fastdpo.api import train
 from fastdpo.config.keys import Config
 from fastdpo.data.packing import pack
 from fastdpo.errors import Stopped
@@ -21,7 +22,6 @@ from fastdpo.reference.fingerprint import reference_fingerprint
 from fastdpo.report.page import write_report
 from fastdpo.training.samples import complete
 from fastdpo.training.stage import Stage
-from fastdpo.training.trainer import train
 from tests import tiny
 from tests.model.test_shared_prompt import assert_gradients_close, gradients
 from tests.rounding import is_tie, model_ulps
@@ -33,7 +33,7 @@ NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_qua
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr("fastdpo.training.run.write_report", lambda *args, **keys: None)
+    monkeypatch.setattr("fastdpo.api.write_report", lambda *args, **keys: None)
 
 
 @pytest.fixture(scope="module")

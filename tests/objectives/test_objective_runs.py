@@ -12,11 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from fastdpo.api import fill_reference, train
 from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.objectives import make
 from fastdpo.objectives.catalogue import NAMES
-from fastdpo.training.trainer import fill_reference, pairs_of_stage, train
+from fastdpo.training.job import stage_job
+from fastdpo.training.starts import pairs_of_stage
 from tests.tiny import group, rows, save_model, sentence, write_jsonl
 from tests.training.test_resume import outcome, stopped_in_step
 
@@ -60,7 +62,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr("fastdpo.training.run.write_report", lambda *args, **keys: None)
+    monkeypatch.setattr("fastdpo.api.write_report", lambda *args, **keys: None)
 
 
 @pytest.fixture
@@ -147,7 +149,7 @@ def test_the_gap_is_of_whole_responses_log_probs(rule, loser):
     tokens = [torch.full((n,), total / n) for n, total in zip(lengths, sums)]
     table = SimpleNamespace(of=lambda groups: torch.cat(tokens))
     config = Config(model="m", data="d", pairs=rule, pair_gap="logp")
-    (kept,), _ = pairs_of_stage(config, [some], lambda: table)
+    (kept,), _ = pairs_of_stage(stage_job(config), [some], lambda: table)
     (pair,) = kept.pairs
     assert kept.responses[pair.winner] is responses[0] and kept.responses[pair.loser] is responses[loser]
 

@@ -11,11 +11,12 @@ from rich.console import Console
 from fastdpo.config.keys import Config
 from fastdpo.data.packing import pack
 from fastdpo.errors import ConfigError
-from fastdpo.objectives import dpo, make, make_objective, objectives_table, table
+from fastdpo.objectives import dpo, make, objectives_table, table
 from fastdpo.objectives.catalogue import CATALOGUE, NAMES, options_of, rows
 from fastdpo.objectives.seam import Coupled, Decomposable, Rescaled
 from fastdpo.objectives.tokens import transformed
 from fastdpo.records import ResponseLogps
+from fastdpo.training.job import objective_of
 from fastdpo.training.metrics import Sums, add_pair_metrics
 from tests.objectives.losses import of_sums, random_logps
 from tests.tiny import group, groups
@@ -55,7 +56,7 @@ def test_response_sums_are_accurate():
 
 
 def test_sft_scores_the_chosen_tokens_only():
-    objective = make_objective(config(objective="sft"))
+    objective = objective_of(config(objective="sft"))
     selected = [objective.select(g) for g in groups()]
     assert [len(g.responses) for g in selected] == [1] * 5  # the others are not even computed
     batch = pack(selected)
@@ -100,7 +101,7 @@ def logps_of(part):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_makes_every_objective_with_its_defaults(name):
     logps, _ = random_logps(graph=True)
-    made, by_name = make_objective(config(objective=name)), make(name)
+    made, by_name = objective_of(config(objective=name)), make(name)
     assert made.name == name
     assert torch.equal(made.whole(logps), by_name.whole(logps))
     assert made.needs_reference == (name not in ("simpo", "cpo", "orpo", "slic", "sft"))
@@ -167,7 +168,7 @@ def test_rewards_are_of_the_tokens_as_the_loss_weighs_them(name):
 
 def test_a_sum_of_decomposables_is_one():
     logps, _ = random_logps()
-    objective = make_objective(config(objective=[{"sigmoid": 0.5}, "sft", {"cpo": 2}], beta=0.3))
+    objective = objective_of(config(objective=[{"sigmoid": 0.5}, "sft", {"cpo": 2}], beta=0.3))
     assert isinstance(objective, Decomposable)
     assert objective.name == "0.5 sigmoid + 1 sft + 2 cpo" and objective.beta == 0.3
     assert not objective.only_chosen and objective.needs_reference
@@ -211,9 +212,7 @@ def test_presets_are_their_parts():
 
 
 def test_numbers_may_be_text_as_yaml_reads_them():
-    assert make_objective(config(objective="odpo", objective_args={"alpha": "1e-3"})).options == {
-        "alpha": 1e-3
-    }
+    assert objective_of(config(objective="odpo", objective_args={"alpha": "1e-3"})).options == {"alpha": 1e-3}
 
 
 def test_nothing_given_is_the_default():
@@ -260,7 +259,7 @@ def test_nothing_given_is_the_default():
 )
 def test_bad_options(values, message):
     with pytest.raises(ConfigError, match=message):
-        make_objective(config(**values))
+        objective_of(config(**values))
 
 
 def test_token_options_need_the_reference_a_token():

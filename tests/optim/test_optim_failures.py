@@ -9,13 +9,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from fastdpo.api import train
 from fastdpo.config.keys import Config
 from fastdpo.errors import TrainingError
 from fastdpo.optim.library import Library
 from fastdpo.optim.offload import Host
 from fastdpo.training.accumulate import Accumulator
 from fastdpo.training.stage import Stage
-from fastdpo.training.trainer import train
 from tests.tiny import rows, save_model, write_jsonl
 
 

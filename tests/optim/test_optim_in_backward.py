@@ -11,9 +11,10 @@ from rich.console import Console
 from fastdpo.errors import ConfigError, TrainingError
 from fastdpo.model import support
 from fastdpo.objectives import make as make_objective
-from fastdpo.optim.optimizers import check_schedule, make_optimizer
+from fastdpo.optim.optimizers import make_optimizer
 from fastdpo.optim.stepping import InBackward
 from fastdpo.records import Pair
+from fastdpo.training.job import check_stepping, stage_job
 from fastdpo.training.stage import Progress
 from tests.optim.optimizer_runs import backward, config, make, weights
 from tests.tiny import policy
@@ -46,7 +47,7 @@ def run(p, groups, name="sigmoid", options=None, steps=2, cap=10**6, **keys):
     keys = dict(learning_rate=1e-3, max_grad_norm=0, lr_scheduler_type="constant") | keys
     stage = stage_of(make_objective(name, **(options or {})), p, groups, max_tokens=cap, **keys)
     stage.reference = Reference32() if stage.objective.needs_reference else None
-    optimizer, schedule = make_optimizer(p, stage.config, steps)
+    optimizer, schedule = make_optimizer(p, stage.job.optim, steps)
     with closing(optimizer):
         for number in range(1, steps + 1):
             progress = Progress()
@@ -179,7 +180,7 @@ def test_a_loss_that_is_no_number_stops_before_any_update(name):
         make_objective(name), p, groups, max_tokens=1, max_grad_norm=0, optimizer_in_backward=True
     )
     stage.reference = Broken()
-    optimizer, _ = make_optimizer(p, stage.config, 1)
+    optimizer, _ = make_optimizer(p, stage.job.optim, 1)
     with closing(optimizer), pytest.raises(TrainingError) as error:
         stage.step(groups, Progress(), 5, optimizer)
     assert "step 5: the loss is nan;" in str(error.value)
@@ -193,7 +194,7 @@ def test_a_gradient_that_is_no_number_does_not_claim_untouched_weights():
     p = prepared()
     stage = stage_of(make_objective("sft"), p, step_groups(), max_grad_norm=0, optimizer_in_backward=True)
     p.core.get_input_embeddings().weight.register_hook(lambda gradient: gradient * float("inf"))
-    optimizer, _ = make_optimizer(p, stage.config, 1)
+    optimizer, _ = make_optimizer(p, stage.job.optim, 1)
     with closing(optimizer), pytest.raises(TrainingError) as error:
         stage.step(stage.groups, Progress(), 5, optimizer)
     text = str(error.value)
@@ -208,9 +209,9 @@ def test_rescaled_objectives_are_refused():
     with pytest.raises(
         ConfigError, match="optimizer_in_backward: drdpo rescales the gradient after the last"
     ):
-        check_schedule(config(**keys))
-    check_schedule(config(objective_args={"scope": 3}, **keys))
-    check_schedule(config(objective="drdpo"))
+        check_stepping(stage_job(config(**keys)))
+    check_stepping(stage_job(config(objective_args={"scope": 3}, **keys)))
+    check_stepping(stage_job(config(objective="drdpo")))
 
 
 def test_an_error_on_the_hosts_thread_is_raised(monkeypatch):

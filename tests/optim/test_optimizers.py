@@ -11,13 +11,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from fastdpo.api import train
 from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError
 from fastdpo.optim import pieces as optim_pieces
 from fastdpo.optim.bytes import PAGED_FROM, host_state_bytes, state_bytes
 from fastdpo.optim.library import check_library
 from fastdpo.training import checkpoint
-from fastdpo.training.trainer import train
 from tests.optim.optimizer_runs import OPTIMIZERS, RATE, config, make, needs, one_step, stepped, weights
 from tests.optim.optimizer_runs import eager as eager
 from tests.tiny import rows, save_model, write_jsonl
@@ -309,7 +309,7 @@ RUNS = [
 
 @pytest.mark.parametrize("keys", RUNS, ids=str)
 def test_a_run_resumed_is_the_same_run(inputs, tmp_path, monkeypatch, keys):
-    monkeypatch.setattr("fastdpo.training.run.write_report", lambda *args, **keys: None)
+    monkeypatch.setattr("fastdpo.api.write_report", lambda *args, **keys: None)
     common = dict(learning_rate=1e-3, batch_size=4, max_steps=6, max_length=64, max_grad_norm=0)
     common |= dict(logging_steps=1, save_steps=3, samples=0, dtype="fp32", lr_scheduler_type="constant")
     make = lambda name, **more: Config(output_dir=str(tmp_path / name), **inputs | common | keys | more)

@@ -2,22 +2,24 @@
 
 import io
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import yaml
 from rich.console import Console
 
+from fastdpo.api import train
 from fastdpo.config.keys import Config
 from fastdpo.data.packing import pack
 from fastdpo.errors import ConfigError, TrainingError
 from fastdpo.planning import command
 from fastdpo.planning.choose import budget_of, choose
+from fastdpo.planning.out_of_memory import explain
 from fastdpo.planning.search import CHOSEN, Planner
 from fastdpo.planning.target import Target
 from fastdpo.training.failures import memory_guard
 from fastdpo.training.stage import Stage
-from fastdpo.training.trainer import train
 from tests.tiny import group, model_config, save_model, write_jsonl
 from tests.tiny import rows as tiny_rows
 
@@ -178,7 +180,7 @@ def test_wrong_words_are_refused(words, told):
 
 def test_out_of_memory_ends_with_the_plan_and_what_to_try():
     batch = pack(rows()[:4])
-    with pytest.raises(TrainingError) as caught, memory_guard(7, batch, config(), llama()):
+    with pytest.raises(TrainingError) as caught, memory_guard(7, batch, partial(explain, config(), llama())):
         raise torch.OutOfMemoryError("CUDA out of memory")
     text = str(caught.value)
     for word in (
@@ -190,7 +192,7 @@ def test_out_of_memory_ends_with_the_plan_and_what_to_try():
     ):
         assert word in text, word
     with pytest.raises(TrainingError, match="next: gradient_checkpointing"):
-        with memory_guard(7, pack(rows()[:1]), config(), llama()):
+        with memory_guard(7, pack(rows()[:1]), partial(explain, config(), llama())):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 
@@ -198,14 +200,14 @@ def test_a_smaller_microbatch_is_not_advised_where_it_would_not_help():
     """Weights, gradients and states are nearly all of it."""
     wide = model_config("llama", num_hidden_layers=2, hidden_size=512, intermediate_size=2048)
     few = pack([group(i, 20, [12, 9]) for i in range(2)])
-    with pytest.raises(TrainingError) as caught, memory_guard(1, few, config(), wide):
+    with pytest.raises(TrainingError) as caught, memory_guard(1, few, partial(explain, config(), wide)):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert "next:" in str(caught.value) and "next: max_tokens" not in str(caught.value)
 
 
 def test_an_out_of_memory_error_without_a_plan_is_told_all_the_same():
     with pytest.raises(TrainingError, match="no plan of this microbatch"):
-        with memory_guard(1, pack(rows()[:1]), config(), None):
+        with memory_guard(1, pack(rows()[:1]), partial(explain, config(), None)):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 
@@ -219,7 +221,7 @@ def flags_of_a_run(tmp_path, **keys):
 def test_a_run_trains_as_its_memory_let_it_choose(tmp_path, monkeypatch):
     given = flags_of_a_run(tmp_path, memory="24GB")
     chosen = replace(given, max_tokens=50, gradient_checkpointing=True)
-    monkeypatch.setattr("fastdpo.training.trainer.choose", lambda config, *rest: chosen)
+    monkeypatch.setattr("fastdpo.api.choose", lambda config, *rest: chosen)
     saved = yaml.safe_load((train(given, console()) / "config.yaml").read_text())
     assert (saved["max_tokens"], saved["gradient_checkpointing"]) == (50, True)
 

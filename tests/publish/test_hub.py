@@ -16,13 +16,12 @@ import pytest
 from huggingface_hub.errors import LocalTokenNotFoundError
 from rich.console import Console
 
+from fastdpo.api import train
 from fastdpo.cli import main
 from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError, FastDPOError
 from fastdpo.publish import hub
 from fastdpo.publish.hub import check_hub, push
-from fastdpo.training import trainer
-from fastdpo.training.trainer import train
 from tests.training.test_trainer import QUIET, Run
 
 
@@ -57,14 +56,14 @@ class Api:
 def api(monkeypatch):
     api = Api()
     monkeypatch.setattr(hub, "HfApi", lambda: api)
-    monkeypatch.setattr("fastdpo.training.run.write_report", lambda *args, **keys: None)
+    monkeypatch.setattr("fastdpo.api.write_report", lambda *args, **keys: None)
     return api
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastdpo.training.run.write_report", lambda *args, **keys: None)
+        patch.setattr("fastdpo.api.write_report", lambda *args, **keys: None)
         return Run(tmp_path_factory.mktemp("lora"), lora_rank=2, max_steps=1)
 
 
@@ -186,7 +185,6 @@ def test_an_interrupted_push_says_the_same(api, run):
     assert f"fastdpo push {run.folder}/model --to me/mine" in console.file.getvalue()
 
 
-@pytest.mark.skipif(not hasattr(trainer, "check_hub"), reason="train() does not check the log-in yet")
 def test_a_run_does_not_start_without_a_log_in(api, run, tmp_path):
     api.fails["whoami"] = LocalTokenNotFoundError("no token")
     with pytest.raises(ConfigError, match="push_to_hub: not logged in"):

@@ -67,7 +67,7 @@ def trained(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "save_model", keep)
-        patch.setattr("fastdpo.training.run.write_report", lambda *args, **keys: None)
+        patch.setattr("fastdpo.api.write_report", lambda *args, **keys: None)
         torch.manual_seed(0)
         run = Run(tmp_path_factory.mktemp("run"), lora_rank=4, learning_rate=1e-2, max_steps=5)
     run.logits = kept[0]

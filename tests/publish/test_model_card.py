@@ -21,14 +21,14 @@ from tests.training.test_trainer import QUIET, Run
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr("fastdpo.training.run.write_report", lambda *args, **keys: None)
+    monkeypatch.setattr("fastdpo.api.write_report", lambda *args, **keys: None)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of two stages that trains all weights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastdpo.training.run.write_report", lambda *args, **keys: None)
+        patch.setattr("fastdpo.api.write_report", lambda *args, **keys: None)
         stages = [{"objective": "sft", "max_steps": 2}, {"objective": {"sigmoid": 0.8, "sft": 0.2}}]
         folder = tmp_path_factory.mktemp("whole")
         template = folder / "secret" / "chat.jinja"
@@ -40,7 +40,7 @@ def whole(tmp_path_factory):
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastdpo.training.run.write_report", lambda *args, **keys: None)
+        patch.setattr("fastdpo.api.write_report", lambda *args, **keys: None)
         return Run(tmp_path_factory.mktemp("lora"), "my-lora", lora_rank=12, max_steps=3)
 
 

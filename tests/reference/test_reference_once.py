@@ -8,10 +8,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from fastdpo.api import fill_reference, train
 from fastdpo.cli import main
 from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError, TrainingError
-from fastdpo.training.trainer import fill_reference, train
 from tests.rounding import is_tie, model_ulps
 from tests.tiny import rows, save_model, write_jsonl
 
@@ -21,7 +21,7 @@ ROUNDING = model_ulps(torch.tensor(6.0))  # nats; a token of this vocabulary has
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr("fastdpo.training.run.write_report", lambda *args, **keys: None)
+    monkeypatch.setattr("fastdpo.api.write_report", lambda *args, **keys: None)
 
 
 @pytest.fixture

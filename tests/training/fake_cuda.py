@@ -45,7 +45,7 @@ HALF = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "scal
 class Wait(NamedTuple):
     """The host waited for the device."""
 
-    where: str  # the innermost function of ours: module.qualified_name, without "fastdpo."
+    where: str  # the innermost function of ours: file.qualified_name
     what: str  # read, copy to the host, blocking copy, counted size, index on the host, synchronise
 
 
@@ -256,6 +256,6 @@ def _place() -> str:
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
         if name.split(".")[0] in ("fastdpo", "fastdpo_kernels", "tests") and name not in FAKE:
-            return f"{name.removeprefix('fastdpo.')}.{frame.f_code.co_qualname}"
+            return f"{name.rpartition('.')[2]}.{frame.f_code.co_qualname}"
         frame = frame.f_back
     return "?"

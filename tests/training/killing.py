@@ -25,6 +25,7 @@ import datasets  # noqa: F401  (once, and not in every fork)
 import torch
 from rich.console import Console
 
+from fastdpo import api
 from fastdpo.config.keys import Config
 from fastdpo.reference import cache as ref_cache
 from fastdpo.training import checkpoint, run, stage, trainer
@@ -34,7 +35,7 @@ PHASES = {  # what the killer waits for: the first letter of a phase, written wh
     "fill": (ref_cache.RefCache, "add"),
     "step": (stage.Stage, "step"),
     "checkpoint": (checkpoint, "save"),
-    "report": (run, "write_report"),
+    "report": (api, "write_report"),
     "model": (trainer, "save_model"),
 }
 LONGEST = {"fill": 0.01, "step": 0.03, "checkpoint": 0.03, "report": 0.5, "model": 0.05}  # seconds, about
@@ -114,7 +115,7 @@ def child(config: Config, into: int, draw_report: bool):
     for name, (owner, attribute) in PHASES.items():
         announce(owner, attribute, into, name[0].encode())
     try:
-        trainer.train(config, Console(quiet=True))
+        api.train(config, Console(quiet=True))
         os._exit(0)
     except BaseException:
         traceback.print_exc()

@@ -16,6 +16,7 @@ from fastdpo.planning.allocations import Tracker
 from fastdpo.planning.fake_model import fake_policy
 from fastdpo.planning.target import Target
 from fastdpo.training import stage
+from fastdpo.training.job import stage_job
 from fastdpo.training.stage import Stage
 from tests.tiny import group, model_config
 from tests.training.fake_cuda import CUDA
@@ -32,17 +33,17 @@ DRIFT = {("stage.Stage.run", "read"): 1}
 # Dr. DPO: whether a microbatch's weights, the first one's left out, would overflow beside those before.
 REBASED = {("accumulate._RunningWeights.add", "read"): STEPS}
 # BCO: its running mean is a number of the checkpoint.
-MEAN = {("objectives.batch.bco_remember", "read"): STEPS}
+MEAN = {("batch.bco_remember", "read"): STEPS}
 # Before a backward that updates weights, which nothing could undo.
 BEFORE = {("accumulate.Accumulator._before_backward", "read"): STEPS}
 # Each evaluation's sums, before the first step and after each.
 HELD_OUT = {("metrics.Sums.means", "read"): STEPS + STEPS + 1}
 # transformers' Adafactor makes a weight's states on the host, when it first steps it.
-MADE = {("optim_library.Library.step_groups", "blocking copy"): 18}
+MADE = {("library.Library.step_groups", "blocking copy"): 18}
 # transformers' own: GPT-2 looks for padding in ids that come without a mask; a mask of padded rows is looked
 # at for whether it masks anything.
-UNMASKED = {("model.Policy.hidden", what): 2 * STEPS for what in ("read", "index on the host")}
-PADDED = {("model.Policy.hidden", "read"): STEPS}
+UNMASKED = {("policy.Policy.hidden", what): 2 * STEPS for what in ("read", "index on the host")}
+PADDED = {("policy.Policy.hidden", "read"): STEPS}
 
 
 def rows():
@@ -63,7 +64,7 @@ def make_stage(device, model="llama", groups=None, n_eval=0, share=True, **keys)
     policy.stock_attention = "sdpa"
     policy.set_sharing(share)  # by our attention, not by the plan's stand-in for it
     groups = rows() if groups is None else groups
-    made = Stage(config, policy, groups, groups[:n_eval])
+    made = Stage(stage_job(config), policy, groups, groups[:n_eval])
     if made.objective.needs_reference:
         of = lambda some: torch.zeros(sum(g.scored_tokens for g in some))
         made.reference = SimpleNamespace(per_token=True, of=of)
@@ -86,7 +87,7 @@ def waits_of(capability=(9, 0), **keys) -> tuple[dict, Stage]:
     with fake_cuda(capability) as device:
         made = make_stage(device, **keys)
         train(made, device)
-    busy_host = made.config.offload_optimizer or made.config.optimizer_in_backward
+    busy_host = made.job.optim.offload_optimizer or made.job.optim.optimizer_in_backward
     assert bool(device.jobs) == busy_host
     if not busy_host:  # which is sent gradients, and sends weights
         assert {copy.where for copy in device.copies} == {"moving.to_device"}
@@ -101,7 +102,7 @@ def test_the_rows_are_two_microbatches_a_step():
     with fake_cuda() as device:
         made = make_stage(device)
         train(made, device)
-        cuts = [len(made.cut(groups)) for groups in stage.step_groups(made.groups, made.config, STEPS)]
+        cuts = [len(made.cut(groups)) for groups in stage.step_groups(made.groups, made.job, STEPS)]
     assert cuts == [2, 2]
     assert len(device.copies) == 4  # 21 tensors each, the reference's log-probs among them
     assert device.launched["head_tiles"]

@@ -253,8 +253,8 @@ def test_what_was_packed_ahead_is_what_the_step_begins_with(name, monkeypatch):
         events = events_of(monkeypatch, device)
         train(made, device)
     assert next(e for e in events[events.index(CHECK) :] if e in ("pack", "score")) == "score"
-    size = getattr(made.objective, "within", None) or made.config.batch_size
-    steps = list(stage.step_groups(made.groups, made.config, made.total))
+    size = getattr(made.objective, "within", None) or made.job.batch_size
+    steps = list(stage.step_groups(made.groups, made.job, made.total))
     scopes = [some[i : i + size] for some in steps for i in range(0, len(some), size)]
     parts = [part for some in (*scopes, *map(made.aside, steps)) for part in made.cut(some)]
     assert events.count("pack") == len(parts) and made.ahead == (None, None)
@@ -295,7 +295,7 @@ def test_a_fill_packs_and_stores_while_the_device_computes(fill):
         events, (packs, tokens), cache = fill(device)
     once = ["wait", "add"]
     assert events == ["pack", "pack", *once, "pack", *once, "pack", *once, *once]
-    assert device.counts() == {("ref_fill._Computed.values", "synchronise"): 4}
+    assert device.counts() == {("fill._Computed.values", "synchronise"): 4}
     assert packs == 4 and tokens == 4 * (6 + 6 + 3)
     there, back = ("moving.to_device", "moving.to_host")
     assert sorted(copy.where for copy in device.copies) == [there] * 4 + [back] * 4
@@ -317,7 +317,7 @@ def test_a_stopped_fill_keeps_what_has_arrived(fill):
 
     with fake_cuda() as device, pytest.raises(KeyboardInterrupt):
         fill(device, check=check)
-    assert device.waits == [Wait("ref_fill._Computed.values", "synchronise")]
+    assert device.waits == [Wait("fill._Computed.values", "synchronise")]
 
 
 def test_a_fill_that_fails_keeps_what_was_computed_before(fill, monkeypatch):
@@ -332,4 +332,4 @@ def test_a_fill_that_fails_keeps_what_was_computed_before(fill, monkeypatch):
     monkeypatch.setattr(ref_fill, "_computed", fails_at_the_third)
     with fake_cuda() as device, pytest.raises(TrainingError):
         fill(device)
-    assert device.waits == [Wait("ref_fill._Computed.values", "synchronise")] * 2
+    assert device.waits == [Wait("fill._Computed.values", "synchronise")] * 2

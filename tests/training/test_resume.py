@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
+from fastdpo.api import train
 from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError, Stopped, TrainingError
 from fastdpo.training import checkpoint
 from fastdpo.training.stage import Stage
-from fastdpo.training.trainer import train
 from tests.tiny import rows, save_model, write_jsonl
 from tests.training.killing import TIMED
 
@@ -37,7 +37,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """Its own tests draw it, and the killed runs do."""
-    monkeypatch.setattr("fastdpo.training.run.write_report", lambda *args, **keys: None)
+    monkeypatch.setattr("fastdpo.api.write_report", lambda *args, **keys: None)
 
 
 @pytest.fixture

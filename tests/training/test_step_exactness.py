@@ -21,6 +21,7 @@ from fastdpo.objectives.catalogue import NAMES
 from fastdpo.records import Pair, ResponseLogps
 from fastdpo.reference.fingerprint import response_keys
 from fastdpo.training.accumulate import Accumulator
+from fastdpo.training.job import stage_job
 from fastdpo.training.stage import Progress, Stage
 from tests.tiny import group, policy
 
@@ -108,7 +109,7 @@ def gradients(p):
 
 def stage_of(objective, p, groups, **keys):
     config = Config(model="m", data="d", batch_size=len(groups), max_length=64, **keys)
-    stage = Stage(config, p, groups, [])
+    stage = Stage(stage_job(config), p, groups, [])
     stage.objective = objective
     stage.groups = [objective.select(g) for g in groups]
     if objective.mismatched:

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastdpo.api import train
 from fastdpo.config.keys import Config
 from fastdpo.data.groups import Limits, load_groups
+from fastdpo.data.load import load_data
 from fastdpo.data.packing import epoch_order
 from fastdpo.errors import TrainingError
 from fastdpo.model import support
-from fastdpo.training.trainer import load_data, train
 from tests.rounding import is_tie
 from tests.tiny import rows, save_model, write_jsonl
 
@@ -23,7 +24,7 @@ QUIET = Console(quiet=True)
 @pytest.fixture(autouse=True)
 def no_report(request, monkeypatch):
     if "usable_folder" not in request.node.name:  # one test looks at everything, the others save the time
-        monkeypatch.setattr("fastdpo.training.run.write_report", lambda *args, **keys: None)
+        monkeypatch.setattr("fastdpo.api.write_report", lambda *args, **keys: None)
 
 
 class Run:

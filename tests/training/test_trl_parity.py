@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastdpo.api import train
 from fastdpo.config.keys import Config
 from fastdpo.data.packing import epoch_order
-from fastdpo.training.trainer import train
 from tests.tiny import rows, save_model, write_jsonl
 
 STEPS, BATCH, BETA, RATE = 20, 4, 0.1, 2e-3

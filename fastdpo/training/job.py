@@ -1,0 +1,118 @@
+"""A run's config, resolved once: what each room needs of it, as that room's own record."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from fastdpo.config.keys import Config
+from fastdpo.data.load import DataSpec
+from fastdpo.data.pairs import BY_GAP
+from fastdpo.errors import ConfigError
+from fastdpo.model.spec import ModelSpec
+from fastdpo.objectives import Objective, Rescaled, make_objective
+from fastdpo.optim.library import check_library
+from fastdpo.optim.optimizers import check_schedule
+from fastdpo.optim.spec import OptimSpec
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage: an objective, which pairs and how many steps of them, and what is done on the way."""
+
+    objective: Objective
+    optim: OptimSpec
+    pairs: str
+    pair_gap: str
+    flip_pairs: float
+    seed: int
+    batch_size: int
+    max_tokens: int
+    max_length: int
+    num_epochs: float
+    max_steps: int | None
+    eval_steps: int | None
+    logging_steps: int
+    save_steps: int | None
+    load_best: bool
+
+    @property
+    def by_logp(self) -> bool:
+        """Whether its pairs are told by the reference's log-probs."""
+        return self.pairs in BY_GAP and self.pair_gap == "logp"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run."""
+
+    data: DataSpec
+    model: ModelSpec
+    stages: tuple[StageJob, ...]
+    output_dir: str
+    resume: bool
+    overwrite: bool
+    reference_cache: str
+    save_total_limit: int
+    samples: int
+    trackers: list[str]
+    push_to_hub: str | None
+    settings: dict  # every key and its value, for the records
+
+
+def resolve(config: Config) -> Job:
+    """Raises ConfigError for what is wrong in a config before any work, also between its keys and on this
+    machine."""
+    job = job_of(config)
+    for stage in job.stages:
+        if stage.flip_pairs and "ordered scores" in stage.objective.needs:
+            name = stage.objective.name
+            raise ConfigError(f"flip_pairs: flipped pairs contradict the scores that {name} reads")
+        check_stepping(stage)
+        check_library(stage.optim)
+    if config.pair_gap == "logp" and not any(stage.by_logp for stage in job.stages):
+        raise ConfigError(f"pair_gap: logp is read only with pairs: {', '.join(BY_GAP)}")
+    return job
+
+
+def check_stepping(stage: StageJob) -> None:
+    """Raises ConfigError for a way of stepping that the objective does not allow, or a wrong schedule."""
+    if stage.optim.optimizer_in_backward and isinstance(stage.objective, Rescaled):
+        raise ConfigError(
+            f"optimizer_in_backward: {stage.objective.name} rescales the gradient after the last microbatch, "
+            "when the weights would be updated already; give it a scope (objective_args: {scope: N}) or "
+            "leave the key out"
+        )
+    check_schedule(stage.optim)
+
+
+def job_of(config: Config) -> Job:
+    """The config in parts, as `resolve` checks it."""
+    own = dict(data=_part(DataSpec, config), model=_part(ModelSpec, config))
+    own |= dict(stages=tuple(stage_job(stage) for stage in config.per_stage()))
+    return _part(Job, config, **own, settings=dataclasses.asdict(config))
+
+
+def stage_job(config: Config) -> StageJob:
+    """One stage's config (of Config.per_stage) as a StageJob. Raises ConfigError for its objective."""
+    return _part(StageJob, config, objective=objective_of(config), optim=_part(OptimSpec, config))
+
+
+def objective_of(config: Config) -> Objective:
+    """The objective that a config names. Raises ConfigError for what is unknown, unread or out of range."""
+    args = config.objective_args or {}
+    keys = {"beta": config.beta, "label_smoothing": config.label_smoothing}
+    for key, value in keys.items():
+        if value is not None and key in args:
+            raise ConfigError(f"{key}: given twice, as a key and in objective_args")
+    return make_objective(config.objective, keys | args)
+
+
+def total_steps(stage: StageJob | Config, n_groups: int) -> int:
+    """Optimizer steps of a stage on so many groups."""
+    return stage.max_steps or math.ceil(stage.num_epochs * math.ceil(n_groups / stage.batch_size))
+
+
+def _part(kind, config: Config, **own):
+    """A record of the keys that it names, and of its own."""
+    names = [f.name for f in dataclasses.fields(kind) if f.name not in own]
+    return kind(**{name: getattr(config, name) for name in names}, **own)
