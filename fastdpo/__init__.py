@@ -6,6 +6,8 @@ What a trainer author needs is importable from here; each name is loaded when fi
 
 import importlib
 
+import fastdpo.moved  # noqa: F401 (old import paths)
+
 _HOME = {
     "Config": "config.keys",
     "FastDPOError": "errors",

@@ -24,14 +24,11 @@ from benchmarks.models import MODELS
 from benchmarks.results import RESULTS, write_result
 from benchmarks.steps.contenders import fastdpo, hf_plain, ladder, trl
 from benchmarks.steps.race import Contender
-from benchmarks.steps.steps import Plan, measure_steps, measured_ceilings, print_table
+from benchmarks.steps.steps import KEEP_MEMORY, Plan, measure_steps, measured_ceilings, print_table
 from benchmarks.workers import Workers
 
 PAIRS = 4  # an optimizer step: as many as leave everybody time for several
 MAX_TOKENS = 8192
-# glibc gives every large temporary back to the kernel and faults it in again; trainers that make many run
-# up to twice as fast without (TRL: 7.7 million page faults a step become 0.2). Both are shown.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 PLAN = Plan("CPU", "hh real", "cpu", pairs=PAIRS, turns=5, measured=1, minutes=6.5)
 
 

@@ -26,12 +26,12 @@ from rich.table import Table
 from benchmarks.attention.run import microbatch
 from benchmarks.figures import Line, loglog, slope
 from benchmarks.growth import cache
+from benchmarks.head import our_heads
 from benchmarks.head.inputs import BETA, Inputs, Shape
+from benchmarks.head.other_heads import torch_logits
 from benchmarks.head.run import once, peak_of, timed
 from benchmarks.inputs import FIRST_ID, groups_of, random_rows
 from benchmarks.models import MODELS, BenchModel, build, tiny
-from benchmarks.peers import head_ours
-from benchmarks.peers.head_others import torch_logits
 from benchmarks.results import RESULTS, result_path, write_result
 from fastdpo.data.packing import pack
 from fastdpo.model.policy import Policy, resolve_dtype
@@ -133,7 +133,7 @@ def over_vocabularies(sizes: Sizes, device: str) -> Iterator[Point]:
     dtype = resolve_dtype("auto")
     for V in sizes.vocabularies:
         inputs = Inputs.make(Shape(M, D, V, response, budget=sizes.budget), dtype, device)
-        ours, _ = head_ours.CONTENDERS["linear_logp"]
+        ours, _ = our_heads.CONTENDERS["linear_logp"]
         for line, run in (("linear_logp", ours), ("torch", torch_logits(inputs))):
             yield Point(line, V, lambda run=run, i=inputs: once(run, i.leaves("trained"), "trained"))
 

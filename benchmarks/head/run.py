@@ -24,9 +24,9 @@ from fastdpo_kernels import MEMORY_BUDGET
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.head import other_heads, our_heads
 from benchmarks.head.inputs import Gemms, Inputs, Shape, Truth
 from benchmarks.head.table import draw, print_table
-from benchmarks.peers import head_others, head_ours
 from benchmarks.process import gpu_unusable
 from benchmarks.results import RESULTS, result_of_today, write_result
 from fastdpo.doctor import machine
@@ -106,8 +106,8 @@ def examine(run, inputs: Inputs, mode: str, truth: Truth) -> dict:
 
 def contenders(inputs: Inputs, mode: str, absent: dict) -> dict:
     """{name: run} of all that can do this and are not `absent`; why others cannot is added there."""
-    found = {name: run for name, (run, modes) in head_ours.CONTENDERS.items() if mode in modes}
-    for name, make in head_others.MAKERS.items():
+    found = {name: run for name, (run, modes) in our_heads.CONTENDERS.items() if mode in modes}
+    for name, make in other_heads.MAKERS.items():
         try:
             found[name] = make(inputs)
         except Exception as error:  # whatever a broken package makes of its import
@@ -168,8 +168,8 @@ def measure_mode(
     for name in runs:
         median = statistics.median(seconds[name])
         results[name] |= {"seconds": seconds[name], "median_s": median, "of_floor": floor / median}
-        if name in head_ours.CONTENDERS:
-            told = head_ours.told(name, mode, inputs)
+        if name in our_heads.CONTENDERS:
+            told = our_heads.told(name, mode, inputs)
             work = told["flops"] / (2 * M * V * D * MODES[mode])
             results[name] |= told | {"of_own_flops": work * floor / median}
     return results, absent
@@ -221,7 +221,7 @@ def anew(minutes: float) -> None:
 
 def write(out: Path, results: dict, left: list[str], dtype: str, unfit: dict[str, str]) -> Path:
     """The JSON: every single time, and what it was measured on. unfit: who made the GPU unusable."""
-    found = machine.versions(head_others.DISTRIBUTIONS)
+    found = machine.versions(other_heads.DISTRIBUTIONS)
     record = {"dtype": dtype, "memory_budget": MEMORY_BUDGET, "no_time_for": left, "unfit": unfit}
     return write_result("head", record | {"peers": found, "results": results}, out)
 

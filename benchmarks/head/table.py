@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.figures import Bar, bars
-from benchmarks.peers import head_ours
+from benchmarks.head import our_heads
 
 
 def row(name: str, r: dict, ours: float) -> list[str]:
@@ -39,7 +39,7 @@ def print_table(results: dict, console: Console) -> None:
         for column in columns:
             table.add_column(column, justify="right")
         for mode, (measured, _) in modes.items():
-            mine = [measured[n]["median_s"] for n in head_ours.CONTENDERS if n in measured]
+            mine = [measured[n]["median_s"] for n in our_heads.CONTENDERS if n in measured]
             table.add_section()
             table.add_row(f"[bold]{mode}")
             for name, numbers in measured.items():
@@ -64,7 +64,7 @@ def draw(path: Path, results: dict) -> None:
     for mode, (measured, _) in modes.items():
         title = f"The lm_head, {mode}, {shape} (M x D x V)"
         drawn = [
-            Bar(name, 1e3 * r["median_s"], *spread_ms(r), ours=name in head_ours.CONTENDERS)
+            Bar(name, 1e3 * r["median_s"], *spread_ms(r), ours=name in our_heads.CONTENDERS)
             for name, r in measured.items()
         ]
         bars(f"{path.stem}_{mode}", title, "milliseconds", drawn, path.parent)

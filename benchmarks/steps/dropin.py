@@ -21,10 +21,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cpu.steps import KEEP_MEMORY
 from benchmarks.lengths import summary
 from benchmarks.results import RESULTS, result_of_today, write_result
-from benchmarks.steps.steps import TOLERANCE, Plan, even_steps, pool_of, rows_of_steps
+from benchmarks.steps.steps import KEEP_MEMORY, TOLERANCE, Plan, even_steps, pool_of, rows_of_steps
 from benchmarks.workers import WorkerFailed, Workers
 
 MODULES = {"stock": "benchmarks.peers.trl_dpo", "patched": "benchmarks.peers.trl_patched"}

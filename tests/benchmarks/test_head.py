@@ -4,10 +4,10 @@ import pytest
 import torch
 from fastdpo_kernels import reference
 
+from benchmarks.head import other_heads, our_heads
 from benchmarks.head import run as head
 from benchmarks.head import table as head_table
 from benchmarks.head.inputs import Inputs, Shape, Truth
-from benchmarks.peers import head_others, head_ours
 from benchmarks.results import newest
 
 TINY = Shape(16, 8, 67, 4, softcap=20.0, budget=4000)
@@ -32,10 +32,10 @@ def test_truth_is_the_references(inputs):
 
 @pytest.mark.parametrize("mode", head.MODES)
 def test_every_column_of_every_mode(inputs, mode, tmp_path, monkeypatch, capsys):
-    makers = {name: head_others.MAKERS[name] for name in ("torch", "liger DPO")}
-    monkeypatch.setattr(head_others, "MAKERS", makers)
+    makers = {name: other_heads.MAKERS[name] for name in ("torch", "liger DPO")}
+    monkeypatch.setattr(other_heads, "MAKERS", makers)
     measured, absent = head.measure_mode(inputs, mode, Truth(inputs), 2, {})
-    ours = {name for name, (_, modes) in head_ours.CONTENDERS.items() if mode in modes}
+    ours = {name for name, (_, modes) in our_heads.CONTENDERS.items() if mode in modes}
     assert set(measured) == {"floor", "torch"} | ours and set(absent) == {"liger DPO"}
     for name, numbers in measured.items():
         if name == "floor":

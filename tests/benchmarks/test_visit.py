@@ -11,9 +11,9 @@ from fastdpo_kernels import MEMORY_BUDGET
 
 from benchmarks import figures, process, results
 from benchmarks.gpu import steps as gpu_steps
+from benchmarks.head import other_heads, our_heads, tracing
 from benchmarks.head import run as head
 from benchmarks.lengths import PairLengths
-from benchmarks.peers import head_others, head_ours, tracing
 from benchmarks.steps.contenders import fastdpo
 from benchmarks.steps.race import Entry, Race
 from benchmarks.steps.steps import Plan, record_of, told
@@ -107,7 +107,7 @@ def heads(tmp_path):
 def few_heads(monkeypatch):
     """One small shape, and of the peers torch."""
     monkeypatch.setattr(head, "SMALL", head.SMALL[:1])
-    monkeypatch.setattr(head_others, "MAKERS", {"torch": head_others.MAKERS["torch"]})
+    monkeypatch.setattr(other_heads, "MAKERS", {"torch": other_heads.MAKERS["torch"]})
     return str(head.SMALL[0])
 
 
@@ -150,7 +150,7 @@ def test_the_truth_without_memory_ends_its_shape_only(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("late", [False, True])
 def test_ours_that_fails_takes_no_others_numbers(tmp_path, monkeypatch, few_heads, late):
-    run, modes = head_ours.CONTENDERS["linear_dpo"]
+    run, modes = our_heads.CONTENDERS["linear_dpo"]
     calls = []
 
     def broken(inputs):
@@ -159,7 +159,7 @@ def test_ours_that_fails_takes_no_others_numbers(tmp_path, monkeypatch, few_head
             return run(inputs)
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setitem(head_ours.CONTENDERS, "linear_dpo", (broken, modes))
+    monkeypatch.setitem(our_heads.CONTENDERS, "linear_dpo", (broken, modes))
     head.run(True, 1.0, tmp_path)
     for mode, (measured, absent) in heads(tmp_path)["results"][few_heads].items():
         if mode in modes:
@@ -185,7 +185,7 @@ def test_who_makes_the_gpu_unusable_is_left_out(tmp_path, monkeypatch, few_heads
         broken.clear()
         raise SystemExit
 
-    monkeypatch.setattr(head_others, "MAKERS", {"stranger": lambda inputs: torch_of_a_stranger})
+    monkeypatch.setattr(other_heads, "MAKERS", {"stranger": lambda inputs: torch_of_a_stranger})
     monkeypatch.setattr(head, "anew", anew)
     real = head.failed
     monkeypatch.setattr(head, "failed", lambda name, error: on_a_gpu(synchronize, real, name, error))
