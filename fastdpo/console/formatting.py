@@ -1,6 +1,7 @@
 """Numbers as people read them."""
 
 import math
+from collections.abc import Sequence
 
 
 def significant(value: float, digits: int = 4) -> str:
@@ -52,3 +53,8 @@ def duration(seconds: float) -> str:
 def counted(number: int, noun: str) -> str:
     """1 row, 1,200 rows."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def first_few(items: Sequence, most: int = 5) -> str:
+    """3, 7, 12, ...: no more than people read."""
+    return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")

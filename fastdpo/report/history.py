@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from fastdpo.config.keys import FIELDS
+from fastdpo.console.formatting import first_few
+
 _MISSING = {  # what a report then cannot say
     "config.yaml": "what was asked for is not known",
     "data_report.json": "what became of the rows is not known",
@@ -33,13 +36,11 @@ class Series:
         here = self.value[self.step == step]
         return float(here[-1]) if len(here) else None
 
-    def of_stage(self, stage: int) -> "Series":
-        here = self.stage == stage
+    def where(self, here: np.ndarray) -> "Series":
         return Series(self.stage[here], self.step[here], self.value[here])
 
-    def finite(self) -> "Series":
-        here = np.isfinite(self.value)
-        return Series(self.stage[here], self.step[here], self.value[here])
+    def of_stage(self, stage: int) -> "Series":
+        return self.where(self.stage == stage)
 
 
 _EMPTY = Series(*(np.zeros(0),) * 3)
@@ -59,22 +60,24 @@ class RunHistory:
     problems: list[str] = field(default_factory=list)
     ended: bool = True  # a report on the way has no PNGs: they take as long as the page itself
 
-    @property
-    def has_model(self) -> bool:
-        return any((self.run / "model").glob("*.safetensors"))
-
     def series(self, name: str, stage: int | None = None) -> Series:
         """A number's finite values; empty where it was never logged."""
-        found = self.numbers.get(name, _EMPTY).finite()
+        found = self.numbers.get(name, _EMPTY)
+        found = found.where(np.isfinite(found.value))
         return found if stage is None else found.of_stage(stage)
 
-    def all_ties(self, stages, steps, accuracies) -> np.ndarray:
-        """Which of these held-out accuracies over the reference say nothing: the policy was still the
-        reference, so that pairs tie, which counts as 0, or differ by rounding."""
+    def all_ties(self, accuracies: Series) -> np.ndarray:
+        """Which of these accuracies over the reference say nothing: the policy was still the reference, so
+        that held-out pairs tie, which counts as 0, or differ by rounding."""
         margin = self.series("eval_rewards/margins")
-        still = np.abs(margin.value) < 1e-6
-        tied = set(zip(margin.stage[still], margin.step[still]))
-        return np.array([(s, t) in tied for s, t in zip(stages, steps)], bool)
+        still = margin.where(np.abs(margin.value) < 1e-6)
+        tied = set(zip(still.stage, still.step))
+        return np.array([at in tied for at in zip(accuracies.stage, accuracies.step)], bool)
+
+    def settings(self) -> dict:
+        """The keys of config.yaml that are not at their default, or that this version does not know."""
+        known = lambda name, value: name in FIELDS and value == FIELDS[name].default
+        return {name: value for name, value in self.config.items() if not known(name, value)}
 
     def happened(self, *events: str) -> list[dict]:
         return [event for event in self.events if event.get("event") in events]
@@ -84,31 +87,27 @@ class RunHistory:
         begun = {int(event.get("stage", 0)): event for event in self.happened("stage")}
         for number in {int(s) for series in self.numbers.values() for s in np.unique(series.stage)}:
             begun.setdefault(number, {"stage": number})
-        return [self._planned(number) | begun[number] for number in sorted(begun)]
+        return [{"objective": self.objective(number)} | begun[number] for number in sorted(begun)]
 
-    def _planned(self, number: int) -> dict:
+    def objective(self, stage: int):
+        """What config.yaml asks for in a stage."""
         stages = self.config.get("stages") or [{}]
-        wanted = stages[number] if number < len(stages) else {}
-        return {"objective": wanted.get("objective") or self.config.get("objective")}
+        wanted = stages[stage] if stage < len(stages) else {}
+        return wanted.get("objective") or self.config.get("objective")
 
     @property
     def last_step(self) -> int:
         """The last step known of: logged, or saved since the run last went on."""
         logged = max((s.step.max() for s in self.numbers.values() if len(s)), default=0)
-        saved = 0
-        for event in self.happened("start", "resume", "checkpoint"):
-            step = event.get("step", 0)
-            saved = step if isinstance(step, int) else saved
-        return int(max(logged, saved))
+        saved = [event.get("step", 0) for event in self.happened("start", "resume", "checkpoint")]
+        return int(max([logged, *[step for step in saved if isinstance(step, int)][-1:]]))
 
 
 def read_run(run: Path) -> RunHistory:
     """Reads what is there. Never raises for a missing or damaged file."""
     history = RunHistory(Path(run))
-    history.config_text = _text(history, "config.yaml")
-    history.config = _mapping(history, "config.yaml", history.config_text, yaml.safe_load)
-    data_text = _text(history, "data_report.json")
-    history.data = _mapping(history, "data_report.json", data_text, json.loads)
+    history.config_text, history.config = _mapping(history, "config.yaml", yaml.safe_load)
+    _, history.data = _mapping(history, "data_report.json", json.loads)
     history.numbers = _columns(history)
     history.events = list(_lines(history, "events.jsonl"))
     history.samples = list(_lines(history, "samples.jsonl"))
@@ -126,16 +125,18 @@ def _text(history: RunHistory, name: str) -> str:
     return ""
 
 
-def _mapping(history: RunHistory, name: str, text: str, parse) -> dict:
+def _mapping(history: RunHistory, name: str, parse) -> tuple[str, dict]:
+    """(the file's text, what it says)"""
+    text = _text(history, name)
     try:
         found = parse(text) if text else {}
         if isinstance(found, dict):
-            return found
+            return text, found
         why = f"it holds a {type(found).__name__}"
     except (ValueError, yaml.YAMLError) as error:
         why = str(error).splitlines()[0]
     history.problems.append(f"{name} is damaged ({why}), so it is left out.")
-    return {}
+    return text, {}
 
 
 def _lines(history: RunHistory, name: str):
@@ -156,28 +157,26 @@ def _lines(history: RunHistory, name: str):
     if damaged == [len(lines)]:
         history.problems.append(f"{name}: the last line is cut short, as by a kill; it is left out.")
     elif damaged:
-        which = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        which = first_few(damaged)
         history.problems.append(f"{name}: {len(damaged)} damaged lines are left out (lines {which}).")
 
 
 def _columns(history: RunHistory) -> dict[str, Series]:
     """metrics.jsonl by name: columns, since a long run's lines as dicts would take hundreds of MB."""
-    columns = defaultdict(lambda: (array("d"), array("d"), array("d")))
+    columns = defaultdict(lambda: [array("d") for _ in range(3)])
     for record in _lines(history, "metrics.jsonl"):
         stage, step = record.pop("stage", 0), record.pop("step", None)
         if not isinstance(step, int) or not isinstance(stage, int):
             continue
         for name, value in record.items():
             if isinstance(value, int | float):
-                stages, steps, values = columns[name]
-                stages.append(stage)
-                steps.append(step)
-                values.append(value)
+                for column, number in zip(columns[name], (stage, step, value)):
+                    column.append(number)
     numbers = {name: _once(*map(np.array, column)) for name, column in columns.items()}
     for name, series in numbers.items():
         bad = series.step[~np.isfinite(series.value)].astype(int).tolist()
         if bad:
-            which = ", ".join(f"{step:,}" for step in bad[:5]) + (", ..." if len(bad) > 5 else "")
+            which = first_few([f"{step:,}" for step in bad])
             history.problems.append(f"metrics.jsonl: {name} is not a number at step {which}.")
     return numbers
 

@@ -1,6 +1,5 @@
 """`report.html`: what happened in a run, made from the run folder's files alone, whenever one likes."""
 
-import dataclasses
 import functools
 import os
 from datetime import UTC, datetime
@@ -10,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from fastdpo.config.keys import FIELDS
-from fastdpo.console import formatting
+from fastdpo.console.formatting import counted, duration, first_few, percent, significant
 from fastdpo.data.report import MEANING
 from fastdpo.files import durable
 from fastdpo.report.charts import charts, description, drawable, marks, said
@@ -33,8 +32,7 @@ def write_report(run: Path, ended: bool = True) -> Path:
     history = read_run(run)
     history.ended = ended
     (run / "plots").mkdir(exist_ok=True)
-    page = render(history)
-    durable.write_text(run / "report.html", page)
+    durable.write_text(run / "report.html", render(history))
     return run / "report.html"
 
 
@@ -70,13 +68,10 @@ def render(history: RunHistory) -> str:
 
 @functools.cache
 def _template():
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    for name in ("significant", "signed", "percent", "gigabytes", "duration", "counted"):
-        environment.filters[name] = getattr(formatting, name)
-    environment.filters["shortened"] = shortened
+    here = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=here, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    for filter in (significant, percent, duration, counted, first_few, shortened):
+        environment.filters[filter.__name__] = filter
     return environment.get_template("report.html.jinja")
 
 
@@ -91,10 +86,9 @@ def _facts(history: RunHistory) -> dict:
     """What was trained on what, in a line."""
     config, data = history.config, history.data.get("data") or {}
     names = {"sigmoid": "DPO", "sft": "SFT"}
-    objectives = [str(stage["objective"] or "training") for stage in history.stages()]
-    if not objectives:
-        wanted = config.get("stages") or [{}]
-        objectives = [str(s.get("objective", config.get("objective", "training"))) for s in wanted]
+    begun = [stage["objective"] for stage in history.stages()]
+    wanted = [history.objective(stage) for stage in range(len(config.get("stages") or [0]))]
+    objectives = [str(objective or "training") for objective in begun or wanted]
     lora = config.get("lora_rank")
     return {
         "name": history.run.resolve().name,
@@ -105,7 +99,7 @@ def _facts(history: RunHistory) -> dict:
         "rows": (data.get("kept") or {}).get("rows"),
         "source": data.get("source") or config.get("data"),
         "is_lora": bool(lora),
-        "has_model": history.has_model,
+        "has_model": any((history.run / "model").glob("*.safetensors")),
     }
 
 
@@ -114,56 +108,6 @@ def _figures(history: RunHistory) -> list[dict]:
     return [
         _saved(history, c.name, c.title, c.note, description(c), draw(c, at, history.ended)) for c in found
     ]
-
-
-def _saved(history: RunHistory, name, title, note, words, drawn) -> dict:
-    """Writes the PNG, where there is one, and returns what the page needs of a figure."""
-    svg, png = drawn
-    figure = {"name": name, "title": title, "note": note, "words": words, "svg": Markup(svg)}
-    if png is None:
-        return figure
-    part, path = (history.run / "plots" / f"{prefix}{name}.png" for prefix in (".part-", ""))
-    try:
-        part.write_bytes(png)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return figure
-
-
-def _samples(history: RunHistory) -> list[dict]:
-    """One entry a prompt: its first completion and, where there is a later one, its last."""
-    found = {}
-    for sample in history.samples:
-        entry = found.setdefault((sample.get("row"), sample.get("prompt")), {"before": None, "after": None})
-        entry |= {name: sample.get(name) for name in ("row", "prompt", "chosen")}
-        if sample.get("when") == "start":
-            entry["before"] = entry["before"] or sample
-        else:
-            entry["after"] = sample
-    return list(found.values())
-
-
-def _data(history: RunHistory) -> list[dict]:
-    """The account of each data set, its notes with their meaning."""
-    out = []
-    for name, title in (("data", "training"), ("eval_data", "held-out")):
-        report = history.data.get(name)
-        if not report:
-            continue
-        report = dict(report, title=title)
-        if "rows" in report and "kept" in report:
-            rows = max(report["rows"], 1)
-            report["dropped"] = [
-                {"reason": reason, "share": tally["rows"] / rows, **tally}
-                for reason, tally in report["dropped"].items()
-            ]
-            report["notes"] = [
-                {"name": note, "meaning": MEANING.get(note, ""), **tally}
-                for note, tally in report["notes"].items()
-            ]
-        out.append(report)
-    return out
 
 
 def _lengths(history: RunHistory) -> dict | None:
@@ -177,15 +121,53 @@ def _lengths(history: RunHistory) -> dict | None:
     return _saved(history, "lengths", "Lengths", f"Prompt + response in tokens: {note}.", words, drawn)
 
 
+def _saved(history: RunHistory, name, title, note, words, drawn) -> dict:
+    """Writes the PNG, where there is one, and returns what the page needs of a figure."""
+    svg, png = drawn
+    if png:
+        part, path = (history.run / "plots" / f"{prefix}{name}.png" for prefix in (".part-", ""))
+        try:
+            part.write_bytes(png)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    return {"title": title, "note": note, "words": words, "svg": Markup(svg)}
+
+
+def _samples(history: RunHistory) -> list[dict]:
+    """One entry a prompt: its first completion and, where there is a later one, its last."""
+    found = {}
+    for sample in history.samples:
+        entry = found.setdefault((sample.get("row"), sample.get("prompt")), {"before": None, "after": None})
+        entry |= {name: sample.get(name) for name in ("row", "prompt", "chosen")}
+        if sample.get("when") != "start":
+            entry["after"] = sample
+        elif not entry["before"]:
+            entry["before"] = sample
+    return list(found.values())
+
+
+def _data(history: RunHistory) -> list[dict]:
+    """The account of each data set, its notes with their meaning."""
+    out = []
+    for name, title in (("data", "training"), ("eval_data", "held-out")):
+        report = dict(history.data.get(name) or {})
+        if "rows" in report and "kept" in report:
+            rows, dropped, notes = max(report["rows"], 1), report["dropped"].items(), report["notes"].items()
+            report["dropped"] = [dict(tally, name=n, share=tally["rows"] / rows) for n, tally in dropped]
+            report["notes"] = [dict(tally, name=n, meaning=MEANING.get(n, "")) for n, tally in notes]
+        if report:
+            out.append(dict(report, title=title))
+    return out
+
+
 def _config(history: RunHistory) -> list[dict]:
     """The keys that are not at their default."""
     out = []
-    for name, value in history.config.items():
+    for name, value in history.settings().items():
         known = FIELDS.get(name)
-        default = known.default if known else dataclasses.MISSING
-        if known is None or value != default:
-            doc = known.metadata["doc"] if known else "a key that this version does not know"
-            out.append({"name": name, "value": value, "default": default if known else "", "doc": doc})
+        doc = known.metadata["doc"] if known else "a key that this version does not know"
+        out.append({"name": name, "value": value, "default": known.default if known else "", "doc": doc})
     return out
 
 
@@ -193,8 +175,7 @@ def _environment(history: RunHistory) -> list[dict]:
     """What the run ran on; again where a resumed run found something else."""
     out = []
     for event in history.happened("start", "resume"):
-        ran = {key: event.get(key) for key in ("versions", "device", "git_sha", "command")}
-        ran = {key: value for key, value in ran.items() if value}
+        ran = {key: event[key] for key in ("versions", "device", "git_sha", "command") if event.get(key)}
         if ran and (not out or ran != out[-1]["ran"]):
-            out.append({"time": event.get("time"), "event": event["event"], "ran": ran})
+            out.append({"event": event["event"], "ran": ran})
     return out

@@ -3,14 +3,16 @@
 import io
 import itertools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
+
+from fastdpo.report.history import Series
 
 # Okabe and Ito's colours, told apart by colour-blind people too. The report's style sheet names the same
 # ones and lighter ones for a dark page: in the SVG each of these becomes the style sheet's variable.
@@ -25,6 +27,7 @@ COLOURS = {
 }
 _MOST_POINTS = 400  # of a curve: more than its pixels show nothing, and only make the page heavy
 _DASHED = (0, (4, 2))
+_SMALL_PRINT = dict(textcoords="offset points", color=COLOURS["muted"], size=8.5)
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: readable by machines, in the page's own font
     "svg.hashsalt": "fastdpo",
@@ -41,18 +44,8 @@ class Curve:
 
     label: str
     colour: str
-    step: np.ndarray
-    value: np.ndarray
-    stage: np.ndarray
-    dots: bool = False
-
-
-@dataclass
-class Level:
-    """A horizontal line to compare with, such as chance or the clip."""
-
-    value: float
-    label: str
+    series: Series
+    dots: bool
 
 
 @dataclass
@@ -63,7 +56,7 @@ class Chart:
     title: str
     unit: str
     curves: list[Curve]
-    levels: list[Level] = field(default_factory=list)
+    levels: list[tuple[float, str]]  # to compare with, such as chance or the clip
     log_scale: bool = False
     note: str = ""  # what a reader should know
 
@@ -80,24 +73,23 @@ class Mark:
 def draw(chart: Chart, marks: list[Mark], png: bool) -> tuple[str, bytes | None]:
     """(SVG without its XML header, PNG where it is asked for)."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 3.0))
-        axes = _axes(figure)
+        axes = _axes("optimizer step", chart.unit)
         for curve in chart.curves:
             _plot(axes, curve)
         if chart.log_scale:
             axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(short))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
-        axes.set_ylabel(chart.unit, color=COLOURS["ink"], labelpad=7)
-        axes.set_xlabel("optimizer step", color=COLOURS["ink"])
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axes.yaxis.set_major_formatter(short)
+        axes.yaxis.set_minor_formatter("")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        for level in chart.levels:
-            _level(axes, level)
-        first = min(curve.step[0] for curve in chart.curves)
+        for value, label in chart.levels:
+            axes.axhline(value, color=COLOURS["muted"], lw=1, ls=(0, (1, 2)))
+            at_the_right = dict(xycoords=axes.get_yaxis_transform(), xytext=(0, 2), ha="right")
+            axes.annotate(label, (0.998, value), **at_the_right, **_SMALL_PRINT)
+        first = min(curve.series.step[0] for curve in chart.curves)
         _mark(axes, [mark for mark in marks if mark.step >= first or (mark.is_stage and first <= 1)])
         _legend(axes, chart.curves)
-        return _render(figure, axes, chart.name, chart.title, png)
+        return _render(axes, chart.name, chart.title, png)
 
 
 def draw_lengths(
@@ -105,42 +97,41 @@ def draw_lengths(
 ) -> tuple[str, bytes | None]:
     """The histogram of sequence lengths, and where rows are cut."""
     with rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 3.0))
-        axes = _axes(figure)
+        axes = _axes("prompt + response, in tokens", "responses")
         axes.bar(edges[:-1], counts, np.diff(edges) * 0.92, align="edge", color=COLOURS["train"])
-        axes.set_xlabel("prompt + response, in tokens", color=COLOURS["ink"])
-        axes.set_ylabel("responses", color=COLOURS["ink"], labelpad=7)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+            axis.set_major_formatter("{x:,.0f}")
         if limit and limit <= 1.5 * edges[-1]:
             _mark(axes, [Mark(limit, f"max_length {limit:,}", False)])
-        return _render(figure, axes, "lengths", "Lengths", png)
+        return _render(axes, "lengths", "Lengths", png)
 
 
-def _axes(figure: Figure) -> Axes:
-    axes = figure.add_axes((0.15, 0.165, 0.83, 0.72))
+def _axes(x_label: str, y_label: str) -> Axes:
+    axes = Figure(figsize=(5.2, 3.0)).add_axes((0.15, 0.165, 0.83, 0.72))
     axes.grid(True, axis="y", color=COLOURS["grid"], lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=COLOURS["ink"], length=0, which="both")
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(COLOURS["muted"])
     axes.margins(x=0.015, y=0.1)  # room above the curves for the names of the marks
+    axes.set_xlabel(x_label, color=COLOURS["ink"])
+    axes.set_ylabel(y_label, color=COLOURS["ink"], labelpad=7)
     return axes
 
 
 def _plot(axes: Axes, curve: Curve) -> None:
     colour, label = COLOURS[curve.colour], curve.label
-    for stage in np.unique(curve.stage):
-        step, value = curve.step[curve.stage == stage], curve.value[curve.stage == stage]
-        if curve.dots or len(step) < 20:
-            step, value = thinned(step, value)
-            dash = _DASHED if curve.dots else "-"
-            size = 4 if len(step) <= 40 else 0
-            axes.plot(step, value, color=colour, lw=1.6, ls=dash, marker="o", ms=size, label=label)
+    for stage in np.unique(curve.series.stage):
+        part = curve.series.of_stage(stage)
+        if curve.dots or len(part) < 20:
+            part = thinned(part)
+            marker = dict(marker="o", ms=4 if len(part) <= 40 else 0, ls=_DASHED if curve.dots else "-")
+            axes.plot(part.step, part.value, color=colour, lw=1.6, label=label, **marker)
         else:
-            axes.plot(*thinned(step, value), color=colour, lw=1, alpha=0.28)
-            axes.plot(*every_nth(step, smoothed(value)), color=colour, lw=1.8, label=label)
+            raw, some = thinned(part), np.linspace(0, len(part) - 1, _MOST_POINTS // 2).astype(int)
+            some = np.unique(some)
+            axes.plot(raw.step, raw.value, color=colour, lw=1, alpha=0.28)
+            axes.plot(part.step[some], smoothed(part.value)[some], color=colour, lw=1.8, label=label)
         label = None  # a legend entry for all stages
 
 
@@ -153,31 +144,8 @@ def _mark(axes: Axes, marks: list[Mark]) -> None:
     for mark in marks:
         if mark.label:
             late = mark.step > left + 0.8 * (right - left)
-            axes.annotate(
-                mark.label,
-                (mark.step, 0.985),
-                xycoords=x_axis,
-                xytext=(-3 if late else 3, 0),
-                ha="right" if late else "left",
-                textcoords="offset points",
-                color=COLOURS["muted"],
-                size=8.5,
-                va="top",
-            )
-
-
-def _level(axes: Axes, level: Level) -> None:
-    axes.axhline(level.value, color=COLOURS["muted"], lw=1, ls=(0, (1, 2)))
-    axes.annotate(
-        level.label,
-        (0.998, level.value),
-        xycoords=axes.get_yaxis_transform(),
-        xytext=(0, 2),
-        textcoords="offset points",
-        color=COLOURS["muted"],
-        size=8.5,
-        ha="right",
-    )
+            side = dict(xytext=(-3, 0), ha="right") if late else dict(xytext=(3, 0), ha="left")
+            axes.annotate(mark.label, (mark.step, 0.985), xycoords=x_axis, va="top", **side, **_SMALL_PRINT)
 
 
 def _legend(axes: Axes, curves: list[Curve]) -> None:
@@ -189,31 +157,20 @@ def _legend(axes: Axes, curves: list[Curve]) -> None:
     if len(curves) > 2:
         handles = {curve.label: handles[curve.label] for curve in curves if not curve.dots}
         handles["held-out"] = Line2D([], [], color=COLOURS["ink"], lw=1.6, ls=_DASHED, marker="o", ms=4)
-    axes.legend(
-        handles.values(),
-        handles.keys(),
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 0.985),
-        ncols=4,
-        frameon=False,
-        labelcolor=COLOURS["ink"],
-        handlelength=1.8,
-        columnspacing=1.2,
-        handletextpad=0.5,
-        borderpad=0.1,
-    )
+    place = dict(loc="lower left", bbox_to_anchor=(-0.02, 0.985), ncols=4, columnspacing=1.2, borderpad=0.1)
+    look = dict(frameon=False, labelcolor=COLOURS["ink"], handlelength=1.8, handletextpad=0.5)
+    axes.legend(handles.values(), handles.keys(), **place, **look)
 
 
-def _render(figure: Figure, axes: Axes, name: str, title: str, png: bool) -> tuple[str, bytes | None]:
-    svg, picture = io.StringIO(), io.BytesIO()
+def _render(axes: Axes, name: str, title: str, png: bool) -> tuple[str, bytes | None]:
+    svg, picture, figure = io.StringIO(), io.BytesIO(), axes.figure
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    if not png:
-        return themed(svg.getvalue(), name), None
-    figure.set_figheight(3.2)
-    axes.set_position((0.15, 0.152, 0.83, 0.665))
-    figure.text(0.02, 0.985, title, weight="bold", size=11, va="top", color=COLOURS["ink"])
-    figure.savefig(picture, format="png", dpi=130, facecolor="white", pil_kwargs={"compress_level": 2})
-    return themed(svg.getvalue(), name), picture.getvalue()
+    if png:
+        figure.set_figheight(3.2)
+        axes.set_position((0.15, 0.152, 0.83, 0.665))
+        figure.text(0.02, 0.985, title, weight="bold", size=11, va="top", color=COLOURS["ink"])
+        figure.savefig(picture, format="png", dpi=130, facecolor="white", pil_kwargs={"compress_level": 2})
+    return themed(svg.getvalue(), name), picture.getvalue() or None
 
 
 def themed(svg: str, name: str) -> str:
@@ -224,27 +181,20 @@ def themed(svg: str, name: str) -> str:
     for colour, value in COLOURS.items():
         svg = svg.replace(value, f"var(--{colour})")
     # The page says how large it is, what it is called and which font it has.
-    svg = re.sub(
-        r'<svg\b[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', svg, count=1
-    )
+    svg = re.sub(r'<svg\b[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', svg, count=1)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     return re.sub(r"\n\s*", "\n", svg).replace("xlink:href", "href")
 
 
-def thinned(step: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def thinned(series: Series) -> Series:
     """At most _MOST_POINTS points: the lowest and the highest of each stretch, so that spikes stay."""
-    if len(step) <= _MOST_POINTS:
-        return step, value
-    bounds = np.linspace(0, len(step), _MOST_POINTS // 2 + 1).astype(int)
-    parts = list(itertools.pairwise(bounds))
-    kept = {a + int(f(value[a:b])) for a, b in parts for f in (np.argmin, np.argmax)} | {0, len(step) - 1}
-    kept = sorted(kept)
-    return step[kept], value[kept]
-
-
-def every_nth(step: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    kept = np.unique(np.linspace(0, len(step) - 1, _MOST_POINTS // 2).astype(int))
-    return step[kept], value[kept]
+    if len(series) <= _MOST_POINTS:
+        return series
+    bounds = np.linspace(0, len(series), _MOST_POINTS // 2 + 1).astype(int)
+    lowest_and_highest = [
+        a + int(f(series.value[a:b])) for a, b in itertools.pairwise(bounds) for f in (np.argmin, np.argmax)
+    ]
+    return series.where(np.unique([0, *lowest_and_highest, len(series) - 1]))
 
 
 def smoothed(value: np.ndarray) -> np.ndarray:

@@ -7,27 +7,20 @@ import numpy as np
 from fastdpo.console.formatting import counted, duration, gigabytes, percent, signed, significant
 from fastdpo.report.history import RunHistory
 
-# (metric, what it is called, how it is written, whether lower is better; None: neither)
+# (metric, what it is called, and at the top, how it is written, whether lower is better; None: neither)
 _NUMBERS = (
-    ("loss", "loss", significant, True),
-    ("rewards/accuracies", "accuracy over the reference", percent, False),
-    ("logps/accuracies", "accuracy of the policy alone", percent, False),
-    ("rewards/margins", "reward margin", significant, False),
-    ("kl", "KL from the reference, nats a token", significant, None),
-    ("rewards/chosen", "reward of the chosen", significant, None),
-    ("rewards/rejected", "reward of the rejected", significant, None),
-    ("logps/chosen", "log-prob of the chosen, nats", significant, None),
-    ("logps/rejected", "log-prob of the rejected, nats", significant, None),
-    ("entropy", "entropy, nats a token", significant, None),
-    ("mean_token_accuracy", "token accuracy on the chosen", percent, False),
+    ("loss", "loss", "Loss", significant, True),
+    ("rewards/accuracies", "accuracy over the reference", "Accuracy over the reference", percent, False),
+    ("logps/accuracies", "accuracy of the policy alone", "Accuracy of the policy alone", percent, False),
+    ("rewards/margins", "reward margin", "Reward margin", significant, False),
+    ("kl", "KL from the reference, nats a token", "KL", significant, None),
+    ("rewards/chosen", "reward of the chosen", None, significant, None),
+    ("rewards/rejected", "reward of the rejected", None, significant, None),
+    ("logps/chosen", "log-prob of the chosen, nats", None, significant, None),
+    ("logps/rejected", "log-prob of the rejected, nats", None, significant, None),
+    ("entropy", "entropy, nats a token", None, significant, None),
+    ("mean_token_accuracy", "token accuracy on the chosen", None, percent, False),
 )
-_TILES = {
-    "loss": "Loss",
-    "rewards/accuracies": "Accuracy over the reference",
-    "logps/accuracies": "Accuracy of the policy alone",
-    "rewards/margins": "Reward margin",
-    "kl": "KL",
-}
 
 
 def ending(history: RunHistory) -> dict:
@@ -41,22 +34,16 @@ def ending(history: RunHistory) -> dict:
     spent = seconds_spent(history)
     took = f" after {duration(spent)}" if spent else ""
     way_on = "The same command with --resume goes on from the newest checkpoint."
-    kind = last.get("event")
-    if kind == "done":
-        state, headline, text = "done", f"Finished{f' in {duration(spent)}' if spent else ''}", ""
-    elif kind == "stopped":
-        state = "stopped"
-        headline = f"Stopped by {last.get('signal') or 'a signal'} at {where}{took}"
-        text = way_on
-    elif kind == "error":
-        state, headline = "failed", f"Failed at {where}{took}"
-        text = str(last.get("message") or "")
-    elif kind:
-        state, headline = "running", f"At {where}{took}"
-        text = f"It had not ended when this page was written; if its process is gone, it was killed. {way_on}"
-    else:
-        state, headline = "unknown", f"At {where}"
-        text = "events.jsonl does not say whether the run ended."
+    done = f"Finished in {duration(spent)}" if spent else "Finished"
+    stopped = f"Stopped by {last.get('signal') or 'a signal'} at {where}{took}"
+    going_on = "It had not ended when this page was written; if its process is gone, it was killed."
+    unknown = "events.jsonl does not say whether the run ended."
+    state, headline, text = {
+        "done": ("done", done, ""),
+        "stopped": ("stopped", stopped, way_on),
+        "error": ("failed", f"Failed at {where}{took}", str(last.get("message") or "")),
+        None: ("unknown", f"At {where}", unknown),
+    }.get(last.get("event"), ("running", f"At {where}{took}", f"{going_on} {way_on}"))
     return {
         "state": state,
         "headline": headline,
@@ -71,7 +58,7 @@ def _which_weights(history: RunHistory, state: str) -> str:
     """Which step's weights model/ holds, and whether others did better on the held-out rows."""
     stages = history.stages()
     loss = history.series("eval_loss", stages[-1]["stage"]) if stages else ()
-    if not len(loss) or len(loss) < 2:
+    if len(loss) < 2:
         return ""
     best = int(np.argmin(loss.value))
     at = lambda i: f"{significant(loss.value[i])} at step {loss.step[i]:,.0f}"
@@ -85,16 +72,12 @@ def _which_weights(history: RunHistory, state: str) -> str:
 
 def seconds_spent(history: RunHistory) -> float:
     """Between the first and the last event of each process that worked on the run."""
-    spent, begin, last = 0.0, None, None
-    for event in history.events:
-        time = moment(event)
-        if time is None:
-            continue
+    processes = [[]]
+    for event in filter(moment, history.events):
         if event.get("event") in ("start", "resume"):
-            spent += (last - begin).total_seconds() if begin else 0
-            begin = time
-        begin, last = begin or time, time
-    return spent + ((last - begin).total_seconds() if begin else 0)
+            processes.append([])
+        processes[-1].append(moment(event))
+    return sum((times[-1] - times[0]).total_seconds() for times in processes if times)
 
 
 def moment(event: dict) -> datetime | None:
@@ -106,11 +89,8 @@ def moment(event: dict) -> datetime | None:
 
 def headline_numbers(history: RunHistory) -> list[dict]:
     """The last stage's loss, accuracy, margin and KL, before and after."""
-    tables = stage_tables(history)
-    if not tables:
-        return []
-    rows = {row["metric"]: row for row in tables[-1]["rows"]}
-    return [dict(rows[name], title=title) for name, title in _TILES.items() if name in rows]
+    last = stage_tables(history)[-1:]
+    return [dict(row, title=row["tile"]) for table in last for row in table["rows"] if row["tile"]]
 
 
 def stage_tables(history: RunHistory) -> list[dict]:
@@ -124,33 +104,27 @@ def stage_tables(history: RunHistory) -> list[dict]:
         if not len(loss):
             continue
         first, last = loss.step[0], loss.step[-1]
-        best = loss.step[int(np.argmin(loss.value))] if held_out else None
+        best = loss.step[np.argmin(loss.value)] if held_out else first
         steps = (first, None if best in (first, last) else best, last)
         rows = [_row(history, history.series(f"{prefix}{n[0]}", number), steps, *n) for n in _NUMBERS]
-        out.append(
-            {
-                "stage": number,
-                "objective": stage["objective"],
-                "held_out": held_out,
-                "steps": steps if first < last else (None, None, last),
-                "rows": [row for row in rows if row],
-            }
-        )
+        table = {"stage": number, "objective": stage["objective"], "held_out": held_out}
+        table |= {"steps": steps if first < last else (None, None, last), "rows": list(filter(None, rows))}
+        out.append(table)
     return out
 
 
-def _row(history, series, steps, metric, title, written, lower_is_better) -> dict | None:
+def _row(history, series, steps, metric, title, tile, written, lower_is_better) -> dict | None:
     """One number at the first, the best (or None) and the last step."""
     before, best, after = (None if step is None else series.at(step) for step in steps)
     if after is None:
         return None
     write = lambda value: "" if value is None else written(value)
-    row = {"metric": metric, "title": title, "best": write(best), "after": write(after)}
-    if metric == "rewards/accuracies" and before is not None:
-        if history.all_ties([series.stage[0]], [steps[0]], [before])[0]:
-            return row | {"before": "all ties", "change": "", "verdict": ""}
+    row = {"metric": metric, "title": title, "tile": tile, "best": write(best), "after": write(after)}
+    row |= {"before": "", "change": "", "verdict": ""}
+    if metric == "rewards/accuracies" and history.all_ties(series.where(series.step == steps[0])).any():
+        return row | {"before": "all ties"}
     if steps[0] == steps[2]:
-        return row | {"before": "", "change": "", "verdict": ""}
+        return row
     change = after - before if before is not None else 0.0
     better = None if lower_is_better is None or not change else (change < 0) == lower_is_better
     return row | {
@@ -162,22 +136,15 @@ def _row(history, series, steps, metric, title, written, lower_is_better) -> dic
 
 def timeline(history: RunHistory, most_checkpoints: int) -> dict:
     """What happened when; of many checkpoints only the newest."""
-    checkpoints = history.happened("checkpoint")
-    hidden = {id(event) for event in checkpoints[:-most_checkpoints]}
-    start = next((t for t in map(moment, history.events) if t), None)
+    hidden = {id(event) for event in history.happened("checkpoint")[:-most_checkpoints]}
+    start = next(filter(None, map(moment, history.events)), None)
     rows = []
     for event in history.events:
-        if id(event) in hidden:
-            continue
-        time = moment(event)
-        rows.append(
-            {
-                "time": time.strftime("%Y-%m-%d %H:%M:%S") if time else "",
-                "since": duration((time - start).total_seconds()) if time and start else "",
-                "event": event.get("event", ""),
-                "text": _TEXT.get(event.get("event"), _plain)(event),
-            }
-        )
+        if id(event) not in hidden:
+            time, kind = moment(event), event.get("event", "")
+            row = {"time": time.strftime("%Y-%m-%d %H:%M:%S") if time else ""}
+            row |= {"since": duration((time - start).total_seconds()) if time else ""}
+            rows.append(row | {"event": kind, "text": _TEXT.get(kind, _plain)(event)})
     return {"rows": rows, "hidden": len(hidden)}
 
 
@@ -188,8 +155,8 @@ def _plain(event: dict) -> str:
 def _started(event: dict) -> str:
     from_where = f"from {event['checkpoint']}" if event.get("checkpoint") else "from the model as loaded"
     skipped = event.get("skipped") or {}
-    pairs = skipped.items() if isinstance(skipped, dict) else ((s, "") for s in skipped)
-    return from_where + "".join(f"; passed over {name}: {why}" for name, why in pairs)
+    skipped = skipped if isinstance(skipped, dict) else dict.fromkeys(skipped, "")
+    return from_where + "".join(f"; passed over {name}: {why}" for name, why in skipped.items())
 
 
 def _checkpoint(event: dict) -> str:
@@ -200,8 +167,8 @@ def _checkpoint(event: dict) -> str:
 
 
 def _stage(event: dict) -> str:
-    steps = f"{counted(event['steps'], 'step')}, {counted(event['groups'], 'prompt')}"
-    return f"{event['objective']}: {steps}, {counted(event['responses'], 'response')}"
+    nouns = {"steps": "step", "groups": "prompt", "responses": "response"}
+    return f"{event['objective']}: {', '.join(counted(event[key], noun) for key, noun in nouns.items())}"
 
 
 def _reference(event: dict) -> str:

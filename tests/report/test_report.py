@@ -19,7 +19,7 @@ from fastdpo.console import formatting
 from fastdpo.data.report import DataReport
 from fastdpo.data.rows import RowProblem
 from fastdpo.files import durable
-from fastdpo.report.history import read_run
+from fastdpo.report.history import Series, read_run
 from fastdpo.report.page import write_report
 from fastdpo.report.plots import smoothed, thinned
 from tests import tiny
@@ -340,8 +340,8 @@ def test_many_lines_are_quick_and_light(tmp_path):
 def test_thinning_keeps_spikes_and_smoothing_keeps_lines():
     value = np.zeros(50_000)
     value[31_234] = 7.0
-    step, thin = thinned(np.arange(50_000), value)
-    assert len(step) <= 403 and thin.max() == 7 and step[0] == 0 and step[-1] == 49_999
+    thin = thinned(Series(np.zeros(50_000), np.arange(50_000), value))
+    assert len(thin) <= 403 and thin.value.max() == 7 and thin.step[0] == 0 and thin.step[-1] == 49_999
     line = np.linspace(3, 5, 1000)
     assert np.allclose(smoothed(line), line)
 
@@ -362,6 +362,7 @@ def test_thinning_keeps_spikes_and_smoothing_keeps_lines():
         (formatting.gigabytes(1.734e9), "1.73 GB"),
         (formatting.gigabytes(12), "12 bytes"),
         (formatting.counted(1, "row"), "1 row"),
+        (formatting.first_few([1, 2, 3], most=2), "1, 2, ..."),
     ],
 )
 def test_formatting(written, said):
