@@ -96,6 +96,11 @@ class RunHistory:
         return wanted.get("objective") or self.config.get("objective")
 
     @property
+    def rows_kept(self) -> int | None:
+        """How many rows of the data could be used, where that is known."""
+        return ((self.data.get("data") or {}).get("kept") or {}).get("rows")
+
+    @property
     def last_step(self) -> int:
         """The last step known of: logged, or saved since the run last went on."""
         logged = max((s.step.max() for s in self.numbers.values() if len(s)), default=0)

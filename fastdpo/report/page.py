@@ -96,7 +96,7 @@ def _facts(history: RunHistory) -> dict:
         "model": config.get("model", "a model that config.yaml would name"),
         "objectives": " then ".join(names.get(name, name) for name in objectives),
         "how": f"LoRA of rank {lora}" if lora else "all weights",
-        "rows": (data.get("kept") or {}).get("rows"),
+        "rows": history.rows_kept,
         "source": data.get("source") or config.get("data"),
         "is_lora": bool(lora),
         "has_model": any((history.run / "model").glob("*.safetensors")),
