@@ -14,12 +14,7 @@ from fastdpo.publish.model_card import adapter_settings, base_of
 
 _LOG_IN = "run `hf auth login` with a token that may write, or set HF_TOKEN"
 # What of an earlier model in the same repository would be loaded together with, or instead of, this one.
-_STALE = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-)
+_STALE = "model*.safetensors model.safetensors.index.json adapter_model.safetensors adapter_config.json"
 
 
 class HubError(FastDPOError):
@@ -40,8 +35,7 @@ def check_hub(name: str | None, key: str = "push_to_hub") -> None:
     except LocalTokenNotFoundError:
         raise ConfigError(f"{key}: not logged in to the Hugging Face hub; {_LOG_IN}") from None
     except Exception as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(error, HfHubHTTPError) and status in (401, 403):
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             raise ConfigError(f"{key}: the hub does not accept the token; {_LOG_IN}: {error}") from None
         raise ConfigError(f"{key}: the hub cannot be reached: {type(error).__name__}: {error}") from None
 
@@ -66,16 +60,14 @@ def push(folder: Path, name: str, console: Console) -> str:
             repo_id=getattr(address, "repo_id", name),
             folder_path=folder,
             commit_message="Upload by fastdpo",
-            delete_patterns=list(_STALE),
+            delete_patterns=_STALE.split(),
         )
     except KeyboardInterrupt:
         text = f"not pushed; the model is whole in {folder}. To try again: {again}"
         console.print(escape(text), highlight=False, soft_wrap=True)
         raise
     except Exception as error:  # the network, the hub's refusals, a log-in that ran out
-        why = f"{type(error).__name__}: {error}"
-        raise HubError(
-            f"{name} was not pushed: {why}\nThe model is whole in {folder}. To try again: {again}"
-        ) from None
+        why = f"{type(error).__name__}: {error}\nThe model is whole in {folder}. To try again: {again}"
+        raise HubError(f"{name} was not pushed: {why}") from None
     console.print(f"pushed to {address}", highlight=False, soft_wrap=True)
     return str(address)

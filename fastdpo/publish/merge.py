@@ -22,10 +22,7 @@ _TOKENS = 32  # of the row on which the merged model is compared with base + ada
 
 
 def merge(
-    source: str | Path,
-    output: str | Path | None = None,
-    dtype: str = "auto",
-    console: Console | None = None,
+    source: str | Path, output: str | Path | None = None, dtype: str = "auto", console: Console | None = None
 ) -> Path:
     """Writes the adapter in a run folder (or in a peft folder) merged into its base, as a folder that
     AutoModelForCausalLM loads, tokenizer included; returns it (default: `source`-merged beside it).
@@ -47,13 +44,13 @@ def merge(
     wanted = _DTYPES.get(dtype) or model_config.dtype or torch.float32
     named = f"merging {adapter} into {base_of(settings)}, in {str(wanted).removeprefix('torch.')}"
     console.print(escape(named), highlight=False, soft_wrap=True)
-    if _trained_in_4bit(adapter):
+    run = run_of(adapter)
+    if run and read_yaml(run / "config.yaml").get("load_in_4bit"):
         text = (
-            "load_in_4bit: the run trained on this base in 4 bits. The merged model has its whole weights, so"
+            "load_in_4bit: the run trained on this base in 4 bits. The merged model has its whole weights, "
         )
-        console.print(
-            f"[yellow]{text} its log-probs differ from the run's by what 4 bits lost", soft_wrap=True
-        )
+        text += "so its log-probs differ from the run's by what 4 bits lost"
+        console.print(f"[yellow]{text}", soft_wrap=True)
     tokenizer = _tokenizer(adapter, settings)
     model = _with_adapter(adapter, settings, model_config, wanted)
     merged = _merged(model, wanted, console)
@@ -61,7 +58,7 @@ def merge(
         with durable.new_folder(output) as part:
             merged.save_pretrained(part)
             tokenizer.save_pretrained(part)
-            add_card(run_of(adapter), part, console, adapter=adapter)
+            add_card(run, part, console, adapter=adapter)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--output: cannot write into {output}: {error}") from None
     console.print(f"[bold]done:[/] {escape(f'the merged model is in {output}')}", soft_wrap=True)
@@ -76,16 +73,13 @@ def _read_settings(adapter: Path) -> dict:
     kind = settings.get("peft_type") if isinstance(settings, dict) else None
     if kind != "LORA":
         raise ModelError(f"merge: {adapter} is of peft_type {kind}; only LORA adapters can be merged")
-    if not settings.get("base_model_name_or_path"):
+    base, weights = base_of(settings), "adapter_model.safetensors"
+    if not base:
         raise ModelError(f"merge: {adapter}/{SETTINGS} names no base; set base_model_name_or_path there")
-    if not (adapter / "adapter_model.safetensors").exists():
-        raise ModelError(
-            f"merge: {adapter} has no adapter_model.safetensors; save it with peft's save_pretrained"
-        )
-    if Path(base_of(settings), SETTINGS).exists():
-        raise ModelError(
-            f"merge: {base_of(settings)}, the base of {adapter}, is an adapter itself; merge it first"
-        )
+    if not (adapter / weights).exists():
+        raise ModelError(f"merge: {adapter} has no {weights}; save it with peft's save_pretrained")
+    if Path(base, SETTINGS).exists():
+        raise ModelError(f"merge: {base}, the base of {adapter}, is an adapter itself; merge it first")
     return settings
 
 
@@ -105,12 +99,6 @@ def _base_config(adapter: Path, settings: dict):
     return config
 
 
-def _trained_in_4bit(adapter: Path) -> bool:
-    run = run_of(adapter)
-    path = run and run / "config.yaml"
-    return bool(path and read_yaml(path).get("load_in_4bit"))
-
-
 def _tokenizer(adapter: Path, settings: dict):
     """The adapter's own, as it was trained with it, or the base's."""
     beside = any((adapter / name).exists() for name in TOKENIZERS)
@@ -127,17 +115,16 @@ def _with_adapter(adapter: Path, settings: dict, model_config, dtype: torch.dtyp
         import peft
     except ImportError:
         raise ModelError("merge: adapters need peft: pip install 'fastdpo[peft]'") from None
-    unknown = [key for key in settings if settings[key] and key not in peft.LoraConfig.__dataclass_fields__]
-    if unknown:
-        raise ModelError(
-            f"merge: {adapter} sets {unknown[0]}, which the installed peft does not know: update peft"
-        )
+    for key in settings:
+        if settings[key] and key not in peft.LoraConfig.__dataclass_fields__:
+            raise ModelError(
+                f"merge: {adapter} sets {key}, which the installed peft does not know: update peft"
+            )
+    name, revision = base_of(settings), settings.get("revision") or "main"
     try:
-        base = AutoModelForCausalLM.from_pretrained(
-            base_of(settings), config=model_config, dtype=dtype, revision=settings.get("revision") or "main"
-        )
+        base = AutoModelForCausalLM.from_pretrained(name, config=model_config, dtype=dtype, revision=revision)
     except Exception as error:
-        raise ModelError(f"merge: cannot load the base {base_of(settings)!r}: {error}") from None
+        raise ModelError(f"merge: cannot load the base {name!r}: {error}") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's, on embeddings: what they fear is checked below
@@ -148,9 +135,7 @@ def _with_adapter(adapter: Path, settings: dict, model_config, dtype: torch.dtyp
     except Exception as error:  # whatever shapes, names and newer settings make peft raise
         odd = [f"{type(error).__name__}: {str(error).strip()[:300]}"]
     if odd:
-        raise ModelError(
-            f"merge: {adapter} does not fit {base_of(settings)}, the base that it names.\n{odd[0]}"
-        )
+        raise ModelError(f"merge: {adapter} does not fit {name}, the base that it names.\n{odd[0]}")
     return model.eval()
 
 
@@ -162,11 +147,8 @@ def _merged(model, dtype: torch.dtype, console: Console):
     core = model.get_base_model()
     untied = _untie(core)
     limit = getattr(core.config.get_text_config(), "max_position_embeddings", None) or _TOKENS
-    ids = torch.randint(
-        core.get_input_embeddings().weight.shape[0],
-        (1, min(_TOKENS, limit)),
-        generator=torch.Generator().manual_seed(0),
-    )
+    n_ids, same = core.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
+    ids = torch.randint(n_ids, (1, min(_TOKENS, limit)), generator=same)
     expected = model(ids).logits.float()
     with model.disable_adapter():
         moved = expected - model(ids).logits.float()
@@ -181,15 +163,19 @@ def _merged(model, dtype: torch.dtype, console: Console):
             merged = model.merge_and_unload().to(dtype)
     except (ValueError, RuntimeError) as error:  # weights that are not numbers, kinds that do not merge
         raise ModelError(f"merge: {error}") from None
-    if untied and torch.equal(core.get_input_embeddings().weight, core.get_output_embeddings().weight):
-        _tie(core, True)
-        core.tie_weights()
-    elif untied:
-        _tie(core, False)
-        text = "the base ties its lm_head to its embeddings, and the adapter changes them apart: the merged"
-        console.print(f"{text} model has both (tie_word_embeddings: false)", soft_wrap=True)
-    width = core.get_input_embeddings().weight.shape[1]
-    _check(merged(ids).logits.float(), expected, moved, _units_of_rounding(width, dtype), dtype, console)
+    inside, out = core.get_input_embeddings().weight, core.get_output_embeddings().weight
+    if untied:
+        tied = torch.equal(inside, out)
+        core.config.tie_word_embeddings = core.config.get_text_config().tie_word_embeddings = tied
+        if tied:
+            core.tie_weights()
+        else:
+            text = (
+                "the base ties its lm_head to its embeddings, and the adapter changes them apart: the merged"
+            )
+            console.print(f"{text} model has both (tie_word_embeddings: false)", soft_wrap=True)
+    units = _units_of_rounding(inside.shape[1], dtype)
+    _check(merged(ids).logits.float(), expected, moved, units, dtype, console)
     return merged
 
 
@@ -206,10 +192,6 @@ def _untie(core) -> bool:
     base = getattr(out, "base_layer", getattr(out, "original_module", out))
     base.weight = torch.nn.Parameter(base.weight.detach().clone(), requires_grad=False)
     return True
-
-
-def _tie(core, tied: bool) -> None:
-    core.config.tie_word_embeddings = core.config.get_text_config().tie_word_embeddings = tied
 
 
 def _units_of_rounding(width: int, dtype: torch.dtype) -> float:

@@ -1,8 +1,12 @@
 """Greedy completions of a few prompts, before and after training, for the report."""
 
+import itertools
+from functools import partial
+
 import torch
 from rich.console import Console
 from rich.markup import escape
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from fastdpo.model.policy import Policy
@@ -24,20 +28,20 @@ def complete(
     """
     model, was_training, config = policy.core, policy.model.training, policy.core.generation_config
     ends = end_tokens(policy, tokenizer, groups)
+    pad = tokenizer.pad_token_id  # any id does: padding is masked
     policy.model.eval()
     # In place of the model's own, whose sampling and penalties (Qwen's 1.1) would have a say here.
     model.generation_config = GenerationConfig(
         do_sample=False,
         use_cache=True,
         eos_token_id=ends or None,
-        pad_token_id=padding(tokenizer, ends),
+        pad_token_id=pad if pad is not None else (ends or [0])[0],
     )
     completions = {}
     try:
         with policy.stock(), policy.autocast():
             for batch, room in batches(policy, groups, max_new_tokens):
-                new = generate(model, [g.prompt.tolist() for g in batch], room)
-                completions |= {id(g): cut(ids, ends) for g, ids in zip(batch, new)}
+                completions |= zip(map(id, batch), generate(model, batch, room))
     except Exception as error:  # whatever a model's own generation code raises
         why = escape(f"{type(error).__name__}: {error}")
         (console or Console()).print(f"[yellow]no sample completions: {why}", soft_wrap=True)
@@ -46,11 +50,12 @@ def complete(
         model.generation_config = config
         policy.model.train(was_training)
     text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()
+    until_end = lambda ids: list(itertools.takewhile(lambda token: token not in ends, ids))
     return [
         {
             "row": group.row,
             "prompt": text(group.prompt.tolist()),
-            "completion": text(completions[id(group)]),
+            "completion": text(until_end(completions[id(group)])),
             "chosen": text(group.responses[group.chosen[0]].ids.tolist()) if group.chosen else None,
         }
         for group in groups
@@ -67,13 +72,6 @@ def end_tokens(policy: Policy, tokenizer, groups: list[PreferenceGroup]) -> list
     return sorted(ends | last & set(tokenizer.get_added_vocab().values()))
 
 
-def padding(tokenizer, ends: list[int]) -> int:
-    """Any id does: padding is masked."""
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    return ends[0] if ends else 0
-
-
 def batches(policy: Policy, groups: list[PreferenceGroup], max_new_tokens: int):
     """(groups, new tokens) of each call: all at once, but alone and shorter where the model's positions
     do not suffice, since a position too many is an error (on a GPU, one that ends the process)."""
@@ -85,21 +83,14 @@ def batches(policy: Policy, groups: list[PreferenceGroup], max_new_tokens: int):
     yield from (([g], new) for g, new in zip(groups, room) if new < max_new_tokens)
 
 
-def generate(model, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+def generate(model, groups: list[PreferenceGroup], max_new_tokens: int) -> list[list[int]]:
     """The new ids of each prompt, padding and all."""
-    longest = max(map(len, prompts))
-    pad = model.generation_config.pad_token_id
-    ids = [[pad] * (longest - len(p)) + p for p in prompts]
-    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    prompts = [torch.tensor(group.prompt) for group in groups]
+    padded = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = padded(prompts, padding_value=model.generation_config.pad_token_id)
+    mask = padded([torch.ones_like(prompt) for prompt in prompts])
     device = model.get_input_embeddings().weight.device
     out = model.generate(
-        input_ids=torch.tensor(ids, device=device),
-        attention_mask=torch.tensor(mask, device=device),
-        max_new_tokens=max_new_tokens,
+        input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens
     )
-    return out[:, longest:].tolist()
-
-
-def cut(ids: list[int], ends: list[int]) -> list[int]:
-    """The ids before the first that ends a completion."""
-    return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+    return out[:, ids.shape[1] :].tolist()

@@ -16,7 +16,7 @@ _PROJECT = "fastdpo"
 
 
 class TensorBoard:
-    module, package = "torch.utils.tensorboard", "tensorboard"
+    """Its writer, with the two methods that the other trackers' runs have."""
 
     def __init__(self, library, run: Path, run_id: str, config: dict, resumed_at: int | None):
         # What a killed run logged after its checkpoint is logged again: the viewer drops the first copy.
@@ -25,59 +25,34 @@ class TensorBoard:
         if resumed_at is None:
             self._writer.add_text("config", f"```json\n{json.dumps(config, indent=1)}\n```")
 
-    def log(self, step: int, values: dict) -> None:
+    def log(self, values: dict, step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def close(self) -> None:
+    def finish(self) -> None:
         self._writer.close()
 
 
-class WandB:
+def wandb(library, run: Path, run_id: str, config: dict, resumed_at: int | None):
     """Steps already there when a run resumes are refused by wandb itself, with a warning: the values,
     an exact resume's, are the same."""
-
-    module = package = "wandb"
-
-    def __init__(self, library, run: Path, run_id: str, config: dict, resumed_at: int | None):
-        self._run = library.init(
-            project=os.environ.get("WANDB_PROJECT", _PROJECT),
-            name=run.resolve().name,
-            id=run_id,
-            dir=str(run),
-            config=config,
-            resume="allow",
-        )
-
-    def log(self, step: int, values: dict) -> None:
-        self._run.log(values, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    project, name = os.environ.get("WANDB_PROJECT", _PROJECT), run.resolve().name
+    return library.init(project=project, name=name, id=run_id, dir=str(run), config=config, resume="allow")
 
 
-class Trackio:
+def trackio(library, run: Path, run_id: str, config: dict, resumed_at: int | None):
     """Trackio knows a run by its name, so the name carries the id."""
-
-    module = package = "trackio"
-
-    def __init__(self, library, run: Path, run_id: str, config: dict, resumed_at: int | None):
-        self._run = library.init(
-            project=os.environ.get("TRACKIO_PROJECT", _PROJECT),
-            name=f"{run.resolve().name}-{run_id}",
-            config=config,
-            resume="allow",
-        )
-
-    def log(self, step: int, values: dict) -> None:
-        self._run.log(values, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    project, name = os.environ.get("TRACKIO_PROJECT", _PROJECT), f"{run.resolve().name}-{run_id}"
+    return library.init(project=project, name=name, config=config, resume="allow")
 
 
-TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+# name, also of the package to install -> (module, what opens it for a run)
+TRACKERS = {
+    "tensorboard": ("torch.utils.tensorboard", TensorBoard),
+    "wandb": ("wandb", wandb),
+    "trackio": ("trackio", trackio),
+}
 
 
 class Trackers:
@@ -93,22 +68,21 @@ class Trackers:
             for name, value in record.items()
             if name != "step" and isinstance(value, int | float)
         }
-        for name in list(self._open):
-            self._try(name, lambda tracker: tracker.log(step, values))
+        self._each(lambda tracker: tracker.log(values, step=step))
 
     def close(self) -> None:
-        for name in list(self._open):
-            self._try(name, lambda tracker: tracker.close())
+        self._each(lambda tracker: tracker.finish())
         self._open = {}
 
-    def _try(self, name: str, act) -> None:
-        try:
-            act(self._open[name])
-        except Exception as error:  # a network, a full disk, a service's limits
-            del self._open[name]
-            why = escape(f"{type(error).__name__}: {error}")
-            note = f"[yellow]{name} stopped taking metrics ({why}); metrics.jsonl still has them all"
-            self._console.print(note, soft_wrap=True)
+    def _each(self, act) -> None:
+        for name in list(self._open):
+            try:
+                act(self._open[name])
+            except Exception as error:  # a network, a full disk, a service's limits
+                del self._open[name]
+                why = escape(f"{type(error).__name__}: {error}")
+                note = f"[yellow]{name} stopped taking metrics ({why}); metrics.jsonl still has them all"
+                self._console.print(note, soft_wrap=True)
 
 
 def check_trackers(names: list[str]) -> None:
@@ -118,11 +92,7 @@ def check_trackers(names: list[str]) -> None:
 
 
 def open_trackers(
-    names: list[str],
-    run: Path,
-    config: dict,
-    resumed_at: int | None,
-    console: Console | None = None,
+    names: list[str], run: Path, config: dict, resumed_at: int | None, console: Console | None = None
 ) -> Trackers:
     """The named trackers, open for this run; `resumed_at` is the step of the checkpoint it goes on from.
 
@@ -132,7 +102,7 @@ def open_trackers(
     run_id = _run_id(run, resumed_at is not None) if names else ""
     for name, library in libraries.items():
         try:
-            opened[name] = TRACKERS[name](library, run, run_id, config, resumed_at)
+            opened[name] = TRACKERS[name][1](library, run, run_id, config, resumed_at)
         except Exception as error:
             Trackers(opened, console).close()
             why = f"{type(error).__name__}: {error}"
@@ -141,14 +111,13 @@ def open_trackers(
 
 
 def _library(name: str):
-    tracker = TRACKERS[name]
     try:
-        library = importlib.import_module(tracker.module)
+        library = importlib.import_module(TRACKERS[name][0])
     except ImportError:
         library = None
     # A folder named wandb beside the script imports as an empty package.
-    if library is None or getattr(library, "__file__", None) is None:
-        raise ConfigError(f"report_to: {name} is not installed: pip install {tracker.package}")
+    if getattr(library, "__file__", None) is None:
+        raise ConfigError(f"report_to: {name} is not installed: pip install {name}")
     return library
 
 
