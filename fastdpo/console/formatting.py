@@ -39,15 +39,12 @@ def duration(seconds: float) -> str:
     """0.4 s, 36 s, 5 min 12 s, 3 h 5 min, 2 d 4 h."""
     if seconds < 10:
         return f"{seconds:.1f} s"
-    seconds = round(seconds)
-    parts = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    for i, (unit, length) in enumerate(parts):
-        if seconds >= length:
-            rest = seconds % length
-            small, size = parts[i + 1] if i < 3 else ("", 0)
-            more = f" {rest // size} {small}" if size and rest // size else ""
-            return f"{seconds // length} {unit}{more}"
-    return "0 s"
+    rest, parts = round(seconds), []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, length)
+        if count or parts:
+            parts.append(f"{count} {unit}" if count else "")
+    return " ".join(filter(None, parts[:2]))
 
 
 def counted(number: int, noun: str) -> str:

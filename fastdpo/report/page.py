@@ -1,12 +1,10 @@
 """`report.html`: what happened in a run, made from the run folder's files alone, whenever one likes."""
 
 import functools
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
 
 from fastdpo.config.keys import FIELDS
 from fastdpo.console.formatting import counted, duration, first_few, percent, significant
@@ -49,8 +47,6 @@ def render(history: RunHistory) -> str:
         "data": _data,
         "lengths": _lengths,
         "stages": lambda h: [s for s in h.stages() if "first_step_tokens" in s],
-        "references": lambda h: h.happened("reference"),
-        "drifts": lambda h: h.happened("drift"),
         "timeline": lambda h: timeline(h, _CHECKPOINTS),
         "config": _config,
         "environment": _environment,
@@ -63,7 +59,8 @@ def render(history: RunHistory) -> str:
             parts[name] = None  # a file that is JSON, but not what a run writes
             why = f"{type(error).__name__}: {error}"
             history.problems.append(f"The part '{name}' of this report could not be made ({why}).")
-    return _template().render(history=history, written=datetime.now(UTC), **parts)
+    folder, written = history.run.resolve(), datetime.now(UTC)
+    return _template().render(history=history, folder=folder, written=written, **parts)
 
 
 @functools.cache
@@ -92,21 +89,21 @@ def _facts(history: RunHistory) -> dict:
     lora = config.get("lora_rank")
     return {
         "name": history.run.resolve().name,
-        "folder": str(history.run.resolve()),
         "model": config.get("model", "a model that config.yaml would name"),
         "objectives": " then ".join(names.get(name, name) for name in objectives),
         "how": f"LoRA of rank {lora}" if lora else "all weights",
         "rows": history.rows_kept,
         "source": data.get("source") or config.get("data"),
-        "is_lora": bool(lora),
         "has_model": any((history.run / "model").glob("*.safetensors")),
     }
 
 
 def _figures(history: RunHistory) -> list[dict]:
-    found, at = [c for c in charts(history) if drawable(c)], marks(history)
+    at, folder = marks(history), _png_folder(history)
     return [
-        _saved(history, c.name, c.title, c.note, description(c), draw(c, at, history.ended)) for c in found
+        {"title": c.title, "note": c.note, "words": description(c), "svg": draw(c, at, folder)}
+        for c in charts(history)
+        if drawable(c)
     ]
 
 
@@ -114,24 +111,15 @@ def _lengths(history: RunHistory) -> dict | None:
     lengths = (history.data.get("data") or {}).get("lengths")
     if not lengths or not sum(lengths["counts"]):
         return None
-    limit = history.config.get("max_length")
     note = ", ".join(f"{name} {lengths[name]:,}" for name in ("p50", "p90", "p99", "max"))
     words = f"Histogram of the training responses' lengths with their prompts, in tokens: {note}."
-    drawn = draw_lengths(lengths["edges"], lengths["counts"], limit, history.ended)
-    return _saved(history, "lengths", "Lengths", f"Prompt + response in tokens: {note}.", words, drawn)
+    limit, folder = history.config.get("max_length"), _png_folder(history)
+    svg = draw_lengths(lengths["edges"], lengths["counts"], limit, folder)
+    return {"title": "Lengths", "note": f"Prompt + response in tokens: {note}.", "words": words, "svg": svg}
 
 
-def _saved(history: RunHistory, name, title, note, words, drawn) -> dict:
-    """Writes the PNG, where there is one, and returns what the page needs of a figure."""
-    svg, png = drawn
-    if png:
-        part, path = (history.run / "plots" / f"{prefix}{name}.png" for prefix in (".part-", ""))
-        try:
-            part.write_bytes(png)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    return {"title": title, "note": note, "words": words, "svg": Markup(svg)}
+def _png_folder(history: RunHistory) -> Path | None:
+    return history.run / "plots" if history.ended else None
 
 
 def _samples(history: RunHistory) -> list[dict]:

@@ -2,10 +2,13 @@
 
 import io
 import itertools
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -70,8 +73,8 @@ class Mark:
     is_stage: bool
 
 
-def draw(chart: Chart, marks: list[Mark], png: bool) -> tuple[str, bytes | None]:
-    """(SVG without its XML header, PNG where it is asked for)."""
+def draw(chart: Chart, marks: list[Mark], folder: Path | None) -> Markup:
+    """SVG without its XML header; a PNG, too, into a folder that is named."""
     with rc_context(_STYLE):
         axes = _axes("optimizer step", chart.unit)
         for curve in chart.curves:
@@ -89,13 +92,11 @@ def draw(chart: Chart, marks: list[Mark], png: bool) -> tuple[str, bytes | None]
         first = min(curve.series.step[0] for curve in chart.curves)
         _mark(axes, [mark for mark in marks if mark.step >= first or (mark.is_stage and first <= 1)])
         _legend(axes, chart.curves)
-        return _render(axes, chart.name, chart.title, png)
+        return _render(axes, chart.name, chart.title, folder)
 
 
-def draw_lengths(
-    edges: list[int], counts: list[int], limit: int | None, png: bool
-) -> tuple[str, bytes | None]:
-    """The histogram of sequence lengths, and where rows are cut."""
+def draw_lengths(edges: list[int], counts: list[int], limit: int | None, folder: Path | None) -> Markup:
+    """The histogram of sequence lengths, and where rows are cut; see `draw`."""
     with rc_context(_STYLE):
         axes = _axes("prompt + response, in tokens", "responses")
         axes.bar(edges[:-1], counts, np.diff(edges) * 0.92, align="edge", color=COLOURS["train"])
@@ -103,7 +104,7 @@ def draw_lengths(
             axis.set_major_formatter("{x:,.0f}")
         if limit and limit <= 1.5 * edges[-1]:
             _mark(axes, [Mark(limit, f"max_length {limit:,}", False)])
-        return _render(axes, "lengths", "Lengths", png)
+        return _render(axes, "lengths", "Lengths", folder)
 
 
 def _axes(x_label: str, y_label: str) -> Axes:
@@ -162,15 +163,20 @@ def _legend(axes: Axes, curves: list[Curve]) -> None:
     axes.legend(handles.values(), handles.keys(), **place, **look)
 
 
-def _render(axes: Axes, name: str, title: str, png: bool) -> tuple[str, bytes | None]:
-    svg, picture, figure = io.StringIO(), io.BytesIO(), axes.figure
+def _render(axes: Axes, name: str, title: str, folder: Path | None) -> Markup:
+    svg, figure = io.StringIO(), axes.figure
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    if png:
+    if folder:
         figure.set_figheight(3.2)
         axes.set_position((0.15, 0.152, 0.83, 0.665))
         figure.text(0.02, 0.985, title, weight="bold", size=11, va="top", color=COLOURS["ink"])
-        figure.savefig(picture, format="png", dpi=130, facecolor="white", pil_kwargs={"compress_level": 2})
-    return themed(svg.getvalue(), name), picture.getvalue() or None
+        part, quick = folder / f".part-{name}.png", {"compress_level": 2}
+        try:
+            figure.savefig(part, format="png", dpi=130, facecolor="white", pil_kwargs=quick)
+            os.replace(part, folder / f"{name}.png")
+        finally:
+            part.unlink(missing_ok=True)
+    return Markup(themed(svg.getvalue(), name))
 
 
 def themed(svg: str, name: str) -> str:

@@ -35,14 +35,12 @@ def ending(history: RunHistory) -> dict:
     took = f" after {duration(spent)}" if spent else ""
     way_on = "The same command with --resume goes on from the newest checkpoint."
     done = f"Finished in {duration(spent)}" if spent else "Finished"
-    stopped = f"Stopped by {last.get('signal') or 'a signal'} at {where}{took}"
     going_on = "It had not ended when this page was written; if its process is gone, it was killed."
-    unknown = "events.jsonl does not say whether the run ended."
     state, headline, text = {
         "done": ("done", done, ""),
-        "stopped": ("stopped", stopped, way_on),
+        "stopped": ("stopped", f"Stopped by {last.get('signal') or 'a signal'} at {where}{took}", way_on),
         "error": ("failed", f"Failed at {where}{took}", str(last.get("message") or "")),
-        None: ("unknown", f"At {where}", unknown),
+        None: ("unknown", f"At {where}", "events.jsonl does not say whether the run ended."),
     }.get(last.get("event"), ("running", f"At {where}{took}", f"{going_on} {way_on}"))
     return {
         "state": state,
@@ -172,13 +170,13 @@ def _stage(event: dict) -> str:
 
 
 def _reference(event: dict) -> str:
-    if event.get("source") == "columns":
+    source, misses = event.get("source"), event.get("misses") or 0
+    if source == "columns":
         return f"{counted(event['responses'], 'response')}, from the data's own columns"
-    if not event.get("misses") and event.get("source") == "cache":
+    if source == "cache" and not misses:
         return f"all {counted(event['hits'], 'response')} found in the cache"
-    hits, misses = event.get("hits") or 0, event.get("misses") or 0
     spent = f" in {duration(event['seconds'])}" if event.get("seconds") is not None else ""
-    return f"{event.get('source')}: {hits:,} found, {misses:,} computed{spent}"
+    return f"{source}: {event.get('hits') or 0:,} found, {misses:,} computed{spent}"
 
 
 def _pairs(event: dict) -> str:

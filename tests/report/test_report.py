@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from PIL import Image
 
 from fastdpo.config.keys import Config
@@ -109,7 +110,7 @@ STAGE |= dict(head_plan="keep, 6MVD, at most 3 MB")
 def quick(monkeypatch):
     """Charts as empty pictures, for tests of the words around them."""
     for name in ("draw", "draw_lengths"):
-        monkeypatch.setattr(f"fastdpo.report.page.{name}", lambda *_: ("<svg></svg>", b"png"))
+        monkeypatch.setattr(f"fastdpo.report.page.{name}", lambda *_: Markup("<svg></svg>"))
 
 
 def page_of(run):
