@@ -58,7 +58,7 @@ class RunHistory:
     events: list[dict] = field(default_factory=list)
     samples: list[dict] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    ended: bool = True  # a report on the way has no PNGs: they take as long as the page itself
+    plots: Path | None = None  # for PNGs; a report on the way has none: they take as long as the page itself
 
     def series(self, name: str, stage: int | None = None) -> Series:
         """A number's finite values; empty where it was never logged."""

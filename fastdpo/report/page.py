@@ -28,7 +28,7 @@ def write_report(run: Path, ended: bool = True) -> Path:
     """
     run = Path(run)
     history = read_run(run)
-    history.ended = ended
+    history.plots = run / "plots" if ended else None
     (run / "plots").mkdir(exist_ok=True)
     durable.write_text(run / "report.html", render(history))
     return run / "report.html"
@@ -48,7 +48,6 @@ def render(history: RunHistory) -> str:
         "lengths": _lengths,
         "stages": lambda h: [s for s in h.stages() if "first_step_tokens" in s],
         "timeline": lambda h: timeline(h, _CHECKPOINTS),
-        "config": _config,
         "environment": _environment,
     }
     parts = {}
@@ -59,8 +58,8 @@ def render(history: RunHistory) -> str:
             parts[name] = None  # a file that is JSON, but not what a run writes
             why = f"{type(error).__name__}: {error}"
             history.problems.append(f"The part '{name}' of this report could not be made ({why}).")
-    folder, written = history.run.resolve(), datetime.now(UTC)
-    return _template().render(history=history, folder=folder, written=written, **parts)
+    parts |= {"folder": history.run.resolve(), "written": datetime.now(UTC), "fields": FIELDS}
+    return _template().render(history=history, **parts)
 
 
 @functools.cache
@@ -99,9 +98,9 @@ def _facts(history: RunHistory) -> dict:
 
 
 def _figures(history: RunHistory) -> list[dict]:
-    at, folder = marks(history), _png_folder(history)
+    at = marks(history)
     return [
-        {"title": c.title, "note": c.note, "words": description(c), "svg": draw(c, at, folder)}
+        {"title": c.title, "note": c.note, "words": description(c), "svg": draw(c, at, history.plots)}
         for c in charts(history)
         if drawable(c)
     ]
@@ -113,13 +112,9 @@ def _lengths(history: RunHistory) -> dict | None:
         return None
     note = ", ".join(f"{name} {lengths[name]:,}" for name in ("p50", "p90", "p99", "max"))
     words = f"Histogram of the training responses' lengths with their prompts, in tokens: {note}."
-    limit, folder = history.config.get("max_length"), _png_folder(history)
-    svg = draw_lengths(lengths["edges"], lengths["counts"], limit, folder)
+    limit = history.config.get("max_length")
+    svg = draw_lengths(lengths["edges"], lengths["counts"], limit, history.plots)
     return {"title": "Lengths", "note": f"Prompt + response in tokens: {note}.", "words": words, "svg": svg}
-
-
-def _png_folder(history: RunHistory) -> Path | None:
-    return history.run / "plots" if history.ended else None
 
 
 def _samples(history: RunHistory) -> list[dict]:
@@ -146,16 +141,6 @@ def _data(history: RunHistory) -> list[dict]:
             report["notes"] = [dict(tally, name=n, meaning=MEANING.get(n, "")) for n, tally in notes]
         if report:
             out.append(dict(report, title=title))
-    return out
-
-
-def _config(history: RunHistory) -> list[dict]:
-    """The keys that are not at their default."""
-    out = []
-    for name, value in history.settings().items():
-        known = FIELDS.get(name)
-        doc = known.metadata["doc"] if known else "a key that this version does not know"
-        out.append({"name": name, "value": value, "default": known.default if known else "", "doc": doc})
     return out
 
 

@@ -129,8 +129,8 @@ def _plot(axes: Axes, curve: Curve) -> None:
             marker = dict(marker="o", ms=4 if len(part) <= 40 else 0, ls=_DASHED if curve.dots else "-")
             axes.plot(part.step, part.value, color=colour, lw=1.6, label=label, **marker)
         else:
-            raw, some = thinned(part), np.linspace(0, len(part) - 1, _MOST_POINTS // 2).astype(int)
-            some = np.unique(some)
+            raw = thinned(part)
+            some = np.unique(np.linspace(0, len(part) - 1, _MOST_POINTS // 2).astype(int))
             axes.plot(raw.step, raw.value, color=colour, lw=1, alpha=0.28)
             axes.plot(part.step[some], smoothed(part.value)[some], color=colour, lw=1.8, label=label)
         label = None  # a legend entry for all stages

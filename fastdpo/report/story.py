@@ -87,8 +87,8 @@ def moment(event: dict) -> datetime | None:
 
 def headline_numbers(history: RunHistory) -> list[dict]:
     """The last stage's loss, accuracy, margin and KL, before and after."""
-    last = stage_tables(history)[-1:]
-    return [dict(row, title=row["tile"]) for table in last for row in table["rows"] if row["tile"]]
+    last = (stage_tables(history) or [{"rows": []}])[-1]
+    return [dict(row, title=row["tile"]) for row in last["rows"] if row["tile"]]
 
 
 def stage_tables(history: RunHistory) -> list[dict]:

@@ -28,14 +28,11 @@ def complete(
     """
     model, was_training, config = policy.core, policy.model.training, policy.core.generation_config
     ends = end_tokens(policy, tokenizer, groups)
-    pad = tokenizer.pad_token_id  # any id does: padding is masked
+    pad = next(i for i in (tokenizer.pad_token_id, *ends, 0) if i is not None)  # any does: it is masked
     policy.model.eval()
     # In place of the model's own, whose sampling and penalties (Qwen's 1.1) would have a say here.
     model.generation_config = GenerationConfig(
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=ends or None,
-        pad_token_id=pad if pad is not None else (ends or [0])[0],
+        do_sample=False, use_cache=True, eos_token_id=ends or None, pad_token_id=pad
     )
     completions = {}
     try:

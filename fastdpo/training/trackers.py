@@ -105,8 +105,7 @@ def open_trackers(
             opened[name] = TRACKERS[name][1](library, run, run_id, config, resumed_at)
         except Exception as error:
             Trackers(opened, console).close()
-            why = f"{type(error).__name__}: {error}"
-            raise ConfigError(f"report_to: {name} does not start: {why}") from None
+            raise ConfigError(f"report_to: {name} does not start: {type(error).__name__}: {error}") from None
     return Trackers(opened, console)
 
 
