@@ -7,6 +7,7 @@ What a trainer author needs is importable from here; each name is loaded when fi
 import importlib
 
 import fastdpo.moved  # noqa: F401 (old import paths)
+from fastdpo.console.quiet import leave_out_noise
 
 _HOME = {
     "Config": "config.keys",
@@ -23,6 +24,7 @@ _HOME = {
     "train": "api",
 }
 __all__ = list(_HOME)
+leave_out_noise()
 
 
 def __getattr__(name: str):

@@ -1,194 +1,246 @@
-"""The `fastdpo` command."""
+"""The `fastdpo` command: cyclopts reads the words and writes the help. What a command needs is imported when
+it runs, so that help is quick."""
 
-import logging
+import functools
+import inspect
+import re
 import sys
+from pathlib import Path
+from typing import Annotated, Literal
 
+from cyclopts import UNSET, App, CycloptsError, Group, Parameter, UnusedCliTokensError
+
+from fastdpo.config.keys import FIELDS, GROUPS, Config, from_values
+from fastdpo.config.reading import default_word, read_yaml
 from fastdpo.errors import ConfigError, FastDPOError, Stopped
 
-USAGE = """usage: fastdpo COMMAND [CONFIG.yaml] [--key value ...]
 
-commands:
-  train        train on preference rows; the model ends up in OUTPUT_DIR/model
-  ref          compute the reference's log-probs into the cache, before any training
-  data         show what the rows become: counts, lengths, drops, one row decoded
-  plan         predict the GPU memory of a run, whose it is, and what would make it fit
-  merge        make one whole model of a LoRA adapter and its base
-  push         upload a run's model to the Hugging Face hub
-  convert      write the config of TRL, Axolotl or LLaMA-Factory as one of ours
-  doctor       check this machine: versions, every kernel against fp64, speed; text for a bug report
-  objectives   list every loss: what it is, its options, its paper
-  demo         make a small model and preferences, train, show before and after (no network)
+def _version() -> str:
+    from importlib.metadata import version  # late: email and socket come with it
 
-`fastdpo train --help` lists the keys."""
+    return f"fastdpo {version('fastdpo')}"
+
+
+app = App(
+    name="fastdpo",
+    help="Preference training (DPO and its family) at the limit of one GPU. `train --help` lists the keys.",
+    help_format="plaintext",
+    version=_version,
+    default_parameter=Parameter(name_transform=lambda name: name, negative=()),
+    result_action="return_value",
+    print_error=False,
+    exit_on_error=False,
+    suppress_keyboard_interrupt=False,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns 0, or 1 when it could not go on, 2 for a wrong config or command, or 128 + the
     number of the signal that stopped it (130 for SIGINT, 143 for SIGTERM)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # of kernels that a CPU does not have
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if argv else 2
-    command, *rest = argv
-    if command not in COMMANDS:
-        print(f"unknown command {command!r}\n\n{USAGE}", file=sys.stderr)
-        return 2
+    argv = with_values(sys.argv[1:] if argv is None else argv)
     try:
-        return COMMANDS[command](rest) or 0
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        code = app(argv) or 0
+        return code if argv else 2
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signal
-    except FastDPOError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except UnusedCliTokensError as error:
+        print(f"error: {_UNEXPECTED.format(error.unused_tokens[0])}", file=sys.stderr)
+        return 2
+    except (FastDPOError, CycloptsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError | CycloptsError) else 1
 
 
-def _config(command: str, argv: list[str]):
-    from fastdpo.config.reading import help_text, load_config
-
-    if "-h" in argv or "--help" in argv:
-        print(help_text(command))
-        return None
-    return load_config(argv)
-
-
-def _train(argv):
-    config = _config("train", argv)
-    if config is not None:
-        from fastdpo.api import train
-
-        train(config)
-
-
-def _ref(argv):
-    config = _config("ref", argv)
-    if config is not None:
-        from fastdpo.api import fill_reference
-
-        fill_reference(config)
-
-
-def _data(argv):
-    config = _config("data", argv)
-    if config is not None:
-        from rich.console import Console
-
-        from fastdpo.data.groups import Limits, load_groups
-        from fastdpo.data.show import show
-        from fastdpo.model.policy import load_tokenizer
-
-        console = Console()
-        tokenizer = load_tokenizer(config)
-        limits = Limits(config.max_length, config.truncation)
-        for spec in (config.data, config.eval_data):
-            if isinstance(spec, str):
-                groups, report = load_groups(
-                    spec,
-                    tokenizer,
-                    limits,
-                    strict=config.strict,
-                    console=console,
-                    data_format=config.data_format,
-                )
-                show(groups, report, tokenizer, console)
-
-
-def _plan(argv):
-    from fastdpo.planning.command import main as plan
-
-    plan(argv)
-
-
-def _merge(argv):
-    usage = "usage: fastdpo merge RUN_OR_ADAPTER_FOLDER [--output DIR] [--dtype auto|bf16|fp32]\n"
-    usage += "  (default: RUN_OR_ADAPTER_FOLDER-merged, in the base's dtype)"
-    source, options = _folder_and_options(argv, usage, ("output", "dtype"))
-    if source is not None:
-        from fastdpo.publish.merge import merge
-
-        merge(source, **options)
-
-
-def _push(argv):
-    usage = "usage: fastdpo push RUN_OR_MODEL_FOLDER --to NAME   (a new repository is made private)"
-    source, options = _folder_and_options(argv, usage, ("to",))
-    if source is not None:
-        from rich.console import Console
-
-        from fastdpo.publish.hub import check_hub, push
-        from fastdpo.publish.model_card import model_folder
-
-        if "to" not in options:
-            raise ConfigError(usage)
-        folder = model_folder(source, "push")
-        check_hub(options["to"], "--to")
-        push(folder, options["to"], Console())
-
-
-def _folder_and_options(argv: list[str], usage: str, names: tuple[str, ...]):
-    """(the folder, {option: value}) of `FOLDER [--option value]...`; (None, {}) after --help."""
-    if "-h" in argv or "--help" in argv:
-        print(usage)
-        return None, {}
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    folders, options = [], {}
-    while words:
-        word = words.pop(0)
-        if not word.startswith("-"):
-            folders.append(word)
-        elif word[2:] in names and word[2:] not in options and words:
-            options[word[2:]] = words.pop(0)
+def with_values(argv: list[str]) -> list[str]:
+    """`--key -x` as `--key=-x`: a value may start with a dash."""
+    out = []
+    for word in argv:
+        if out and re.fullmatch("--[^=]+", out[-1]) and re.match("-[^-]", word) and word != "-h":
+            out[-1] += f"={word}"
         else:
-            raise ConfigError(f"{word}: not understood\n{usage}")
-    if len(folders) != 1:
-        raise ConfigError(f"expected one folder, got {len(folders)}\n{usage}")
-    return folders[0], options
+            out.append(word)
+    return out
 
 
-def _convert(argv):
-    """Prints the YAML, or writes it to a file, and its notes as comments in it."""
-    usage = "usage: fastdpo convert THEIRS.yaml [--output OURS.yaml]   (default: printed)"
-    if "-h" in argv or "--help" in argv:
-        print(usage)
-        return
-    if len(argv) not in (1, 3) or argv[0].startswith("-") or argv[1:2] not in ([], ["--output"]):
-        raise ConfigError(usage)
-    from pathlib import Path
+def _texts(kind, tokens) -> list[str | None]:
+    """What a flag was given, each time; None where it was bare."""
+    if isinstance(tokens, dict):
+        raise ConfigError(f"a key has no dots in it: .{next(iter(tokens))}")
+    for token in tokens:
+        if token.index > 0:
+            raise ConfigError(_UNEXPECTED.format(token.value))
+    return [token.value if token.implicit_value is UNSET else None for token in tokens]
 
-    from fastdpo.config.reading import read_yaml
+
+# a flag may come bare, and again: the last one counts
+_VALUE = Parameter(converter=_texts, consume_multiple=True, n_tokens=1, allow_repeating=True, metavar="VALUE")
+_UNEXPECTED = "unexpected argument {!r}: keys are given as --key value"
+
+
+@functools.cache
+def _key_flags() -> list[inspect.Parameter]:
+    """Each key as a flag under its heading; what is no key of ours may be another trainer's."""
+    out = []
+    for place, (heading, names) in enumerate(GROUPS.items()):
+        group = Group(heading, sort_key=place)
+        for name in names:
+            word = default_word(name)
+            shown = (lambda value, word=word: word) if word else False
+            flag = Parameter(group=group, help=FIELDS[name].metadata["doc"], show_default=shown)
+            kind = Annotated[list[str], _VALUE, flag]
+            out.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    others = Annotated[list[str], _VALUE, Parameter(show=False)]
+    return [*out, inspect.Parameter("others", inspect.Parameter.VAR_KEYWORD, annotation=others)]
+
+
+def _takes_keys(command):
+    """command(config, *, its own flags) as `[CONFIG_YAML] [--key value ...]`."""
+    about = Parameter(help="a YAML file of keys; flags win over it", show_default=False)
+    file = Annotated[Path, about]
+    first = inspect.Parameter("config_yaml", inspect.Parameter.POSITIONAL_ONLY, default=None, annotation=file)
+    own = list(inspect.signature(command).parameters.values())[1:]
+
+    def run(config_yaml=None, /, **flags):
+        options = {param.name: flags.pop(param.name) for param in own if param.name in flags}
+        return command(config_of(config_yaml, flags), **options)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature([first, *own, *_key_flags()])
+    return run
+
+
+def config_of(file: Path | None, flags: dict[str, list[str | None]]) -> Config:
+    """Flags win over the file; keys of other trainers are translated in both, and said. Raises
+    ConfigError."""
+    given = {}
+    for name, texts in flags.items():
+        name, text = name.replace("-", "_"), texts[-1] if texts else None
+        if text is None and name in FIELDS and FIELDS[name].type is not bool:
+            raise ConfigError(f"--{name}: no value given")
+        given[name] = "true" if text is None else text  # a key of others may be a switch, too
+    return from_values(_in_our_words(read_yaml(file) if file else {}) | _in_our_words(given, whole=False))
+
+
+def _in_our_words(values: dict, whole: bool = True) -> dict:
+    if all(name in FIELDS for name in values):
+        return values
+    from fastdpo.convert.convert import translate
+
+    values, notes = translate(values, whole=whole)
+    for note in notes:
+        print(note, file=sys.stderr)
+    return values
+
+
+@_takes_keys
+def train(config):
+    """train on preference rows; the model ends up in OUTPUT_DIR/model"""
+    from fastdpo.api import train
+
+    train(config)
+
+
+@_takes_keys
+def ref(config):
+    """compute the reference's log-probs into the cache, before any training"""
+    from fastdpo.api import fill_reference
+
+    fill_reference(config)
+
+
+@_takes_keys
+def data(config):
+    """show what the rows become: counts, lengths, drops, one row decoded"""
+    from rich.console import Console
+
+    from fastdpo.data.show import show_data
+    from fastdpo.model.policy import load_tokenizer
+
+    show_data(config, load_tokenizer(config), Console())
+
+
+@_takes_keys
+def plan(config, *, card: str | None = None, device: Literal["cpu", "cuda"] = "cuda"):
+    """predict the GPU memory of a run, whose it is, and what would make it fit
+
+    Reads the model's config.json and the data, never a weight.
+
+    :param card: a card's name, as in 4090; a wrong one is told all (default: the GPU here)
+    :param device: cpu plans a run on a CPU
+    """
+    from fastdpo.planning.command import plan
+
+    plan(config, card, device)
+
+
+def merge(folder: str, /, *, output: str | None = None, dtype: Literal["auto", "bf16", "fp32"] = "auto"):
+    """make one whole model of a LoRA adapter and its base
+
+    :param folder: a run's folder, or an adapter's
+    :param output: default: FOLDER-merged
+    :param dtype: auto: the base's
+    """
+    from fastdpo.publish.merge import merge
+
+    merge(folder, output=output, dtype=dtype)
+
+
+def push(folder: str, /, *, to: str):
+    """upload a run's model to the Hugging Face hub
+
+    :param folder: a run's folder, or a model's
+    :param to: the repository, as in me/my-dpo; a new one is made private
+    """
+    from rich.console import Console
+
+    from fastdpo.publish.hub import check_hub, push
+    from fastdpo.publish.model_card import model_folder
+
+    folder = model_folder(folder, "push")
+    check_hub(to, "--to")
+    push(folder, to, Console())
+
+
+def convert(theirs: Path, /, *, output: Path | None = None):
+    """write the config of TRL, Axolotl or LLaMA-Factory as one of ours
+
+    :param theirs: their YAML file
+    :param output: default: printed
+    """
     from fastdpo.convert.convert import converted
 
-    text = converted(read_yaml(Path(argv[0])))
-    if len(argv) == 1:
+    text = converted(read_yaml(theirs))
+    if output is None:
         print(text, end="")
         return
-    path = Path(argv[2])
-    if path.exists():
-        raise ConfigError(f"--output: {path} exists already; remove it, or name another file")
+    if output.exists():
+        raise ConfigError(f"--output: {output} exists already; remove it, or name another file")
     try:
-        path.write_text(text, encoding="utf-8")
+        output.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--output: cannot write {path}: {error}") from None
+        raise ConfigError(f"--output: cannot write {output}: {error}") from None
     print("".join(line[2:] + "\n" for line in text.splitlines() if line.startswith("# ")), end="")
 
 
-def _doctor(argv):
-    from fastdpo.doctor.command import main as doctor
+def doctor():
+    """check this machine: versions, every kernel against fp64, speed; text for a bug report
 
-    return doctor(argv)
+    Tries each way to compute the lm_head and the attention, offloading and
+    4 bits on small problems against fp64, in a process of their own, and on a
+    GPU how fast they are. Exit code 0 where all that a run stands on is right,
+    1 otherwise. A GPU's verdict is kept for the next runs.
+    """
+    from fastdpo.doctor.command import doctor
+
+    return doctor()
 
 
-def _objectives(argv):
-    if argv:
-        raise ConfigError(f"objectives takes no arguments, got: {' '.join(argv)}")
+def objectives():
+    """list every loss: what it is, its options, its paper"""
     from rich.console import Console
 
     from fastdpo.objectives import table
@@ -196,29 +248,27 @@ def _objectives(argv):
     table(Console())
 
 
-def _demo(argv):
-    if "-h" in argv or "--help" in argv:
-        print("usage: fastdpo demo [OUTPUT_DIR]   (default: runs/demo)")
-        return
-    if len(argv) > 1 or any(word.startswith("-") for word in argv):
-        raise ConfigError(f"demo takes one folder at most, got: {' '.join(argv)}")
+def demo(folder: str = "runs/demo", /):
+    """make a small model and preferences, train, show before and after (no network)"""
     from fastdpo.demo import demo
 
-    demo(argv[0] if argv else "runs/demo")
+    demo(folder)
 
 
-COMMANDS = {
-    "train": _train,
-    "ref": _ref,
-    "data": _data,
-    "plan": _plan,
-    "merge": _merge,
-    "push": _push,
-    "convert": _convert,
-    "doctor": _doctor,
-    "objectives": _objectives,
-    "demo": _demo,
-}
+def completion(shell: Literal["bash", "zsh", "fish", "powershell"], /):
+    """print the script that completes commands and keys in a shell
+
+    bash: `source <(fastdpo completion bash)` in ~/.bashrc
+    fish: `fastdpo completion fish | source` in config.fish
+    zsh: `fastdpo completion zsh >DIR/_fastdpo`, DIR being one of $fpath
+    """
+    print(app.generate_completion(shell=shell))
+
+
+for place, command in enumerate(
+    (train, ref, data, plan, merge, push, convert, doctor, objectives, demo, completion)
+):
+    app.command(command, sort_key=place)
 
 if __name__ == "__main__":
     sys.exit(main())

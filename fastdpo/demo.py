@@ -14,12 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastdpo.api import train
 from fastdpo.config.keys import Config
@@ -91,36 +86,16 @@ def demo(folder: str | Path) -> dict[str, float]:
 
 def _train_both(folder: Path, console: Console) -> None:
     """SFT, then DPO from what it made."""
+    at = lambda name: str(folder / name)
+    shared = dict(max_length=128, batch_size=32, dtype="fp32")
     console.rule("1/2  SFT: the model learns to answer, politely or not")
-    shared = dict(max_length=128, batch_size=32, eval_steps=None, dtype="fp32")
-    train(
-        Config(
-            model=str(folder / "start"),
-            data=str(folder / "data/sft.jsonl"),
-            output_dir=str(folder / "sft"),
-            objective="sft",
-            learning_rate=3e-3,
-            warmup_steps=20,
-            num_epochs=8,
-            logging_steps=50,
-            **shared,
-        ),
-        console,
-    )
+    paths = dict(model=at("start"), data=at("data/sft.jsonl"), output_dir=at("sft"))
+    how = dict(objective="sft", learning_rate=3e-3, warmup_steps=20, num_epochs=8, logging_steps=50)
+    train(Config(**paths, **how, **shared), console)
     console.rule("2/2  DPO: pairs say which answers are wanted")
-    train(
-        Config(
-            model=str(folder / "sft/model"),
-            data=str(folder / "data/train.jsonl"),
-            eval_data=str(folder / "data/held_out.jsonl"),
-            output_dir=str(folder / "dpo"),
-            learning_rate=1e-4,
-            num_epochs=2,
-            logging_steps=5,
-            **shared,
-        ),
-        console,
-    )
+    data = dict(data=at("data/train.jsonl"), eval_data=at("data/held_out.jsonl"))
+    how = dict(learning_rate=1e-4, num_epochs=2, logging_steps=5)
+    train(Config(model=at("sft/model"), output_dir=at("dpo"), **data, **how, **shared), console)
 
 
 def write_data(folder: Path) -> None:
@@ -157,15 +132,10 @@ def make_model(folder: Path) -> None:
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=640, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
+    options = dict(vocab_size=640, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(**options))
+    ends = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **ends)
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -1,5 +1,6 @@
 """What people write as the value of a key, as the type it must have."""
 
+import contextlib
 import difflib
 import re
 import types
@@ -12,25 +13,21 @@ from fastdpo.errors import ConfigError
 
 def as_type(name: str, value, kind):
     """A YAML value or a flag's string as a type hint (a type, or a union of some). Raises ConfigError."""
+    kind = str if typing.get_origin(kind) is typing.Literal else kind  # config.checks says which texts may be
     allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if isinstance(value, str) and (allowed != (str,)):
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            parsed = value
-        if isinstance(parsed, str) and float in allowed:
-            try:
-                parsed = float(parsed)  # YAML 1.1 reads 1e-6 as a string
-            except ValueError:
-                pass
-        value = parsed
+    if isinstance(value, str) and allowed != (str,):
+        with contextlib.suppress(yaml.YAMLError, ValueError):
+            value = yaml.safe_load(value)
+        if isinstance(value, str) and float in allowed:
+            with contextlib.suppress(ValueError):
+                value = float(value)  # YAML 1.1 reads 1e-6 as a string
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
         value = float(value)
     if isinstance(value, list) and list[str] in allowed and not all(isinstance(v, str) for v in value):
         raise ConfigError(f"{name}: expected names, got {value!r}")
     for kind in allowed:
         if isinstance(value, typing.get_origin(kind) or kind) and (
-            not isinstance(value, bool) or kind is bool
+            kind is bool or not isinstance(value, bool)
         ):
             return value
     words = {type(None): "nothing", dict: "{option: value, ...}", str: "text"}

@@ -2,13 +2,17 @@
 way out, and in an exit code; never in a traceback, and never silently."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
-from fastdpo.cli import main
+from benchmarks.process import ROOT
+from fastdpo.cli import app, main
 from tests.tiny import rows, save_model, write_jsonl
 
 TURN = {"role": "user", "content": "the cat"}
@@ -220,11 +224,81 @@ def test_data_shows_rows_without_training(run, tmp_path):
 
 
 def test_help_and_unknown_commands(capsys):
-    assert main(["--help"]) == 0 and main(["train", "--help"]) == 0
-    assert "learning_rate" in capsys.readouterr().out
-    assert main(["trian"]) == 2 and main([]) == 2
+    assert main(["--help"]) == 0 and main([]) == 2
+    assert "reference's log-probs" in capsys.readouterr().out
+    assert main(["trian"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "trian" in said and "'train'" in said.replace('"', "'")
+    assert main(["merge", "x", "--ouput", "y"]) == 2 and "--output?" in capsys.readouterr().err
+    assert main(["objectives", "now"]) == 2 and "unexpected argument 'now'" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastdpo {metadata.version('fastdpo')}\n"
+
+
+@pytest.mark.parametrize("command", [name for name in app if not name.startswith("-")])
+def test_each_command_has_help(command, capsys):
+    assert main([command, "--help"]) == main([command, "-h"]) == 0
+    assert f"Usage: fastdpo {command}" in capsys.readouterr().out
 
 
 def test_the_installed_command_runs():
     done = subprocess.run([sys.executable, "-m", "fastdpo.cli", "data"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: model: missing")
+
+
+def test_help_is_quick():
+    """Nothing is imported that takes long; CPU seconds, for the machine may be busy: 0.25 where it is not."""
+    script = "import sys; from fastdpo.cli import main; main(['train', '--help']); "
+    script += "assert not {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)"
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
+
+
+def test_completion_knows_commands_and_keys(capsys):
+    for shell in ("bash", "zsh", "fish"):
+        assert main(["completion", shell]) == 0
+        script = capsys.readouterr().out
+        assert "learning_rate" in script and "objectives" in script
+    assert main(["completion", "tcsh"]) == 2 and "zsh" in capsys.readouterr().err
+
+
+def quiet(*words):
+    """Runs Python from the repository's root, whose folder `kernels` some libraries take for a package."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    bars = r"(Loading weights|Writing model shards): .*\n?"  # transformers'
+    assert re.sub(bars, "", done.stderr).strip() == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["objectives"],
+        ["data"],
+        ["plan", "--device=cpu"],
+        ["train", "--lora_rank=2", "--eval_data=0.2"],
+        ["train", "--lora_rank=2", "--load_in_4bit"],
+        ["train", "--optim=adamw_torch_8bit"],
+    ],
+    ids=" ".join,
+)
+def test_commands_are_quiet(words, model, tmp_path):
+    """Nothing comes to stderr: no kernels that torchao or bitsandbytes could not load, no deprecations."""
+    for word, library in (("--load_in_4bit", "bitsandbytes"), ("--optim=adamw_torch_8bit", "torchao")):
+        if word in words:
+            pytest.importorskip(library)
+    write_jsonl(tmp_path / "rows.jsonl", rows(12))
+    config = f"model: {model}\ndata: {tmp_path}/rows.jsonl\noutput_dir: {tmp_path}/run\nsamples: 0\n"
+    (tmp_path / "c.yaml").write_text(config + "max_length: 64\nmax_steps: 1\ndtype: fp32\n")
+    command, *flags = words
+    quiet("-m", "fastdpo.cli", command, *([tmp_path / "c.yaml"] * (command != "objectives")), *flags)
+
+
+def test_the_import_is_quiet_and_hides_no_warnings():
+    quiet("-c", "import fastdpo; [getattr(fastdpo, name) for name in fastdpo.__all__]")
+    script = "import fastdpo, logging; log = logging.getLogger('torchao'); log.warning('this one matters')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr == "this one matters\n"

@@ -7,8 +7,8 @@ import pytest
 
 from fastdpo.api import train
 from fastdpo.cli import main
-from fastdpo.config.reading import load_config
 from tests import tiny
+from tests.config.command_line import load_config
 from tests.training.test_trainer import QUIET
 
 EXAMPLES = ("full_500m_8gb", "full_1b_16gb", "qlora_8b_16gb", "lora_8b_24gb", "full_8b_24gb")

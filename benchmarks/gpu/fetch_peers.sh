@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Downloads the peers as wheels, for a GPU machine that has no network:
+# Downloads the peers, and what the command needs, as wheels, for a GPU machine that has no network:
 #     [FOR_PYTHON=3.12] [CUDA=130] benchmarks/gpu/fetch_peers.sh DIR [PACKAGE...]
 #
 # For one Python on x86-64 Linux, without what a machine with transformers, accelerate, peft, pandas and
@@ -18,6 +18,7 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo pyth
 FOR_PYTHON=${FOR_PYTHON:-3.12}
 CUDA=${CUDA:-130}
 PACKAGES=(trl==1.16.0 datasets==5.2.0 "dill<0.4.2" "multiprocess<0.70.20" xxhash)
+PACKAGES+=("cyclopts>=5.5,<6" attrs docstring_parser rich-rst) # fastdpo's own
 PACKAGES+=("liger-kernel>=0.8.5,<0.9" cut-cross-entropy==25.1.1 bitsandbytes==0.50.2 flash-attn "$@")
 PLATFORMS=()
 for version in 2_35 2_34 2_31 2_28 2_27 2_24 2_17 2014 1; do

@@ -1,15 +1,29 @@
-"""One flat config: YAML keys, flags, `--help` and the README's table all come from the fields below."""
+"""One flat config: YAML keys, flags, `--help` and the README's tables all come from the fields below."""
 
 import dataclasses
-import typing
 from dataclasses import dataclass, field
+from typing import Literal
 
+from fastdpo.config.checks import check
+from fastdpo.config.stages import stages_of
 from fastdpo.errors import ConfigError
 from fastdpo.values import as_type, nearest
 
+Optimizer = Literal[
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "adamw_torch_8bit",
+    "adamw_torch_4bit",
+    "adafactor",
+    "sgd",
+]
 
-def _key(default, doc):
-    return field(default=default, metadata={"doc": doc})
+
+def _key(default, doc, low=None):
+    """A field. low: the least that its number may be."""
+    return field(default=default, metadata={"doc": doc, "low": low})
 
 
 @dataclass(frozen=True)
@@ -48,29 +62,30 @@ class Config:
     )
     objective_args: dict | None = _key(None, "the objective's options, as `fastdpo objectives` lists them")
     beta: float | None = _key(
-        None, "strength of the pull towards the reference (default: the objective's own, mostly 0.1)"
+        None, "strength of the pull towards the reference (default: the objective's own, mostly 0.1)", low=0
     )
     label_smoothing: float | None = _key(
         None, "the assumed share of flipped pairs, 0 <= x < 0.5, where the objective reads it"
     )
-    pairs: str = _key(
+    pairs: Literal["all", "best_worst", "easy", "medium", "hard"] = _key(
         "all",
         "the pairs of a ranked row that train: all (every pair whose scores differ), best_worst, or easy, "
         "medium, hard: the best response against the last, the middle one, the second (Curry-DPO's stages)",
     )
-    pair_gap: str = _key(
+    pair_gap: Literal["rating", "logp"] = _key(
         "rating", "what easy and hard are told by: the rating, or logp (how far apart the reference has them)"
     )
     flip_pairs: float = _key(
         0.0,
         "noise, to study robustness: this share of the training pairs is flipped, by seed; never held-out",
+        low=0,
     )
-    learning_rate: float = _key(1e-6, "peak learning rate (1e-5 or more suits LoRA)")
-    warmup_steps: float = _key(0, "linear warm-up steps; below 1, a share of all steps")
+    learning_rate: float = _key(1e-6, "peak learning rate (1e-5 or more suits LoRA)", low=0)
+    warmup_steps: float = _key(0, "linear warm-up steps; below 1, a share of all steps", low=0)
     lr_scheduler_type: str = _key(
         "linear", "schedule, by transformers' names: linear, cosine, constant_with_warmup, ..."
     )
-    optim: str = _key(
+    optim: Optimizer = _key(
         "adamw_torch_fused",
         "optimizer, by transformers' names: adamw_torch_fused (torch's AdamW), adamw_8bit, paged_adamw_8bit, "
         "paged_adamw_32bit (bitsandbytes), adamw_torch_8bit, adamw_torch_4bit (torchao), adafactor, sgd",
@@ -84,26 +99,26 @@ class Config:
     pure_bf16: bool = _key(
         False, "keep trained weights in bf16, updated with stochastic rounding, instead of fp32"
     )
-    weight_decay: float = _key(0.0, "AdamW's decay of matrices (never of norms and biases)")
-    max_grad_norm: float = _key(1.0, "clip the gradient to this norm; 0 switches clipping off")
-    batch_size: int = _key(8, "prompt groups an optimizer step")
+    weight_decay: float = _key(0.0, "AdamW's decay of matrices (never of norms and biases)", low=0)
+    max_grad_norm: float = _key(1.0, "clip the gradient to this norm; 0 switches clipping off", low=0)
+    batch_size: int = _key(8, "prompt groups an optimizer step", low=1)
     max_tokens: int = _key(
-        8192, "token cap of a microbatch: memory only, never the result; a larger group goes alone"
+        8192, "token cap of a microbatch: memory only, never the result; a larger group goes alone", low=1
     )
-    max_length: int = _key(1024, "longest prompt + response in tokens")
-    truncation: str = _key(
+    max_length: int = _key(1024, "longest prompt + response in tokens", low=2)
+    truncation: Literal["keep_start", "keep_end", "drop"] = _key(
         "keep_start",
         "rows over max_length: keep_start cuts the response's end, keep_end the prompt's start, "
         "drop leaves the row out; all counted",
     )
-    num_epochs: float = _key(1.0, "passes over the data")
-    max_steps: int | None = _key(None, "stop after this many optimizer steps, whatever num_epochs")
-    eval_steps: int | None = _key(None, "evaluate every so many steps (always at start and end)")
-    logging_steps: int = _key(10, "write metrics every so many steps")
+    num_epochs: float = _key(1.0, "passes over the data", low=0)
+    max_steps: int | None = _key(None, "stop after this many optimizer steps, whatever num_epochs", low=1)
+    eval_steps: int | None = _key(None, "evaluate every so many steps (always at start and end)", low=1)
+    logging_steps: int = _key(10, "write metrics every so many steps", low=1)
     save_steps: int | None = _key(
-        100, "write a checkpoint every so many steps (always at a stage's end, and when stopped)"
+        100, "write a checkpoint every so many steps (always at a stage's end, and when stopped)", low=1
     )
-    save_total_limit: int = _key(2, "how many of the newest checkpoints to keep, besides the best one")
+    save_total_limit: int = _key(2, "how many of the newest checkpoints to keep, besides the best one", low=1)
     load_best: bool = _key(
         False,
         "end a stage with its checkpoint of the lowest held-out loss, not with the last; "
@@ -113,10 +128,10 @@ class Config:
         None, "where metrics go besides metrics.jsonl: tensorboard, wandb, trackio (any that are installed)"
     )
     samples: int = _key(
-        4, "held-out prompts (or training ones) completed before and after, for the report; 0 for none"
+        4, "held-out prompts (or training ones) completed before and after, for the report; 0 for none", low=0
     )
-    seed: int = _key(0, "seed of the data order and of LoRA's start")
-    dtype: str = _key(
+    seed: int = _key(0, "seed of the data order and of LoRA's start", low=0)
+    dtype: Literal["auto", "bf16", "fp32"] = _key(
         "auto",
         "compute dtype: bf16, fp32, or auto (bf16 where the GPU has it, else fp32); "
         "trained weights are kept in fp32 unless pure_bf16",
@@ -138,7 +153,7 @@ class Config:
     )
     tiled_mlp: bool = _key(False, "compute MLPs 8192 tokens at a time: for long rows")
     load_in_4bit: bool = _key(False, "QLoRA: keep the frozen weights in 4 bits (bitsandbytes' NF4)")
-    lora_rank: int | None = _key(None, "train a LoRA of this rank instead of all weights")
+    lora_rank: int | None = _key(None, "train a LoRA of this rank instead of all weights", low=1)
     lora_alpha: float | None = _key(None, "LoRA's alpha (default: twice the rank)")
     lora_target_modules: str | list[str] = _key(
         "all-linear", "modules that get a LoRA: names, or all-linear (all but the lm_head)"
@@ -165,8 +180,6 @@ class Config:
     )
 
     def __post_init__(self):
-        from fastdpo.config.checks import check  # it reads this module itself
-
         check(self)
         self.per_stage()  # a bad stage shows before any work
 
@@ -178,75 +191,31 @@ class Config:
 
     def per_stage(self) -> list["Config"]:
         """One config a stage; without `stages`, this one."""
-        plain = dataclasses.asdict(self) | {"stages": None}
-        if not self.stages:
-            return [self]
-        out = []
-        for number, overrides in enumerate(self.stages, 1):
-            if not isinstance(overrides, dict) or not overrides:
-                raise ConfigError(f"stages: stage {number} is not a set of keys: {overrides!r}")
-            for name in overrides:
-                if name not in STAGE_KEYS:
-                    raise ConfigError(
-                        f"stages: stage {number} sets {name!r}. {nearest(name, STAGE_KEYS)}"
-                        f"A stage can set: {', '.join(STAGE_KEYS)}"
-                    )
-            try:
-                values = {name: coerce(name, value) for name, value in overrides.items()}
-                out.append(Config(**_inherited(plain, values)))
-            except ConfigError as error:
-                raise ConfigError(f"stages: stage {number}: {error}") from None
-        self._check_options_reach(out)
-        return out
-
-    def _check_options_reach(self, stages: list["Config"]) -> None:
-        """Raises ConfigError for an option above the stages that none of them reads."""
-        for name in ("beta", "label_smoothing"):
-            if getattr(self, name) is not None and all(getattr(stage, name) is None for stage in stages):
-                raise ConfigError(f"{name}: no stage's objective reads it")
-        for name in self.objective_args or {}:
-            if not any(name in (stage.objective_args or {}) for stage in stages):
-                raise ConfigError(f"objective_args: no stage's objective reads {name!r}")
+        return stages_of(self)
 
 
-def _inherited(above: dict, overrides: dict) -> dict:
-    """A stage's keys: its own over those above the stages, objective_args option by option. Options above
-    that its objective does not read are for the other stages."""
-    from fastdpo.objectives.make import options_read  # it reads configs itself
-
-    own_args = overrides.get("objective_args") or {}
-    args = (above["objective_args"] or {}) | own_args
-    read = options_read((above | overrides)["objective"], args.get("base_loss"))
-    kept = {name: above[name] for name in above if name in read or name not in ("beta", "label_smoothing")}
-    args = {name: value for name, value in args.items() if name in read or name in own_args}
-    return kept | overrides | {"objective_args": args or None}
-
-
-STAGE_KEYS = (
-    "objective",
-    "objective_args",
-    "beta",
-    "label_smoothing",
-    "pairs",
-    "learning_rate",
-    "warmup_steps",
-    "lr_scheduler_type",
-    "weight_decay",
-    "max_grad_norm",
-    "batch_size",
-    "max_tokens",
-    "num_epochs",
-    "max_steps",
-    "eval_steps",
-    "logging_steps",
-    "save_steps",
-)
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-TYPES = typing.get_type_hints(Config)
+GROUPS = {  # of the help and of the README's tables: each key once
+    "Data": "model adapter data data_format eval_data chat_template pairs pair_gap flip_pairs max_length "
+    "truncation strict".split(),
+    "Objective": "objective objective_args beta label_smoothing reference_cache stages".split(),
+    "Optimizer": "learning_rate warmup_steps lr_scheduler_type optim weight_decay max_grad_norm batch_size "
+    "num_epochs max_steps seed".split(),
+    "Memory": "memory dtype max_tokens head_memory gradient_checkpointing activation_offloading tiled_mlp "
+    "offload_optimizer optimizer_in_backward pure_bf16 load_in_4bit".split(),
+    "LoRA": "lora_rank lora_alpha lora_target_modules use_dora use_rslora".split(),
+    "Run": "output_dir push_to_hub eval_steps logging_steps save_steps save_total_limit load_best report_to "
+    "samples resume overwrite".split(),
+}
 
 
 def coerce(name, value):
     """Checks one key and brings its value (a YAML value or a flag's string) to the field's type."""
     if name not in FIELDS:
         raise ConfigError(f"unknown key {name!r}. {nearest(name, FIELDS)}`--help` lists all keys.")
-    return as_type(name, value, TYPES[name])
+    return as_type(name, value, FIELDS[name].type)
+
+
+def from_values(values: dict) -> Config:
+    """The config of a YAML file's values and flags' strings. Raises ConfigError."""
+    return Config(**{name: coerce(name, value) for name, value in values.items()})

@@ -3,11 +3,22 @@
 import numpy as np
 from rich.text import Text
 
+from fastdpo.data.groups import Limits, load_groups
+from fastdpo.data.load import DataSpec
 from fastdpo.data.report import DataReport
 from fastdpo.records import PreferenceGroup, Response
 
 _SCORED, _UNSCORED = ("«", "»", "bold green"), ("⟦", "⟧", "yellow")
 _RELEVANT = ("【", "】", "bold magenta")  # tokens of a response with weights; a weight below 1 follows it
+
+
+def show_data(spec: DataSpec, tokenizer, console) -> None:
+    """Reads a run's data sources and prints what their rows become. Raises DataError, as load_groups does."""
+    limits = Limits(spec.max_length, spec.truncation)
+    how = dict(strict=spec.strict, console=console, data_format=spec.data_format)
+    for source in (spec.data, spec.eval_data):
+        if isinstance(source, str):
+            show(*load_groups(source, tokenizer, limits, **how), tokenizer, console)
 
 
 def show(groups: list[PreferenceGroup], report: DataReport, tokenizer, console) -> None:

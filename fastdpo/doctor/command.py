@@ -14,13 +14,8 @@ from fastdpo.doctor import machine, show
 from fastdpo.doctor.ladder import Ladder, choose, kept, ladders_of
 from fastdpo.doctor.trials import Children, NotStarted, Outcome, try_check
 from fastdpo.doctor.verdict import Choice, verdict_path
-from fastdpo.errors import ConfigError, ModelError
+from fastdpo.errors import ModelError
 
-USAGE = """usage: fastdpo doctor
-
-Tries each way to compute the lm_head and the attention, offloading and 4 bits on small problems against fp64,
-in a process of their own, and on a GPU how fast they are. Exit code 0 where all that a run stands on is
-right, 1 otherwise. A GPU's verdict is kept for the next runs."""
 OTHERS = (
     ("activation_offloading", "fastdpo.doctor.other_checks:check_offloading"),
     ("load_in_4bit", "fastdpo.doctor.other_checks:check_4bit"),
@@ -28,13 +23,8 @@ OTHERS = (
 SPEED = "fastdpo.doctor.speed:measure"
 
 
-def main(argv: list[str], console: Console | None = None) -> int:
-    """Prints it all; returns the exit code. Raises ConfigError, and ModelError where nothing can be tried."""
-    if argv in (["-h"], ["--help"]):
-        print(USAGE)
-        return 0
-    if argv:
-        raise ConfigError(f"doctor takes no arguments, got: {' '.join(argv)}")
+def doctor(console: Console | None = None) -> int:
+    """Prints it all; returns the exit code. Raises ModelError where nothing can be tried."""
     console = console or Console()
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     facts = machine.facts()

@@ -3,10 +3,9 @@
 from rich.console import Console
 
 from fastdpo.config.keys import Config
-from fastdpo.config.reading import help_text, load_config
 from fastdpo.data.load import load_data
 from fastdpo.errors import ConfigError, DataError, ModelError
-from fastdpo.model.policy import load_model_config
+from fastdpo.model.policy import load_model_config, load_tokenizer
 from fastdpo.planning import show
 from fastdpo.planning.choose import budget_of
 from fastdpo.planning.microbatch import assumed_groups, selected, step_loads
@@ -14,23 +13,13 @@ from fastdpo.planning.search import SURE, Option, Planner
 from fastdpo.planning.target import CARDS, Target
 from fastdpo.training.job import check_stepping, job_of, stage_job
 
-USAGE = f"""usage: fastdpo plan [CONFIG.yaml] [--memory 24GB] [--card NAME] [--device cpu] [--key value ...]
-
-Predicts the peak of GPU memory by owner, and what would make it fit. Reads the model's config.json and the
-data, never a weight. --card: {", ".join(CARDS)}; default: the GPU here.
---device cpu plans a run on a CPU. All keys of `fastdpo train` are understood:
-"""
 WIDTH = 100
 
 
-def main(argv: list[str], console: Console | None = None) -> None:
+def plan(config: Config, card: str | None, device: str, console: Console | None = None) -> None:
     """Prints the plan of each stage. Raises ConfigError and ModelError."""
     console = console or Console(width=WIDTH)
-    if "-h" in argv or "--help" in argv:
-        print(USAGE + help_text("plan").partition("keys:")[2])
-        return
-    argv, target = _target(argv)
-    config = load_config(argv)
+    target = _target(card, device)
     model_config = load_model_config(config)
     groups = _groups(config, console)
     budget = budget_of(config, target, console)
@@ -83,34 +72,19 @@ def _advice(options: list[Option], found: Option | None, budget: int, memory: st
     return "[bold]next:[/] nothing tried fits: a shorter max_length, a smaller model or a larger card"
 
 
-def _target(argv: list[str]) -> tuple[list[str], Target]:
-    rest, given = [], {}
-    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    while words:
-        word = words.pop(0)
-        if word in ("--card", "--device"):
-            if not words:
-                raise ConfigError(f"{word}: no value given")
-            given[word] = words.pop(0)
-        else:
-            rest.append(word)
-    device = given.get("--device", "cuda")
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"--device: {device!r} is not cpu or cuda")
+def _target(card: str | None, device: str) -> Target:
     if device == "cpu":
-        return rest, Target(is_cpu=True)
-    if "--card" not in given:
-        return rest, Target.here()
-    target = Target.of_card(given["--card"])
+        return Target(is_cpu=True)
+    if card is None:
+        return Target.here()
+    target = Target.of_card(card)
     if target is None:
-        raise ConfigError(f"--card: {given['--card']!r} is not one of {', '.join(CARDS)}")
-    return rest, target
+        raise ConfigError(f"--card: {card!r} is not one of {', '.join(CARDS)}")
+    return target
 
 
 def _groups(config: Config, console: Console):
     """The training rows, or None, said aloud, where they or the tokenizer cannot be read."""
-    from fastdpo.model.policy import load_tokenizer
-
     try:
         return load_data(job_of(config).data, load_tokenizer(config), console)[0]
     except (DataError, ModelError) as error:

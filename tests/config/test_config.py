@@ -1,14 +1,16 @@
 """The config: one source for YAML keys, flags and help; wrong keys and values say what to do."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 
-from fastdpo.config.keys import STAGE_KEYS, Config
-from fastdpo.config.reading import help_text, keys_table, load_config, to_yaml
+from fastdpo.cli import main
+from fastdpo.config.keys import FIELDS, GROUPS, Config
+from fastdpo.config.reading import keys_table, to_yaml
+from fastdpo.config.stages import STAGE_KEYS
 from fastdpo.errors import ConfigError
 from fastdpo.objectives import objectives_table
+from tests.config.command_line import load_config
 
 
 @pytest.fixture
@@ -37,6 +39,32 @@ def test_values_are_brought_to_their_types(file):
 
 
 @pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["--strict"], "strict", True),
+        (["--strict", "false"], "strict", False),
+        (["--strict", "--strict", "false"], "strict", False),
+        (["--strict=false", "--strict"], "strict", True),
+        (["--beta", "0.3", "--beta=0.2"], "beta", 0.2),
+        (["--max-steps="], "max_steps", None),
+        (["--output_dir", "-x"], "output_dir", "-x"),
+        (["--stages", "[{objective: sft}, {beta: 1}]"], "stages", [{"objective": "sft"}, {"beta": 1}]),
+        (["--lora_target_modules", '["q", "v"]'], "lora_target_modules", ["q", "v"]),
+        (["--objective", "{sigmoid: 0.8, sft: 0.2}"], "objective", {"sigmoid": 0.8, "sft": 0.2}),
+        (["--objective", '{"sigmoid": 0.8}'], "objective", {"sigmoid": 0.8}),
+        (["--model", "[m]"], "model", "[m]"),
+        (["--bf16"], "dtype", "bf16"),  # TRL's
+        (["--bf16", "false"], "dtype", "fp32"),
+    ],
+    ids=str,
+)
+def test_flags_are_read_as_yaml(words, key, value):
+    """A switch may come bare; of a flag that is given again the last counts; so for other trainers' flags."""
+    made = getattr(load_config(["--model=m", "--data=d", *words]), key)
+    assert made == value and type(made) is type(value)
+
+
+@pytest.mark.parametrize(
     "argv, message",
     [
         (["--leraning_rate", "1"], "unknown key 'leraning_rate'. Did you mean 'learning_rate'?"),
@@ -45,7 +73,12 @@ def test_values_are_brought_to_their_types(file):
         (["--batch_size", "0"], "batch_size: 0 is below 1"),
         (["--strict", "maybe"], "strict: expected bool"),
         (["--beta"], "--beta: no value given"),
-        (["beta", "1"], "unexpected argument 'beta'"),
+        (["beta", "1"], "unexpected argument 'beta': keys are given as --key value"),
+        (["--batch_size", "-1"], "batch_size: -1 is below 1"),
+        (["--beta", "-high"], "beta: expected float or nothing, got '-high'"),
+        (["--beta", "1", "2"], "unexpected argument '2': keys are given as --key value"),
+        (["--beta=1", "c.yaml"], "unexpected argument 'c.yaml'"),
+        (["--beta", "1", "-x"], "unknown key 'x'"),
         (["--truncation", "left"], "truncation: 'left' is not one of keep_start, keep_end, drop"),
         (["--label_smoothing", "0.5"], "label_smoothing: 0.5 is not in"),
         (["--eval_data", "1.5"], "eval_data: 1.5 is neither"),
@@ -54,10 +87,10 @@ def test_values_are_brought_to_their_types(file):
         (["--stages", "[3]"], "stage 1 is not a set of keys"),
     ],
 )
-def test_wrong_flags(file, argv, message):
-    with pytest.raises(ConfigError) as error:
-        load_config([file("model: m\ndata: d\n"), *argv])
-    assert message in str(error.value)
+def test_wrong_flags(file, argv, message, capsys):
+    assert main(["train", file("model: m\ndata: d\n"), *argv]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -87,11 +120,20 @@ def test_stages_override_and_inherit():
     assert (second.objective, second.beta) == ("sigmoid", 1.0)
 
 
-def test_help_names_every_key():
-    text = help_text("train")
-    for field in dataclasses.fields(Config):
-        assert f"\n  {field.name}" in text and field.metadata["doc"] in text
-    assert set(STAGE_KEYS) <= {f.name for f in dataclasses.fields(Config)}
+def test_help_names_every_key(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "[default: 1e-06]" in text
+    for name, field in FIELDS.items():
+        assert f" --{name} VALUE " in text and field.metadata["doc"] in text
+    places = [text.index(f"─ {heading} ─") for heading in GROUPS]
+    assert places == sorted(places)
+    assert set(STAGE_KEYS) <= set(FIELDS)
+
+
+def test_each_key_is_in_one_group():
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(FIELDS)
 
 
 def test_resolved_config_reads_back(file):

@@ -8,9 +8,9 @@ import yaml
 from rich.console import Console
 
 from fastdpo.cli import main
-from fastdpo.config.reading import load_config
 from fastdpo.data.groups import load_groups
 from fastdpo.errors import ConfigError
+from tests.config.command_line import load_config
 from tests.data.shared_data import WIDE, small_tokenizer, text_row, write_lines
 
 INTEL = {"system": "S", "question": "good?", "chosen": "gold", "rejected": "old"}

@@ -103,7 +103,7 @@ def test_the_command(api, run, capsys):
         assert main(["push", str(source), "--to", "me/mine"]) == 0
         assert api.names[-3:] == ["whoami", "create_repo", "upload_folder"]
         assert api.calls[-1][1]["folder_path"] == run.folder / "model"
-    assert main(["push", str(run.folder)]) == 2 and "usage: fastdpo push" in capsys.readouterr().err
+    assert main(["push", str(run.folder)]) == 2 and "--to requires an argument" in capsys.readouterr().err
     assert main(["push", str(run.folder.parent / "nowhere"), "--to", "x"]) == 2
     assert main(["push", str(run.folder), "--to", "a/b/c"]) == 2
     api.fails["whoami"] = ConnectionError("unreachable")
