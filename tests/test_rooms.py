@@ -38,7 +38,7 @@ FASTDPO = (
     }
 )
 FASTDPO["cli"] = FASTDPO.keys()
-FASTDPO["fastdpo"] = {"moved"}
+FASTDPO["fastdpo"] = GROUND | {"moved"}
 TOOLS = {"process", "results", "lengths", "models", "inputs", "flops", "ceilings", "figures", "workers"}
 BENCHMARKS = {tool: TOOLS for tool in TOOLS} | {
     "gate": TOOLS,
