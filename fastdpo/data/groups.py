@@ -4,14 +4,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 
 from fastdpo.console.progress import make_progress
 from fastdpo.data.formats.layouts import Layout
-from fastdpo.data.report import DataReport
-from fastdpo.data.rows import Row, RowProblem, parse_row
+from fastdpo.data.report import DataReport, RowProblem
+from fastdpo.data.rows import Row, parse_row
 from fastdpo.data.sources import Rows, load_rows
 from fastdpo.data.templating import Draft, write
 from fastdpo.data.tokenizing import Encoder, Tokens, shared_length, tokenize
@@ -25,7 +24,6 @@ _SERIOUS = {  # notes on kept rows that stop a strict run
     "identical_pair": "{} pair(s) of responses with the same tokens; remove the duplicate",
     "span_unscored": "{} span(s) without a scored token; correct them",
 }
-TRUNCATIONS = ("keep_start", "keep_end", "drop")
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,8 @@ class Limits:
     def __post_init__(self):
         if self.max_length < 2:
             raise ConfigError(f"max_length: 2 at least (a prompt and a response), not {self.max_length}")
-        if self.truncation not in TRUNCATIONS:
-            choices = ", ".join(TRUNCATIONS)
-            raise ConfigError(f"truncation: one of {choices}, not {self.truncation!r}")
-
-
-class Cut(NamedTuple):
-    """A row's tokens within the limits."""
-
-    prompt: np.ndarray
-    tails: list[Tokens]  # per response, what follows the prompt
-    truncated: int  # responses whose sequence lost tokens
+        if self.truncation not in ("keep_start", "keep_end", "drop"):
+            raise ConfigError(f"truncation: one of keep_start, keep_end, drop, not {self.truncation!r}")
 
 
 def to_group(row: dict | Row, number: int, tokenizer, limits: Limits) -> tuple[PreferenceGroup, Counter]:
@@ -57,7 +46,7 @@ def to_group(row: dict | Row, number: int, tokenizer, limits: Limits) -> tuple[P
 
     Raises RowProblem when the row cannot be used.
     """
-    (outcome,) = _outcomes([(number, row)], Encoder(tokenizer), limits)
+    (outcome,) = _outcomes([(number, row)], Encoder(tokenizer), limits, None, Counter())
     if isinstance(outcome, RowProblem):
         raise outcome
     return outcome
@@ -78,9 +67,8 @@ def load_groups(
     with make_progress(console) as bar:
         task = bar.add_task("reading rows", total=len(rows), info="")
         while chunk := list(islice(numbered, _CHUNK)):
-            for (number, _), outcome in zip(
-                chunk, _outcomes(chunk, encoder, limits, rows.layout, report.formats)
-            ):
+            outcomes = _outcomes(chunk, encoder, limits, rows.layout, report.formats)
+            for (number, _), outcome in zip(chunk, outcomes):
                 if strict:
                     _refuse(outcome, rows, number)
                 if isinstance(outcome, RowProblem):
@@ -96,9 +84,8 @@ def load_groups(
 
 def _refuse(outcome, rows: Rows, number: int) -> None:
     """Raises DataError for what `strict` does not let pass."""
-    if isinstance(outcome, RowProblem):
-        problem = str(outcome)
-    else:
+    problem = outcome
+    if not isinstance(outcome, RowProblem):
         notes = outcome[1]
         found = [text.format(notes[name]) for name, text in _SERIOUS.items() if notes[name]]
         if not found:
@@ -112,27 +99,25 @@ def _outcomes(
     chunk: list[tuple[int, dict | Row]],
     encoder: Encoder,
     limits: Limits,
-    layout: Layout | None = None,
-    formats: Counter | None = None,
+    layout: Layout | None,
+    formats: Counter,
 ) -> Iterator:
     """Per numbered row its (group, notes) or its RowProblem, in order; counts the rows' formats."""
-    drafts = [_draft(row, number, encoder.tokenizer, layout) for number, row in chunk]
-    if formats is not None:
-        formats.update(draft.row.format for draft in drafts if isinstance(draft, Draft))
-    texts = set().union(*(draft.texts() for draft in drafts if isinstance(draft, Draft)))
-    ids = encoder.encode(texts)
+    drafts = []
+    for number, row in chunk:
+        try:
+            parsed = row if isinstance(row, Row) else parse_row(row, number, layout)
+            drafts.append(write(parsed, encoder.tokenizer))
+        except RowProblem as problem:
+            drafts.append(problem)
+    written = [draft for draft in drafts if isinstance(draft, Draft)]
+    formats.update(draft.row.format for draft in written)
+    ids = encoder.encode(set().union(*(draft.texts() for draft in written)))
     for draft in drafts:
         try:
             yield draft if isinstance(draft, RowProblem) else _group(draft, ids, encoder, limits)
         except RowProblem as problem:
             yield problem
-
-
-def _draft(row: dict | Row, number: int, tokenizer, layout: Layout | None) -> Draft | RowProblem:
-    try:
-        return write(row if isinstance(row, Row) else parse_row(row, number, layout), tokenizer)
-    except RowProblem as problem:
-        return problem
 
 
 def _group(draft: Draft, ids: dict[str, np.ndarray], encoder: Encoder, limits: Limits):
@@ -148,55 +133,25 @@ def _group(draft: Draft, ids: dict[str, np.ndarray], encoder: Encoder, limits: L
     if shared == 0:
         message = "no token comes before the responses that could predict their first token"
         raise RowProblem("empty_prompt", "prompt", message)
-    cut = _cut(sequences, shared, limits, encoder.tokenizer.bos_token_id)
-    if cut.truncated:
-        notes["truncated"] = cut.truncated
-    pairs = _differing_pairs(row, cut, notes)
-    ref_logps = _whole_ref_logps(row, cut, notes)
+    prompt, tails = _cut(sequences, shared, limits, encoder.tokenizer.bos_token_id, notes)
+    pairs = _differing_pairs(row, tails, notes)
+    ref_logps = _whole_ref_logps(row, tails, notes)
     responses = tuple(
         Response(tail.ids, tail.scored, score, ref_logp, row.label, tail.weight)
-        for tail, score, ref_logp in zip(cut.tails, row.scores, ref_logps)
+        for tail, score, ref_logp in zip(tails, row.scores, ref_logps)
     )
-    return PreferenceGroup(row.number, cut.prompt, responses, pairs), notes
+    return PreferenceGroup(row.number, prompt, responses, pairs), notes
 
 
-def _whole_ref_logps(row: Row, cut: Cut, notes: Counter) -> tuple[float | None, ...]:
-    """The row's reference log-probs, which are sums over all tokens of whole responses after the whole
-    prompt: None where that is not what we score."""
-    if row.ref_logps[0] is None:
-        return row.ref_logps
-    lost = any(notes[name] for name in ("truncated", "trailing_turns", "merged_boundary"))
-    if lost or not all(tail.scored.all() for tail in cut.tails):
-        notes["ref_columns_unusable"] = len(row.ref_logps)
-        return (None,) * len(row.ref_logps)
-    notes["ref_columns"] = len(row.ref_logps)
-    return row.ref_logps
-
-
-def _differing_pairs(row: Row, cut: Cut, notes: Counter) -> tuple[Pair, ...]:
-    """The pairs whose responses differ as tokens; equal ones have margin 0 whatever is learnt. None of an
-    unpaired row."""
-    ids = [tail.ids for tail in cut.tails]
-    pairs = tuple(Pair(i, j) for i, j in row.pairs if not np.array_equal(ids[i], ids[j]))
-    if len(pairs) == len(row.pairs):
-        return pairs
-    if not pairs and cut.truncated:
-        message = "within max_length the responses have the same tokens; raise max_length"
-        raise RowProblem("identical_after_truncation", "responses", message)
-    if not pairs:
-        raise RowProblem("identical", "responses", "they have the same tokens: nothing to prefer")
-    notes["identical_pair"] = len(row.pairs) - len(pairs)
-    return pairs
-
-
-def _cut(sequences: list[Tokens], shared: int, limits: Limits, bos: int | None) -> Cut:
+def _cut(
+    sequences: list[Tokens], shared: int, limits: Limits, bos: int | None, notes: Counter
+) -> tuple[np.ndarray, list[Tokens]]:
+    """(the shared prompt, per response what follows it), within the limits."""
     longest, limit = max(len(tokens.ids) for tokens in sequences), limits.max_length
-    prompt, start = sequences[0].ids[:shared], shared
-    truncated = sum(len(tokens.ids) > limit for tokens in sequences)
+    prompt, truncated = sequences[0].ids[:shared], sum(len(tokens.ids) > limit for tokens in sequences)
     if truncated and limits.truncation == "drop":
-        raise RowProblem(
-            "too_long", "row", f"{longest} tokens, over max_length={limit}; raise it, or let truncation cut"
-        )
+        message = f"{longest} tokens, over max_length={limit}; raise it, or let truncation cut"
+        raise RowProblem("too_long", "row", message)
     if truncated and limits.truncation == "keep_end":
         prompt = _prompt_end(prompt, longest - limit, bos, limit)
         limit = longest  # nothing is cut from the responses
@@ -204,11 +159,13 @@ def _cut(sequences: list[Tokens], shared: int, limits: Limits, bos: int | None) 
     elif truncated and shared >= limit:
         message = f"{shared} tokens leave no room for a response: raise max_length={limit}"
         raise RowProblem("prompt_too_long", "prompt", message)
-    tails = [tokens.until(limit).after(start) for tokens in sequences]
+    tails = [tokens.tail(shared, limit) for tokens in sequences]
     if not all(len(tail.ids) for tail in tails):
         message = f"a response has no scored token left: raise max_length={limit}"
         raise RowProblem("nothing_scored", "responses", message)
-    return Cut(prompt.copy(), tails, truncated)
+    if truncated:
+        notes["truncated"] = truncated
+    return prompt.copy(), tails
 
 
 def _prompt_end(prompt: np.ndarray, excess: int, bos: int | None, limit: int) -> np.ndarray:
@@ -218,3 +175,30 @@ def _prompt_end(prompt: np.ndarray, excess: int, bos: int | None, limit: int) ->
         message = f"the longest response alone does not fit: raise max_length={limit}"
         raise RowProblem("response_too_long", "responses", message)
     return np.concatenate([kept, prompt[len(kept) + excess :]])
+
+
+def _differing_pairs(row: Row, tails: list[Tokens], notes: Counter) -> tuple[Pair, ...]:
+    """The pairs whose responses differ as tokens; equal ones have margin 0 whatever is learnt. None of an
+    unpaired row."""
+    pairs = tuple(Pair(i, j) for i, j in row.pairs if not np.array_equal(tails[i].ids, tails[j].ids))
+    if row.pairs and not pairs:
+        if notes["truncated"]:
+            message = "within max_length the responses have the same tokens; raise max_length"
+            raise RowProblem("identical_after_truncation", "responses", message)
+        raise RowProblem("identical", "responses", "they have the same tokens: nothing to prefer")
+    if len(pairs) < len(row.pairs):
+        notes["identical_pair"] = len(row.pairs) - len(pairs)
+    return pairs
+
+
+def _whole_ref_logps(row: Row, tails: list[Tokens], notes: Counter) -> tuple[float | None, ...]:
+    """The row's reference log-probs, which are sums over all tokens of whole responses after the whole
+    prompt: None where that is not what we score."""
+    if row.ref_logps[0] is None:
+        return row.ref_logps
+    lost = any(notes[name] for name in ("truncated", "trailing_turns", "merged_boundary"))
+    if lost or not all(tail.scored.all() for tail in tails):
+        notes["ref_columns_unusable"] = len(row.ref_logps)
+        return (None,) * len(row.ref_logps)
+    notes["ref_columns"] = len(row.ref_logps)
+    return row.ref_logps

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fastdpo.records import PreferenceGroup
+from fastdpo.records import PreferenceGroup, Response
 
 
 def mismatched(groups: Sequence[PreferenceGroup], max_length: int) -> dict[int, PreferenceGroup]:
@@ -25,14 +25,7 @@ def mismatched(groups: Sequence[PreferenceGroup], max_length: int) -> dict[int, 
         scored = np.flatnonzero(response.target_mask[: max(0, max_length - len(group.prompt))])
         if len(scored):
             end = int(scored[-1]) + 1
-            other = replace(
-                response,
-                ids=response.ids[:end],
-                target_mask=response.target_mask[:end],
-                score=None,
-                ref_logp=None,
-                token_weight=None,
-            )
+            other = Response(response.ids[:end], response.target_mask[:end], label=response.label)
             found[group.row] = replace(group, responses=(other,), pairs=())
     return found
 

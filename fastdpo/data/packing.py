@@ -60,16 +60,9 @@ def split_step(
     """Cuts one step's groups into microbatches of at most `max_tokens` input tokens (padding counted
     where rows are separate) and `max_scored` scored ones: first-fit decreasing, ties by row. A group is
     never split, so a group larger than a cap is a microbatch of its own."""
-    bins: list[_Bin] = []
-    for group in sorted(groups, key=lambda g: (-places(g, share), g.row)):
-        for i, old in enumerate(bins):
-            new = old.plus(group)
-            if new.places(share) <= max_tokens and (max_scored is None or new.scored <= max_scored):
-                bins[i] = new
-                break
-        else:
-            bins.append(_Bin().plus(group))
-    return [b.groups for b in bins]
+    most = math.inf if max_scored is None else max_scored
+    in_order = sorted(groups, key=lambda g: (-places(g, share), g.row))
+    return _fill(in_order, lambda b: b.places(share) <= max_tokens and b.scored <= most)
 
 
 def in_row_order(
@@ -77,11 +70,17 @@ def in_row_order(
 ) -> list[list[PreferenceGroup]]:
     """Cuts groups into microbatches of at most `max_tokens` places, in their own order: next-fit. Groups
     added at the end leave the microbatches before the last one as they were."""
+    return _fill(groups, lambda b: b.places(share) <= max_tokens, only_last=True)
+
+
+def _fill(groups, fits: Callable[[_Bin], bool], only_last: bool = False) -> list[list[PreferenceGroup]]:
+    """Each group into the first microbatch (or the last one) that still fits with it, or into a new one."""
     bins: list[_Bin] = []
     for group in groups:
-        new = bins[-1].plus(group) if bins else None
-        if new and new.places(share) <= max_tokens:
-            bins[-1] = new
+        for i in range(max(len(bins) - 1, 0) if only_last else 0, len(bins)):
+            if fits(new := bins[i].plus(group)):
+                bins[i] = new
+                break
         else:
             bins.append(_Bin().plus(group))
     return [b.groups for b in bins]
@@ -113,6 +112,10 @@ def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
     scored = [int(r.target_mask.sum()) for r in responses]
     cu_resp = tuple(accumulate(scored, initial=0))
     pairs = [(first + p.winner, first + p.loser) for first, g in zip(group_resp, groups) for p in g.pairs]
+    numbered = lambda found: torch.tensor(
+        [first + i for first, some in zip(group_resp, found) for i in some], dtype=torch.int64
+    )
+    unshared = sum(len(g.prompt) + len(r.ids) for g in groups for r in g.responses)
     return PackedGroups(
         **flat,
         target=torch.from_numpy(np.concatenate([r.ids[r.target_mask] for r in responses])),
@@ -120,9 +123,9 @@ def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
         pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
         offset=torch.tensor([p.offset for g in groups for p in g.pairs], dtype=torch.float32),
         weight=torch.tensor([p.weight for g in groups for p in g.pairs], dtype=torch.float32),
-        chosen=_responses(groups, group_resp, lambda g: g.chosen),
-        desirable=_responses(groups, group_resp, lambda g: g.judged(True)),
-        undesirable=_responses(groups, group_resp, lambda g: g.judged(False)),
+        chosen=numbered(g.chosen for g in groups),
+        desirable=numbered(g.judged(True) for g in groups),
+        undesirable=numbered(g.judged(False) for g in groups),
         paired_tokens=sum(scored[winner] + scored[loser] for winner, loser in pairs),
         score=torch.tensor([math.nan if r.score is None else r.score for r in responses]),
         token_weight=_token_weight(responses),
@@ -130,15 +133,9 @@ def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
         rows=tuple(g.row for g in groups),
         group_resp=group_resp,
         group_scored=tuple(cu_resp[r] for r in group_resp),
-        input_tokens=sum(g.input_tokens if share else _separate_tokens(g) for g in groups),
-        unshared_tokens=sum(sum(len(g.prompt) + len(r.ids) for r in g.responses) for g in groups),
+        input_tokens=sum(g.input_tokens for g in groups) if share else unshared - len(responses),
+        unshared_tokens=unshared,
     )
-
-
-def _responses(groups, group_resp, of) -> torch.Tensor:
-    """The responses that `of` names in each group, as indices of the whole microbatch, i64."""
-    found = [first + i for first, group in zip(group_resp, groups) for i in of(group)]
-    return torch.tensor(found, dtype=torch.int64)
 
 
 def _token_weight(responses) -> torch.Tensor | None:
@@ -148,10 +145,6 @@ def _token_weight(responses) -> torch.Tensor | None:
     missing = lambda r: np.full(len(r.ids), np.nan, np.float32)
     weights = [(missing(r) if r.token_weight is None else r.token_weight)[r.target_mask] for r in responses]
     return torch.from_numpy(np.concatenate(weights))
-
-
-def _separate_tokens(group: PreferenceGroup) -> int:
-    return sum(len(group.prompt) + len(r.ids) - 1 for r in group.responses)
 
 
 def _shared_rows(groups) -> dict:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from fastdpo.errors import DataError
-from fastdpo.records import Pair, PreferenceGroup, Response
+from fastdpo.records import Pair, PreferenceGroup
 
 BY_GAP = ("easy", "medium", "hard")
 RULES = ("all", "best_worst", *BY_GAP)
@@ -88,21 +88,15 @@ def flip_pairs(
     flipped, rows = [], []
     for group in groups:
         hit = lambda i, row=group.row: np.random.default_rng([seed, row, i]).random() < share
-        pairs = tuple(_swapped(pair) if hit(i) else pair for i, pair in enumerate(group.pairs))
-        responses = tuple(
-            _turned(response) if response.label is not None and hit(i) else response
-            for i, response in enumerate(group.responses)
+        pairs = tuple(
+            p._replace(winner=p.loser, loser=p.winner) if hit(i) else p for i, p in enumerate(group.pairs)
         )
-        if pairs != group.pairs or any(a is not b for a, b in zip(responses, group.responses)):
+        responses = tuple(
+            replace(r, label=not r.label) if r.label is not None and hit(i) else r
+            for i, r in enumerate(group.responses)
+        )
+        if pairs != group.pairs or responses != group.responses:
             rows.append(group.row)
             group = replace(group, responses=responses, pairs=pairs)
         flipped.append(group)
     return flipped, rows
-
-
-def _swapped(pair: Pair) -> Pair:
-    return pair._replace(winner=pair.loser, loser=pair.winner)
-
-
-def _turned(response: Response) -> Response:
-    return replace(response, label=not response.label)

@@ -1,14 +1,15 @@
 """What became of every row: kept, dropped and why, cut, and what was noted on the way."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.markup import escape
-from rich.table import Table
 
-from fastdpo.data.row_fields import RowProblem
-from fastdpo.records import PreferenceGroup
+from fastdpo.errors import DataError
+
+if TYPE_CHECKING:  # torch, which reading a config does not need
+    from fastdpo.records import PreferenceGroup
 
 _EXAMPLES = 5
 _BINS = 12
@@ -27,6 +28,40 @@ MEANING = {  # of the notes
 }
 
 
+class RowProblem(DataError):
+    """One row cannot be used: `field` says where in the row, `reason` is what reports count by. By the file
+    that raises them the reasons are
+
+    sources.py      invalid_json
+    formats/        unknown_format, ambiguous_row, missing_column, wrong_type, unknown_role, prompt_end,
+                    nan_score, faulty_score, malformed_label, malformed_ref_logps, too_few_responses, no_pair
+    rows.py         messages_as_text, prompt_mismatch, empty_prompt, empty_response, response_start, identical
+    spans.py        malformed_spans, malformed_token_weights, spans_not_found, token_weights_length
+    templating.py   template_error
+    groups.py       too_long, prompt_too_long, response_too_long, nothing_scored, identical_after_truncation
+    """
+
+    def __init__(self, reason: str, field: str, message: str):
+        super().__init__(f"{field}: {message}")
+        self.reason, self.field, self.message = reason, field, message
+
+
+def kind(value) -> str:
+    """A wrong value as messages name it."""
+    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def expect(value, type, field: str, wanted: str):
+    """The value, if it has this type; `wanted` is the type in words."""
+    if not isinstance(value, type):
+        raise RowProblem("wrong_type", field, f"{wanted}, not {kind(value)}")
+    return value
+
+
 @dataclass
 class Tally:
     """How often something happened, and in which rows first."""
@@ -43,9 +78,35 @@ class Tally:
         if len(self.examples) < _EXAMPLES:
             self.examples.append(row)
 
+    def numbers(self) -> str:
+        return ", ".join(map(str, self.examples)) + (", ..." if self.rows > _EXAMPLES else "")
+
     def to_dict(self) -> dict:
-        counts = {"rows": self.rows, "items": self.items, "examples": self.examples}
-        return counts | ({"message": self.message} if self.message else {})
+        return {name: value for name, value in asdict(self).items() if name != "message" or value}
+
+
+def _counts(group: "PreferenceGroup") -> dict[str, int]:
+    """What a group adds to the totals, by their names in data_report.json."""
+    responses = group.responses
+    weights = [r.token_weight for r in responses if r.token_weight is not None]
+    labels = [r.label for r in responses]
+    unpaired = any(label is not None for label in labels)  # then it is the only response
+    return {
+        "groups": 1,
+        "responses": len(responses),
+        "pairs": len(group.pairs),
+        "paired_rows": int(not unpaired),
+        "unpaired_rows": int(unpaired),
+        "desirable": labels.count(True),
+        "undesirable": labels.count(False),
+        "weighted_responses": len(weights),
+        "relevant_tokens": sum(int((w > 0).sum()) for w in weights),
+        "prompt_tokens": len(group.prompt),
+        "response_tokens": sum(len(r.ids) for r in responses),
+        "scored_tokens": group.scored_tokens,
+        "shared_forward_tokens": group.input_tokens,  # each prompt once, last tokens left out
+        "separate_rows_tokens": sum(len(group.prompt) + len(r.ids) for r in responses),  # a row a response
+    }
 
 
 @dataclass
@@ -56,50 +117,23 @@ class DataReport:
     kept: Tally = field(default_factory=Tally)  # items: responses
     dropped: dict[str, Tally] = field(default_factory=dict)
     notes: dict[str, Tally] = field(default_factory=dict)
-    formats: Counter = field(default_factory=Counter)  # what rows were read as, see formats.py
-    responses: int = 0
-    pairs: int = 0
-    desirable: int = 0  # of unpaired rows, one response each
-    undesirable: int = 0
-    weighted: int = 0  # responses with token weights
-    relevant_tokens: int = 0  # of these, the scored tokens with a weight above 0
-    prompt_tokens: int = 0
-    response_tokens: int = 0
-    scored_tokens: int = 0
-    shared_tokens: int = 0  # of one forward with each prompt once, last tokens left out
-    separate_tokens: int = 0  # of one row a response
+    formats: Counter = field(default_factory=Counter)  # what rows were read as, see formats/known.py
+    counts: Counter = field(default_factory=Counter)  # see _counts
     lengths: list[int] = field(default_factory=list)  # prompt + response, one a response
 
     @property
     def rows(self) -> int:
         return self.kept.rows + sum(tally.rows for tally in self.dropped.values())
 
-    @property
-    def unpaired_rows(self) -> int:
-        return self.desirable + self.undesirable
-
     def drop(self, row: int, problem: RowProblem) -> None:
         self.dropped.setdefault(problem.reason, Tally()).add(row, message=str(problem))
 
-    def keep(self, group: PreferenceGroup, notes: dict[str, int]) -> None:
+    def keep(self, group: "PreferenceGroup", notes: dict[str, int]) -> None:
         self.kept.add(group.row, len(group.responses))
         for name, items in notes.items():
             self.notes.setdefault(name, Tally()).add(group.row, items)
-        lengths = [len(group.prompt) + len(r.ids) for r in group.responses]
-        self.responses += len(group.responses)
-        self.pairs += len(group.pairs)
-        for response in group.responses:
-            self.desirable += response.label is True
-            self.undesirable += response.label is False
-            if response.token_weight is not None:
-                self.weighted += 1
-                self.relevant_tokens += int((response.token_weight > 0).sum())
-        self.prompt_tokens += len(group.prompt)
-        self.response_tokens += sum(len(r.ids) for r in group.responses)
-        self.scored_tokens += group.scored_tokens
-        self.shared_tokens += group.input_tokens
-        self.separate_tokens += sum(lengths)
-        self.lengths += lengths
+        self.counts.update(_counts(group))
+        self.lengths += [len(group.prompt) + len(r.ids) for r in group.responses]
 
     def histogram(self) -> tuple[list[int], list[int]]:
         """(edges, counts): how many sequences have edges[i] <= length < edges[i + 1]."""
@@ -123,67 +157,49 @@ class DataReport:
             "kept": self.kept.to_dict(),
             "dropped": {name: tally.to_dict() for name, tally in self.dropped.items()},
             "notes": {name: tally.to_dict() for name, tally in self.notes.items()},
-            "groups": self.kept.rows,
-            "responses": self.responses,
-            "pairs": self.pairs,
-            "paired_rows": self.kept.rows - self.unpaired_rows,
-            "unpaired_rows": self.unpaired_rows,
-            "desirable": self.desirable,
-            "undesirable": self.undesirable,
-            "weighted_responses": self.weighted,
-            "relevant_tokens": self.relevant_tokens,
-            "prompt_tokens": self.prompt_tokens,
-            "response_tokens": self.response_tokens,
-            "scored_tokens": self.scored_tokens,
-            "shared_forward_tokens": self.shared_tokens,
-            "separate_rows_tokens": self.separate_tokens,
+            **self.counts,
             "lengths": {**self.length_percentiles(), "edges": edges, "counts": counts},
         }
 
     def losses(self) -> str:
         """The dropped rows, a line a reason: for an error message."""
-        lines = [
-            f"  {name}: {tally.rows} (rows {_numbers(tally)}); the first: {tally.message}"
+        return "\n".join(
+            f"  {name}: {tally.rows} (rows {tally.numbers()}); the first: {tally.message}"
             for name, tally in self.dropped.items()
-        ]
-        return "\n".join(lines)
+        )
 
     def print(self, console) -> None:
+        from rich.markup import escape
+        from rich.table import Column, Table
+
         console.print(f"[bold]data: {escape(self.source)}", highlight=False, soft_wrap=True)
         formats = ", ".join(f"{name} ({rows:,} rows)" for name, rows in self.formats.most_common())
         console.print(f"format: {formats or 'none known'}", highlight=False, soft_wrap=True)
-        table = Table(box=None, pad_edge=False)
-        for name, justify in (("rows", "left"), ("", "right"), ("example rows", "left")):
-            table.add_column(name, justify=justify)
-        table.add_column("", overflow="fold")
+        columns = "rows", Column(justify="right"), "example rows", Column(overflow="fold")
+        table = Table(*columns, box=None, pad_edge=False)
         table.add_row("kept", f"{self.kept.rows:,} of {self.rows:,}")
         for name, tally in self.dropped.items():
-            cells = (f"dropped: {name}", f"{tally.rows:,}", _numbers(tally), tally.message)
+            cells = (f"dropped: {name}", f"{tally.rows:,}", tally.numbers(), tally.message)
             table.add_row(*map(escape, cells))
         for name, tally in self.notes.items():
             meaning = f"{tally.items:,} {MEANING.get(name, '')}"
-            table.add_row(name, f"{tally.rows:,}", _numbers(tally), meaning)
+            table.add_row(name, f"{tally.rows:,}", tally.numbers(), meaning)
         console.print(table)
-        saved = 1 - self.shared_tokens / max(self.separate_tokens, 1)
-        console.print(
-            f"{self.responses:,} responses, {self.pairs:,} pairs; tokens: {self.prompt_tokens:,} "
-            f"prompt, {self.response_tokens:,} response ({self.scored_tokens:,} scored)\n"
-            f"a pass over the data: {self.shared_tokens:,} tokens with each prompt once, "
-            f"{self.separate_tokens:,} with a row a response ({saved:.0%} saved)",
-            highlight=False,
-        )
-
-        if self.unpaired_rows:
-            console.print(
-                f"{self.unpaired_rows:,} unpaired rows ({self.desirable:,} desirable, {self.undesirable:,} "
-                f"undesirable), {self.kept.rows - self.unpaired_rows:,} rows of pairs",
-                highlight=False,
-            )
-        if self.weighted:
-            console.print(
-                f"{self.weighted:,} responses have token weights: {self.relevant_tokens:,} relevant tokens",
-                highlight=False,
-            )
+        n = self.counts
+        saved = 1 - n["shared_forward_tokens"] / max(n["separate_rows_tokens"], 1)
+        lines = [
+            f"{n['responses']:,} responses, {n['pairs']:,} pairs; tokens: {n['prompt_tokens']:,} "
+            f"prompt, {n['response_tokens']:,} response ({n['scored_tokens']:,} scored)",
+            f"a pass over the data: {n['shared_forward_tokens']:,} tokens with each prompt once, "
+            f"{n['separate_rows_tokens']:,} with a row a response ({saved:.0%} saved)",
+        ]
+        if n["unpaired_rows"]:
+            labels = f"{n['desirable']:,} desirable, {n['undesirable']:,} undesirable"
+            lines += [f"{n['unpaired_rows']:,} unpaired rows ({labels}), {n['paired_rows']:,} rows of pairs"]
+        if n["weighted_responses"]:
+            relevant = f"{n['relevant_tokens']:,} relevant tokens"
+            lines += [f"{n['weighted_responses']:,} responses have token weights: {relevant}"]
+        console.print("\n".join(lines), highlight=False)
 
     def print_lengths(self, console) -> None:
         percentiles = ", ".join(f"{n} {v:,}" for n, v in self.length_percentiles().items())
@@ -198,7 +214,3 @@ def _bar(length: float) -> str:
     """A bar of character cells, the last one drawn in eighths; anything above 0 shows."""
     eighths = max(round(8 * length), 1)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-
-
-def _numbers(tally: Tally) -> str:
-    return ", ".join(map(str, tally.examples)) + (", ..." if tally.rows > _EXAMPLES else "")

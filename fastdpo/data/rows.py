@@ -6,18 +6,18 @@ TRL's formats and ours are
     {prompt: str, chosen: [...]}    whole conversations beside a prompt (ultrafeedback_binarized)
     {prompt, responses: [{text, score}, ...]}   ranked: every pair whose scores differ
     {prompt, completion, label}     one response, desirable or not (TRL's format for KTO)
-and formats.py has those of other tools. One source may mix them. How a row says which tokens are relevant
-is in row_fields.py.
+and formats/known.py has those of other tools. One source may mix them. How a row says which tokens are
+relevant is in spans.py.
 """
 
 import json
 import re
 from dataclasses import dataclass
 
-from fastdpo.data import row_fields
 from fastdpo.data.formats.columns import Columns
-from fastdpo.data.formats.layouts import Layout, read
-from fastdpo.data.row_fields import Relevance, RowProblem, kind
+from fastdpo.data.formats.layouts import Layout
+from fastdpo.data.report import RowProblem, expect, kind
+from fastdpo.data.spans import Relevance, all_or_none, read_relevance, shared_start
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -29,7 +29,7 @@ class Row:
     """One row in the only shape the rest knows: all of it text, or all of it messages."""
 
     number: int
-    format: str  # the name of what the row was read as, see formats.py
+    format: str  # the name of what the row was read as, see formats/known.py
     prompt: str | Messages
     responses: tuple[str | Messages, ...]
     scores: tuple[float | None, ...]
@@ -49,55 +49,46 @@ def parse_row(row: dict, number: int, layout: Layout | None = None) -> Row:
         raise row
     if not isinstance(row, dict):
         raise RowProblem("wrong_type", "row", f"a JSON object is needed, got {kind(row)}")
-    if layout is None:
-        return _parse(row, number, None)
+    layout = layout or Layout()
     try:
         return _parse(layout.ours(row), number, layout)
     except RowProblem as problem:
         raise layout.problem(problem) from None
 
 
-def _parse(row: dict, number: int, layout: Layout | None) -> Row:
-    given = row
+def _parse(given: dict, number: int, layout: Layout) -> Row:
     row = {name: value for name, value in given.items() if value is not None}
     if "system" in given:
         row.setdefault("system", "")  # the column is there: the row is a conversation, without a system turn
-    name, columns = read(row, layout)
-    fields = columns.fields
+    name, columns = layout.read(row)
     prompt, responses = _conversation(columns)
     _check_prompt(prompt, columns.prompt_field)
-    for field, response in zip(fields, responses):
+    for field, response in zip(columns.fields, responses):
         _check_response(response, field)
     if columns.pairs and all(response == responses[0] for response in responses[1:]):
-        raise RowProblem("identical", " and ".join(fields), "they are the same: nothing to prefer")
-    kwargs = row.get("chat_template_kwargs", {})
-    if not isinstance(kwargs, dict):
-        raise RowProblem("wrong_type", "chat_template_kwargs", f"an object, not {kind(kwargs)}")
+        raise RowProblem("identical", " and ".join(columns.fields), "they are the same: nothing to prefer")
+    kwargs = expect(row.get("chat_template_kwargs", {}), dict, "chat_template_kwargs", "an object")
+    same = ("scores", "ref_logps", "pairs", "ties", "label")
     return Row(
         number=number,
         format=name,
         prompt=_with_system(prompt, columns.system) if columns.system else prompt,
         responses=responses,
-        scores=columns.scores,
-        ref_logps=columns.ref_logps,
-        pairs=columns.pairs,
         tools=_tools(columns.tools),
         chat_template_kwargs=_without_none(kwargs),
-        ties=columns.ties,
-        label=columns.label,
         relevance=_relevance(columns, responses),
+        **{field: getattr(columns, field) for field in same},
     )
 
 
 def _relevance(columns: Columns, responses: tuple) -> tuple[Relevance | None, ...]:
-    found, missing = [], []
+    found = []
     for (source, prefix, where), value, response in zip(columns.marks, columns.values, responses):
         before = len(value) - len(response) if isinstance(value, list) else 0
         if isinstance(response, str) and columns.prompt is None:
             before = None
-        found.append(row_fields.relevance(source, prefix, where, response, before))
-        missing.append(f"{where}{prefix}spans")
-    return row_fields.all_or_none(found, tuple(missing))
+        found.append(read_relevance(source, prefix, where, response, before))
+    return all_or_none(found, [f"{where}{prefix}spans" for _, prefix, where in columns.marks])
 
 
 def _conversation(columns: Columns):
@@ -107,27 +98,20 @@ def _conversation(columns: Columns):
         if isinstance(value, str) and re.match(r"""\s*\[\s*\{.{0,99}?['"]role['"]\s*:""", value):
             message = "messages written as text (a CSV cannot hold them): use JSON lines or parquet"
             raise RowProblem("messages_as_text", field, message)
-    if all(isinstance(value, str) for value in values):
-        if prompt is None and columns.chat:
-            message = "missing or null: beside a system column text needs its prompt in a column of its own"
-            raise RowProblem("missing_column", columns.prompt_field, message)
-        if prompt is None:
-            return _split_text(*values)
-        if isinstance(prompt, str) and not columns.chat:
-            return prompt, values
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        prompt = _messages(prompt, columns.prompt_field)
-        return prompt, tuple([{"role": "assistant", "content": value}] for value in values)
+    all_text = all(isinstance(value, str) for value in values)
+    if all_text and not columns.chat and isinstance(prompt, str | None):
+        return _split_text(*values) if prompt is None else (prompt, values)
+    if all_text and prompt is None:
+        message = "missing or null: beside a system column text needs its prompt in a column of its own"
+        raise RowProblem("missing_column", columns.prompt_field, message)
     if isinstance(prompt, list) or (isinstance(prompt, str) and columns.chat):
         # a text answer to a conversation is one assistant turn
         turn = lambda value: [{"role": "assistant", "content": value}]
         values = tuple(turn(v) if isinstance(v, str) else v for v in values)
-    if isinstance(prompt, list):
+    if isinstance(prompt, list) or (all_text and not isinstance(prompt, str)):
         prompt = _messages(prompt, columns.prompt_field)
-    elif prompt is not None and not isinstance(prompt, str):
-        message = f"text or a list of messages, not {kind(prompt)}"
-        raise RowProblem("wrong_type", columns.prompt_field, message)
+    else:
+        expect(prompt, str | None, columns.prompt_field, "text or a list of messages")
     conversations = tuple(_messages(v, f) for v, f in zip(values, fields))
     if isinstance(prompt, list):
         return prompt, conversations
@@ -136,11 +120,12 @@ def _conversation(columns: Columns):
     if len(conversations) == 1:
         message = "it starts with an assistant turn; the turns before it belong into the prompt"
         raise RowProblem("response_start", fields[0], message)
-    turns, conversations = _split_turns(conversations)
+    shared = min(_common(conversations[0], other) for other in conversations[1:])
+    turns = conversations[0][:shared]
     if prompt is not None and not any(_same_text(prompt, turn) for turn in turns):
         message = "it is none of the turns that the responses have in common; one of them is wrong"
         raise RowProblem("prompt_mismatch", columns.prompt_field, message)
-    return turns, conversations
+    return turns, tuple(conversation[shared:] for conversation in conversations)
 
 
 def _same_text(prompt: str, turn: dict) -> bool:
@@ -157,17 +142,10 @@ def _split_text(chosen: str, rejected: str):
     return prompt, (chosen[len(prompt) :], rejected[len(prompt) :])
 
 
-def _split_turns(conversations: tuple[Messages, ...]):
-    shared = min(_common(conversations[0], other) for other in conversations[1:])
-    return conversations[0][:shared], tuple(turns[shared:] for turns in conversations)
-
-
 def _common(a, b) -> int:
-    """How many leading items two sequences share; one less than all of the shorter one, so that
-    both keep a response."""
-    shortest = min(len(a), len(b))
-    differing = (i for i in range(shortest) if a[i] != b[i])
-    return next(differing, max(shortest - 1, 0))
+    """How many leading items two sequences share; one less than all of the shorter one, so that both keep a
+    response."""
+    return max(min(shared_start(a, b), len(a) - 1, len(b) - 1), 0)
 
 
 def _messages(value, field: str) -> Messages:
@@ -187,8 +165,8 @@ def _messages(value, field: str) -> Messages:
         content = message.get("content")
         if content is None and message.get("tool_calls"):
             message = {**message, "content": ""}  # many templates would print "None"
-        elif not isinstance(content, str):
-            raise RowProblem("wrong_type", f"{where}.content", f"text, not {kind(content)}")
+        else:
+            expect(content, str, f"{where}.content", "text")
         messages.append(message)
     return messages
 
@@ -244,6 +222,5 @@ def _tools(tools) -> list | None:
             tools = json.loads(tools) if tools.strip() else None
         except ValueError as error:
             raise RowProblem("wrong_type", "tools", f"the string is not JSON: {error}") from None
-    if tools is not None and not isinstance(tools, list):
-        raise RowProblem("wrong_type", "tools", f"a list, not {kind(tools)}")
+    expect(tools, list | None, "tools", "a list")
     return _without_none(tools) or None  # some templates print tool boilerplate for []

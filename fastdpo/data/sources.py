@@ -8,16 +8,12 @@ from pathlib import Path
 
 from fastdpo.data.formats.dataset_info import data_sets, listed
 from fastdpo.data.formats.layouts import Layout, layout_of
-from fastdpo.data.row_fields import RowProblem
+from fastdpo.data.report import RowProblem
 from fastdpo.errors import DataError
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 _FORMS = "a .jsonl, .json, .csv or .parquet file, a folder, or a hub name org/name[:config]"
-_WAY_OUT = (
-    "{!r} is not a local path, so it was looked up on the Hugging Face hub. Check the "
-    "name, :config and #split, and the network (or log-in); or download it and give a path"
-)
 
 
 @dataclass(frozen=True)
@@ -64,21 +60,29 @@ def load_rows(spec: str, data_format: str | dict | None = None) -> Rows:
         if entry.path is not None:
             rows = _load_path(entry.path, split, spec)
         else:
-            way_out = _WAY_OUT.format(entry.hub["path"])
-            rows = Rows(spec, _with_datasets(spec, way_out, **entry.hub, split=split))
+            rows = _from_hub(spec, entry.hub["path"], split=split, **entry.hub)
     elif path.suffix in _READERS or not (hub := _HUB_NAME.fullmatch(name)):
         raise DataError(f"data: {name!r} does not exist here. Give {_FORMS}.")
     else:
-        options = {"path": hub["name"], "name": hub["config"], "split": split or "train"}
-        rows = Rows(spec, _with_datasets(spec, _WAY_OUT.format(name), **options))
+        rows = _from_hub(spec, name, split=split or "train", path=hub["name"], name=hub["config"])
     if not len(rows):
         raise DataError(f"data: {spec!r} has no rows.")
     return replace(rows, layout=layout)
 
 
+def _from_hub(spec: str, looked_up: str, **options) -> Rows:
+    way_out = (
+        f"{looked_up!r} is not a local path, so it was looked up on the Hugging Face hub. Check the "
+        "name, :config and #split, and the network (or log-in); or download it and give a path"
+    )
+    return Rows(spec, _with_datasets("load_dataset", spec, way_out, **options))
+
+
 def _load_path(path: Path, split: str, spec: str) -> Rows:
     if path.is_dir() and any((path / f).exists() for f in ("state.json", "dataset_dict.json")):
-        return Rows(spec, _take(_load_from_disk(path, spec), split, spec))
+        data = _with_datasets("load_from_disk", spec, "Was it written by save_to_disk, and whole?", path)
+        splits = data if isinstance(data, dict) else {str(data.split or "train"): data}
+        return Rows(spec, _take(splits, split, spec))
     if path.is_dir() and (known := data_sets(path)):
         names = ", ".join(f"{path}:{name}" for name in known)
         raise DataError(f"data: {str(path)!r} has a dataset_info.json; name one of its data sets: {names}")
@@ -89,17 +93,14 @@ def _load_path(path: Path, split: str, spec: str) -> Rows:
         found = ", ".join(sorted(suffixes)) or "no data files"
         raise DataError(f"data: {str(path)!r} holds {found}. Give {_FORMS}, of one kind.")
     (kind,) = kinds
-    named = {name: some for name, some in files.items() if re.search(rf"\b{name}\b", split)}
-    if kind != "json":
-        way_out = "Check that the file is what its name says"
-        options = {"keep_default_na": False} if kind == "csv" else {}  # a response may be "None"
-        sources = {name: [str(f) for f in some] for name, some in (named or files).items()}
-        data = _with_datasets(spec, way_out, path=kind, data_files=sources, **options)
-        return Rows(spec, _take(data, split, spec))
-    read = {name: _read_json(some) for name, some in (named or files).items()}
-    rows = _take({name: rows for name, (rows, _) in read.items()}, split, spec)
-    lines = _take({name: lines for name, (_, lines) in read.items()}, split, spec)
-    return Rows(spec, rows, lines)
+    named = {name: some for name, some in files.items() if re.search(rf"\b{name}\b", split)} or files
+    if kind == "json":
+        taken = _take({name: _read_json(some) for name, some in named.items()}, split, spec)
+        return Rows(spec, [row for row, _ in taken], [place for _, place in taken])
+    options = {"keep_default_na": False} if kind == "csv" else {}  # a response may be "None"
+    options["data_files"] = {name: [str(file) for file in some] for name, some in named.items()}
+    way_out = "Check that the file is what its name says"
+    return Rows(spec, _take(_with_datasets("load_dataset", spec, way_out, kind, **options), split, spec))
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
@@ -115,23 +116,12 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     return {name: some for name, some in known.items() if some}
 
 
-def _load_from_disk(path: Path, spec: str) -> dict:
-    from datasets import DatasetDict, load_from_disk
-
-    data = _guarded(spec, "Was it written by save_to_disk, and whole?", load_from_disk, path)
-    return data if isinstance(data, DatasetDict) else {str(data.split or "train"): data}
-
-
-def _with_datasets(spec: str, way_out: str, **options):
-    from datasets import load_dataset
-
-    return _guarded(spec, way_out, load_dataset, **options)
-
-
-def _guarded(spec: str, way_out: str, load, *args, **options):
+def _with_datasets(function: str, spec: str, way_out: str, *args, **options):
     """datasets and its builders raise anything; the user needs one line and what to do."""
+    import datasets
+
     try:
-        return load(*args, **options)
+        return getattr(datasets, function)(*args, **options)
     except Exception as error:
         reason = (str(error).strip() or "no message").splitlines()[0]
         text = f"data: {spec!r} cannot be loaded: {type(error).__name__}: {reason}\n{way_out}."
@@ -155,27 +145,24 @@ def _take(splits: dict, split: str, spec: str):
     return [row for rows, start, end in slices for row in rows[start:end]]
 
 
-def _read_json(files: list[Path]) -> tuple[list, list[tuple[str, int]]]:
-    """(rows, their places). Read with json, not Arrow: rows need not have the same types, and an
-    error can name the line."""
-    rows, lines = [], []
+def _read_json(files: list[Path]) -> list[tuple[object, tuple[str, int]]]:
+    """Each row and its place. Read with json, not Arrow: rows need not have the same types, and an error can
+    name the line."""
+    rows = []
     for file in files:
         try:
             text = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"data: cannot read {file}: {error}") from None
         read = _read_array if text.lstrip().startswith("[") else _read_lines
-        for row, line in read(text, file):
-            rows.append(row)
-            lines.append((file.name, line))
-    return rows, lines
+        rows += [(row, (file.name, line)) for row, line in read(text, file)]
+    return rows
 
 
 def _read_array(text: str, file: Path) -> Iterator[tuple[object, int]]:
     """A JSON array's items, each with the line it starts on."""
     decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
-    at, line = text.index("[") + 1, 1
-    seen = 0
+    at, line, seen = text.index("[") + 1, 1, 0
     try:
         while text[at := space.match(text, at).end()] != "]":
             line, seen = line + text.count("\n", seen, at), at

@@ -8,9 +8,9 @@ ever produces it. TRL scores that token; ours are one token shorter there.
 from collections import Counter
 from dataclasses import dataclass
 
-from fastdpo.data.row_fields import Relevance
-from fastdpo.data.rows import Messages, Row, RowProblem
-from fastdpo.data.spans import Marks, mark_text, mark_turns
+from fastdpo.data.report import RowProblem
+from fastdpo.data.rows import Messages, Row
+from fastdpo.data.spans import Marks, Relevance, mark_text, mark_turns, shared_start
 from fastdpo.errors import DataError
 
 
@@ -34,9 +34,8 @@ class Draft:
 
     def texts(self) -> set[str]:
         """All that must be tokenised: the scripts, and their beginnings up to each boundary."""
-        return {s.text[:edge] for s in self.scripts for span in s.spans for edge in span} | {
-            s.text for s in self.scripts
-        }
+        beginnings = {s.text[:edge] for s in self.scripts for span in s.spans for edge in span}
+        return beginnings | {s.text for s in self.scripts}
 
 
 def write(row: Row, tokenizer) -> Draft:
@@ -82,7 +81,7 @@ def _script(
         closing = text
         if i != answers[-1]:
             closing = _render(row, tokenizer, [*before, turns[i]]).rstrip()
-        start, end = _shared_length(opening, text), _shared_length(closing, text)
+        start, end = shared_start(opening, text), shared_start(closing, text)
         faithful &= (start, end) == (len(opening), len(closing))
         stretches[i] = start, end
     if not faithful:
@@ -106,9 +105,3 @@ def _render(row: Row, tokenizer, messages: Messages, to_answer: bool = False) ->
     except Exception as error:  # a template is a program, and fails like one
         message = f"the chat template refuses these turns: {error}"
         raise RowProblem("template_error", "messages", message) from None
-
-
-def _shared_length(a: str, b: str) -> int:
-    if b.startswith(a):
-        return len(a)
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

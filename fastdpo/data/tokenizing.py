@@ -19,19 +19,12 @@ class Tokens(NamedTuple):
     scored: np.ndarray  # bool[n]
     weight: np.ndarray | None = None  # f32[n]
 
-    def until(self, length: int) -> "Tokens":
-        """At most `length` tokens, and none after the last scored one."""
-        where = np.flatnonzero(self.scored[:length])
-        end = int(where[-1]) + 1 if len(where) else 0
-        return self._map(lambda values: values[:end])
-
-    def after(self, start: int) -> "Tokens":
+    def tail(self, start: int, length: int) -> "Tokens":
+        """The tokens from `start` on, of the first `length` ones, and none after the last scored one."""
+        scored = np.flatnonzero(self.scored[:length])
+        kept = slice(start, scored[-1] + 1 if len(scored) else start)
         # copies, so that a group of a long data set does not keep its prompt once a response
-        return self._map(lambda values: values[start:].copy())
-
-    def _map(self, cut) -> "Tokens":
-        weight = None if self.weight is None else cut(self.weight)
-        return Tokens(cut(self.ids), cut(self.scored), weight)
+        return Tokens(*(None if values is None else values[kept].copy() for values in self))
 
 
 class Encoder:
@@ -61,28 +54,23 @@ class Encoder:
         where the tokenizer does not tell."""
         found, before = [np.zeros((2, 0), np.int64)], 0
         for part in self._parts(text):
-            places = self._places_of_part(part)
+            ids, places = self._encode_parts([part])[part], None
+            if self.tokenizer.is_fast:
+                (told,) = self.tokenizer.backend_tokenizer.encode_batch([part], add_special_tokens=False)
+                if np.array_equal(told.ids, ids):
+                    places = closed(*np.array(told.offsets, np.int64).reshape(-1, 2).T, part)
+            places = places or places_by_decoding(ids, part, self.decode)
             if places is None:
                 return None
             found.append(np.stack(places) + before)
             before += len(part)
         return tuple(np.concatenate(found, axis=1))
 
-    def _places_of_part(self, text: str) -> Places | None:
-        ids = self._encode_parts([text])[text]
-        if self.tokenizer.is_fast:
-            (told,) = self.tokenizer.backend_tokenizer.encode_batch([text], add_special_tokens=False)
-            places = np.array(told.offsets, np.int64).reshape(-1, 2).T
-            if np.array_equal(told.ids, ids) and (whole := closed(*places, text)):
-                return whole
-        return places_by_decoding(ids, text, self.decode)
-
     def decode(self, ids: np.ndarray) -> str:
         return self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
 
     def _parts(self, text: str) -> list[str]:
-        parts = self.seams.split(text) if self.seams else [text]
-        return [part for part in parts if part]
+        return [part for part in (self.seams.split(text) if self.seams else [text]) if part]
 
     def _encode_parts(self, texts: list[str]) -> dict[str, np.ndarray]:
         if not texts:
@@ -128,7 +116,7 @@ def tokenize(
         merged |= holds_both
     if merged:
         notes["merged_boundary"] += 1
-    lead = 0
+    lead = 0  # ids in front that the text does not hold
     if plain:
         full, scored, lead = _with_specials(full, scored, encoder)
     if script.marks is None:
@@ -144,15 +132,13 @@ def _with_specials(full: np.ndarray, scored: np.ndarray, encoder: Encoder):
             "the tokenizer has no EOS token, so plain text cannot end.\n"
             "Set eos_token in its tokenizer_config.json, or use message rows with a chat_template."
         )
-    lead, added = encoder.lead, 0
-    if not np.array_equal(full[: len(lead)], lead):
-        added = len(lead)
-        full = np.concatenate([lead, full])
-        scored = np.concatenate([np.zeros(len(lead), bool), scored])
-    if full[-1] != eos:
-        full = np.append(full, eos)
-        scored = np.append(scored, True)
-    return full, scored, added
+    lead = encoder.lead
+    if np.array_equal(full[: len(lead)], lead):
+        lead = lead[:0]
+    end = np.array([eos] if full[-1] != eos else [], np.int64)
+    ids = np.concatenate([lead, full, end])
+    scored = np.concatenate([np.zeros(len(lead), bool), scored, np.ones(len(end), bool)])
+    return ids, scored, len(lead)
 
 
 def _first_after(prefix: np.ndarray, full: np.ndarray, encoder: Encoder) -> tuple[int, bool]:
@@ -176,5 +162,4 @@ def _first_after(prefix: np.ndarray, full: np.ndarray, encoder: Encoder) -> tupl
 def shared_length(a: np.ndarray, b: np.ndarray) -> int:
     """How many leading items two id arrays share."""
     length = min(len(a), len(b))
-    differing = np.flatnonzero(a[:length] != b[:length])
-    return int(differing[0]) if len(differing) else length
+    return int(np.append(a[:length] != b[:length], True).argmax())

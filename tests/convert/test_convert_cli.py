@@ -107,7 +107,7 @@ def test_a_share_of_warm_up_steps():
 def test_the_readme_has_every_format():
     from pathlib import Path
 
-    from fastdpo.data.formats.recognise import formats_table
+    from fastdpo.data.formats.known import formats_table
 
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
     assert formats_table() in readme, "make the README's table anew: it is what formats_table() returns"

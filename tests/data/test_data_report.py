@@ -3,12 +3,14 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+import fastdpo.data.report
 from fastdpo.data.groups import Limits, load_groups
-from fastdpo.data.report import DataReport
+from fastdpo.data.report import DataReport, RowProblem
 from fastdpo.data.show import show
 from fastdpo.errors import DataError
 from tests.data.shared_data import (
@@ -176,6 +178,15 @@ def test_an_empty_report_prints():
     assert "0 of 0" in printed(DataReport("nothing"))
 
 
+def test_every_reason_is_named_in_one_place():
+    """So that "why was my row dropped" begins in report.py, which says the file that raises each reason."""
+    folder = Path(fastdpo.data.report.__file__).parent
+    source = "".join(file.read_text() for file in folder.rglob("*.py"))
+    table = RowProblem.__doc__.split("\n\n")[1]
+    named = re.findall(r"\w+", re.sub(r"\w+\.py|formats/", "", table))
+    assert sorted(named) == sorted(set(re.findall(r'RowProblem\(\s*"(\w+)"', source)))
+
+
 def test_histogram_edges():
     report = DataReport("x", lengths=[1, 11, 12, 13, 13])
     edges, counts = report.histogram()
@@ -216,13 +227,14 @@ def test_the_whole_of_hh_rlhf_test():
     path = DATA / "pref/hh_rlhf_test.jsonl"
     tokenizer = real_tokenizer("qwen2.5")
     groups, report = load(path, tokenizer, Limits(4096), strict=True)
-    assert len(groups) == report.pairs == 500 and not report.dropped and not report.notes
+    assert len(groups) == report.counts["pairs"] == 500 and not report.dropped and not report.notes
     turns = [row[n][0]["content"] for row in read_lines(path)[::10] for n in ("chosen", "rejected")]
     answers = sum(len(tokenizer(turn)["input_ids"]) + 1 for turn in turns)
     assert answers == sum(g.scored_tokens for g in groups[::10])
-    assert report.scored_tokens == report.response_tokens == 48378
-    assert (report.prompt_tokens, report.shared_tokens) == (76866, 124244)
-    assert report.separate_tokens == 202110
+    counts = report.counts
+    assert counts["scored_tokens"] == counts["response_tokens"] == 48378
+    assert (counts["prompt_tokens"], counts["shared_forward_tokens"]) == (76866, 124244)
+    assert counts["separate_rows_tokens"] == 202110
 
 
 @needs_shared
@@ -246,9 +258,10 @@ def test_the_whole_of_the_ranked_rows():
     path = DATA / "ranked/ranked_responses.jsonl"
     groups, report = load(path, real_tokenizer("gpt2"), Limits(8192))
     rows = read_lines(path)
-    assert report.kept.rows == 464 and report.responses == sum(len(r["responses"]) for r in rows)
+    assert report.kept.rows == 464
+    assert report.counts["responses"] == sum(len(r["responses"]) for r in rows)
     scores = [[response["score"] for response in row["responses"]] for row in rows]
-    assert report.pairs == sum(a > b for some in scores for a in some for b in some) == 12627
+    assert report.counts["pairs"] == sum(a > b for some in scores for a in some for b in some) == 12627
     ties = sum(some[i] == some[j] for some in scores for i in range(len(some)) for j in range(i))
     assert report.notes["tie_pair"].items == ties == 1
     assert [[r.score for r in g.responses] for g in groups] == scores

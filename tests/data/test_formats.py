@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastdpo.data.formats.recognise import FORMATS, detect
+from fastdpo.data.formats.known import FORMATS, detect
 from fastdpo.data.rows import RowProblem, parse_row
 from tests.data.shared_data import assistant, chat_row, text_row, user
 

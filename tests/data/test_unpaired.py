@@ -186,7 +186,9 @@ def test_null_columns_of_a_mixed_parquet_file(tmp_path):
     Dataset.from_list([{name: row.get(name) for name in names} for row in rows]).to_parquet(spec)
     console = Console(file=io.StringIO())
     groups, report = load_groups(spec, small_tokenizer(), WIDE, strict=True, console=console)
-    assert [len(g.pairs) for g in groups] == [1, 0, 0] and report.desirable == report.undesirable == 1
+    assert [len(g.pairs) for g in groups] == [1, 0, 0] and report.counts["desirable"] == report.counts[
+        "undesirable"
+    ] == 1
 
 
 def test_packed_with_pairs(tmp_path):

@@ -1,9 +1,15 @@
-"""What the columns of a row say, whatever the format: the step between a row as written and a Row."""
+"""What a format is made of: what its columns are told by, and what they say of a row, as Columns."""
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
-from fastdpo.data import row_fields
-from fastdpo.data.row_fields import RowProblem, kind
+from fastdpo.data.formats.turns import Tags, text_or_turns, turns
+from fastdpo.data.report import RowProblem, expect, is_number, kind
+
+_QUESTIONS = ("prompt", "instruction", "question", "input", "messages", "conversations", "context")
+WHOLE, NOWHERE = "in whole conversations", "nowhere"
+_ROUNDING = 0.01  # how far above 0 a sum of log-probs may come out
 
 
 class Columns(NamedTuple):
@@ -24,6 +30,46 @@ class Columns(NamedTuple):
     tools: object = None
 
 
+# ---- what tells a format
+
+
+def asked(row: dict) -> set[str]:
+    """Where a pair's question may be: in these columns, or in WHOLE conversations (chosen and rejected, so
+    that no other column asks it), or NOWHERE else. Empty where the row has no chosen and rejected."""
+    if "chosen" not in row or "rejected" not in row:
+        return set()
+    lists = [row[name] for name in ("chosen", "rejected") if isinstance(row[name], list) and row[name]]
+    starts = [turns[0].get("role", "assistant") for turns in lists if isinstance(turns[0], dict)]
+    if len(starts) == 2 and "assistant" not in starts:
+        return {WHOLE}
+    there = {name for name in _QUESTIONS if name in row}
+    return there - {"input"} if "instruction" in there else there or {NOWHERE}
+
+
+def has(*names: str, one_of: tuple[str, ...] = ()) -> Callable[[dict, set], bool]:
+    """All of these columns (and one of those), in a row without chosen and rejected."""
+    return lambda row, asked: (
+        not asked and all(n in row for n in names) and (not one_of or any(n in row for n in one_of))
+    )
+
+
+def asks(name: str) -> Callable[[dict, set], bool]:
+    """A pair whose question is in this column."""
+    return lambda row, asked: name in asked
+
+
+def turns_beside(name: str) -> Callable[[dict, set], bool]:
+    """Turns in this column beside a pair; beside whole conversations only where it says something else."""
+    differ = lambda turns, chosen: not isinstance(turns, list) or turns != chosen[: len(turns)]
+    return lambda row, asked: (
+        name in asked
+        or (WHOLE in asked and name in row and "prompt" not in row and differ(row[name], row["chosen"]))
+    )
+
+
+# ---- one column
+
+
 def column(row: dict, name: str):
     """The row's value; RowProblem where it has none."""
     if name not in row:
@@ -37,11 +83,36 @@ def column(row: dict, name: str):
     return row[name]
 
 
+def text(row: dict, name: str) -> str:
+    """A column that is text."""
+    return expect(column(row, name), str, name, "text")
+
+
+def items(row: dict, name: str, keys: tuple[str, ...]) -> list[dict]:
+    """A column that is a list of objects with these keys, none of them null."""
+    value = expect(column(row, name), list, name, f"a list of {{{', '.join(keys)}}}")
+    for i, item in enumerate(value):
+        expect(item, dict, f"{name}[{i}]", f"an object with {' and '.join(keys)}")
+        for key in keys:
+            if item.get(key) is None:
+                raise RowProblem("missing_column", f"{name}[{i}].{key}", "missing or null")
+    return value
+
+
+def score(value, field: str) -> float | None:
+    """A rating or a reward; None where there is none."""
+    if value is None:
+        return None
+    if not is_number(value):
+        raise RowProblem("wrong_type", field, f"a number, not {kind(value)}")
+    if not math.isfinite(value):
+        raise RowProblem("nan_score", field, f"a finite number, not {value}")
+    return float(value)
+
+
 def about_chat(row: dict) -> dict:
     """What Columns has of a conversation's other columns: its tools, and a system prompt."""
-    system = row.get("system")
-    if system is not None and not isinstance(system, str):
-        raise RowProblem("wrong_type", "system", f"text, not {kind(system)}")
+    system = expect(row.get("system", ""), str, "system", "text")
     return {"chat": True, "system": system or None, "tools": row.get("tools")}
 
 
@@ -50,25 +121,23 @@ def about(row: dict) -> dict:
     return about_chat(row) if "system" in row else {"tools": row.get("tools")}
 
 
-def text(row: dict, name: str) -> str:
-    """A column that is text."""
-    value = column(row, name)
-    if not isinstance(value, str):
-        raise RowProblem("wrong_type", name, f"text, not {kind(value)}")
-    return value
+# ---- the whole row
 
 
 def pair(row: dict, prompt, values: tuple, *, fields=("chosen", "rejected"), **more) -> Columns:
     """Two responses, the first one preferred. More: what Columns has by default."""
-    scores = tuple(row_fields.score(row.get(name), name) for name in ("score_chosen", "score_rejected"))
+    scores = tuple(score(row.get(name), name) for name in ("score_chosen", "score_rejected"))
     marks = ((row, "chosen_", ""), (row, "rejected_", ""))
-    return Columns(prompt, fields, values, scores, ((0, 1),), marks, row_fields.ref_logps(row), **more)
+    return Columns(prompt, fields, values, scores, ((0, 1),), marks, _ref_logps(row), **more)
 
 
 def judged(row: dict, prompt, field: str, value, label_field: str, **more) -> Columns:
-    """One response, desirable or not."""
-    label = row_fields.label(column(row, label_field), label_field)
-    return Columns(prompt, (field,), (value,), (None,), (), ((row, "", ""),), (None,), label=label, **more)
+    """One response, desirable or not: a bool, or 0 or 1."""
+    label = column(row, label_field)
+    if not isinstance(label, bool | int | float) or label not in (0, 1):
+        raise RowProblem("malformed_label", label_field, f"true or false (or 1 or 0), not {kind(label)}")
+    marks = ((row, "", ""),)
+    return Columns(prompt, (field,), (value,), (None,), (), marks, (None,), label=bool(label), **more)
 
 
 def ranked(list_field: str, prompt, answers: list[tuple[str, object, float]], marks=None, **more) -> Columns:
@@ -76,25 +145,88 @@ def ranked(list_field: str, prompt, answers: list[tuple[str, object, float]], ma
     if len(answers) < 2:
         raise RowProblem("too_few_responses", list_field, f"two at least, got {len(answers)}")
     fields, values, scores = zip(*answers)
-    several = range(len(scores))
-    pairs = tuple((i, j) for i in several for j in several if scores[i] > scores[j])
+    pairs = tuple((i, j) for i, a in enumerate(scores) for j, b in enumerate(scores) if a > b)
     if not pairs:
         raise RowProblem("no_pair", list_field, "all scores are equal, so no response is preferred")
-    ties = len(scores) * (len(scores) - 1) // 2 - len(pairs)
+    ties = math.comb(len(scores), 2) - len(pairs)
     marks = marks or (({}, "", ""),) * len(scores)
     return Columns(prompt, fields, values, scores, pairs, marks, (None,) * len(scores), ties, **more)
 
 
-def items(row: dict, name: str, keys: tuple[str, ...]) -> list[dict]:
-    """A column that is a list of objects with these keys, none of them null."""
-    value = column(row, name)
-    wanted = " and ".join(keys)
-    if not isinstance(value, list):
-        raise RowProblem("wrong_type", name, f"a list of {{{', '.join(keys)}}}, not {kind(value)}")
-    for i, item in enumerate(value):
-        if not isinstance(item, dict):
-            raise RowProblem("wrong_type", f"{name}[{i}]", f"an object with {wanted}, not {kind(item)}")
-        for key in keys:
-            if item.get(key) is None:
-                raise RowProblem("missing_column", f"{name}[{i}].{key}", "missing or null")
-    return value
+def answers(row: dict, name: str, said: str, rating: str, check=None) -> list[tuple[str, object, float]]:
+    """What `ranked` needs of a list of objects, where each says `said` and is rated by `rating`."""
+    found = []
+    for i, item in enumerate(items(row, name, (said, rating))):
+        field = f"{name}[{i}].{rating}"
+        value = score(item[rating], field)
+        if check:
+            check(value, item, field)
+        found.append((f"{name}[{i}].{said}", item[said], value))
+    return found
+
+
+def _ref_logps(row: dict) -> tuple[float | None, float | None]:
+    """What a reference model gave (chosen, rejected): both sums, or None twice where the row has neither."""
+    old = lambda name: name.replace("ref_", "reference_", 1)  # TRL's name for it until 0.11
+    names = ("ref_chosen_logps", "ref_rejected_logps")
+    fields = [old(name) if name not in row and old(name) in row else name for name in names]
+    if not any(field in row for field in fields):
+        return None, None
+    problem = lambda field, message: RowProblem("malformed_ref_logps", field, message)
+    for field in fields:
+        value = row.get(field)
+        if field not in row:
+            raise problem(field, "missing or null, where the row has the other response's; give both or none")
+        if not is_number(value):
+            raise problem(field, f"a number, the sum over the response's tokens, not {kind(value)}")
+        if not math.isfinite(value):
+            raise problem(field, f"a finite number, not {value}")
+        if value > _ROUNDING:
+            raise problem(field, f"a log-probability is at most 0, not {value} (its sign may be turned)")
+    return tuple(float(row[field]) for field in fields)
+
+
+# ---- readers that several formats share
+
+
+def paired(prompt_field: str, prompt: Callable, fields=("chosen", "rejected"), about=about_chat):
+    """The reader of two columns of responses, as they are, and of what `prompt` makes of the row."""
+
+    def read(row: dict, tags: Tags) -> Columns:
+        values = tuple(column(row, name) for name in fields)
+        return pair(row, prompt(row), values, fields=fields, prompt_field=prompt_field, **about(row))
+
+    return read
+
+
+def question(name: str, fields=("chosen", "rejected")):
+    """The reader of a text question beside the responses."""
+    return paired(name, lambda row: text(row, name), fields)
+
+
+def messages(name: str):
+    """The reader of turns beside chosen and rejected, which are a message, a list of them or text."""
+
+    def read(row: dict, tags: Tags) -> Columns:
+        prompt, *values = (text_or_turns(column(row, n), n, tags) for n in (name, "chosen", "rejected"))
+        return pair(row, prompt, tuple(values), prompt_field=name, **about_chat(row))
+
+    return read
+
+
+def messages_kto(name: str):
+    """The reader of turns that end with the judged response."""
+
+    def read(row: dict, tags: Tags) -> Columns:
+        prompt, answer = last_answer(turns(column(row, name), name, tags), name)
+        label_field = "kto_tag" if "kto_tag" in row else "label"
+        return judged(row, prompt, name, answer, label_field, prompt_field=name, **about_chat(row))
+
+    return read
+
+
+def last_answer(whole: list[dict], field: str) -> tuple[list[dict], list[dict]]:
+    """(the turns before, the last assistant turn)."""
+    if not whole or whole[-1]["role"] != "assistant":
+        raise RowProblem("prompt_end", field, "its last turn must be the assistant's: it is the response")
+    return whole[:-1], whole[-1:]

@@ -12,14 +12,16 @@ from fastdpo.values import nearest
 _FILE = "dataset_info.json"
 _PLACES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _MEDIA = ("images", "videos", "audios")
-_COLUMNS = {  # ours -> theirs, of text; the last ones are in all formattings
-    "alpaca": {"instruction": "prompt", "input": "query", "output": "response", "history": "history"},
-    "sharegpt": {"conversations": "messages"},
-    "openai": {"messages": "messages"},
+_FORMATS = {  # by their formatting: the name of the format, and its own columns, ours -> theirs
+    "alpaca": (
+        "alpaca",
+        {"instruction": "prompt", "input": "query", "output": "response", "history": "history"},
+    ),
+    "sharegpt": ("sharegpt", {"conversations": "messages"}),
+    "openai": ("messages", {"messages": "messages"}),
 }
-_SHARED = ("system", "tools", "chosen", "rejected", "kto_tag")
-_DEFAULTS = {"prompt": "instruction", "query": "input", "response": "output"}
-_FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "openai": "messages"}  # of formats.py
+_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", "kto_tag")}
+_DEFAULTS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 
 
 @dataclass(frozen=True)
@@ -52,24 +54,21 @@ def listed(name: str) -> Listed | None:
     if not folder or not (known := data_sets(Path(folder).expanduser())):
         return None
     if entry_name not in known:
-        names = ", ".join(known)
-        close = nearest(entry_name, known)
+        close, names = nearest(entry_name, known), ", ".join(known)
         raise DataError(f"data: {folder}/{_FILE} has no {entry_name!r}. {close}It lists {names}")
     entry, where = known[entry_name], f"data: {folder}/{_FILE}: {entry_name}"
-    layout = _layout(entry, where)
+    layout, split = _layout(entry, where), entry.get("split") or "train"
     if entry.get("num_samples") is not None:
         way_out = f"give the rows to take as {name}#train[:{entry['num_samples']}] and remove the key"
         raise DataError(f"{where}: num_samples is not read (it takes rows by chance); {way_out}")
-    split = entry.get("split") or "train"
     if "hf_hub_url" in entry:
-        hub = {"path": entry["hf_hub_url"], "name": entry.get("subset")}
         more = {"data_dir": entry.get("folder"), "revision": entry.get("revision")}
-        return Listed(None, hub | {k: v for k, v in more.items() if v is not None}, split, layout)
+        more = {key: value for key, value in more.items() if value is not None}
+        return Listed(None, {"path": entry["hf_hub_url"], "name": entry.get("subset")} | more, split, layout)
     if "file_name" not in entry:
         (place,) = (p for p in _PLACES if p in entry)
-        raise DataError(
-            f"{where}: {place} is not read; download it and give it as file_name, or use hf_hub_url"
-        )
+        way_out = "download it and give it as file_name, or use hf_hub_url"
+        raise DataError(f"{where}: {place} is not read; {way_out}")
     path = Path(folder).expanduser() / entry["file_name"]
     if not path.exists():
         raise DataError(f"{where}: file_name {str(path)!r} does not exist")
@@ -77,24 +76,22 @@ def listed(name: str) -> Listed | None:
 
 
 def _layout(entry: dict, where: str) -> Layout:
-    formatting, said = entry.get("formatting", "alpaca"), entry.get("columns")
+    formatting, theirs = entry.get("formatting", "alpaca"), entry.get("columns")
     if formatting not in _FORMATS:
         raise DataError(f"{where}: formatting {formatting!r} is not one of {', '.join(_FORMATS)}")
-    theirs = said if said is not None else _DEFAULTS | {"messages": "conversations"}
+    theirs = _DEFAULTS if theirs is None else theirs
     if media := [name for name in _MEDIA if theirs.get(name)]:
         raise DataError(f"{where}: it has {' and '.join(media)}; fastdpo trains on text only")
     ranking, kto = bool(entry.get("ranking")), bool(theirs.get("kto_tag"))
     if ranking == kto:
-        what = (
-            "both ranking and a kto_tag column; keep one"
-            if kto
-            else "neither ranking: true nor a kto_tag column"
+        neither, both = (
+            "neither ranking: true nor a kto_tag column",
+            "both ranking and a kto_tag column; keep one",
         )
-        raise DataError(f"{where}: it has {what} (these are what makes it preference data)")
-    names = _COLUMNS[formatting] | {name: name for name in _SHARED}
+        what = f"{both if kto else neither} (these are what makes it preference data)"
+        raise DataError(f"{where}: it has {what}")
+    format, own = _FORMATS[formatting]
     if ranking:
         theirs = {"chosen": "chosen", "rejected": "rejected"} | theirs
-    columns = {ours: theirs[name] for ours, name in names.items() if theirs.get(name)}
-    return Layout(
-        _FORMATS[formatting] + ("_kto" if kto else ""), columns, {}, tags_of(entry.get("tags") or {})
-    )
+    columns = {ours: theirs[name] for ours, name in (own | _SHARED).items() if theirs.get(name)}
+    return Layout(format + ("_kto" if kto else ""), columns, {}, tags_of(entry.get("tags") or {}))

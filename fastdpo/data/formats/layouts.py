@@ -4,31 +4,24 @@ import re
 from dataclasses import dataclass, field
 
 from fastdpo.data.formats.columns import Columns
-from fastdpo.data.formats.recognise import FORMATS, at_a_glance, detect
+from fastdpo.data.formats.known import COLUMNS, FORMATS, detect
 from fastdpo.data.formats.turns import Tags
-from fastdpo.data.row_fields import RowProblem
+from fastdpo.data.report import RowProblem
 from fastdpo.errors import ConfigError
 from fastdpo.values import nearest
 
 _TEXTS = ("prompt_format", "chosen_format", "rejected_format")
-_SAYABLE = (  # in a data_format, to the left of the colon
-    "format prompt_format chosen_format rejected_format "
-    "prompt chosen rejected system tools messages conversations instruction input question context history "
-    "completion label output kto_tag responses answers completions chosen_response rejected_response "
-    "rejected_messages preferred_output non_preferred_output score_chosen score_rejected "
-    "ref_chosen_logps ref_rejected_logps chosen_spans rejected_spans chosen_token_weights "
-    "rejected_token_weights chat_template_kwargs"
-).split()
+_SAYABLE = ("format", *_TEXTS, *COLUMNS)  # in a data_format, to the left of the colon
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a source's rows are to be read, where that is said and not told by their columns."""
+    """How a source's rows are to be read, as far as that is said and not told by their columns."""
 
     format: str | None = None  # None: told by the columns after all
     columns: dict[str, str] = field(default_factory=dict)  # ours -> theirs; no other column is read
     texts: dict[str, str] = field(default_factory=dict)  # prompt_format, chosen_format, rejected_format
-    tags: Tags | None = None
+    tags: Tags = Tags()
 
     def ours(self, row: dict) -> dict:
         """The row with our names for its columns."""
@@ -36,21 +29,17 @@ class Layout:
             return row
         return {ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}
 
+    def read(self, row: dict) -> tuple[str, Columns]:
+        """(the name of the row's format, what its columns say), of a row under our names, without nulls."""
+        name = self.format or detect(row)
+        columns = FORMATS[name].read(row, self.tags)
+        return name, _as_text(columns, self.texts) if self.texts else columns
+
     def problem(self, problem: RowProblem) -> RowProblem:
         """The problem with the row's own names for the columns it is in."""
         theirs = lambda match: self.columns.get(match[0], match[0])
         field = re.sub(r"^\w+|(?<= and )\w+", theirs, problem.field)
         return RowProblem(problem.reason, field, problem.message)
-
-
-def read(row: dict, layout: Layout | None = None) -> tuple[str, Columns]:
-    """(the name of the row's format, what its columns say), of a row under our names and without nulls."""
-    if layout is None:
-        name = at_a_glance(row) or detect(row)
-        return name, FORMATS[name].read(row, None)
-    name = layout.format or detect(row)
-    columns = FORMATS[name].read(row, layout.tags)
-    return name, _as_text(columns, layout.texts) if layout.texts else columns
 
 
 def layout_of(data_format: str | dict | None) -> Layout | None:
@@ -61,17 +50,14 @@ def layout_of(data_format: str | dict | None) -> Layout | None:
     said = {"format": data_format} if isinstance(data_format, str) else dict(data_format)
     for name, value in said.items():
         if name not in _SAYABLE:
-            raise ConfigError(
-                f"data_format: {name!r} is no column of ours. {nearest(name, _SAYABLE)}"
-                f"Known are {', '.join(_SAYABLE)}"
-            )
+            close, known = nearest(name, _SAYABLE), ", ".join(_SAYABLE)
+            raise ConfigError(f"data_format: {name!r} is no column of ours. {close}Known are {known}")
         if not isinstance(value, str):
             raise ConfigError(f"data_format: {name}: a name is needed, not {value!r}")
     format = said.pop("format", None)
     if format is not None and format not in FORMATS:
-        raise ConfigError(
-            f"data_format: {format!r} is not one of {', '.join(FORMATS)}. {nearest(format, FORMATS)}".rstrip()
-        )
+        message = f"data_format: {format!r} is not one of {', '.join(FORMATS)}. {nearest(format, FORMATS)}"
+        raise ConfigError(message.rstrip())
     texts = {name: said.pop(name) for name in _TEXTS if name in said}
     for name, text in texts.items():
         place = f"{{{name.removesuffix('_format')}}}"
@@ -82,15 +68,16 @@ def layout_of(data_format: str | dict | None) -> Layout | None:
 
 def _as_text(columns: Columns, texts: dict[str, str]) -> Columns:
     """The row as plain text, each part within the user's own text around it."""
-    parts = dict(zip(("prompt", *columns.fields), (columns.prompt, *columns.values)))
-    for name, value in parts.items():
+    for name, value in zip(("prompt", *columns.fields), (columns.prompt, *columns.values)):
         if not isinstance(value, str):
             raise RowProblem("wrong_type", name, "text is needed: data_format puts text around it")
     if "{system}" in texts.get("prompt_format", "") and columns.system is None:
         raise RowProblem("missing_column", "system", "missing or empty, and prompt_format has {system} in it")
-    around = lambda name, **values: re.sub(
-        r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), texts.get(f"{name}_format", f"{{{name}}}")
-    )
+
+    def around(name: str, **values: str) -> str:
+        frame = texts.get(f"{name}_format", f"{{{name}}}")
+        return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), frame)
+
     prompt = around("prompt", prompt=columns.prompt, system=columns.system)
     values = tuple(around(name, **{name: v}) for name, v in zip(("chosen", "rejected"), columns.values))
     return columns._replace(prompt=prompt, values=values, chat=False, system=None)

@@ -4,23 +4,17 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from fastdpo.data.row_fields import RowProblem, kind
+from fastdpo.data.report import RowProblem, expect, kind
 
-_ROLES = {  # ShareGPT's, LLaMA-Factory's, Axolotl's and ms-swift's names for them
-    "system": "system",
-    "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-    "function_call": "call",
-    "tool_call": "call",
+_NAMES = {  # ShareGPT's, LLaMA-Factory's, Axolotl's and ms-swift's names for the roles
+    "system": ("system",),
+    "developer": ("developer",),
+    "user": ("user", "human"),
+    "assistant": ("assistant", "gpt", "bot"),
+    "tool": ("tool", "observation", "function_response", "tool_response"),
+    "call": ("function_call", "tool_call"),
 }
+_ROLES = {theirs: ours for ours, names in _NAMES.items() for theirs in names}
 _HUMAN_OR_ASSISTANT = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -35,36 +29,31 @@ class Tags:
 
 def tags_of(named: dict) -> Tags:
     """The tags of a LLaMA-Factory data set; those it does not name keep their usual names."""
-    of = {
-        "user": "user",
-        "assistant": "assistant",
-        "observation": "tool",
-        "function": "call",
-        "system": "system",
-    }
-    roles = {named[f"{tag}_tag"]: role for tag, role in of.items() if named.get(f"{tag}_tag")}
+    ours = {"observation": "tool", "function": "call"}
+    tags = ("user", "assistant", "observation", "function", "system")
+    roles = {named[f"{tag}_tag"]: ours.get(tag, tag) for tag in tags if named.get(f"{tag}_tag")}
     keys = {key: (named[f"{key}_tag"],) for key in ("role", "content") if named.get(f"{key}_tag")}
     return Tags(**keys, roles=_ROLES | roles)
 
 
-def turns(value, field: str, tags: Tags | None = None) -> list[dict]:
+def text_or_turns(value, field: str, tags: Tags) -> str | list[dict]:
+    return value if isinstance(value, str) else turns(value, field, tags)
+
+
+def turns(value, field: str, tags: Tags) -> list[dict]:
     """One message or several as messages with our roles. A tool call that is written as text becomes an
     assistant's `tool_calls`, and calls that follow each other one turn."""
-    tags = tags or Tags()
     if isinstance(value, dict):
         value = [value]
-    if not isinstance(value, list):
-        raise RowProblem("wrong_type", field, f"a message or a list of messages, not {kind(value)}")
     out = []
-    for i, message in enumerate(value):
+    for i, message in enumerate(expect(value, list, field, "a message or a list of messages")):
         where = f"{field}[{i}]"
         role_key, content_key = _keys(message, where, tags)
         theirs = message[role_key]
         if theirs not in tags.roles:
             known = ", ".join(tags.roles)
-            raise RowProblem(
-                "unknown_role", f"{where}.{role_key}", f"unknown role {theirs!r}; known are {known}"
-            )
+            message = f"unknown role {theirs!r}; known are {known}"
+            raise RowProblem("unknown_role", f"{where}.{role_key}", message)
         role, content = tags.roles[theirs], message.get(content_key)
         rest = {k: v for k, v in message.items() if k not in (role_key, content_key) and v is not None}
         if role != "call":
@@ -81,8 +70,7 @@ def turns(value, field: str, tags: Tags | None = None) -> list[dict]:
 
 
 def _keys(message, where: str, tags: Tags) -> tuple[str, str]:
-    if not isinstance(message, dict):
-        raise RowProblem("wrong_type", where, f"a message, not {kind(message)}")
+    expect(message, dict, where, "a message")
     role = [key for key in tags.role if key in message]
     content = [key for key in tags.content if key in message] or tags.content[:1]
     if not role:
@@ -104,7 +92,7 @@ def _calls(value, field: str) -> list[dict]:
             raise RowProblem("wrong_type", field, f"a tool call has a name and arguments, not {kind(call)}")
         arguments = function.get("arguments", function.get("parameters"))
         function = {"name": function["name"], "arguments": _parsed(arguments, f"{field}.arguments") or {}}
-        about = {k: v for k, v in call.items() if k in ("id",) and v is not None}
+        about = {} if call.get("id") is None else {"id": call["id"]}
         calls.append(about | {"type": "function", "function": function})
     return calls
 
@@ -134,10 +122,8 @@ def from_human_and_assistant(text: str, field: str) -> list[dict] | str:
 
 def past_turns(history, field: str) -> list[dict]:
     """[[question, answer], ...] as messages."""
-    if not isinstance(history, list):
-        raise RowProblem("wrong_type", field, f"a list of [question, answer], not {kind(history)}")
     out = []
-    for i, pair in enumerate(history):
+    for i, pair in enumerate(expect(history, list, field, "a list of [question, answer]")):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(t, str) for t in pair):
             raise RowProblem("wrong_type", f"{field}[{i}]", f"[question, answer] in text, not {kind(pair)}")
         out += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
