@@ -1,13 +1,9 @@
 """From a preference row of any format to the one shape all of them become: `Row`.
 
-TRL's formats and ours are
-    {prompt, chosen, rejected}      strings, or message lists ([{role, content}, ...])
-    {chosen, rejected}              the prompt is what the two have in common
-    {prompt: str, chosen: [...]}    whole conversations beside a prompt (ultrafeedback_binarized)
-    {prompt, responses: [{text, score}, ...]}   ranked: every pair whose scores differ
-    {prompt, completion, label}     one response, desirable or not (TRL's format for KTO)
-and formats/known.py has those of other tools. One source may mix them. How a row says which tokens are
-relevant is in spans.py.
+formats/known.py has the formats and what their rows look like; one source may mix them. Where no column holds
+the prompt, it is what the responses have in common; text beside whole conversations ({prompt: str, chosen:
+[...]}, ultrafeedback_binarized) must be one of their turns. How a row says which tokens are relevant is in
+spans.py.
 """
 
 import json

@@ -53,9 +53,11 @@ def read_relevance(columns: dict, prefix: str, where: str, response, before: int
     before the response (None: it is text, and the row's own text begins with the prompt).
     """
     spans, weights = columns.get(f"{prefix}spans"), columns.get(f"{prefix}token_weights")
+    if spans is None and weights is None:
+        return None
     field, weights_field = f"{where}{prefix}spans", f"{where}{prefix}token_weights"
     if spans is None:
-        return None if weights is None else Relevance(weights_field, None, _weights(weights, weights_field))
+        return Relevance(weights_field, None, _weights(weights, weights_field))
     if weights is not None:
         raise _bad_spans(field, f"the response has {weights_field} too; give one of the two")
     if before is None:

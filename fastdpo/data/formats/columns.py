@@ -48,8 +48,9 @@ def asked(row: dict) -> set[str]:
 
 def has(*names: str, one_of: tuple[str, ...] = ()) -> Callable[[dict, set], bool]:
     """All of these columns (and one of those), in a row without chosen and rejected."""
+    needed = set(names)
     return lambda row, asked: (
-        not asked and all(n in row for n in names) and (not one_of or any(n in row for n in one_of))
+        not asked and needed <= row.keys() and (not one_of or not row.keys().isdisjoint(one_of))
     )
 
 
