@@ -4,8 +4,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from fastdpo.errors import DataError
 
 if TYPE_CHECKING:  # torch, which reading a config does not need
@@ -137,6 +135,8 @@ class DataReport:
 
     def histogram(self) -> tuple[list[int], list[int]]:
         """(edges, counts): how many sequences have edges[i] <= length < edges[i + 1]."""
+        import numpy as np  # late: `fastdpo train --help` comes by this file
+
         longest = max(self.lengths, default=0)
         width = max(1, -(-(longest + 1) // _BINS))
         edges = list(range(0, longest + 1 + width, width))
@@ -144,6 +144,8 @@ class DataReport:
         return edges, counts.tolist()
 
     def length_percentiles(self) -> dict[str, int]:
+        import numpy as np
+
         names, at = ("p50", "p90", "p99", "max"), (50, 90, 99, 100)
         found = np.percentile(self.lengths or [0], at, method="inverted_cdf")
         return dict(zip(names, map(int, found)))
