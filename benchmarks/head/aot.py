@@ -7,18 +7,21 @@ python -m benchmarks.head.aot          writes results/aot_<triton>.json, and fai
 """
 
 import hashlib
-import inspect
 import json
 import re
 import subprocess
 import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
-from fastdpo_kernels import chunk, launch, tiles, triton_head
+from fastdpo_kernels import Plan, chunk, launch, tiles, triton_head
 from fastdpo_kernels.head import Head
+from fastdpo_kernels.head_pass import Gradients
+from fastdpo_kernels.linear_logp import STATS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
@@ -36,76 +39,82 @@ M, D, V = 8192, 4096, 128256
 launch.processors = lambda device: 132
 
 
+@contextmanager
+def recorded():
+    """Gives the list of what is launched inside: nothing runs."""
+    found = []
+    with mock.patch.object(launch.Launch, "run", lambda self: found.append(self)):
+        yield found
+
+
 def launches(tile, dtype):
-    """{name: Launch} of everything that runs, on tensors without memory."""
+    """{name: Launch} of everything that runs, as the passes launch it, on tensors without memory."""
     new = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device="meta")
-    x, w = new(M, D, dtype=dtype), new(V, D, dtype=dtype)
-    plain = Head(w, None, None, None, 1.0, 1.0, None)
+    x, target, rows = new(M, D, dtype=dtype), new(M, dtype=torch.int64), new(M)
+    plain = Head(new(V, D, dtype=dtype), None, None, None, 1.0, 1.0, None)
     capped = replace(plain, bias=new(V, dtype=dtype), softcap=30.0)
-    target, rows, ints = new(M, dtype=torch.int64), new(M), new(M, dtype=torch.int32)
-    state = triton_head.State(rows, rows, rows)
-    out, sums = triton_head.buffer(M, V, x), new(M, D)
-    partial, listed = new(launch.SLOTS, -(-V // 128), M), (ints, new(1, dtype=torch.int32))
-    stats = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
-    on = lambda head, t, **options: launch.tile_pass(t, head, x, target, (0, V), state, **options)
-    low = tile.plain()
-    every = dict(sums=True, profile=True, stats=stats, partial=partial)
-    return {
-        "E": on(plain, tile, out=out, sums=True, partial=partial),
-        "E, bias, softcap": on(capped, tile, out=out, sums=True, partial=partial),
-        "E, statistics, softcap": on(capped, tile, out=out, **every),
-        "sums only": on(plain, tile, sums=True, partial=partial),
-        "sums and statistics": on(plain, tile, **every),
-        "dZ": on(plain, tile, out=out, factor=rows),
-        "dZ, entropy, softcap": on(capped, tile, out=out, factor=rows, by_logit=rows),
-        "listed rows, profile": on(capped, low, profile=True, partial=partial, listed=listed),
-        "listed rows, E": on(capped, low, out=out, listed=listed),
-        "start_rows": launch.start_rows(capped, x, target, state),
-        "merge_sums": launch.merge_sums(partial, partial.shape[1], state, ints),
-        "gather": launch.gather(ints, listed),
-        "settle": launch.settle(listed, partial, partial.shape[1], state, rows),
-        "rescale": launch.rescale(listed, rows, sums),
-        "finish_rows": launch.finish_rows(state, rows, rows),
-        "finish_stats": launch.finish_stats(partial, partial.shape[1], V, rows, dict.fromkeys(stats, rows)),
-        "put_target": launch.put_target(out, target, rows, (0, V)),
-        "hidden_gradient": launch.hidden_gradient(sums, w, target, rows, rows, x),
-    } | chunk_launches(new, target, rows)
+
+    def of(head, name, stats=(), d_entropy=None):
+        """A plan's tile passes in order: the forward's, of its rows out of range twice, the gradients'. And
+        what else it launches, by name."""
+        how, need = Plan(name, 0, 0, 1, M, V), Gradients(hidden=True, weight=name != "frozen")
+        with recorded() as found:
+            state, _ = triton_head.forward(head, x, target, how, stats)
+            if name != "forward":
+                triton_head.gradients(head, x, target, how, state, need, rows, d_entropy)
+        others = {spec.kernel.__name__: spec for spec in found if spec.kernel is not launch.head_tiles}
+        return [spec for spec in found if spec.kernel is launch.head_tiles], others
+
+    no_gemm = dict.fromkeys(("matmul", "matmul_add"), lambda *args: None)
+    with mock.patch.object(tiles, "tile", lambda *args: tile), mock.patch.multiple(triton_head, **no_gemm):
+        (capped_e, profile, listed_e), of_keep = of(capped, "keep")
+        passes = {
+            "E": of(plain, "keep")[0][0],
+            "E, bias, softcap": capped_e,
+            "E, statistics, softcap": of(capped, "keep", STATS)[0][0],
+            "sums only": of(plain, "forward")[0][0],
+            "sums and statistics": of(plain, "forward", STATS)[0][0],
+            "dZ": of(plain, "recompute")[0][-1],
+            "dZ, entropy, softcap": of(capped, "recompute", ("entropy",), rows)[0][-1],
+            "listed rows, profile": profile,
+            "listed rows, E": listed_e,
+        }
+        return passes | of(capped, "frozen", STATS)[1] | of_keep | chunk_launches(new, target, rows)
 
 
 def chunk_launches(new, target, rows):
     """Those that reduce chunks of logits. In float16, which has no tile and comes here on every chip; and
     in float32, where E and dZ take the logits' place."""
     out, span = {}, (4096, 8192)
-    few, every = chunk.Sums(rows, rows, rows, None, None, None), chunk.Sums(*(rows,) * 6)
     for dtype in (torch.float16, torch.float32):
-        name = str(dtype).split(".")[1]
-        z, e = new(M, 4096), new(M, 4096, dtype=dtype)
+        z, e = new(M, 4096).t(), new(M, 4096, dtype=dtype).t()
         plain = Head(new(V, D, dtype=dtype), None, None, None, 1.0, 1.0, None)
         capped = replace(plain, bias=new(V, dtype=dtype), softcap=30.0)
-        sums = lambda head, s, e=None, z=z: launch.chunk_sums(head, z, target, span, s, rows, rows, e)
-        dz = lambda head, by, e=e, z=z: launch.chunk_gradient(head, z, target, span, rows, rows, by, e)
-        out |= {
-            f"chunk sums, {name}": sums(plain, few),
-            f"chunk sums, statistics, softcap, {name}": sums(capped, every),
-            f"chunk E, {name}": sums(plain, few, e),
-            f"chunk E, statistics, softcap, {name}": sums(capped, every, e),
-            f"chunk dZ, {name}": dz(plain, None),
-            f"chunk dZ, entropy, softcap, {name}": dz(capped, rows),
-        }
+        for head, value, more, by_logit in (
+            (plain, None, "", ""),
+            (capped, rows, ", statistics, softcap", ", entropy, softcap"),
+        ):
+            run = chunk.RowKernels(head, rows, target, torch.float32)
+            softmax = chunk.Softmax(rows, rows, rows, value, value, value)
+            with recorded() as found:
+                run.reduce(z, span, softmax)
+                run.reduce(z, span, softmax, e)
+                run.gradient(z, span, rows, rows, value, e)
+            names = (f"chunk sums{more}", f"chunk E{more}", f"chunk dZ{by_logit}")
+            out |= {f"{name}, {str(dtype)[6:]}": spec for name, spec in zip(names, found)}
     return out
 
 
-def source(spec):
-    """What the launch would compile: types, and what it knows of its arguments, as triton's runtime
-    finds them out."""
+def known(spec):
+    """(signature, constants, attributes): types, and what is known of the launch's arguments, as triton's
+    runtime finds them out."""
     pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     pointers |= {torch.int32: "*i32", torch.int64: "*i64"}
-    signature, constants, attributes = {}, dict(spec.constants), {}
-    for i, name in enumerate(spec.kernel.arg_names):
-        value = spec.arguments.get(name)
-        if name in constants or value is None or (isinstance(value, int) and value == 1):
-            signature[name] = "constexpr"
-            constants.setdefault(name, value)
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(spec.kernel.params):
+        name, value = parameter.name, spec.arguments.get(parameter.name)
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
             signature[name], divisible = pointers[value.dtype], True
@@ -115,13 +124,13 @@ def source(spec):
             signature[name], divisible = "i32" if value < 2**31 else "i64", value % 16 == 0
         if divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(spec.kernel, signature, constants, attributes)
+    return signature, constants, attributes
 
 
 def resources(spec, capability):
     """Registers, stack, local and shared bytes, and the matrix instructions of the compiled kernel."""
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    done = compile(source(spec), target=target, options=spec.options)
+    done = compile(ASTSource(spec.kernel, *known(spec)), target=target, options=spec.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(done.asm["cubin"])
         dump = lambda *options: (
@@ -190,10 +199,12 @@ def faults_of(table):
 
 
 def of_sources():
-    """Tells a table of these kernels from one of older kernels or other tiles."""
-    names = ("triton_tile", "triton_rows", "triton_finish", "triton_chunk", "launch")
+    """Tells a table of these kernels, as they are launched, from one of older kernels or other tiles."""
+    names = ("triton_tile", "triton_rows", "triton_finish", "triton_chunk")
     texts = [(Path(launch.__file__).parent / f"{name}.py").read_text() for name in names]
-    texts += [inspect.getsource(tiles.Tile), repr(tiles.TILES)]
+    for (capability, dtype), tile in tiles.TILES.items():
+        specs = sorted(launches(tile, dtype).items())
+        texts += [repr((of(capability, dtype), name, *known(spec), spec.options)) for name, spec in specs]
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from fastdpo_kernels import launch, triton_head
 from fastdpo_kernels.head import Head
+from fastdpo_kernels.ops import aligned_rows
 from fastdpo_kernels.tiles import TILES, Tile
 
 from benchmarks.head import aot
@@ -44,15 +45,14 @@ def passes(tile, head, x, target):
     """The Launches of NAMES, on real tensors."""
     M, V = len(x), len(head.weight)
     new = lambda *shape: torch.zeros(*shape, device=x.device)
-    state = triton_head.State(new(M), new(M), new(M))
-    launch.start_rows(head, x, target, state).run()
-    out, partial = triton_head.buffer(M, V, x)[:, :V], new(1, -(-V // tile.columns), M)
+    state, _ = triton_head.start(head, x, target)
+    out, partial = aligned_rows(M, V, x)[:, :V], new(1, -(-V // tile.columns), M)
     on = lambda **options: launch.tile_pass(tile, head, x, target, (0, V), state, **options)
-    return (
-        on(out=out, sums=True, partial=partial),
-        on(sums=True, partial=partial),
-        on(out=out, factor=new(M)),
-    )
+    with aot.recorded() as found:
+        on(out=out, sums=True, partial=partial)
+        on(sums=True, partial=partial)
+        on(out=out, factor=new(M))
+    return found
 
 
 def tune(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from fastdpo_kernels import ops
-from fastdpo_kernels.logp_ops import backward_pass, forward_pass
+from fastdpo_kernels.linear_logp import backward_pass, forward_pass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen  # noqa: F401 (makes the operator)
 
@@ -180,7 +180,7 @@ class _TorchHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, a, b, target, options, how):
         args = (hidden, weight, bias, a, b, target, *options)
-        logp, *saved = forward_pass(*args, "", how.name, how.chunks)
+        logp, *saved = forward_pass(*args, "", how.name, how.width)
         ctx.how, ctx.options = how, options
         ctx.save_for_backward(*args[:6], logp, *saved)
         return logp
@@ -192,7 +192,7 @@ class _TorchHead(torch.autograd.Function):
         if how.name == "frozen":
             return (saved[-1] * grad[:, None]).to(saved[-1].dtype), *(None,) * 7
         need = list(ctx.needs_input_grad[:5])
-        options = (*ctx.options, how.name, how.chunks, need)
+        options = (*ctx.options, how.name, how.width, need)
         grads = iter(backward_pass(grad, None, *inputs, logp, None, saved, *options))
         return *(next(grads) if wanted else None for wanted in need), None, None, None
 

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from . import tiles
-from .ops import empty
+from .ops import aligned_rows, empty
+
+LANES = 1024  # columns of a chunk that a program of the row kernels takes at a time
 
 
 @dataclass
-class Sums:
+class Softmax:
     """Of each row over the vocabulary so far, [M]: relative to peak, the target left out. None where no
     statistic needs it."""
 
@@ -63,38 +65,41 @@ class TorchChunk:
         like = self.like
         return empty(width, len(self.target), dtype=dtype or like.dtype, device=like.device)
 
-    def kept(self, storage=None, dtype=None):
-        """(storage, the [V, M] matrix in it): a new one, or of the storage that another pass kept."""
-        storage = self.block(len(self.head.weight), dtype) if storage is None else storage
-        return storage, storage
+    def kept(self, dtype):
+        """An uninitialised matrix for E of the whole vocabulary."""
+        return self.block(len(self.head.weight), dtype)
 
-    def prepare(self, width, sums, leaves_e):
+    def entries(self, kept):
+        """What `kept` made, which another pass may have kept, as [V, M]."""
+        return kept
+
+    def prepare(self, width, softmax, leaves_e):
         """Scratch for `reduce`."""
         self.slope = self.block(width) if self.head.softcap is not None and leaves_e else None
-        self.spare = self.block(width) if sums.plogp is not None or sums.squares is not None else None
+        self.spare = self.block(width) if softmax.plogp is not None or softmax.squares is not None else None
 
-    def reduce(self, z, span, sums, out=None):
-        """Adds the chunk `span` with the product z to sums, and writes E to out (which may be z itself).
+    def reduce(self, z, span, softmax, out=None):
+        """Adds the chunk `span` with the product z to softmax, and writes E to out (which may be z itself).
         Returns by what the new peak makes the E of earlier chunks smaller, [M]. z is lost."""
         v = len(z)
         temp = None if self.spare is None else self.spare[:v]
         self.head.finish_logits(z, *span)
         where = _Target(self.target, *span)
-        sums.target_logit = where.get(z, sums.target_logit)
-        if sums.logits is not None:
-            sums.logits += z.sum(0)
+        softmax.target_logit = where.get(z, softmax.target_logit)
+        if softmax.logits is not None:
+            softmax.logits += z.sum(0)
         if self.slope is not None:
             self.head.slope(z, out=self.slope[:v])
-        before, sums.peak = sums.peak, torch.maximum(sums.peak, z.amax(0))
-        shrink = torch.exp(before - sums.peak)
-        z.sub_(sums.peak).exp_()
+        before, softmax.peak = softmax.peak, torch.maximum(softmax.peak, z.amax(0))
+        shrink = torch.exp(before - softmax.peak)
+        z.sub_(softmax.peak).exp_()
         where.put(z, 0.0)
-        if sums.plogp is not None:  # shrinking E by a factor moves log E by its logarithm
-            sums.plogp = shrink * (sums.plogp + (before - sums.peak) * sums.rest)
-            sums.plogp -= torch.special.entr(z, out=temp).sum(0)
-        if sums.squares is not None:
-            sums.squares = sums.squares * shrink**2 + torch.mul(z, z, out=temp).sum(0)
-        sums.rest = sums.rest * shrink + z.sum(0)
+        if softmax.plogp is not None:  # shrinking E by a factor moves log E by its logarithm
+            softmax.plogp = shrink * (softmax.plogp + (before - softmax.peak) * softmax.rest)
+            softmax.plogp -= torch.special.entr(z, out=temp).sum(0)
+        if softmax.squares is not None:
+            softmax.squares = softmax.squares * shrink**2 + torch.mul(z, z, out=temp).sum(0)
+        softmax.rest = softmax.rest * shrink + z.sum(0)
         if self.slope is not None:
             z.mul_(self.slope[:v])
         if out is not None and out is not z:
@@ -143,34 +148,43 @@ class RowKernels:
     """TorchChunk's methods by triton_chunk.py: the chunk is read from memory once, written at most once."""
 
     def __init__(self, head, x, target, accumulate):
-        from . import launch  # needs triton
+        from . import launch, triton_chunk  # needs triton
 
-        self.launch, self.head, self.x, self.target, self.dtype = launch, head, x, target, accumulate
-
-    def _rows(self, width, dtype):
-        columns = tiles.padded(width, dtype)
-        return torch.empty(len(self.x), columns, dtype=dtype, device=self.x.device)
+        self.launch, self.kernels = launch, triton_chunk
+        self.head, self.x, self.target, self.dtype = head, x, target, accumulate
 
     def block(self, width, dtype=None):
-        return self._rows(width, dtype or self.dtype)[:, :width].t()
+        return aligned_rows(len(self.x), width, self.x, dtype or self.dtype)[:, :width].t()
 
-    def kept(self, storage=None, dtype=None):
-        storage = self._rows(len(self.head.weight), dtype) if storage is None else storage
-        return storage, storage[:, : len(self.head.weight)].t()
+    def kept(self, dtype):
+        return aligned_rows(len(self.x), len(self.head.weight), self.x, dtype)
 
-    def prepare(self, width, sums, leaves_e):
+    def entries(self, kept):
+        return kept[:, : len(self.head.weight)].t()
+
+    def prepare(self, width, softmax, leaves_e):
         pass
 
-    def reduce(self, z, span, sums, out=None):
-        peak, shrink = torch.empty_like(sums.peak), torch.empty_like(sums.peak)
-        out = None if out is None else out.t()
-        self.launch.chunk_sums(self.head, z.t(), self.target, span, sums, peak, shrink, out).run()
-        sums.peak = peak
+    def reduce(self, z, span, softmax, out=None):
+        so_far, softmax.peak = softmax.peak, torch.empty_like(softmax.peak)
+        shrink = torch.empty_like(so_far)
+        sums = (softmax.rest, softmax.plogp, softmax.squares, softmax.logits)
+        by_row = (softmax.target_logit, so_far, softmax.peak, shrink, *sums)
+        self._run(self.kernels.chunk_sums, z, span, out, *by_row)
         return shrink
 
     def gradient(self, z, span, peak, factor, by_logit, out):
-        rows = (peak, factor, by_logit)
-        self.launch.chunk_gradient(self.head, z.t(), self.target, span, *rows, out.t()).run()
+        self._run(self.kernels.chunk_gradient, z, span, out, peak, factor, by_logit)
+
+    def _run(self, kernel, z, span, out, *by_row):
+        z, out, (v0, v1) = z.t(), None if out is None else out.t(), span
+        assert z.stride(1) == 1 and (out is None or out.stride(1) == 1)
+        self.launch.run(
+            *(kernel, len(z), z, out, self.head.bias_of(span), self.target, *by_row, v1 - v0, v0),
+            *(z.stride(0), 0 if out is None else out.stride(0), self.head.scale, self.head.softcap),
+            BLOCK=LANES,
+            fuse=False,
+        )
 
     def put_target(self, block, span, value):
-        self.launch.put_target(block.t(), self.target, value, span).run()
+        self.launch.put_target(block.t(), self.target, value, span)

@@ -23,6 +23,9 @@ class Head:
     scale: float
     softcap: float | None
 
+    def bias_of(self, span):
+        return None if self.bias is None else self.bias[slice(*span)]
+
     def low_rank(self, x):
         """lora_scale * x A^T [M, r], or None. Of half operands [M, 2 r]: rounded to them, and beside it
         what that lost, so that logits keep their float32."""

@@ -1,60 +1,92 @@
-"""The head over some rows, in two steps: their log-probs now, their gradients once the loss knows how
-much of each it wants.
+"""The seam between backends: each is a module with two functions, and here is what goes between them.
 
-This is the seam between backends: each is a class with `logp` and `gradients`, chosen in `head_pass`.
+    forward(head, hidden, target, how, stats=()) -> (State, {stat: [M]})
+    gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, into=None, wide=False)
+        -> Gradients
+
+of hidden [M, D] and target i64[M], as `how` says: a Plan without parts. Log-probs come first, gradients once
+the loss knows how much of each it wants:
+
+d_logp, d_entropy   [M], the upstream gradients; d_logp may be a number, d_entropy None
+need                a Gradients of booleans
+into                wide Gradients of other rows, to which the parameters' are added instead
+wide                the parameters' gradients in the dtype of logp, instead of their own
+
+A kept matrix serves any number of backwards, a frozen head's sums serve one. A gradient through entropy
+computes the logits again, whatever is kept.
+
+Letters: M scored rows, D hidden, V vocab.
 """
+
+from dataclasses import dataclass
 
 import torch
 
-from .chunk import chunk_of
-from .chunked import Gradients, gradients, scan, target_coefficient
-from .head import Head, HiddenGrad
-from .ops import operand
-from .plan import Plan, spans
+from .ops import empty
 from .tiles import takes_triton
 
 
-class TorchPass:
-    """By chunks of logits (chunked.py), as `how` says: a Plan without parts."""
+@dataclass
+class State:
+    """What a forward leaves for the gradients. Of each row [M]: p = exp(z - peak) / total, but Triton's
+    kernels have the peak in bits, and not the greatest logit."""
 
-    def __init__(self, head: Head, hidden: torch.Tensor, target: torch.Tensor, how: Plan):
-        self.head, self.target, self.name = head, target, how.name
-        self.x = operand(hidden.contiguous())
-        self.cuts = spans(len(head.weight), how.chunks)
-        accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        self.kept = self.row_grad = None
-        if how.name == "keep":
-            _, self.kept = chunk_of(head, self.x, target, accumulate).kept(dtype=hidden.dtype)
-        elif how.name == "frozen":
-            self.row_grad = HiddenGrad(head, self.x, accumulate)
-        self.rows, _, self.peaks = scan(
-            *(head, self.x, target, self.cuts),
-            accumulate=accumulate,
-            kept=self.kept,
-            hidden_grad=self.row_grad,
-        )
-        self.logp = self.rows.logp  # [M], float32, or float64 for float64
-
-    def gradients(self, need: Gradients, d_logp, into: Gradients | None = None, wide=False) -> Gradients:
-        """Of sum(d_logp * logp), d_logp [M]; see `chunked.gradients`. The hidden's is new in any case."""
-        if self.name != "frozen":
-            return gradients(
-                *(self.head, self.x, self.target, self.cuts, self.rows, need),
-                d_logp=d_logp,
-                kept=self.kept,
-                peaks=self.peaks,
-                into=into,
-                wide=wide,
-            )
-        self.row_grad.rescale(-self.head.scale * d_logp / self.rows.total)
-        self.row_grad.add_target(target_coefficient(self.head, self.rows, d_logp), self.target)
-        return Gradients(hidden=self.row_grad.merged())
+    peak: torch.Tensor
+    total: torch.Tensor
+    target_logit: torch.Tensor
+    logp: torch.Tensor
+    entropy: torch.Tensor | None = None  # where it was named
+    # plan keep: E, [V, M] by torch, else row by row [M, V and padding]; and, where each chunk of E is
+    # relative to a peak of its own, those: [chunks, M]
+    kept: torch.Tensor | None = None
+    peaks: torch.Tensor | None = None
+    # plan frozen: sum over v of E_v W_v, f32[M, D] or chunked's HiddenGrad
+    sums: object = None
 
 
-def head_pass(head: Head, hidden: torch.Tensor, target: torch.Tensor, how: Plan):
-    """hidden [M, D], target i64[M] through the head, by the Triton kernels where they take such tensors."""
+@dataclass
+class Gradients:
+    """Of hidden, weight, bias, and the LoRA's A and B; None where nobody asked."""
+
+    hidden: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    lora_a: torch.Tensor | None = None
+    lora_b: torch.Tensor | None = None
+
+    @classmethod
+    def like(cls, head, need, dtype=None):
+        """Uninitialised, for the head's parameters of `need`, in their dtypes or in `dtype`."""
+        new = lambda p: empty(*p.shape, dtype=dtype or p.dtype, device=p.device)
+        names = ("weight", "bias", "lora_a", "lora_b")
+        return cls(**{name: new(getattr(head, name)) for name in names if getattr(need, name)})
+
+
+def backend_for(head, hidden):
+    """The module that takes these tensors."""
     if takes_triton(head, hidden):
-        from .triton_pass import TritonPass  # needs triton
+        from . import triton_head as backend  # needs triton
+    else:
+        from . import chunked as backend
+    return backend
 
-        return TritonPass(head, hidden, target, how)
-    return TorchPass(head, hidden, target, how)
+
+def factors(head, state, d_logp, d_entropy):
+    """(factor, by_logit or None), [M]: dZ = exp(z - peak) * (factor + by_logit * (z - peak))."""
+    factor = -head.scale * d_logp / state.total
+    if d_entropy is None:
+        return factor, None
+    # dH/dz = -p (log p + H) and log p = (z - peak) - log(total)
+    by_logit = -head.scale * d_entropy / state.total
+    return factor + by_logit * (state.entropy - torch.log(state.total)), by_logit
+
+
+def target_coefficient(head, state, d_logp, d_entropy=None):
+    """d Loss / d(the target's logit before cap and scale), for upstream gradients; all [M]."""
+    out = d_logp * -torch.expm1(state.logp)
+    if d_entropy is not None:
+        p = state.logp.exp()
+        out = out - d_entropy * (p * state.entropy - torch.special.entr(p))
+    if head.softcap is not None:
+        out = out * head.slope(state.target_logit)
+    return out * head.scale

@@ -12,9 +12,8 @@ from itertools import accumulate
 import torch
 
 from .checks import check_head, check_pair_values, check_pairs, check_softcap, check_target_values, told
-from .chunked import Gradients
 from .head import Head
-from .head_pass import head_pass
+from .head_pass import Gradients, backend_for
 from .ops import empty, exact_on, scale_
 from .pair_losses import LOSSES, PairLoss, groups_of
 from .plan import plan
@@ -78,7 +77,8 @@ def linear_dpo(
     need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves]
     train_head = any(t is not None and t.requires_grad for t in leaves[1:])
     tensors = (target, cu_resp, pairs, ref_token_logp, offset, pair_weight, token_weight, _as_tensor(groups))
-    options = (loss, beta, label_smoothing, lora_scale, scale, softcap, memory_budget, train_head, need)
+    head_options = (lora_scale, float(scale), None if softcap is None else float(softcap))
+    options = (loss, beta, label_smoothing, *head_options, memory_budget, train_head, need)
     total, *stats = _op(loss)(*leaves, *tensors, *options)
     return total, DPOStats(*stats)
 
@@ -208,12 +208,14 @@ class _Parts:
         """The next part.rows rows. What it keeps of width V is gone when it returns."""
         rows = slice(self.done, self.done + part.rows)
         self.done = rows.stop
-        now = head_pass(self.head, self.hidden[rows], self.target[rows], part)
-        self.token_logp[rows] = now.logp
+        of_part = (self.head, self.hidden[rows], self.target[rows], part)
+        run = backend_for(self.head, self.hidden)
+        state, _ = run.forward(*of_part)
+        self.token_logp[rows] = state.logp
         if part.name == "forward":
             return
         d_logp = self.pair_loss.token_slope(self.token_logp)[rows] * self.poison
-        self.params = now.gradients(self.need, d_logp, into=self.params, wide=self.several)
+        self.params = run.gradients(*of_part, state, self.need, d_logp, into=self.params, wide=self.several)
         d_hidden, self.params.hidden = self.params.hidden, None
         if d_hidden is None:
             return

@@ -6,10 +6,17 @@ Letters: M scored rows, D hidden, V vocab, r the LoRA rank.
 import torch
 
 from .checks import check_head, check_softcap, check_target_values
-from .chunked import STATS
-from .logp_ops import backward_pass, compiled_backward, compiled_forward, forward_pass
-from .plan import plan
+from .head import Head
+from .head_pass import Gradients, State, backend_for
+from .ops import aligned_rows, exact_on
+from .plan import Plan, plan, spans
 from .tiles import backend_of
+
+STATS = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
+ROWS = ("peak", "total", "target_logit")
+# What the backward needs of a forward's State beside logp and entropy, by the plan's name. Triton's kernels
+# have no peaks.
+SAVED = {"forward": (), "frozen": ROWS, "keep": (*ROWS, "kept", "peaks"), "recompute": ROWS}
 
 
 def linear_logp(
@@ -69,7 +76,7 @@ def linear_logp(
         backend=backend_of(hidden, weight, a is not None),
     )
     options = (float(lora_scale), float(scale), None if softcap is None else float(softcap), ",".join(stats))
-    logp, *values = _LinearLogp.apply(hidden, weight, bias, a, b, target, *options, how.name, how.chunks)
+    logp, *values = _LinearLogp.apply(hidden, weight, bias, a, b, target, *options, how.name, how.width)
     return (logp, dict(zip(stats, values))) if stats else logp
 
 
@@ -80,18 +87,18 @@ class _LinearLogp(torch.autograd.Function):
     def forward(ctx, *args):
         # the compiler sees one opaque op; without it nothing stands between autograd and the work
         run = compiled_forward if torch.compiler.is_compiling() else forward_pass
-        *inputs, lora_scale, scale, softcap, stats, name, chunks = args
+        *inputs, lora_scale, scale, softcap, stats, name, width = args
         logp, *rest = run(*args)
         stats = stats.split(",") if stats else []
         values, saved = rest[: len(stats)], rest[len(stats) :]
         if name == "forward":
             return logp, *values
-        ctx.options, ctx.how, ctx.stats = (lora_scale, scale, softcap), (name, chunks), stats
-        entropy = values[stats.index("entropy")] if "entropy" in stats else None
-        # frozen needs nothing but its rows, unless a gradient comes through entropy
-        if name == "frozen" and entropy is None:
-            inputs, saved = (None,) * 6, saved[-1:]
-        ctx.save_for_backward(*inputs, logp, entropy, *saved)
+        ctx.options, ctx.stats = (lora_scale, scale, softcap, name, width), stats
+        entropy = dict(zip(stats, values)).get("entropy")
+        unit = saved.pop() if name == "frozen" else None
+        # frozen needs nothing but its unit, unless a gradient comes through entropy
+        again = () if unit is not None and entropy is None else (*inputs, logp, entropy, *saved)
+        ctx.save_for_backward(unit, *again)
         ctx.mark_non_differentiable(*(v for stat, v in zip(stats, values) if stat != "entropy"))
         ctx.set_materialize_grads(False)
         return logp, *values
@@ -102,14 +109,104 @@ class _LinearLogp(torch.autograd.Function):
         if torch.is_grad_enabled() and not compiling:
             raise RuntimeError("linear_logp is differentiable once: no create_graph=True over it")
         d_entropy = dict(zip(ctx.stats, d_stats)).get("entropy")
-        *inputs, logp, entropy = ctx.saved_tensors[:8]
-        saved = list(ctx.saved_tensors[8:])
-        nothing = (None,) * 7
+        unit, *again = ctx.saved_tensors
+        need, nothing = list(ctx.needs_input_grad[:5]), (None,) * 7
         if d_logp is None and d_entropy is None:
-            return None, None, None, None, None, *nothing
-        if ctx.how[0] == "frozen" and d_entropy is None:
-            row_grad = saved[-1]
-            return (row_grad * d_logp[:, None]).to(row_grad.dtype), None, None, None, None, *nothing
-        run, need = (compiled_backward if compiling else backward_pass), list(ctx.needs_input_grad[:5])
-        grads = iter(run(d_logp, d_entropy, *inputs, logp, entropy, saved, *ctx.options, *ctx.how, need))
+            return *(None,) * 5, *nothing
+        if unit is not None and d_entropy is None:
+            return (unit * d_logp[:, None]).to(unit.dtype), *(None,) * 4, *nothing
+        run = compiled_backward if compiling else backward_pass
+        (*inputs, logp, entropy), saved = again[:8], again[8:]
+        d_logp = torch.zeros_like(logp) if d_logp is None else d_logp
+        grads = iter(run(d_logp, d_entropy, *inputs, logp, entropy, saved, *ctx.options, need))
         return *(next(grads) if wanted else None for wanted in need), *nothing
+
+
+def forward_pass(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    target: torch.Tensor,
+    lora_scale: float,
+    scale: float,
+    softcap: float | None,
+    stats: str,
+    name: str,
+    width: int,
+) -> list[torch.Tensor]:
+    """[logp [M], the stats in order, the tensors of SAVED[name] that there are, and if frozen the unit
+    gradient, d logp / d hidden [M, D]]. stats: their names with a comma between (an operator takes no list of
+    names)."""
+    stats = tuple(stats.split(",")) if stats else ()
+    head, how = Head(weight, bias, a, b, lora_scale, scale, softcap), Plan(name, 0, 0, 0, len(hidden), width)
+    run = backend_for(head, hidden)
+    with exact_on(hidden):
+        state, values = run.forward(head, hidden, target, how, stats)
+        out = [state.logp, *(values[stat] for stat in stats)]
+        out += [getattr(state, field) for field in SAVED[name]]
+        if name == "frozen":
+            unit = run.gradients(head, hidden, target, how, state, Gradients(hidden=True), 1.0)
+            # Rounded to hidden's dtype like the gradient it becomes: one more rounding of the size of that
+            # one, for half the memory.
+            out.append(unit.hidden.to(hidden.dtype))
+    return [t for t in out if t is not None]
+
+
+def backward_pass(
+    d_logp: torch.Tensor,
+    d_entropy: torch.Tensor | None,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    target: torch.Tensor,
+    logp: torch.Tensor,
+    entropy: torch.Tensor | None,
+    saved: list[torch.Tensor],
+    lora_scale: float,
+    scale: float,
+    softcap: float | None,
+    name: str,
+    width: int,
+    need: list[bool],
+) -> list[torch.Tensor]:
+    """The gradients of hidden, weight, bias, A and B that are in need; saved: what forward_pass returned of
+    SAVED[name]."""
+    head, how = Head(weight, bias, a, b, lora_scale, scale, softcap), Plan(name, 0, 0, 0, len(hidden), width)
+    state = State(logp=logp, entropy=entropy, **dict(zip(SAVED[name], saved)))
+    with exact_on(hidden):
+        run = backend_for(head, hidden)
+        out = run.gradients(head, hidden, target, how, state, Gradients(*need), d_logp, d_entropy)
+    every = (out.hidden, out.weight, out.bias, out.lora_a, out.lora_b)
+    return [gradient.to(hidden.dtype) for gradient, wanted in zip(every, need) if wanted]
+
+
+compiled_forward = torch.library.custom_op("fastdpo::linear_logp", forward_pass, mutates_args=())
+compiled_backward = torch.library.custom_op("fastdpo::linear_logp_backward", backward_pass, mutates_args=())
+
+
+@compiled_forward.register_fake
+def _(hidden, weight, bias, a, b, target, lora_scale, scale, softcap, stats, name, width):
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    M, V = len(hidden), len(weight)
+    new = lambda *shape, dtype=wide: hidden.new_empty(shape, dtype=dtype)
+    out = [new(M) for _ in range(1 + len(stats.split(",")) if stats else 1)]
+    if name != "forward":
+        out += [new(M) for _ in ROWS]
+    if name == "keep":
+        backend = backend_of(hidden, weight, a is not None)
+        torchs = backend == "torch"
+        out.append(new(V, M, dtype=hidden.dtype) if torchs else aligned_rows(M, V, like=hidden))
+        if backend != "triton":
+            out.append(new(len(spans(V, width)), M))
+    elif name == "frozen":
+        out.append(new(*hidden.shape, dtype=hidden.dtype))
+    return out
+
+
+@compiled_backward.register_fake
+def _(d_logp, d_entropy, hidden, weight, bias, a, b, *rest):
+    return [t.new_empty(t.shape) for t, wanted in zip((hidden, weight, bias, a, b), rest[-1]) if wanted]

@@ -42,6 +42,18 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor
     return out
 
 
+def padded(columns: int, dtype: torch.dtype) -> int:
+    """Columns in whole 128 bytes, for descriptors and cuBLAS."""
+    step = 128 // dtype.itemsize
+    return -(-columns // step) * step
+
+
+def aligned_rows(M: int, columns: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised [M, padded(columns)] matrix."""
+    dtype = dtype or like.dtype
+    return torch.empty(M, padded(columns, dtype), dtype=dtype, device=like.device)
+
+
 def operand(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as a GEMM reads it: half is widened on CPU, where half GEMMs give half results."""
     half = tensor.dtype in (torch.bfloat16, torch.float16)

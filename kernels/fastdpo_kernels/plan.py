@@ -21,7 +21,9 @@ BLOCK_ELEMENTS = 1 << 22
 BLOCK_WIDTH = 4096
 ALIGNED = 64  # tokens that chunks begin at multiples of, if they are no narrower: GPUs read whole lines
 # What the Triton kernels hold beside E, of 128 tokens of a row: fp32 sums to settle it with and, for
-# statistics, its profile (launch.SLOTS). Their chunks are not narrower than 2048.
+# statistics, its profile (triton_head.SLOTS). Their chunks are of whole merges of tiles (triton_head.MERGED):
+# that keeps the order of sums the same however many chunks there are, so a pass without gradient gives the
+# same log-probs.
 SETTLE_BYTES, PROFILE_BYTES, TILE, NARROWEST = 3 * 4, 6 * 4, 128, 2048
 # linear_dpo's vectors of a number per row, response or pair, beside the head's own: log-ratios and
 # their sums in fp64, response numbers, slopes
@@ -37,9 +39,9 @@ class Plan:
     flops       of the GEMMs, forward and backward; hidden and weight both get gradients if trained
     peak_bytes  at most this is allocated beyond the inputs, the results and the gradients. Where there
                 are several parts and half weights, dW's fp32 accumulator counts as a gradient.
-    chunks      the vocabulary is cut into this many (by the part that cuts it most). The "triton" backend
-                makes five or so into one, and all into one where it keeps its matrix or only goes forward.
+    chunks      the vocabulary is cut into this many (by the part that cuts it most)
     rows        M
+    width       tokens of a chunk, the last one's aside
     parts       the Plans of consecutive rows, whole groups each; () where all rows go at once
     """
 
@@ -48,6 +50,7 @@ class Plan:
     peak_bytes: int
     chunks: int
     rows: int
+    width: int
     parts: tuple["Plan", ...] = ()
 
 
@@ -83,10 +86,11 @@ def plan(
     if backend not in ("triton", "cublas", "torch"):
         raise ValueError(f"plan knows the backends triton, cublas and torch, got {backend!r}")
     budget = MEMORY_BUDGET if memory_budget is None else memory_budget
-    how = (V, D, dtype, budget, backend)
-    whole = _whole(M, *how, train_weight, need_grad)
+    whole = lambda rows, need_grad=need_grad: _whole(
+        rows, V, D, dtype, budget, backend, train_weight, need_grad
+    )
     if groups is None:
-        return whole
+        return whole(M)
     if min(groups, default=0) < 0 or sum(groups) != M:
         few = f"{list(groups[:8])}{'...' if len(groups) > 8 else ''}"
         raise ValueError(
@@ -94,22 +98,23 @@ def plan(
         )
     extra = M * PAIR_VECTORS * 8
     if not train_weight:
-        return replace(whole, peak_bytes=whole.peak_bytes + extra)
+        return replace(whole(M), peak_bytes=whole(M).peak_bytes + extra)
     # cut as if for a gradient in any case: the same rows then have the same bits without one
-    keeps = lambda rows: _blocks(rows, *how)[3]
-    parts = tuple(_whole(m, *how, True, need_grad) for m in _whole_groups(groups, keeps))
+    keeps = lambda rows: whole(rows, need_grad=True).name == "keep"
+    parts = tuple(map(whole, _whole_groups(groups, keeps)))
     return Plan(
         "grouped" if need_grad else "forward",
         sum(part.flops for part in parts),
         max(part.peak_bytes for part in parts) + extra,
         max(part.chunks for part in parts),
         M,
+        min(part.width for part in parts),
         parts,
     )
 
 
-def _blocks(M, V, D, dtype, budget, backend):
-    """(width of a chunk, bytes of one of its entries, bytes of the kept matrix, whether they fit)."""
+def _whole(M, V, D, dtype, budget, backend, train_weight, need_grad) -> Plan:
+    """The Plan that sends all rows through the head at once."""
     wide = max(4, dtype.itemsize)  # logits are float32, or float64 for float64
     half = dtype.itemsize < wide
     if backend == "torch":
@@ -119,7 +124,9 @@ def _blocks(M, V, D, dtype, budget, backend):
     elif backend == "cublas":
         column = M * (wide + (dtype.itemsize if half else 0))  # logits, and E or dZ in half
     else:
-        column = 3 * M * wide  # see triton_head.spans
+        column = (
+            3 * M * wide
+        )  # six entries of E or dZ in half: five, and partial results take some of the sixth
     column = max(1, column)
     width = min(V, max(BLOCK_WIDTH, BLOCK_ELEMENTS // max(M, 1)))
     # Half of the budget is for the kept matrix in any case: a chunk that took all of it would send
@@ -130,12 +137,7 @@ def _blocks(M, V, D, dtype, budget, backend):
         width = width // ALIGNED * ALIGNED
     kept = V * M * dtype.itemsize
     # Triton's kernels write E where it is kept, with no chunk of logits beside it
-    return width, column, kept, kept + (0 if backend == "triton" else width * column) <= budget
-
-
-def _whole(M, V, D, dtype, budget, backend, train_weight, need_grad) -> Plan:
-    """The Plan that sends all rows through the head at once."""
-    width, column, kept, fits = _blocks(M, V, D, dtype, budget, backend)
+    fits = kept + (0 if backend == "triton" else width * column) <= budget
     if not need_grad:
         name, gemms = "forward", 1
     elif not train_weight:
@@ -143,16 +145,19 @@ def _whole(M, V, D, dtype, budget, backend, train_weight, need_grad) -> Plan:
     else:
         name, gemms = ("keep", 3) if fits else ("recompute", 4)
     chunks = -(-V // width)
-    widest = min(V, _width(V, chunks))
-    blocks = widest * column + (kept if name == "keep" else 0)
-    if backend == "triton":
-        blocks = _triton_blocks(M, V, dtype, name, widest * column)
-    elif backend == "cublas" and name == "keep":
+    even = -(-V // chunks)
+    width = even if even <= ALIGNED else min(V, -(-even // ALIGNED) * ALIGNED)
+    blocks = width * column + (kept if name == "keep" else 0)
+    if backend == "cublas" and name == "keep":
         blocks += M * ALIGNED * 2  # at the end of its rows
+    if backend == "triton":
+        blocks = _triton_blocks(M, V, dtype, name, width * column)
+        width = V if name in ("forward", "keep") else _whole_merges(5 * even)
     # hidden made contiguous or wider, and for a gradient its accumulator and the target's rows of
     # the head; 32 vectors of row statistics, and one row of maxima per kept chunk
     vectors = (D if name == "forward" else 4 * D) + 32 + (chunks if name == "keep" else 0)
-    return Plan(name, gemms * 2 * M * V * D, blocks + M * max(4, dtype.itemsize) * vectors, chunks, M)
+    peak_bytes = blocks + M * wide * vectors
+    return Plan(name, gemms * 2 * M * V * D, peak_bytes, len(spans(V, width)), M, width)
 
 
 def _triton_blocks(M, V, dtype, name, chunk):
@@ -166,9 +171,13 @@ def _triton_blocks(M, V, dtype, name, chunk):
     return max(chunk, narrowest + SETTLE_BYTES * M * NARROWEST // TILE) + tiles * PROFILE_BYTES
 
 
+def _whole_merges(width):
+    return max(NARROWEST, width // NARROWEST * NARROWEST)
+
+
 def spare_width(V, dtype):
     """Columns of a chunk as large as the sums of all tiles that the Triton kernels hold in the forward."""
-    return -(-V // TILE) * (SETTLE_BYTES + PROFILE_BYTES) // dtype.itemsize
+    return _whole_merges(-(-V // TILE) * (SETTLE_BYTES + PROFILE_BYTES) // dtype.itemsize)
 
 
 def _whole_groups(groups: Iterable[int], keeps) -> list[int]:
@@ -183,12 +192,6 @@ def _whole_groups(groups: Iterable[int], keeps) -> list[int]:
     return parts or [0]
 
 
-def _width(V, chunks):
-    width = -(-V // chunks)
-    return width if width <= ALIGNED else -(-width // ALIGNED) * ALIGNED
-
-
-def spans(V: int, chunks: int) -> list[tuple[int, int]]:
-    """[start, stop) of each of the cuts of the vocabulary; all but the last have one width."""
-    width = _width(V, chunks)
+def spans(V: int, width: int) -> list[tuple[int, int]]:
+    """[start, stop) of each of the cuts of the vocabulary; all but the last have this width."""
     return [(v, min(v + width, V)) for v in range(0, V, width)]

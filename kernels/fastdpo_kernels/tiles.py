@@ -70,12 +70,6 @@ def tile(device: torch.device, dtype: torch.dtype) -> Tile | None:
     return TILES.get((torch.cuda.get_device_capability(device), dtype))
 
 
-def padded(columns: int, dtype: torch.dtype) -> int:
-    """Columns in whole 128 bytes, for descriptors and cuBLAS."""
-    step = 128 // dtype.itemsize
-    return -(-columns // step) * step
-
-
 @cache
 def row_kernels(device: torch.device) -> bool:
     """Whether fp32 logits on this device are reduced by triton_chunk.py's kernels."""

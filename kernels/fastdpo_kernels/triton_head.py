@@ -1,34 +1,20 @@
-"""The head's two passes by Triton kernels and cuBLAS: the counterpart of chunked.py on a GPU.
+"""The head by Triton kernels and cuBLAS: the backend for GPUs with a tile (see head_pass.py).
 
-`scan` reduces every row to its log-prob and keeps E where a plan wants it; `gradients` goes back. See
-triton_tile.py for E. The buffers here are [M, v], row by row, where chunked.py has [v, M].
+See triton_tile.py for E. The buffers here are [M, v], row by row, where chunked.py has [v, M].
 
 Letters: M scored rows, D hidden, V vocab, v a chunk of it.
 """
 
-from dataclasses import dataclass
-
 import torch
-import triton
+from triton import cdiv
 
-from . import launch, tiles
-from .chunked import Gradients, Rows, target_coefficient
-from .ops import matmul, matmul_add
-from .plan import spare_width
+from . import launch, tiles, triton_finish, triton_rows
+from .head_pass import Gradients, State, factors, target_coefficient
+from .ops import aligned_rows, matmul, matmul_add
+from .plan import spans, spare_width
 
-
-@dataclass(frozen=True)
-class State:
-    """Of each row while the vocabulary goes by, f32[M]."""
-
-    reference: torch.Tensor  # r in E = exp(z - r)
-    target_logit: torch.Tensor
-    rest: torch.Tensor  # sum of E, the target left out
-
-
-def buffer(M, columns, like):
-    """An uninitialised [M, columns or more] matrix with rows that descriptors and cuBLAS like."""
-    return torch.empty(M, tiles.padded(columns, like.dtype), dtype=like.dtype, device=like.device)
+SLOTS = 6  # of partial results, numbered in triton_tile.py; the first three settle rows out of range
+MERGED = 16  # tiles whose sums are merged at a time; plan.NARROWEST is as many
 
 
 def tile_for(head, x):
@@ -38,179 +24,163 @@ def tile_for(head, x):
     return tile if fits and not tiles.avoids("triton") else tile.plain()
 
 
-def spans(V, how, tile):
-    """The vocabulary cut for the plan `how`.
-
-    plan.py allows 12 bytes for an entry of a chunk: fp32 logits and two temporaries. Here an entry is
-    one of E in 2 bytes, so chunks are five times as wide (partial results take some of the sixth). A
-    width of whole merges of tiles keeps the order of sums the same however many chunks there are: a
-    pass without gradient gives the same log-probs.
-    """
-    return [(0, V)] if how.name in ("forward", "keep") else _cut(V, tile, 5 * -(-V // how.chunks))
-
-
-def _cut(V, tile, most):
-    """[start, stop) of chunks of about `most` columns."""
-    unit = tile.columns * launch.MERGED
-    width = max(unit, most // unit * unit)
-    return [(v, min(v + width, V)) for v in range(0, V, width)]
+def start(head, x, target):
+    """(State, rest f32[M]): references are set, `rest`, the sum of E with the target left out, is 0."""
+    M, V = len(x), len(head.weight)
+    new = lambda: torch.empty(M, dtype=torch.float32, device=x.device)
+    state, rest = State(new(), new(), new(), new()), new()
+    launch.run(
+        *(triton_rows.start_rows, M, x, head.weight, head.bias, target, state.peak, state.target_logit),
+        *(rest, V, x.shape[1], x.stride(0), head.weight.stride(0), head.scale, head.softcap),
+        BLOCK=1024,
+    )
+    return state, rest
 
 
-def scan(head, x, target, spans, tile, *, stats=(), kept=None, sums=None):
-    """One pass over the vocabulary: (Rows, stats by name).
-
-    x [M, D] contiguous, target i64[M]. kept [M, V] is filled with E (times the softcap's slope, 0 at
-    the target), and needs one span; sums f32[M, D] grows by sum_v E_v W_v, the target left out.
-    """
-    M, V, columns = len(x), len(head.weight), tile.columns
+def forward(head, hidden, target, how, stats=()):
+    """One pass over the vocabulary: keep fills `kept` with E (times the softcap's slope, 0 at the target),
+    frozen makes `sums` f32[M, D], the target left out."""
+    x = hidden.contiguous()
+    M, V, tile = len(x), len(head.weight), tile_for(head, x)
     new = lambda *shape: torch.empty(*shape, dtype=torch.float32, device=x.device)
-    state = State(new(M), new(M), new(M))
-    launch.start_rows(head, x, target, state).run()
-    width = max(v1 - v0 for v0, v1 in spans)
-    chunk = kept if sums is None else buffer(M, width, x)
-    scratch = new(3, triton.cdiv(width, tile.plain().columns), M)
-    profile = new(launch.SLOTS, triton.cdiv(V, columns), M) if stats else None
-    safe = _Safe(head, x, target, tile, state, scratch, sums)
-    for v0, v1 in spans:
+    state, rest = start(head, x, target)
+    cuts = spans(V, how.width)
+    width, chunk = cuts[0][1], None
+    if how.name == "keep":
+        chunk = state.kept = aligned_rows(M, V, like=x)
+    elif how.name == "frozen":
+        chunk = aligned_rows(M, width, like=x)
+        state.sums = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    scratch = new(3, cdiv(width, tile.plain().columns), M)
+    profile = new(SLOTS, cdiv(V, tile.columns), M) if stats else None
+    for v0, v1 in cuts:
+        where = (head, x, target, (v0, v1), state)
         out = None if chunk is None else chunk[:, : v1 - v0]
-        partial = scratch if profile is None else profile[:, v0 // columns :]
-        launch.tile_pass(
-            *(tile, head, x, target, (v0, v1), state),
-            out=out,
-            partial=partial,
-            sums=True,
-            profile=profile is not None,
-            stats=stats,
-        ).run()
-        safe.add_chunk((v0, v1), partial, out)
-        if sums is not None:
-            matmul_add(out, head.weight[v0:v1], sums)
-    total, logp = new(M), new(M)
-    launch.finish_rows(state, total, logp).run()
-    values = {name: new(M) for name in stats}
-    if stats:
-        launch.finish_stats(profile, profile.shape[1], V, state.target_logit, values).run()
-    return Rows(state.reference, total, state.target_logit, logp, values.get("entropy")), values
+        partial = profile[:, v0 // tile.columns :] if stats else scratch
+        launch.tile_pass(tile, *where, out=out, partial=partial, sums=True, profile=bool(stats), stats=stats)
+        _add_sums(tile, where, partial, rest, scratch, out)
+        if state.sums is not None:
+            matmul_add(out, head.weight[v0:v1], state.sums)
+    finished = (state.peak, rest, state.target_logit, state.total, state.logp)
+    launch.run(triton_finish.finish_rows, cdiv(M, 128), *finished, M, BLOCK=128)
+    values = statistics(profile, V, state.target_logit, stats) if stats else {}
+    state.entropy = values.get("entropy")
+    return state, values
 
 
-class _Safe:
-    """Adds each chunk's sums, and does the rows out of range again, relative to their own peak.
+def statistics(profile, V, target_logit, stats):
+    """{name: f32[M]} of those named, from the tiles' profiles f32[SLOTS, tiles, M]."""
+    M, values = len(target_logit), {name: torch.empty_like(target_logit) for name in stats}
+    into = (values.get(name) for name in ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1"))
+    arguments = (profile, profile.stride(0), target_logit, *into, M, profile.shape[1], V)
+    launch.run(triton_finish.finish_stats, cdiv(M, 32), *arguments, BM=32, BT=MERGED)
+    return values
+
+
+def _add_sums(tile, where, partial, rest, scratch, out):
+    """Adds a chunk's sums to rest, and does its rows out of range again, relative to their own peak.
 
     Nothing here waits for the device: with no such row the kernels end at once.
     """
-
-    def __init__(self, head, x, target, tile, state, scratch, sums):
-        self.arguments, self.state = (tile.plain(), head, x, target), state
-        self.columns, self.scratch, self.sums = tile.columns, scratch, sums
-        new = lambda n: torch.empty(n, dtype=torch.int32, device=x.device)
-        self.out_of_range, self.listed = new(len(x)), (new(len(x)), new(1))
-        self.shrink = torch.empty(len(x), dtype=torch.float32, device=x.device)
-
-    def add_chunk(self, span, partial, out):
-        state, scratch, listed = self.state, self.scratch, self.listed
-        tiles_in = lambda columns: triton.cdiv(span[1] - span[0], columns)
-        launch.merge_sums(partial, tiles_in(self.columns), state, self.out_of_range).run()
-        launch.gather(self.out_of_range, listed).run()
-        again = (*self.arguments, span, state)
-        launch.tile_pass(*again, partial=scratch, profile=True, listed=listed).run()
-        launch.settle(listed, scratch, tiles_in(self.arguments[0].columns), state, self.shrink).run()
-        if out is not None:
-            launch.tile_pass(*again, out=out, listed=listed).run()
-        if self.sums is not None:
-            launch.rescale(listed, self.shrink, self.sums).run()
+    _, x, _, (v0, v1), state = where
+    M, merged, again = len(x), dict(BM=32, BT=MERGED), tile.plain()
+    new = lambda n, dtype=torch.int32: torch.empty(n, dtype=dtype, device=x.device)
+    out_of_range, listed, shrink = new(M), (new(M), new(1)), new(M, torch.float32)
+    tiles_in = lambda tile: cdiv(v1 - v0, tile.columns)
+    sums = (partial, rest, out_of_range, M, tiles_in(tile))
+    launch.run(triton_rows.merge_sums, cdiv(M, 32), *sums, **merged)
+    launch.run(triton_rows.gather, 1, out_of_range, *listed, M, BLOCK=1024)
+    launch.tile_pass(again, *where, partial=scratch, profile=True, listed=listed)
+    profiles = (*listed, scratch, scratch.stride(0), state.peak, rest, shrink, M, tiles_in(again))
+    launch.run(triton_rows.settle, cdiv(M, 32), *profiles, **merged)
+    if out is not None:
+        launch.tile_pass(again, *where, out=out, listed=listed)
+    if state.sums is not None:
+        programs = min(launch.processors(x.device), M)
+        rescaled = (*listed, shrink, state.sums, x.shape[1], programs)
+        launch.run(triton_rows.rescale, programs, *rescaled, BLOCK=1024)
 
 
-def frozen_gradient(head, x, target, rows, sums, d_logp, out):
-    """Writes the gradient of hidden [M, D] to out, from the sums of `scan`."""
-    factor, at_target = -head.scale * d_logp / rows.total, target_coefficient(head, rows, d_logp)
-    launch.hidden_gradient(sums, head.weight, target, factor, at_target, out).run()
-
-
-def gradients(head, x, target, spans, tile, rows, need, *, d_logp, d_entropy=None, kept=None, into=None,
-              wide=False):  # fmt: skip
-    """The Gradients for upstream gradients d_logp, d_entropy f32[M] (None: zero), in the parameters'
-    dtype, or float32 with `wide`. need: a Gradients of booleans. kept: from `scan`; without it, and
-    for d_entropy always, the logits are computed again. into: wide Gradients of other rows, to which
-    the parameters' are added instead.
-    """
-    out = into if into is not None else Gradients.like(head, need, torch.float32 if wide else None)
-    put = matmul if into is None else matmul_add
-    d_logp = torch.zeros_like(rows.logp) if d_logp is None else d_logp
-    at_target = target_coefficient(head, rows, d_logp, d_entropy)
-    factor = -head.scale * d_logp / rows.total
-    if kept is not None and d_entropy is None:
-        sums = _kept(head, x, target, rows, need, factor, kept, out, put)
-    else:
-        by_logit = None
-        if d_entropy is not None:
-            # dH/dz = -p (log p + H) and log p = (z - r) - log(total)
-            by_logit = -head.scale * d_entropy / rows.total
-            factor = factor + by_logit * (rows.entropy - torch.log(rows.total))
-        if kept is not None:  # beside it there is room for what the forward held of tiles' sums
-            spans = _cut(len(head.weight), tile, spare_width(len(head.weight), x.dtype))
-        again = _Again(head, x, target, tile, rows, factor, by_logit, at_target)
-        sums, factor = again.run(spans, need, out, put), None
+def gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, into=None, wide=False):
+    """See head_pass.py; hidden's is of hidden's dtype."""
+    x = hidden.contiguous()
+    if not isinstance(d_logp, torch.Tensor):  # a number over a tensor is a product with its reciprocal
+        d_logp = torch.full_like(state.logp, d_logp)
+    out = into or Gradients.like(head, need, state.logp.dtype if wide else None)
+    put = matmul_add if into else matmul
+    at_target = target_coefficient(head, state, d_logp, d_entropy)
+    factor, by_logit = factors(head, state, d_logp, d_entropy)
+    sums = state.sums
+    if sums is None and state.kept is not None and d_entropy is None:
+        sums = _of_kept(head, x, target, state, need, factor, out, put)
+    elif sums is None:
+        # beside a kept matrix there is room for what the forward held of tiles' sums
+        width = how.width if state.kept is None else spare_width(len(head.weight), x.dtype)
+        sums = _again(head, x, target, width, state, need, factor, by_logit, at_target, out, put)
+        factor = None
     if need.hidden:
         out.hidden = torch.empty_like(x)
-        launch.hidden_gradient(sums, head.weight, target, factor, at_target, out.hidden).run()
+        launch.run(
+            *(
+                triton_finish.hidden_gradient,
+                len(x),
+                sums,
+                head.weight,
+                target,
+                factor,
+                at_target,
+                out.hidden,
+            ),
+            *(len(head.weight), x.shape[1], head.weight.stride(0)),
+            BLOCK=1024,
+        )
     return out
 
 
-def _kept(head, x, target, rows, need, factor, kept, out, put):
-    """Two plain GEMMs on E: the row factor goes onto x for dW, and onto the result for dX."""
-    whole = (0, len(head.weight))
-    sums = None
+def _of_kept(head, x, target, state, need, factor, out, put):
+    """Two plain GEMMs on E: the row factor goes onto x for dW, and onto the result for dX. Returns the sums
+    of E_v W_v f32[M, D] without the target, or None."""
+    whole, sums = (0, len(head.weight)), None
+    e = state.kept[:, : whole[1]]
     if need.hidden:
         sums = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        matmul(kept, head.weight, sums)
+        matmul(e, head.weight, sums)
     if need.weight or need.bias:
-        own = torch.expm1(rows.logp) * rows.total  # E minus the total, without the cancellation
+        own = torch.expm1(state.logp) * state.total  # E minus the total, without the cancellation
         if head.softcap is not None:
-            own *= head.slope(rows.target_logit)
-        launch.put_target(kept, target, own, whole).run()
+            own *= head.slope(state.target_logit)
+        launch.put_target(e, target, own, whole)
     if need.weight:
-        put(kept.t(), (x * factor[:, None]).to(x.dtype), out.weight)
+        put(e.t(), (x * factor[:, None]).to(x.dtype), out.weight)
     if need.bias:
         high = factor.to(x.dtype)  # and the rest of fp32 in a column of its own
         columns = torch.stack((high, (factor - high).to(x.dtype)), 1)
         by_column = torch.empty(len(out.bias), 2, dtype=torch.float32, device=x.device)
-        matmul(kept.t(), columns, by_column)
+        matmul(e.t(), columns, by_column)
         _put_bias(out.bias, by_column.sum(1), put)
     if need.weight or need.bias:  # as it was, for another backward
-        launch.put_target(kept, target, torch.zeros_like(rows.logp), whole).run()
+        launch.put_target(e, target, torch.zeros_like(state.logp), whole)
+    return sums
+
+
+def _again(head, x, target, width, state, need, factor, by_logit, at_target, out, put):
+    """dZ from logits computed again, a chunk at a time; its rows of dW are written once. Returns the sums of
+    dz_v W_v f32[M, D] without the target, or None."""
+    tile, cuts = tile_for(head, x), spans(len(head.weight), width)
+    sums = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if need.hidden else None
+    block = aligned_rows(len(x), cuts[0][1], like=x)
+    for v0, v1 in cuts:
+        dz = block[:, : v1 - v0]
+        launch.tile_pass(tile, head, x, target, (v0, v1), state, out=dz, factor=factor, by_logit=by_logit)
+        if need.hidden:
+            matmul_add(dz, head.weight[v0:v1], sums)
+        launch.put_target(dz, target, at_target, (v0, v1))
+        if need.bias:
+            _put_bias(out.bias[v0:v1], dz.sum(0, dtype=torch.float32), put)
+        if need.weight:
+            put(dz.t(), x, out.weight[v0:v1])
     return sums
 
 
 def _put_bias(bias, value, put):
-    if put is matmul:
-        bias.copy_(value)
-    else:
-        bias.add_(value)
-
-
-class _Again:
-    """dZ from logits computed again, a chunk at a time; its rows of dW are written once."""
-
-    def __init__(self, head, x, target, tile, rows, factor, by_logit, at_target):
-        self.head, self.x, self.target, self.at_target = head, x, target, at_target
-        state = State(rows.peak, rows.target_logit, rows.total)
-        self.write = lambda span, out: launch.tile_pass(
-            *(tile, head, x, target, span, state), out=out, factor=factor, by_logit=by_logit
-        ).run()
-
-    def run(self, spans, need, out, put):
-        """Fills out's parameters; returns the sums of dz_v W_v [M, D] without the target, or None."""
-        x = self.x
-        sums = torch.zeros(x.shape, dtype=torch.float32, device=x.device) if need.hidden else None
-        block = buffer(len(x), max(v1 - v0 for v0, v1 in spans), x)
-        for v0, v1 in spans:
-            dz = block[:, : v1 - v0]
-            self.write((v0, v1), dz)
-            if need.hidden:
-                matmul_add(dz, self.head.weight[v0:v1], sums)
-            launch.put_target(dz, self.target, self.at_target, (v0, v1)).run()
-            if need.bias:
-                _put_bias(out.bias[v0:v1], dz.sum(0, dtype=torch.float32), put)
-            if need.weight:
-                put(dz.t(), x, out.weight[v0:v1])
-        return sums
+    (bias.copy_ if put is matmul else bias.add_)(value)

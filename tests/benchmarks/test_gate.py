@@ -36,9 +36,9 @@ def louder(monkeypatch, owner, name, argument, factor=1.01):
 def the_chunks_sum(monkeypatch):
     real = chunk.TorchChunk.reduce
 
-    def broken(self, z, span, sums, out=None):
-        shrink = real(self, z, span, sums, out)
-        sums.rest = sums.rest * 1.001
+    def broken(self, z, span, softmax, out=None):
+        shrink = real(self, z, span, softmax, out)
+        softmax.rest = softmax.rest * 1.001
         return shrink
 
     monkeypatch.setattr(chunk.TorchChunk, "reduce", broken)

@@ -68,9 +68,10 @@ def small_tiles(monkeypatch):
 @pytest.fixture
 def many_chunks(monkeypatch):
     """Chunks of one tile, where a plan has chunks."""
-    from fastdpo_kernels import launch
+    from fastdpo_kernels import triton_head
 
-    monkeypatch.setattr(launch, "MERGED", 1)
+    monkeypatch.setattr(triton_head, "MERGED", 1)
+    monkeypatch.setattr(plan_module, "NARROWEST", SMALL.columns)
     monkeypatch.setattr(plan_module, "BLOCK_ELEMENTS", 1)
     monkeypatch.setattr(plan_module, "BLOCK_WIDTH", 7)
 

@@ -28,7 +28,6 @@ def one_gemm(x_ptr, w_ptr, out_ptr, N, D, BM: tl.constexpr, BN: tl.constexpr, BR
 def launch(branch: bool) -> Launch:
     new = lambda *shape: torch.empty(*shape, dtype=torch.bfloat16, device="meta")
     rows, columns, depth = 256, 4096, 1024
-    arguments = dict(
-        x_ptr=new(rows, depth), w_ptr=new(columns, depth), out_ptr=new(rows, columns), N=columns, D=depth
-    )
-    return Launch(one_gemm, arguments, dict(BM=rows, BN=128, BRANCH=branch), 32, warps=8, stages=3)
+    arguments = dict(x_ptr=new(rows, depth), w_ptr=new(columns, depth), out_ptr=new(rows, columns))
+    arguments |= dict(N=columns, D=depth, BM=rows, BN=128, BRANCH=branch)
+    return Launch(one_gemm, arguments, 32, warps=8, stages=3)

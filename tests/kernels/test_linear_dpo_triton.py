@@ -11,29 +11,28 @@ from benchmarks.process import ROOT, python_path
 
 SCRIPT = """
 import torch
-from fastdpo_kernels import head_pass, launch, linear_dpo, reference, tiles, triton_head
+from fastdpo_kernels import launch, linear_dpo, reference, tiles, triton_head
 from tests.kernels import cases
 from tests.kernels.dpo_cases import batch, budget_for, parts
 
 small = tiles.Tile(16, 32, 16, 2, 4, 1, False)
-for module in (tiles, triton_head):
-    module.tile = lambda device, dtype: small if dtype == torch.float32 else None
+tiles.tile = lambda device, dtype: small if dtype == torch.float32 else None
 launch.processors = lambda device: 3
 cases.plan_module.BLOCK_ELEMENTS, cases.plan_module.BLOCK_WIDTH = 1, 64
 b = batch(1, 4, V=130, D=24, most=5, lora=False, softcap=3.0)
 budget = budget_for(b, max(b.groups), torch.float32) - 1
 assert {name for name, _ in parts(b, budget, torch.float32)} == {"keep", "recompute"}
-real, passes = head_pass.head_pass, []
-linear_dpo_module = __import__("sys").modules["fastdpo_kernels.linear_dpo"]
-linear_dpo_module.head_pass = lambda *args: passes.append(real(*args)) or passes[-1]
-for wanted in (("hidden", "weight", "bias"), ("hidden",), ()):
+real, plans = triton_head.forward, []
+triton_head.forward = lambda *args: plans.append(args[3].name) or real(*args)
+every = ("hidden", "weight", "bias")
+for wanted, budget in ((every, budget), (every, 1), (("hidden",), budget), ((), budget)):
     got = b.run(linear_dpo, wanted, torch.float32, memory_budget=budget)
     for name, truth in b.run(reference.linear_dpo, wanted).items():
         if truth is None:
             assert got[name] is None
         else:
             assert cases.error(got[name], truth) < 3e-6, name
-assert {type(p).__name__ for p in passes} == {"TritonPass"}
+assert set(plans) == {"keep", "recompute", "frozen", "forward"}
 """
 
 

@@ -1,10 +1,11 @@
 """plan() tells the truth about its choice, its chunks and its memory."""
 
 import gc
+import itertools
 
 import pytest
 import torch
-from fastdpo_kernels import linear_dpo, linear_logp, plan
+from fastdpo_kernels import linear_dpo, linear_logp, plan, tiles
 from torch.profiler import ProfilerActivity, profile
 
 from .cases import NAMES, STATS, case, plan_module
@@ -39,7 +40,7 @@ def test_default_budget():
 @pytest.mark.parametrize("sizes", ((1, 5, 3), (0, 5, 3), (96, 9001, 48), (5000, 10, 4)))
 def test_chunks_cover_the_vocabulary(sizes, memory_budget):
     told = plan(*sizes, dtype=torch.float32, train_weight=True, memory_budget=memory_budget)
-    cuts = plan_module.spans(sizes[1], told.chunks)
+    cuts = plan_module.spans(sizes[1], told.width)
     assert len(cuts) == told.chunks
     assert [v for v0, v1 in cuts for v in range(v0, v1)] == list(range(sizes[1]))
 
@@ -237,7 +238,7 @@ def test_widened_weights_are_counted_on_a_cpu_alone(backend, kind):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_budget_bounds_what_cublas_has_of_width_V(kind, dtype, budget):
     told = plan(M, V, D, dtype=dtype, memory_budget=budget, backend="cublas", **kind)
-    widest = max(v1 - v0 for v0, v1 in plan_module.spans(V, told.chunks))
+    widest = max(v1 - v0 for v0, v1 in plan_module.spans(V, told.width))
     blocks = M * widest * (6 if dtype == torch.float16 else 4)
     blocks += M * V * dtype.itemsize if told.name == "keep" else 0
     assert blocks <= min(budget, told.peak_bytes)
@@ -250,7 +251,7 @@ def test_chunks_begin_where_lines_of_memory_do(V, backend):
         told = plan(
             300, V, 8, dtype=torch.float16, train_weight=True, memory_budget=memory_budget, backend=backend
         )
-        cuts = plan_module.spans(V, told.chunks)
+        cuts = plan_module.spans(V, told.width)
         assert len(cuts) == told.chunks
         width = cuts[0][1]
         assert len(cuts) == 1 or width < 64 or all(v0 % 64 == 0 for v0, _ in cuts)
@@ -259,3 +260,15 @@ def test_chunks_begin_where_lines_of_memory_do(V, backend):
 def test_an_unknown_backend():
     with pytest.raises(ValueError, match="triton, cublas and torch, got 'cuda'"):
         ask(backend="cuda")
+
+
+def test_tritons_chunks_are_of_whole_merges_of_tiles():
+    """So that sums have one order in any plan; where all goes at once, a plan says so."""
+    triton_head = pytest.importorskip("fastdpo_kernels.triton_head")
+    assert {triton_head.MERGED * tile.columns for tile in tiles.TILES.values()} == {plan_module.NARROWEST}
+    sizes = dict(dtype=torch.bfloat16, backend="triton", memory_budget=1 << 24)
+    for m, kind in itertools.product((64, 1000), KINDS):
+        told = plan(m, 151936, 64, **sizes, **kind)
+        assert (told.chunks == 1) == (told.name in ("keep", "forward"))
+        assert told.chunks == 1 or told.width % plan_module.NARROWEST == 0
+        assert len(plan_module.spans(151936, told.width)) == told.chunks

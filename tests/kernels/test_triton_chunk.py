@@ -17,8 +17,8 @@ from .interpreted import interpreted
 if not interpreted:
     pytest.skip("test_interpreter.py runs this", allow_module_level=True)
 
-from fastdpo_kernels import launch
-from fastdpo_kernels.chunk import RowKernels, Sums, TorchChunk
+from fastdpo_kernels import chunk, launch
+from fastdpo_kernels.chunk import RowKernels, Softmax, TorchChunk
 from fastdpo_kernels.head import Head
 
 from .test_edges import logits_case
@@ -33,13 +33,12 @@ WAYS = {"forward": (), "frozen": ("hidden",), "keep": NAMES, "recompute": NAMES}
 def row_kernels(monkeypatch):
     """Every fp32 chunk goes to the kernels, by 32 lanes: a chunk of 37 tokens is a turn and five."""
     monkeypatch.setattr(tiles, "row_kernels", lambda device: True)
-    monkeypatch.setattr(launch, "LANES", 32)
-    launched = []
-    for name in ("chunk_sums", "chunk_gradient"):
-        real = getattr(launch, name)
-        monkeypatch.setattr(launch, name, lambda *a, real=real: launched.append(real) or real(*a))
+    monkeypatch.setattr(chunk, "LANES", 32)
+    launched, real = [], launch.run
+    seen = lambda kernel, *a, **k: launched.append(kernel.__name__) or real(kernel, *a, **k)
+    monkeypatch.setattr(launch, "run", seen)
     yield
-    assert launched, "took torch"
+    assert {"chunk_sums", "chunk_gradient"} & set(launched), "took torch"
 
 
 def options_of(name, c):
@@ -197,22 +196,22 @@ def test_both_sides_of_the_seam(leaves_e, softcap):
     x, target, results = c.hidden, c.target, []
     factor, by_logit = torch.randn(2, 6)
     for side in (TorchChunk, RowKernels):
-        chunk = side(head, x, target, torch.float32)
-        sums = Sums.start(6, STATS, torch.empty(0))
-        chunk.prepare(50, sums, leaves_e)
+        one = side(head, x, target, torch.float32)
+        softmax = Softmax.start(6, STATS, torch.empty(0))
+        one.prepare(50, softmax, leaves_e)
         for v0, v1 in ((0, 50), (50, 90)):
-            z, dz = chunk.block(50)[: v1 - v0], chunk.block(50, torch.float16)
+            z, dz = one.block(50)[: v1 - v0], one.block(50, torch.float16)
             head.product(x, None, v0, v1, out=z)
             dz.fill_(7.0)
             e = dz[: v1 - v0] if leaves_e else None
-            results.append(chunk.reduce(z, (v0, v1), sums, e))
+            results.append(one.reduce(z, (v0, v1), softmax, e))
             results.append(dz.clone())
             head.product(x, None, v0, v1, out=z)
-            chunk.gradient(z, (v0, v1), sums.peak, factor, by_logit, dz[: v1 - v0])
+            one.gradient(z, (v0, v1), softmax.peak, factor, by_logit, dz[: v1 - v0])
             results.append(dz.clone())
-            chunk.put_target(dz[: v1 - v0], (v0, v1), factor)
+            one.put_target(dz[: v1 - v0], (v0, v1), factor)
             results.append(dz)
-        results += vars(sums).values()
+        results += vars(softmax).values()
     for ours, theirs in zip(results[len(results) // 2 :], results):
         torch.testing.assert_close(
             ours, theirs, rtol=2e-3 if ours.dtype == torch.float16 else 2e-6, atol=1e-6
@@ -221,7 +220,7 @@ def test_both_sides_of_the_seam(leaves_e, softcap):
 
 def test_the_operator_is_what_the_compiler_is_told():
     c = case(2, 40).to(torch.float32)
-    args = (c.hidden, c.weight, c.bias, c.a, c.b, c.target, 0.5, 0.7, None, "entropy", "keep", 2)
+    args = (c.hidden, c.weight, c.bias, c.a, c.b, c.target, 0.5, 0.7, None, "entropy", "keep", 20)
     torch.library.opcheck(torch.ops.fastdpo.linear_logp, args, test_utils="test_faketensor")
 
 
@@ -235,7 +234,7 @@ def test_linear_dpo(wanted):
 
 @pytest.mark.parametrize("name", WAYS)
 def test_peak_bytes_is_a_bound(name, monkeypatch):
-    monkeypatch.setattr(launch, "LANES", 1024)
+    monkeypatch.setattr(chunk, "LANES", 1024)
     monkeypatch.setattr(plan_module, "BLOCK_WIDTH", 4096)
     M, V, D = 12, 3001, 8
     c = case(M, V, D, bias=False, lora=False, softcap=3.0).to(torch.float32)

@@ -10,9 +10,8 @@ from .interpreted import SMALL, head_case, interpreted, small_tiles  # noqa: F40
 if not interpreted:
     pytest.skip("test_interpreter.py runs this", allow_module_level=True)
 
-from fastdpo_kernels import launch
+from fastdpo_kernels import launch, triton_head, triton_rows
 from fastdpo_kernels.head import Head
-from fastdpo_kernels.triton_head import State
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
 STRIDE = 2**30  # twice it, where the third slot starts, is negative in 32 bits
@@ -24,22 +23,20 @@ def slots(tmp_path):
     """near and far: the same slots, close by and STRIDE apart, in a file of holes (34 GB, few of them
     written). An offset that wraps is at most 2^31 too low, and falls into the room before `far`."""
     room = 2**31
-    file = torch.from_file(str(tmp_path / "holes"), shared=True, size=room + launch.SLOTS * STRIDE)
-    far = file[room:].as_strided((launch.SLOTS, TILES, M), (STRIDE, M, 1), room)
-    return torch.zeros(launch.SLOTS, TILES, M), far
+    file = torch.from_file(str(tmp_path / "holes"), shared=True, size=room + triton_head.SLOTS * STRIDE)
+    far = file[room:].as_strided((triton_head.SLOTS, TILES, M), (STRIDE, M, 1), room)
+    return torch.zeros(triton_head.SLOTS, TILES, M), far
 
 
 def passes():
     """A function of partial results that launches a whole pass with statistics."""
     c = head_case(M, V).to(torch.float32)
     head = Head(c.weight, c.bias, None, None, 1.0, 1.0, None)
-    new = lambda: torch.zeros(M)
-    state = State(new(), new(), new())
-    launch.start_rows(head, c.hidden, c.target, state).run()
+    state, _ = triton_head.start(head, c.hidden, c.target)
     arguments = (SMALL, head, c.hidden, c.target, (0, V), state)
     return state, lambda partial: launch.tile_pass(
         *arguments, partial=partial, sums=True, profile=True, stats=STATS
-    ).run()
+    )
 
 
 def test_the_gemm_leaves_its_results_there(slots):
@@ -58,8 +55,7 @@ def test_statistics_are_read_there(slots):
     far.copy_(near)
     got = []
     for partial in slots:
-        values = {name: torch.zeros(M) for name in STATS}
-        launch.finish_stats(partial, TILES, V, state.target_logit, values).run()
+        values = triton_head.statistics(partial, V, state.target_logit, STATS)
         got.append(torch.stack(list(values.values())))
     assert got[0][:3].all() and torch.equal(*got)
 
@@ -72,7 +68,8 @@ def test_rows_out_of_range_are_settled_there(slots):
     listed = (torch.arange(M, dtype=torch.int32), torch.full((1,), M, dtype=torch.int32))
     got = []
     for partial in slots:
-        mine = State(state.reference.clone(), state.target_logit, torch.zeros(M))
-        launch.settle(listed, partial, TILES, mine, torch.zeros(M)).run()
-        got.append(mine.rest)
+        peak, rest, shrink = state.peak.clone(), torch.zeros(M), torch.zeros(M)
+        arguments = (*listed, partial, partial.stride(0), peak, rest, shrink, M, TILES)
+        launch.run(triton_rows.settle, 1, *arguments, BM=32, BT=16)
+        got.append(rest)
     assert got[0].all() and torch.equal(*got)

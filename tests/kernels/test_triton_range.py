@@ -23,9 +23,9 @@ from .test_edges import logits_case as strided_logits_case
 if not interpreted:
     pytest.skip("test_interpreter.py runs this", allow_module_level=True)
 
-from fastdpo_kernels import Plan, launch
+from fastdpo_kernels import Plan, triton_head
 from fastdpo_kernels.head import Head
-from fastdpo_kernels.triton_pass import TritonPass
+from fastdpo_kernels.triton_head import forward
 
 ALL = ("hidden", "weight", "bias")
 WAYS = {"forward": (), "frozen": ("hidden",), "keep": ALL, "recompute": ALL}
@@ -162,8 +162,8 @@ def test_which_rows_are_out_of_range():
     logits = [[-gap / 2] + [-2e3] * 68 + [gap / 2] for gap in gaps]
     c = logits_case(logits, [0] * len(gaps))
     head = Head(c.weight, None, None, None, 1.0, 1.0, None)
-    rows = TritonPass(head, c.hidden, c.target, Plan("forward", 0, 0, 1, len(gaps))).rows
-    reference_ = rows.peak * math.log(2)
+    state, _ = forward(head, c.hidden, c.target, Plan("forward", 0, 0, 1, len(gaps), 70))
+    reference_ = state.peak * math.log(2)
     own, greatest = c.hidden @ c.weight[0], c.hidden @ c.weight[69]
     torch.testing.assert_close(reference_, torch.cat((own[:4] + 40, greatest[4:])))
 
@@ -172,18 +172,15 @@ def test_the_targets_logit_is_the_accumulators(monkeypatch):
     # as if tensor cores and the dot product in fp32 differed by 0.01: only the reference may notice
     c = head_case(7, 130).to(torch.float32)
     right = c.run(linear_logp, ALL)
-    start_rows = launch.start_rows
+    start = triton_head.start
 
-    class Off:
-        def __init__(self, head, x, target, state):
-            self.launch, self.state = start_rows(head, x, target, state), state
+    def off(head, x, target):
+        state, rest = start(head, x, target)
+        state.target_logit.add_(0.01)
+        state.peak.add_(0.01)
+        return state, rest
 
-        def run(self):
-            self.launch.run()
-            self.state.target_logit.add_(0.01)
-            self.state.reference.add_(0.01)
-
-    monkeypatch.setattr(launch, "start_rows", Off)
+    monkeypatch.setattr(triton_head, "start", off)
     for key, value in c.run(linear_logp, ALL).items():
         if value is not None:
             torch.testing.assert_close(value, right[key], rtol=1e-5, atol=1e-5)
