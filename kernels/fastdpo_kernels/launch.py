@@ -68,24 +68,21 @@ def tile_pass(tile, head, x, target, span, state, *, out=None, partial=None, sum
     for needs_registers in (profile or by_logit is not None, head.softcap is not None):
         tile = tile.half() if needs_registers else tile
     programs = min(processors(x.device), triton.cdiv(M, tile.rows) * triton.cdiv(v1 - v0, tile.columns))
-    row_stride = lambda matrix: 0 if matrix is None else matrix.stride(0)
-    run(
-        *(head_tiles, programs, x, w, head.bias_of(span), out, target, state.target_logit, state.peak),
-        *(factor, by_logit, partial, *listed, M, v1 - v0, x.shape[1], v0),
-        *(x.stride(0), w.stride(0), row_stride(out), row_stride(partial), head.scale, head.softcap, programs),
-        **dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group, DESCRIPTORS=tile.descriptors),
-        **dict(SUMS=sums, PROFILE=profile, ENTROPY="entropy" in stats, SQUARED="log_sum_sq_probs" in stats),
-        MEAN="mean_logit" in stats,
-        warps=tile.warps,
-        stages=tile.stages,
-        # One program a multiprocessor: registers that the compiler saves for a second one, at the price of
-        # spills, are of no use.
-        registers=min(255, REGISTERS // (32 * tile.warps)),
-    )
+    by_row = (target, state.target_logit, state.peak, factor, by_logit, partial, *listed)
+    strides = (0 if matrix is None else matrix.stride(0) for matrix in (x, w, out, partial))
+    sizes = (M, v1 - v0, x.shape[1], v0, *strides, head.scale, head.softcap, programs)
+    constants = dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group)
+    constants |= dict(DESCRIPTORS=tile.descriptors, SUMS=sums, PROFILE=profile, ENTROPY="entropy" in stats)
+    constants |= dict(SQUARED="log_sum_sq_probs" in stats, MEAN="mean_logit" in stats)
+    # One program a multiprocessor: registers that the compiler saves for a second one, at the price of
+    # spills, are of no use.
+    registers = min(255, REGISTERS // (32 * tile.warps))
+    options = dict(warps=tile.warps, stages=tile.stages, registers=registers)
+    run(head_tiles, programs, x, w, head.bias_of(span), out, *by_row, *sizes, **constants, **options)
 
 
 def put_target(out, target, value, span):
     """out [M, v]: value f32[M] at each target within the chunk `span`."""
     M, (v0, v1) = len(target), span
-    tensors = (out, target, value)
-    run(put_target_kernel, triton.cdiv(M, 128), *tensors, M, v1 - v0, v0, out.stride(0), BLOCK=128)
+    arguments = (out, target, value, M, v1 - v0, v0, out.stride(0))
+    run(put_target_kernel, triton.cdiv(M, 128), *arguments, BLOCK=128)

@@ -13,7 +13,7 @@ import torch
 
 from .checks import check_head, check_pair_values, check_pairs, check_softcap, check_target_values, told
 from .head import Head
-from .head_pass import Gradients, backend_for
+from .head_pass import HEAD_SCHEMA, OPTIONS_SCHEMA, Gradients, backend_for
 from .ops import empty, exact_on, scale_
 from .pair_losses import LOSSES, PairLoss, groups_of
 from .plan import plan
@@ -79,14 +79,11 @@ def linear_dpo(
     tensors = (target, cu_resp, pairs, ref_token_logp, offset, pair_weight, token_weight, _as_tensor(groups))
     head_options = (lora_scale, float(scale), None if softcap is None else float(softcap))
     options = (loss, beta, label_smoothing, *head_options, memory_budget, train_head, need)
-    total, *stats = _op(loss)(*leaves, *tensors, *options)
-    return total, DPOStats(*stats)
-
-
-def _op(loss):
+    run = _LinearDPO.apply
     if callable(loss) and torch.compiler.is_compiling():
-        return torch.compiler.disable(_LinearDPO.apply)  # the caller's function is not for an opaque op
-    return _LinearDPO.apply
+        run = torch.compiler.disable(run)  # the caller's function is not for an opaque op
+    total, *stats = run(*leaves, *tensors, *options)
+    return total, DPOStats(*stats)
 
 
 class _LinearDPO(torch.autograd.Function):
@@ -115,64 +112,38 @@ class _LinearDPO(torch.autograd.Function):
 
 
 def forward_and_gradients(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    target: torch.Tensor,
-    cu_resp: torch.Tensor,
-    pairs: torch.Tensor,
-    ref_token_logp: torch.Tensor | None,
-    offset: torch.Tensor | None,
-    pair_weight: torch.Tensor | None,
-    token_weight: torch.Tensor | None,
-    groups: torch.Tensor | None,
-    loss: str,
-    beta: float,
-    label_smoothing: float,
-    lora_scale: float,
-    scale: float,
-    softcap: float | None,
-    memory_budget: int | None,
-    train_head: bool,
-    need: list[bool],
-) -> list[torch.Tensor]:
+    hidden, weight, bias, a, b, target, cu_resp, pairs, ref_token_logp, offset, pair_weight, token_weight,
+    groups, loss, beta, label_smoothing, lora_scale, scale, softcap, memory_budget, train_head, need
+):  # fmt: skip
     """[loss, token_logp [M], logratio [R], margin [P], then the gradients of hidden, weight, bias, A and B
     that are in need]."""
-    groups = _groups(groups, target, cu_resp, pairs, len(weight))
-    sizes = (len(hidden), len(weight), hidden.shape[1])
     how = plan(
-        *sizes,
+        *(len(hidden), len(weight), hidden.shape[1]),
         dtype=hidden.dtype,
         train_weight=train_head,
-        groups=groups,
+        groups=_groups(groups, target, cu_resp, pairs, len(weight)),
         memory_budget=memory_budget,
         need_grad=any(need),
         backend=backend_of(hidden, weight, a is not None),
     )
-    parts = how.parts or (how,)
-    pair_loss = PairLoss(
-        *(cu_resp, pairs, len(hidden)),
-        ref_token_logp=ref_token_logp,
-        loss=loss,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        offset=offset,
-        pair_weight=pair_weight,
-        token_weight=token_weight,
-    )
+    by_pair = (offset, pair_weight, token_weight, loss, beta, label_smoothing)
+    pair_loss = PairLoss(cu_resp, pairs, len(hidden), ref_token_logp, *by_pair)
     head = Head(weight, bias, a, b, lora_scale, scale, softcap)
     with exact_on(hidden):
-        run = _Parts(head, hidden, target, pair_loss, parts, need)
-        for part in parts:
-            run.step(part)
-        logratio, margin = pair_loss.margins(run.token_logp)
-        total = pair_loss.total(margin) * run.poison
-        return [total, run.token_logp, logratio, margin, *run.gradients()]
+        parts = how.parts or (how,)
+        token_logp, poison, grads = _by_parts(head, hidden, target, pair_loss, parts, Gradients(*need))
+        logratio, margin = pair_loss.margins(token_logp)
+        return [pair_loss.total(margin) * poison, token_logp, logratio, margin, *grads]
 
 
-compiled_forward = torch.library.custom_op("fastdpo::linear_dpo", forward_and_gradients, mutates_args=())
+compiled_forward = torch.library.custom_op(
+    "fastdpo::linear_dpo",
+    forward_and_gradients,
+    mutates_args=(),
+    schema=f"({HEAD_SCHEMA}, Tensor cu_resp, Tensor pairs, Tensor? ref_token_logp, Tensor? offset, "
+    "Tensor? pair_weight, Tensor? token_weight, Tensor? groups, str loss, float beta, float label_smoothing, "
+    f"{OPTIONS_SCHEMA}, SymInt? memory_budget, bool train_head, bool[] need) -> Tensor[]",
+)
 
 
 @compiled_forward.register_fake
@@ -184,56 +155,42 @@ def _(hidden, weight, bias, a, b, target, cu_resp, pairs, *rest):
     return [new(), *stats, *(t.new_empty(t.shape) for t, need in zip(leaves, rest[-1]) if need)]
 
 
-class _Parts:
-    """What grows while the parts of the rows go by: log-probs, and gradients of the whole."""
-
-    def __init__(self, head, hidden, target, pair_loss, parts, need):
-        self.head, self.hidden, self.target, self.pair_loss = head, hidden, target, pair_loss
-        self.need, self.several, self.done = Gradients(*need), len(parts) > 1, 0
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        # where no row has come by yet, the reference itself: log-ratio 0
-        self.token_logp = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
-        if pair_loss.ref_token_logp is not None:
-            self.token_logp.copy_(pair_loss.ref_token_logp)
-        self.params = None
-        self.d_hidden = None
-        if self.several and self.need.hidden:
-            self.d_hidden = empty(*hidden.shape, dtype=hidden.dtype, device=hidden.device)
-        stops = list(accumulate(part.rows for part in parts[:-1]))
-        self.poison = 1.0
-        if hidden.device.type != "cpu":
-            self.poison = torch.where(pair_loss.unsound(stops), torch.nan, 1.0)
-
-    def step(self, part):
-        """The next part.rows rows. What it keeps of width V is gone when it returns."""
-        rows = slice(self.done, self.done + part.rows)
-        self.done = rows.stop
-        of_part = (self.head, self.hidden[rows], self.target[rows], part)
-        run = backend_for(self.head, self.hidden)
+def _by_parts(head, hidden, target, pair_loss, parts, need):
+    """(log-probs [M], a factor of the loss: NaN where the parts cut what belongs together, the gradients of
+    what is in need, in the dtypes of their tensors)."""
+    several, run = len(parts) > 1, backend_for(head, hidden)
+    stops = list(accumulate(part.rows for part in parts))
+    poison = 1.0
+    if hidden.device.type != "cpu":
+        poison = torch.where(pair_loss.unsound(stops[:-1]), torch.nan, 1.0)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    # where no row has come by yet, the reference itself: log-ratio 0
+    token_logp = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
+    if pair_loss.ref_token_logp is not None:
+        token_logp.copy_(pair_loss.ref_token_logp)
+    d_hidden = out = None
+    if several and need.hidden:
+        d_hidden = empty(*hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    for part, stop in zip(parts, stops):
+        rows = slice(stop - part.rows, stop)
+        of_part = (head, hidden[rows], target[rows], part)
         state, _ = run.forward(*of_part)
-        self.token_logp[rows] = state.logp
-        if part.name == "forward":
-            return
-        d_logp = self.pair_loss.token_slope(self.token_logp)[rows] * self.poison
-        self.params = run.gradients(*of_part, state, self.need, d_logp, into=self.params, wide=self.several)
-        d_hidden, self.params.hidden = self.params.hidden, None
-        if d_hidden is None:
-            return
-        if self.several:
-            self.d_hidden[rows] = d_hidden
-        else:
-            self.d_hidden = d_hidden.to(self.hidden.dtype)
-
-    def gradients(self):
-        """Those somebody needs, in the dtypes of their tensors."""
-        if self.params is None:
-            return []
-        out = [self.d_hidden] if self.need.hidden else []
-        for name in ("weight", "bias", "lora_a", "lora_b"):
-            if getattr(self.need, name):
-                out.append(getattr(self.params, name).to(getattr(self.head, name).dtype))
-                setattr(self.params, name, None)  # its accumulator may go before the next is rounded
-        return out
+        token_logp[rows] = state.logp
+        if part.name != "forward":
+            d_logp = pair_loss.token_slope(token_logp)[rows] * poison
+            out = run.gradients(*of_part, state, need, d_logp, into=out, wide=several)
+            if d_hidden is not None:
+                d_hidden[rows], out.hidden = out.hidden, None
+        del state  # what it keeps of width V goes before the next part comes
+    if d_hidden is not None:
+        out.hidden = d_hidden
+    leaves = dict(hidden=hidden, weight=head.weight, bias=head.bias, lora_a=head.lora_a, lora_b=head.lora_b)
+    grads = []
+    for name, leaf in leaves.items():
+        if getattr(need, name):
+            grads.append(getattr(out, name).to(leaf.dtype))
+            setattr(out, name, None)  # its accumulator may go before the next is rounded
+    return token_logp, poison, grads
 
 
 def _as_tensor(groups):

@@ -7,7 +7,7 @@ import torch
 
 from .checks import check_head, check_softcap, check_target_values
 from .head import Head
-from .head_pass import Gradients, State, backend_for
+from .head_pass import HEAD_SCHEMA, OPTIONS_SCHEMA, Gradients, State, backend_for
 from .ops import aligned_rows, exact_on
 from .plan import Plan, plan, spans
 from .tiles import backend_of
@@ -122,20 +122,7 @@ class _LinearLogp(torch.autograd.Function):
         return *(next(grads) if wanted else None for wanted in need), *nothing
 
 
-def forward_pass(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    target: torch.Tensor,
-    lora_scale: float,
-    scale: float,
-    softcap: float | None,
-    stats: str,
-    name: str,
-    width: int,
-) -> list[torch.Tensor]:
+def forward_pass(hidden, weight, bias, a, b, target, lora_scale, scale, softcap, stats, name, width):
     """[logp [M], the stats in order, the tensors of SAVED[name] that there are, and if frozen the unit
     gradient, d logp / d hidden [M, D]]. stats: their names with a comma between (an operator takes no list of
     names)."""
@@ -155,24 +142,9 @@ def forward_pass(
 
 
 def backward_pass(
-    d_logp: torch.Tensor,
-    d_entropy: torch.Tensor | None,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    target: torch.Tensor,
-    logp: torch.Tensor,
-    entropy: torch.Tensor | None,
-    saved: list[torch.Tensor],
-    lora_scale: float,
-    scale: float,
-    softcap: float | None,
-    name: str,
-    width: int,
-    need: list[bool],
-) -> list[torch.Tensor]:
+    d_logp, d_entropy, hidden, weight, bias, a, b, target, logp, entropy, saved,
+    lora_scale, scale, softcap, name, width, need
+):  # fmt: skip
     """The gradients of hidden, weight, bias, A and B that are in need; saved: what forward_pass returned of
     SAVED[name]."""
     head, how = Head(weight, bias, a, b, lora_scale, scale, softcap), Plan(name, 0, 0, 0, len(hidden), width)
@@ -184,8 +156,19 @@ def backward_pass(
     return [gradient.to(hidden.dtype) for gradient, wanted in zip(every, need) if wanted]
 
 
-compiled_forward = torch.library.custom_op("fastdpo::linear_logp", forward_pass, mutates_args=())
-compiled_backward = torch.library.custom_op("fastdpo::linear_logp_backward", backward_pass, mutates_args=())
+compiled_forward = torch.library.custom_op(
+    "fastdpo::linear_logp",
+    forward_pass,
+    mutates_args=(),
+    schema=f"({HEAD_SCHEMA}, {OPTIONS_SCHEMA}, str stats, str name, SymInt width) -> Tensor[]",
+)
+compiled_backward = torch.library.custom_op(
+    "fastdpo::linear_logp_backward",
+    backward_pass,
+    mutates_args=(),
+    schema=f"(Tensor d_logp, Tensor? d_entropy, {HEAD_SCHEMA}, Tensor logp, Tensor? entropy, Tensor[] saved, "
+    f"{OPTIONS_SCHEMA}, str name, SymInt width, bool[] need) -> Tensor[]",
+)
 
 
 @compiled_forward.register_fake

@@ -42,16 +42,11 @@ def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor
     return out
 
 
-def padded(columns: int, dtype: torch.dtype) -> int:
-    """Columns in whole 128 bytes, for descriptors and cuBLAS."""
-    step = 128 // dtype.itemsize
-    return -(-columns // step) * step
-
-
 def aligned_rows(M: int, columns: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An uninitialised [M, padded(columns)] matrix."""
+    """An uninitialised [M, columns or more] matrix, rows in whole 128 bytes: for descriptors and cuBLAS."""
     dtype = dtype or like.dtype
-    return torch.empty(M, padded(columns, dtype), dtype=dtype, device=like.device)
+    step = 128 // dtype.itemsize
+    return torch.empty(M, -(-columns // step) * step, dtype=dtype, device=like.device)
 
 
 def operand(tensor: torch.Tensor) -> torch.Tensor:

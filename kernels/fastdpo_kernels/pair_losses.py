@@ -3,6 +3,9 @@
 Letters: M scored rows, R responses, P pairs.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -28,6 +31,7 @@ def ipo(margin, beta, e):
 LOSSES = {"sigmoid": sigmoid, "hinge": hinge, "ipo": ipo}
 
 
+@dataclass(eq=False)
 class PairLoss:
     """The loss as a function of the token log-probs, with no wait for the device.
 
@@ -35,23 +39,19 @@ class PairLoss:
     is 5e-4 apart from its neighbour. The arguments are linear_dpo's.
     """
 
-    def __init__(
-        self,
-        cu_resp,
-        pairs,
-        rows,
-        *,
-        ref_token_logp,
-        loss,
-        beta,
-        label_smoothing,
-        offset,
-        pair_weight,
-        token_weight,
-    ):
-        self.ref_token_logp, self.token_weight = ref_token_logp, token_weight
-        self.loss, self.beta, self.label_smoothing = loss, beta, label_smoothing
-        self.offset, self.pair_weight = offset, pair_weight
+    cu_resp: torch.Tensor
+    pairs: torch.Tensor
+    rows: int
+    ref_token_logp: torch.Tensor | None
+    offset: torch.Tensor | None
+    pair_weight: torch.Tensor | None
+    token_weight: torch.Tensor | None
+    loss: str | Callable[[torch.Tensor], torch.Tensor]
+    beta: float
+    label_smoothing: float
+
+    def __post_init__(self):
+        cu_resp, pairs, rows = self.cu_resp, self.pairs, self.rows
         self.cu = cu_resp.long().clamp(0, rows)
         self.cu_rises = (cu_resp[0] == 0) & (cu_resp[-1] == rows) & (cu_resp.diff() >= 0).all()
         # a row beyond the last response finds none: check_pair_values refuses that on a CPU, and a
@@ -60,7 +60,7 @@ class PairLoss:
         last = max(len(self.cu) - 2, 0)
         self.row_resp = torch.searchsorted(self.cu[1:], places, right=True).clamp_(max=last)
         self.winner, self.loser = pairs.long().unbind(-1)
-        self.mean = loss == "ipo"
+        self.mean = self.loss == "ipo"
         # the pairs' slopes by response: all that win or lose with the first, then with the second, ...
         ends = torch.cat((self.winner, self.loser))
         self.by_resp = ends.argsort(stable=True)

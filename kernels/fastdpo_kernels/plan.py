@@ -86,11 +86,10 @@ def plan(
     if backend not in ("triton", "cublas", "torch"):
         raise ValueError(f"plan knows the backends triton, cublas and torch, got {backend!r}")
     budget = MEMORY_BUDGET if memory_budget is None else memory_budget
-    whole = lambda rows, need_grad=need_grad: _whole(
-        rows, V, D, dtype, budget, backend, train_weight, need_grad
-    )
+    how = (V, D, dtype, budget, backend, train_weight)
+    whole = _whole(M, *how, need_grad)
     if groups is None:
-        return whole(M)
+        return whole
     if min(groups, default=0) < 0 or sum(groups) != M:
         few = f"{list(groups[:8])}{'...' if len(groups) > 8 else ''}"
         raise ValueError(
@@ -98,10 +97,10 @@ def plan(
         )
     extra = M * PAIR_VECTORS * 8
     if not train_weight:
-        return replace(whole(M), peak_bytes=whole(M).peak_bytes + extra)
+        return replace(whole, peak_bytes=whole.peak_bytes + extra)
     # cut as if for a gradient in any case: the same rows then have the same bits without one
-    keeps = lambda rows: whole(rows, need_grad=True).name == "keep"
-    parts = tuple(map(whole, _whole_groups(groups, keeps)))
+    keeps = lambda rows: _whole(rows, *how, need_grad=True).name == "keep"
+    parts = tuple(_whole(rows, *how, need_grad) for rows in _whole_groups(groups, keeps))
     return Plan(
         "grouped" if need_grad else "forward",
         sum(part.flops for part in parts),
@@ -124,9 +123,8 @@ def _whole(M, V, D, dtype, budget, backend, train_weight, need_grad) -> Plan:
     elif backend == "cublas":
         column = M * (wide + (dtype.itemsize if half else 0))  # logits, and E or dZ in half
     else:
-        column = (
-            3 * M * wide
-        )  # six entries of E or dZ in half: five, and partial results take some of the sixth
+        # six entries of E or dZ in half: chunks are of five, partial results take some of the sixth
+        column = 3 * M * wide
     column = max(1, column)
     width = min(V, max(BLOCK_WIDTH, BLOCK_ELEMENTS // max(M, 1)))
     # Half of the budget is for the kept matrix in any case: a chunk that took all of it would send
@@ -157,7 +155,7 @@ def _whole(M, V, D, dtype, budget, backend, train_weight, need_grad) -> Plan:
     # the head; 32 vectors of row statistics, and one row of maxima per kept chunk
     vectors = (D if name == "forward" else 4 * D) + 32 + (chunks if name == "keep" else 0)
     peak_bytes = blocks + M * wide * vectors
-    return Plan(name, gemms * 2 * M * V * D, peak_bytes, len(spans(V, width)), M, width)
+    return Plan(name, gemms * 2 * M * V * D, peak_bytes, -(-V // width), M, width)
 
 
 def _triton_blocks(M, V, dtype, name, chunk):

@@ -62,20 +62,23 @@ def avoids(rung: str) -> bool:
     return rung in _avoided
 
 
+def _capability(device: torch.device) -> tuple[int, int]:
+    """(0, 0) where Triton does not run."""
+    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
 @cache
 def tile(device: torch.device, dtype: torch.dtype) -> Tile | None:
     """The TILES row for tensors on this device, or None."""
-    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
-        return None
-    return TILES.get((torch.cuda.get_device_capability(device), dtype))
+    return TILES.get((_capability(device), dtype))
 
 
 @cache
 def row_kernels(device: torch.device) -> bool:
     """Whether fp32 logits on this device are reduced by triton_chunk.py's kernels."""
-    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)  # Triton's own limit
+    return _capability(device) >= (8, 0)  # Triton's own limit
 
 
 def takes_row_kernels(device: torch.device) -> bool:

@@ -26,14 +26,11 @@ def tile_for(head, x):
 
 def start(head, x, target):
     """(State, rest f32[M]): references are set, `rest`, the sum of E with the target left out, is 0."""
-    M, V = len(x), len(head.weight)
-    new = lambda: torch.empty(M, dtype=torch.float32, device=x.device)
+    new, w = lambda: torch.empty(len(x), dtype=torch.float32, device=x.device), head.weight
     state, rest = State(new(), new(), new(), new()), new()
-    launch.run(
-        *(triton_rows.start_rows, M, x, head.weight, head.bias, target, state.peak, state.target_logit),
-        *(rest, V, x.shape[1], x.stride(0), head.weight.stride(0), head.scale, head.softcap),
-        BLOCK=1024,
-    )
+    by_row = (target, state.peak, state.target_logit, rest)
+    sizes = (len(w), x.shape[1], x.stride(0), w.stride(0), head.scale, head.softcap)
+    launch.run(triton_rows.start_rows, len(x), x, w, head.bias, *by_row, *sizes, BLOCK=1024)
     return state, rest
 
 
@@ -119,21 +116,9 @@ def gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, in
         sums = _again(head, x, target, width, state, need, factor, by_logit, at_target, out, put)
         factor = None
     if need.hidden:
-        out.hidden = torch.empty_like(x)
-        launch.run(
-            *(
-                triton_finish.hidden_gradient,
-                len(x),
-                sums,
-                head.weight,
-                target,
-                factor,
-                at_target,
-                out.hidden,
-            ),
-            *(len(head.weight), x.shape[1], head.weight.stride(0)),
-            BLOCK=1024,
-        )
+        w, out.hidden = head.weight, torch.empty_like(x)
+        arguments = (sums, w, target, factor, at_target, out.hidden, len(w), x.shape[1], w.stride(0))
+        launch.run(triton_finish.hidden_gradient, len(x), *arguments, BLOCK=1024)
     return out
 
 
