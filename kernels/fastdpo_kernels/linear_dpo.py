@@ -77,13 +77,15 @@ def linear_dpo(
     need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves]
     train_head = any(t is not None and t.requires_grad for t in leaves[1:])
     tensors = (target, cu_resp, pairs, ref_token_logp, offset, pair_weight, token_weight, _as_tensor(groups))
-    head_options = (lora_scale, float(scale), None if softcap is None else float(softcap))
-    options = (loss, beta, label_smoothing, *head_options, memory_budget, train_head, need)
-    run = _LinearDPO.apply
-    if callable(loss) and torch.compiler.is_compiling():
-        run = torch.compiler.disable(run)  # the caller's function is not for an opaque op
-    total, *stats = run(*leaves, *tensors, *options)
+    options = (loss, beta, label_smoothing, lora_scale, scale, softcap, memory_budget, train_head, need)
+    total, *stats = _op(loss)(*leaves, *tensors, *options)
     return total, DPOStats(*stats)
+
+
+def _op(loss):
+    if callable(loss) and torch.compiler.is_compiling():
+        return torch.compiler.disable(_LinearDPO.apply)  # the caller's function is not for an opaque op
+    return _LinearDPO.apply
 
 
 class _LinearDPO(torch.autograd.Function):
@@ -128,7 +130,8 @@ def forward_and_gradients(
     )
     by_pair = (offset, pair_weight, token_weight, loss, beta, label_smoothing)
     pair_loss = PairLoss(cu_resp, pairs, len(hidden), ref_token_logp, *by_pair)
-    head = Head(weight, bias, a, b, lora_scale, scale, softcap)
+    softcap = None if softcap is None else float(softcap)
+    head = Head(weight, bias, a, b, lora_scale, float(scale), softcap)
     with exact_on(hidden):
         parts = how.parts or (how,)
         token_logp, poison, grads = _by_parts(head, hidden, target, pair_loss, parts, Gradients(*need))
