@@ -1,5 +1,5 @@
-"""How a kernel is launched. Compiling ahead of time for a chip that is not here (benchmarks/head/aot.py) records
-the very `Launch`es that a pass would run.
+"""How a kernel is launched. Compiling ahead of time for a chip that is not here records the very `Launch`es
+that a pass would run (benchmarks/head/aot.py).
 """
 
 from dataclasses import dataclass

@@ -20,7 +20,7 @@ AGAIN = {(8, 0): ["E"], (9, 0): ["E", "dZ", "sums only", "listed rows, E", "sett
 SCRIPT = """
 import json, sys
 import torch
-from benchmarks import aot
+from benchmarks.head import aot
 from fastdpo_kernels import tiles
 
 out = []
@@ -37,7 +37,7 @@ WARPS = """
 import json
 from dataclasses import replace
 import torch
-from benchmarks import aot
+from benchmarks.head import aot
 from fastdpo_kernels import tiles
 
 tile = tiles.TILES[(9, 0), torch.bfloat16]._replace(warps=16)
@@ -48,7 +48,7 @@ print(json.dumps([aot.faults(aot.resources(s, (9, 0)), (9, 0), "sums only") for 
 
 ONE_GEMM = """
 import json
-from benchmarks import aot
+from benchmarks.head import aot
 from tests.kernels import one_gemm
 
 rows = [aot.resources(one_gemm.launch(branch), (9, 0)) for branch in (False, True)]
@@ -58,7 +58,7 @@ print(json.dumps([[row, aot.faults(row, (9, 0), "E")] for row in rows]))
 TABLES = """
 import json, sys
 from pathlib import Path
-from benchmarks import aot
+from benchmarks.head import aot
 
 tables = {path: json.loads(Path(path).read_text()) for path in json.loads(sys.argv[1])}
 faults = {path: aot.faults_of(table) for path, table in tables.items()}
