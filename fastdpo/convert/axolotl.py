@@ -1,38 +1,15 @@
 """Axolotl's configs key by key."""
 
+from fastdpo.convert import shared
 from fastdpo.convert.axolotl_data import data
-from fastdpo.convert.rules import (
-    COMMON,
-    LOOKS,
-    NO_CODE,
-    NO_DROPOUT,
-    NO_SUCH,
-    OPTIMIZERS,
-    QUANTISED,
-    SPEED,
-    Draft,
-    Tool,
-    batch,
-    epochs,
-    modules,
-    objective,
-    only,
-    part_of,
-    precision,
-    saving,
-    to,
-    trackers,
-    unread,
-    upload,
-    warmup,
-)
-from fastdpo.convert.trl import TRANSFORMERS
+from fastdpo.convert.rules import Draft, Tool, beside, only, same, unread
+from fastdpo.convert.shared import LOOKS, NO_DROPOUT, NO_SUCH, QUANTISED, SHUFFLED, SPEED
 
 _LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "kto": "kto", "orpo": "orpo", "simpo": "simpo"}
+_OPTIONS = "beta label_smoothing use_weighting simpo_gamma desirable_weight undesirable_weight"
 
 
-def _loss(draft: Draft) -> None:
-    rl = draft.take("rl")
+def _loss(draft: Draft, rl=None) -> None:
     if rl is None:
         return
     if rl not in _LOSSES:
@@ -44,63 +21,71 @@ def _loss(draft: Draft) -> None:
     if weights and len(weights) != len(names):
         draft.refuse("dpo_loss_weights", weights, f"a weight for each of {', '.join(names)}")
     parts = dict(zip(names, map(float, weights or [1] * len(names))))
-    cpo_alpha = draft.take("cpo_alpha", 1.0 if rl == "simpo" else None)
-    if rl == "simpo" and cpo_alpha:
-        parts["sft"] = float(cpo_alpha)
-        draft.notes.append(f"{draft.word('cpo_alpha', cpo_alpha)} -> the loss sft beside simpo")
-    beta_key = "orpo_alpha" if rl == "orpo" and draft.given("orpo_alpha") else "rl_beta"
-    smoothing = draft.take("dpo_label_smoothing", 0.0 if "robust" in parts else None)
-    options = {
-        "beta": (beta_key, draft.take(beta_key, 0.1), False),
-        "label_smoothing": ("dpo_label_smoothing", smoothing, False),
-        "use_weighting": ("dpo_use_weighting", draft.take("dpo_use_weighting") or None, True),
-        "simpo_gamma": ("simpo_gamma", draft.take("simpo_gamma"), False),
-        "desirable_weight": ("kto_desirable_weight", draft.take("kto_desirable_weight"), False),
-        "undesirable_weight": ("kto_undesirable_weight", draft.take("kto_undesirable_weight"), False),
-    }
-    objective(draft, parts, options)
+    if rl == "simpo":
+        shared.with_likelihood(draft, parts)
+    draft.take("cpo_alpha")
+    if rl == "orpo" and draft.theirs.get("orpo_alpha") is not None:
+        draft.names = draft.names | {"beta": "orpo_alpha"}
+    options = {name: draft.take(name) for name in _OPTIONS.split()}
+    if options["beta"] is None:
+        options["beta"] = 0.1
+    if "robust" in parts and options["label_smoothing"] is None:
+        options["label_smoothing"] = 0.0
+    shared.objective(draft, parts, options)
 
 
-def _adapter(draft: Draft) -> None:
-    kind, folder = draft.take("adapter"), draft.take("lora_model_dir")
-    rank, alpha, targets = (draft.take(key) for key in ("lora_r", "lora_alpha", "lora_target_modules"))
-    linear = draft.take("lora_target_linear")
-    if folder:
-        draft.set("adapter", folder, f"lora_model_dir {folder}")
-    if kind is None or folder:
+def _lora(
+    draft: Draft,
+    adapter=None,
+    lora_model_dir=None,
+    lora_r=8,
+    lora_alpha=None,
+    lora_target_modules=None,
+    lora_target_linear=False,
+) -> None:
+    if lora_model_dir:
+        draft.set("adapter", lora_model_dir, f"lora_model_dir {lora_model_dir}")
+    if adapter is None or lora_model_dir:
         return
-    if kind == "qlora":
+    if adapter == "qlora":
         draft.left["load_in_4bit"] = True
-    elif kind != "lora":
-        draft.refuse("adapter", kind, "fastdpo trains a LoRA or all weights; set lora or remove it")
-    draft.set("lora_rank", rank or 8, draft.word("lora_r", rank or 8))
-    if alpha is not None:
-        draft.ours["lora_alpha"] = float(alpha)
-    if linear:
+    elif adapter != "lora":
+        draft.refuse("adapter", adapter, "fastdpo trains a LoRA or all weights; set lora or remove it")
+    draft.set("lora_rank", lora_r or 8, draft.word("lora_r", lora_r or 8))
+    if lora_alpha is not None:
+        draft.ours["lora_alpha"] = float(lora_alpha)
+    if lora_target_linear:
         draft.set("lora_target_modules", "all-linear", "lora_target_linear true")
-    elif targets:
-        draft.set("lora_target_modules", modules(targets), f"lora_target_modules {targets}")
+    elif lora_target_modules:
+        said = draft.word("lora_target_modules", lora_target_modules)
+        draft.set("lora_target_modules", shared.modules(lora_target_modules), said)
 
 
-def _optimizer(draft: Draft) -> None:
-    if (name := draft.take("optimizer")) is not None:
-        draft.set("optim", OPTIMIZERS.get(name, name), f"optimizer {name}")
-    long_rows = draft.take("excess_length_strategy", "drop" if draft.defaults else None)
-    if long_rows == "raise":
+def _optim(
+    draft: Draft,
+    optimizer=None,
+    excess_length_strategy=None,
+    wandb_project=None,
+    saves_per_epoch=None,
+    evals_per_epoch=None,
+) -> None:
+    if optimizer is not None:
+        draft.set("optim", shared.OPTIMIZERS.get(optimizer, optimizer), f"optimizer {optimizer}")
+    if excess_length_strategy == "raise":
         draft.set("strict", True, "excess_length_strategy raise")
-    if long_rows is not None:
-        ours = "keep_start" if long_rows == "truncate" else "drop"
-        draft.set("truncation", ours, draft.word("excess_length_strategy", long_rows))
-    if draft.take("wandb_project"):
+    if excess_length_strategy is not None:
+        ours = "keep_start" if excess_length_strategy == "truncate" else "drop"
+        draft.set("truncation", ours, draft.word("excess_length_strategy", excess_length_strategy))
+    if wandb_project:
         draft.left["report_to"] = ["wandb"]
-    for name in ("saves_per_epoch", "evals_per_epoch"):
-        if (value := draft.take(name)) is not None:
+    for name, value in (("saves_per_epoch", saves_per_epoch), ("evals_per_epoch", evals_per_epoch)):
+        if value is not None:
             draft.notes.append(f"{name} {value}: left out; save_steps and eval_steps count steps here")
 
 
-def _activations(draft: Draft) -> None:
+def _memory(draft: Draft, gradient_checkpointing=None, activation_offloading=None) -> None:
     """Their checkpointing may say where its inputs go, and so may activation_offloading."""
-    level, offload = draft.take("gradient_checkpointing"), draft.take("activation_offloading")
+    level, offload = gradient_checkpointing, activation_offloading
     if isinstance(level, str):
         draft.set("activation_offloading", True, f"gradient_checkpointing {level}")
     elif offload:
@@ -109,114 +94,74 @@ def _activations(draft: Draft) -> None:
         draft.ours["gradient_checkpointing"] = bool(level)
 
 
-def _template(draft: Draft) -> None:
-    template = draft.take("chat_template")
-    if template in ("jinja", "alpaca"):
-        draft.refuse(
-            "chat_template", template, "write the template to a file and give chat_template: FILE.jinja"
-        )
-    if template and template.endswith(".jinja"):
-        draft.ours["chat_template"] = template
-    elif template and template != "tokenizer_default":
-        draft.check(
-            f"chat_template {template}: left out, the tokenizer's own is used; compare in `fastdpo data`"
-        )
+def _template(draft: Draft, chat_template=None) -> None:
+    if chat_template in ("jinja", "alpaca"):
+        way_out = "write the template to a file and give chat_template: FILE.jinja"
+        draft.refuse("chat_template", chat_template, way_out)
+    if chat_template and chat_template.endswith(".jinja"):
+        draft.ours["chat_template"] = chat_template
+    elif chat_template and chat_template != "tokenizer_default":
+        shared.own_template(draft, "chat_template", chat_template)
 
 
 AXOLOTL = Tool(
     "Axolotl",
-    frozenset(
-        (
-            "base_model rl rl_beta micro_batch_size sequence_len sample_packing dpo_loss_type "
-            "dpo_loss_weights val_set_size dataset_prepared_path lora_target_linear lora_model_dir "
-            "pad_to_sequence_len test_datasets saves_per_epoch evals_per_epoch excess_length_strategy"
-        ).split()
+    only_here="base_model rl rl_beta micro_batch_size sequence_len sample_packing dpo_loss_type "
+    "dpo_loss_weights val_set_size dataset_prepared_path lora_target_linear lora_model_dir "
+    "pad_to_sequence_len test_datasets saves_per_epoch evals_per_epoch excess_length_strategy",
+    defaults=dict(
+        micro_batch_size=1,
+        num_epochs=1.0,
+        lr_scheduler="cosine",
+        excess_length_strategy="drop",
+        lora_r=8,
+        warmup_ratio=0.03,
     ),
-    {
-        "micro_batch_size": 1,
-        "num_epochs": 1.0,
-        "lr_scheduler": "cosine",
-        "excess_length_strategy": "drop",
-        "lora_r": 8,
-        "warmup_ratio": 0.03,
+    parts=(*shared.RUN, _lora, data, shared.held_out, _optim, _template, _memory, *shared.KEPT, _loss),
+    names={
+        "per_device_train_batch_size": "micro_batch_size",
+        "num_train_epochs": "num_epochs",
+        "val_size": "val_set_size",
+        "beta": "rl_beta",
+        "label_smoothing": "dpo_label_smoothing",
+        "use_weighting": "dpo_use_weighting",
+        "desirable_weight": "kto_desirable_weight",
+        "undesirable_weight": "kto_undesirable_weight",
     },
-    TRANSFORMERS
+    rows=shared.TRANSFORMERS
     | {
-        "base_model": to("model"),
-        "sequence_len": to("max_length"),
-        "lr_scheduler": to("lr_scheduler_type"),
-        "revision_of_model": only(
-            "main", otherwise="download the revision and give its folder as base_model"
-        ),
-        "trust_remote_code": only(False, otherwise=NO_CODE),
-        "load_in_8bit": only(False, otherwise=QUANTISED),
-        "load_in_4bit": to("load_in_4bit"),
-        "lora_dropout": only(0, otherwise=NO_DROPOUT),
-        "lora_modules_to_save": only([], otherwise=NO_SUCH),
-        "peft_use_dora": to("use_dora"),
-        "peft_use_rslora": to("use_rslora"),
-        "tiled_mlp": to("tiled_mlp"),
+        "base_model": "model",
+        "sequence_len": "max_length",
+        "lr_scheduler": "lr_scheduler_type",
+        "revision_of_model": only("main", fix="download the revision and give its folder as base_model"),
+        "load_in_8bit": only(False, fix=QUANTISED),
+        "lora_dropout": only(0, fix=NO_DROPOUT),
+        "lora_modules_to_save unfrozen_parameters": only([], fix=NO_SUCH),
+        "peft_use_dora": "use_dora",
+        "peft_use_rslora": "use_rslora",
+        "tiled_mlp": same,
         "tiled_mlp_num_shards": unread("a tile has a fixed number of tokens"),
-        "rl_adapter_ref_model": only(
-            False, otherwise="the reference is what training starts from; remove it"
-        ),
-        "rpo_alpha": only(0, otherwise="use dpo_loss_type: [sigmoid, sft] with dpo_loss_weights"),
-        "special_tokens": only(
-            {}, otherwise="set them in the tokenizer itself (eos_token changes what is scored)"
-        ),
-        "tokenizer_config": only(otherwise="put that tokenizer into the model's folder"),
-        "early_stopping_patience": only(
-            otherwise="see load_best, which keeps the best checkpoint; remove it"
-        ),
-        "tokens": only([], otherwise="add them to the model and tokenizer first"),
-        "unfrozen_parameters": only([], otherwise=NO_SUCH),
-        "shuffle_merged_datasets": only(True, otherwise="rows are shuffled by seed; remove it"),
-        "train_on_inputs": only(False, otherwise="responses are what is scored; set it to false"),
-        "dataset_exact_deduplication": only(False, otherwise="remove the duplicates from the data first"),
-        "precompute_ref_log_probs": unread("the reference is always computed once and kept"),
-        "chat_template_jinja": part_of("chat_template: jinja"),
-        "group_by_length": only(False, otherwise="rows are shuffled by seed; remove it"),
-        **dict.fromkeys(("simpo_gamma", "cpo_alpha", "orpo_alpha", "dpo_label_smoothing"), part_of("rl")),
-        **dict.fromkeys(("kto_desirable_weight", "kto_undesirable_weight"), part_of("rl: kto")),
-        **dict.fromkeys(
-            (
-                "model_type tokenizer_type sample_packing eval_sample_packing "
-                "pad_to_sequence_len flash_attention flex_attention sdp_attention xformers_attention "
-                "attn_implementation dataset_processes dataset_prepared_path "
-                "dpo_use_liger_kernel dpo_padding_free plugins liger_rope liger_rms_norm "
-                "liger_glu_activation liger_fused_linear_cross_entropy lora_mlp_kernel lora_qkv_kernel "
-                "lora_o_kernel eval_batch_size local_rank debug strict_config"
-            ).split(),
-            unread(SPEED),
-        ),
-        **dict.fromkeys(
-            (
-                "wandb_entity wandb_watch wandb_name wandb_log_model wandb_run_id mlflow_experiment_name "
-                "use_tensorboard is_llama_derived_model"
-            ).split(),
-            unread(LOOKS),
-        ),
+        "rl_adapter_ref_model": only(False, fix="the reference is what training starts from; remove it"),
+        "rpo_alpha": only(0, fix="use dpo_loss_type: [sigmoid, sft] with dpo_loss_weights"),
+        "special_tokens": only({}, fix="set them in the tokenizer itself (eos_token changes what is scored)"),
+        "tokenizer_config": only(fix="put that tokenizer into the model's folder"),
+        "early_stopping_patience": only(fix="see load_best, which keeps the best checkpoint; remove it"),
+        "tokens": only([], fix="add them to the model and tokenizer first"),
+        "shuffle_merged_datasets": only(True, fix=SHUFFLED),
+        "group_by_length": only(False, fix=SHUFFLED),
+        "train_on_inputs": shared.NOT_ON_PROMPTS,
+        "dataset_exact_deduplication": only(False, fix="remove the duplicates from the data first"),
+        "precompute_ref_log_probs": shared.ONCE,
+        "chat_template_jinja": beside("chat_template: jinja"),
+        "simpo_gamma cpo_alpha orpo_alpha dpo_label_smoothing": beside("rl"),
+        "kto_desirable_weight kto_undesirable_weight": beside("rl: kto"),
+        "rl_beta dpo_loss_type dpo_loss_weights dpo_use_weighting": beside("the rest of the config"),
+        "model_type tokenizer_type sample_packing eval_sample_packing pad_to_sequence_len flash_attention "
+        "flex_attention sdp_attention xformers_attention attn_implementation dataset_processes "
+        "dataset_prepared_path dpo_use_liger_kernel dpo_padding_free plugins liger_rope liger_rms_norm "
+        "liger_glu_activation liger_fused_linear_cross_entropy lora_mlp_kernel lora_qkv_kernel "
+        "lora_o_kernel eval_batch_size local_rank debug strict_config": SPEED,
+        "wandb_entity wandb_watch wandb_name wandb_log_model wandb_run_id mlflow_experiment_name "
+        "use_tensorboard is_llama_derived_model": LOOKS,
     },
-    COMMON
-    | set(
-        "micro_batch_size num_epochs adapter lora_model_dir lora_r lora_alpha lora_target_modules "
-        "lora_target_linear datasets test_datasets val_set_size optimizer excess_length_strategy "
-        "wandb_project saves_per_epoch evals_per_epoch chat_template rl rl_beta dpo_loss_type "
-        "dpo_loss_weights dpo_use_weighting gradient_checkpointing activation_offloading".split()
-    ),
-    (
-        batch("micro_batch_size"),
-        epochs("num_epochs"),
-        warmup,
-        precision,
-        _adapter,
-        data,
-        _optimizer,
-        _template,
-        _activations,
-        saving,
-        upload,
-        trackers,
-        _loss,
-    ),
 )

@@ -1,43 +1,23 @@
 """Axolotl's data sets and their types: where the rows are, and our name for how they are read."""
 
 from fastdpo.convert.rules import Draft
+from fastdpo.convert.shared import spec
 
 _TYPES = {  # the last word of a dataset's type: our data_format; None: told by the rows' columns
-    "argilla": None,
-    "argilla_chat": None,
-    "default": None,
-    "passthrough": None,
-    "icr": "icr",
-    "intel": "intel",
-    "prompt_pairs": "prompt_pairs",
-    "ultra": "ultra",
-    "nectar": "nectar",
+    **dict.fromkeys(("argilla", "argilla_chat", "default", "passthrough")),
+    **{name: name for name in ("icr", "intel", "prompt_pairs", "ultra", "nectar")},
 }
-_FIELDS = {
-    "field_prompt": "prompt",
-    "field_chosen": "chosen",
-    "field_rejected": "rejected",
-    "field_system": "system",
-}
+_FIELDS = {f"field_{name}": name for name in ("prompt", "chosen", "rejected", "system")}
 _TEXTS = ("prompt_format", "chosen_format", "rejected_format")
 
 
-def data(draft: Draft) -> None:
-    for key, ours in (("datasets", "data"), ("test_datasets", "eval_data")):
-        sets = draft.take(key)
-        if not sets:
-            continue
-        if len(sets) != 1:
-            draft.refuse(
-                key,
-                [one.get("path") for one in sets],
-                f"give one data set; write the rows into one file as {ours}",
-            )
-        _one_set(draft, key, ours, dict(sets[0]))
-    if size := draft.take("val_set_size"):
-        if size >= 1:
-            draft.refuse("val_set_size", size, "give the share of rows to hold out, below 1")
-        draft.set("eval_data", float(size), f"val_set_size {size}")
+def data(draft: Draft, datasets=None, test_datasets=None) -> None:
+    for key, sets, ours in (("datasets", datasets, "data"), ("test_datasets", test_datasets, "eval_data")):
+        if sets and len(sets) != 1:
+            paths = [one.get("path") for one in sets]
+            draft.refuse(key, paths, f"give one data set; write the rows into one file as {ours}")
+        for one in sets or ():
+            _one_set(draft, key, ours, dict(one))
 
 
 def _one_set(draft: Draft, key: str, ours: str, entry: dict) -> None:
@@ -49,14 +29,12 @@ def _one_set(draft: Draft, key: str, ours: str, entry: dict) -> None:
         if len(files) != 1:
             draft.refuse(f"{key}: data_files", files, "give one file, or a folder")
         path = files[0]
-    spec = path + (f":{name}" if name else "") + (f"#{split}" if split and split != "train" else "")
-    draft.set(ours, spec, f"{key} {path}")
+    draft.set(ours, spec(path, name, split), f"{key} {path}")
     data_format = _data_format(draft, key, entry.pop("type", None), entry)
     for other, value in entry.items():
         if value is not None:
-            draft.refuse(
-                f"{key}: {other}", value, "it is not read; see data_format in `fastdpo train --help`"
-            )
+            way_out = "it is not read; see data_format in `fastdpo train --help`"
+            draft.refuse(f"{key}: {other}", value, way_out)
     if data_format is None:
         return
     if draft.ours.get("data_format", data_format) != data_format:
@@ -71,9 +49,8 @@ def _data_format(draft: Draft, key: str, kind, entry: dict):
         texts = {name: kind[name] for name in _TEXTS if kind.get(name)}
         if "{system}" not in texts.get("prompt_format", ""):
             said.pop("system")  # Axolotl reads it only then
-        braces = {"prompt": said["prompt"], "chosen": said["chosen"], "rejected": said["rejected"]}
-        for ours, theirs in braces.items():  # its formats may name the field
-            texts = {n: t.replace(f"{{{theirs}}}", f"{{{ours}}}") for n, t in texts.items()}
+        for ours in ("prompt", "chosen", "rejected"):  # its formats may name the field
+            texts = {n: t.replace(f"{{{said[ours]}}}", f"{{{ours}}}") for n, t in texts.items()}
         return said | texts
     family, _, last = (kind or "passthrough").rpartition(".")
     last = "default" if last == "chat_template" else last
@@ -88,9 +65,8 @@ def _data_format(draft: Draft, key: str, kind, entry: dict):
     roles = entry.pop("roles", None) or {}
     properties = entry.pop("message_property_mappings", None) or {}
     if any(one != [role] for role, one in roles.items()) or any(k != v for k, v in properties.items()):
-        draft.refuse(
-            f"{key}: roles", roles or properties, "messages need our names for their parts and roles"
-        )
+        way_out = "messages need our names for their parts and roles"
+        draft.refuse(f"{key}: roles", roles or properties, way_out)
     names = {name: entry.pop(f"field_{name}", name) for name in ("messages", "chosen", "rejected")}
     if kind in ("chat_template", "chat_template.default"):
         return {"format": "messages"} | names | {"system": "system", "tools": "tools"}

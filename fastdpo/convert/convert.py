@@ -11,10 +11,9 @@ import yaml
 from fastdpo.config.keys import FIELDS, Config, coerce
 from fastdpo.convert.axolotl import AXOLOTL
 from fastdpo.convert.llama_factory import LLAMA_FACTORY
-from fastdpo.convert.rules import Draft, Tool, part_of, plain
+from fastdpo.convert.rules import Tool
 from fastdpo.convert.trl import TRL
 from fastdpo.errors import ConfigError
-from fastdpo.values import nearest
 
 TOOLS = (TRL, LLAMA_FACTORY, AXOLOTL)
 
@@ -27,7 +26,7 @@ def recognise(values: dict) -> Tool | None:
     if len(found) > 1:
         which = "; ".join(f"{tool.name} has {', '.join(marks[tool])}" for tool in found)
         raise ConfigError(f"these keys are of several tools, so none is sure to be meant: {which}")
-    if not found and any((key in TRL.rules or key in TRL.read) and key not in FIELDS for key in values):
+    if not found and any(key in TRL.rules and key not in FIELDS for key in values):
         return TRL  # transformers' own keys, which LLaMA-Factory has too but then with some of its own
     return found[0] if found else None
 
@@ -43,25 +42,7 @@ def translate(values: dict, *, whole: bool = True) -> tuple[dict, list[str]]:
     tool = recognise(values)
     if tool is None:
         return dict(values), []
-    draft = Draft(tool.name, {key: plain(value) for key, value in values.items()})
-    if whole and "model" not in values:
-        draft.defaults = tool.defaults
-        draft.left = {key: None for key in tool.defaults if key in tool.rules} | draft.left
-    for part in tool.parts:
-        part(draft)
-    for key in list(draft.left):
-        if key in tool.rules:
-            tool.rules[key](draft, key)
-        elif key in FIELDS:
-            draft.ours[key] = values[key]
-        elif key in tool.read:
-            part_of("the rest of the config")(draft, key)
-        else:
-            known = [*tool.rules, *tool.read, *FIELDS]
-            raise ConfigError(
-                f"{key}: not a key that is known of {tool.name}, so what it does to training is not known. "
-                f"{nearest(key, known)}Remove it, or replace it by a key of `fastdpo train --help`"
-            )
+    draft = tool.translate(values, whole and "model" not in values)
     return draft.ours, [f"read as a config of {tool.name}", *draft.notes]
 
 

@@ -1,26 +1,15 @@
-"""What the tables of habits_*.py are made of: rules for one key, and parts that read several keys."""
+"""What a table of another tool's keys is made of (rules, parts), and how a config is read by one."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import yaml
 
+from fastdpo.config.keys import FIELDS
 from fastdpo.errors import ConfigError
-
-SPEED = "it changes speed or memory only"
-LOOKS = "it changes what is shown or stored only"
-NO_SUCH = "fastdpo does not have it, and training would not be the same; remove it"
-NO_DROPOUT = "fastdpo trains LoRA without dropout; set it to 0"
-NO_CODE = "fastdpo runs no code of a model's repository; set it to false"
-QUANTISED = "fastdpo quantises to 4 bits only; set load_in_4bit: true"
-OPTIMIZERS = {
-    "adamw_torch": "adamw_torch_fused",
-    "adamw_hf": "adamw_torch_fused",
-    "adamw_bnb_8bit": "adamw_8bit",
-    "paged_adamw": "paged_adamw_32bit",
-    "ao_adamw_8bit": "adamw_torch_8bit",
-    "ao_adamw_4bit": "adamw_torch_4bit",
-}
+from fastdpo.values import nearest
 
 
 @dataclass
@@ -28,102 +17,154 @@ class Draft:
     """A config on its way: theirs that are not read yet, ours so far, and what became of each key."""
 
     tool: str
-    left: dict
+    theirs: dict
+    defaults: dict  # of theirs, where they differ from ours; empty where it is no whole config
+    names: dict  # see Tool
     ours: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    defaults: dict = field(default_factory=dict)  # of theirs, where they differ from ours
 
     def __post_init__(self):
-        self.said = {key for key, value in self.left.items() if value is not None}
+        self.left = dict.fromkeys(self.defaults) | self.theirs
 
-    def take(self, key: str, default=None):
+    def key(self, name: str) -> str:
+        """Theirs for what a part calls `name`."""
+        return self.names.get(name, name)
+
+    def take(self, name: str, default=None):
         """The value of a key of theirs, which is then read; what is null or missing has their default."""
-        value = self.left.pop(key, None)
-        return self.defaults.get(key, default) if value is None else value
+        value = self.left.pop(self.key(name), None)
+        return self.defaults.get(self.key(name), default) if value is None else value
 
-    def given(self, key: str) -> bool:
-        return self.left.get(key) is not None
+    def word(self, name: str, value) -> str:
+        """`key value`, and whether the value is only their default."""
+        key = self.key(name)
+        whose = "" if self.theirs.get(key) is not None else f" ({self.tool}'s default)"
+        return f"{key} {spelled(value)}{whose}"
 
     def set(self, name: str, value, source: str) -> None:
         """Our key and where its value comes from."""
         self.ours[name] = value
-        if source != (ours := f"{name} {_word(value)}"):
+        if source != (ours := f"{name} {spelled(value)}"):
             self.notes.append(f"{source} -> {ours}")
+
+    def leave(self, name: str, value, why: str) -> None:
+        self.notes.append(f"{self.key(name)} {spelled(value)}: left out, {why}")
 
     def check(self, note: str) -> None:
         """A note on what is not exactly the same and cannot be told from the config."""
         self.notes.append(f"check: {note}")
 
-    def refuse(self, key: str, value, way_out: str):
-        raise ConfigError(f"{key}: {_word(value)}: {way_out}")
-
-    def word(self, key: str, value) -> str:
-        """`key value`, and whether the value is only their default."""
-        return f"{key} {_word(value)}" + ("" if key in self.said else f" ({self.tool}'s default)")
+    def refuse(self, name: str, value, way_out: str):
+        raise ConfigError(f"{self.key(name)}: {spelled(value)}: {way_out}")
 
 
-Rule = Callable[[Draft, str], None]
+def spelled(value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-@dataclass(frozen=True, eq=False)
-class Tool:
-    """One tool's config: the keys only it has, its defaults where ours differ, and the table of its keys."""
-
-    name: str
-    marks: frozenset[str]
-    defaults: dict
-    rules: dict[str, Rule]
-    read: frozenset[str]  # the keys that its parts read, some of them keys of ours too
-    parts: tuple[Callable[[Draft], None], ...]  # read several keys at once; before the rules
+Rule = Callable[[Draft, str, object], None]  # of a key and its value, which is not null
 
 
 def to(name: str, values: dict | None = None) -> Rule:
     """Our key with the same value, or with what `values` has for it."""
 
-    def rule(draft: Draft, key: str) -> None:
-        value = draft.take(key)
-        if value is None:
-            return
+    def rule(draft: Draft, key: str, value) -> None:
         ours = values.get(value, value) if values and isinstance(value, str) else value
         draft.set(name, ours, draft.word(key, value))
 
     return rule
 
 
+def same(draft: Draft, key: str, value) -> None:
+    """Our key of the same name."""
+    draft.set(key, value, draft.word(key, value))
+
+
 def unread(why: str) -> Rule:
     """A key that changes nothing about training here."""
-
-    def rule(draft: Draft, key: str) -> None:
-        if (value := draft.take(key)) is not None:
-            draft.notes.append(f"{key} {_word(value)}: left out, {why}")
-
-    return rule
+    return lambda draft, key, value: draft.leave(key, value, why)
 
 
-def only(*values, otherwise: str) -> Rule:
-    """A key that would change training, with values that are what fastdpo does anyway."""
-
-    def rule(draft: Draft, key: str) -> None:
-        value = draft.take(key)
-        if value is None:
-            return
-        if value not in values:
-            draft.refuse(key, value, otherwise)
-        draft.notes.append(f"{key} {_word(value)}: left out, it is so here")
-
-    return rule
-
-
-COMMON = frozenset(  # what batch, epochs, warmup, precision, saving, upload and trackers read
-    "gradient_accumulation_steps max_steps warmup_steps warmup_ratio bf16 fp16 save_strategy save_steps "
-    "eval_strategy evaluation_strategy eval_steps load_best_model_at_end report_to push_to_hub "
-    "hub_model_id".split()
-)
-
-
-def part_of(what: str) -> Rule:
+def beside(what: str) -> Rule:
     """A key that one of the tool's parts has read where it means something."""
     return unread(f"without {what} it has no meaning")
+
+
+def only(*values, fix: str) -> Rule:
+    """A key that would change training, with values that are what fastdpo does anyway."""
+
+    def rule(draft: Draft, key: str, value) -> None:
+        if value not in values:
+            draft.refuse(key, value, fix)
+        draft.leave(key, value, "it is so here")
+
+    return rule
+
+
+@dataclass(frozen=True, eq=False)
+class Tool:
+    """One tool's config.
+
+    only_here: the keys by which it is recognised. defaults: its own, where ours differ. rows: keys (several
+    with one fate share a row) -> our key, or a rule.
+
+    parts: functions of a Draft and of several keys, which are the names of their parameters; a key that is
+    null or missing leaves the parameter its default. They come before the rows, in this order; a part runs
+    where one of the keys before its `*` is there, or has a default in `defaults`.
+    names: what this tool calls the keys that parts and losses know by another name.
+    """
+
+    name: str
+    only_here: str
+    defaults: dict
+    parts: tuple[Callable[..., None], ...]
+    rows: dict[str, str | Rule]
+    names: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def marks(self) -> frozenset[str]:
+        return frozenset(self.only_here.split())
+
+    @cached_property
+    def read(self) -> set[str]:
+        """The keys of the parts, some of them keys of ours too."""
+        return {self.names.get(p.name, p.name) for part in self.parts for p in _parameters(part)}
+
+    @cached_property
+    def rules(self) -> dict[str, Rule]:
+        rows = {key: rule for keys, rule in self.rows.items() for key in keys.split()}
+        own = {key: to(rule) if isinstance(rule, str) else rule for key, rule in rows.items()}
+        return dict.fromkeys(self.read - set(FIELDS), beside("the rest of the config")) | own
+
+    def translate(self, values: dict, whole: bool) -> Draft:
+        """All of a config, read; keys of ours stay. `whole`: what is left out has this tool's default."""
+        theirs = {key: plain(value) for key, value in values.items()}
+        draft = Draft(self.name, theirs, self.defaults if whole else {}, self.names)
+        for part in self.parts:
+            keys = _parameters(part)
+            if any(draft.key(p.name) in draft.left for p in keys if p.kind is not p.KEYWORD_ONLY):
+                taken = {p.name: draft.take(p.name) for p in keys}
+                part(draft, **{name: value for name, value in taken.items() if value is not None})
+        for key in list(draft.left):
+            if key in self.rules:
+                if (value := draft.take(key)) is not None:
+                    self.rules[key](draft, key, value)
+            elif key in FIELDS:
+                draft.ours[key] = values[key]
+            else:
+                raise ConfigError(
+                    f"{key}: not a key that is known of {self.name}, so what it does to training is not "
+                    f"known. {nearest(key, [*self.rules, *FIELDS])}Remove it, or replace it by a key of "
+                    "`fastdpo train --help`"
+                )
+        return draft
+
+
+def _parameters(part) -> list[inspect.Parameter]:
+    _, *keys = inspect.signature(part).parameters.values()
+    return keys
 
 
 def plain(value):
@@ -140,159 +181,3 @@ def plain(value):
         return float(parsed)
     except ValueError:
         return value
-
-
-def _word(value) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-# ---- parts: several keys, one of ours
-
-
-def batch(size_key: str, accumulation_key: str = "gradient_accumulation_steps"):
-    def part(draft: Draft) -> None:
-        if not (draft.given(size_key) or draft.given(accumulation_key) or size_key in draft.defaults):
-            return
-        size = draft.take(size_key, 8 if size_key.startswith("per_device") else 1)
-        steps = draft.take(accumulation_key, 1)
-        for key, value in ((size_key, size), (accumulation_key, steps)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                draft.refuse(key, value, "a whole number of at least 1 is needed")
-        draft.set("batch_size", size * steps, f"{draft.word(size_key, size)} x {accumulation_key} {steps}")
-
-    return part
-
-
-def warmup(draft: Draft) -> None:
-    """warmup_steps, or warmup_ratio as transformers 5 writes it: steps below 1 are a share."""
-    steps, ratio = draft.take("warmup_steps"), draft.take("warmup_ratio")
-    if steps is not None:
-        draft.ours["warmup_steps"] = steps
-    elif ratio:
-        draft.set("warmup_steps", float(ratio), f"{draft.word('warmup_ratio', ratio)} (a share of all steps)")
-
-
-def precision(draft: Draft) -> None:
-    bf16, fp16 = draft.take("bf16"), draft.take("fp16")
-    if fp16 and fp16 != "auto":
-        draft.refuse("fp16", fp16, "fastdpo computes in bf16 or fp32: set bf16: true instead")
-    if bf16 in ("auto", None):
-        return
-    draft.set("dtype", "bf16" if bf16 else "fp32", f"bf16 {_word(bf16)}")
-
-
-def loading_dtype(key: str):
-    """The dtype that weights are loaded in: trained weights are fp32 here whatever it says."""
-
-    def part(draft: Draft) -> None:
-        value = draft.take(key)
-        if key == "dtype" and value in ("bf16", "fp32"):  # our own word
-            draft.ours[key] = value
-        elif value not in (None, "auto", "float32", "fp32"):
-            draft.check(
-                f"{key} {value}: left out; weights that train are kept in fp32 here, computed with in dtype"
-            )
-
-    return part
-
-
-def epochs(key: str):
-    """Passes over the data, and the steps that overrule them."""
-
-    def part(draft: Draft) -> None:
-        steps = draft.take("max_steps")
-        if steps is not None and steps > 0:
-            draft.ours["max_steps"] = steps
-        value = draft.take(key)
-        if value is not None and "max_steps" in draft.ours:
-            draft.notes.append(f"{draft.word(key, value)}: left out, max_steps says when to stop")
-        elif value is not None:
-            draft.set("num_epochs", float(value), draft.word(key, value))
-
-    return part
-
-
-def saving(draft: Draft) -> None:
-    """When to save and evaluate, which changes nothing about training."""
-    for strategy, steps in (("save_strategy", "save_steps"), ("eval_strategy", "eval_steps")):
-        when = draft.take(strategy)
-        if strategy == "eval_strategy":
-            when = draft.take("evaluation_strategy") or when
-        value = draft.take(steps)
-        if when in ("epoch", "best"):
-            draft.notes.append(f"{strategy} {when}: left out; {steps} counts steps here, always with the end")
-        elif isinstance(value, float) and value < 1:
-            draft.notes.append(f"{steps} {value}: left out; it is a number of steps here")
-        elif value and when not in ("no", False):  # YAML reads no as false
-            draft.ours[steps] = int(value)
-    if draft.take("load_best_model_at_end"):
-        metric, greater = draft.take("metric_for_best_model"), draft.take("greater_is_better")
-        if metric not in (None, "loss", "eval_loss") or greater:
-            draft.refuse(
-                "metric_for_best_model", metric, "load_best goes by the held-out loss; set eval_loss"
-            )
-        draft.set("load_best", True, "load_best_model_at_end true")
-
-
-def trackers(draft: Draft) -> None:
-    said = draft.take("report_to")
-    names = [said] if isinstance(said, str) else said or []
-    known = [name for name in names if name in ("tensorboard", "wandb", "trackio")]
-    for name in names:
-        if name not in (*known, "none"):
-            draft.notes.append(f"report_to {name}: left out, metrics.jsonl has it all")
-    if known:
-        draft.ours["report_to"] = known
-
-
-def upload(draft: Draft) -> None:
-    """Their push_to_hub is yes or no, and hub_model_id the name; in Axolotl the name alone is a yes."""
-    said, name = draft.take("push_to_hub"), draft.take("hub_model_id")
-    if isinstance(said, str):  # our own key
-        draft.ours["push_to_hub"] = said
-    elif said and not name:
-        draft.refuse("push_to_hub", said, "name the repository: push_to_hub: me/my-model")
-    elif name and (said or draft.tool == "Axolotl"):
-        draft.set("push_to_hub", name, f"hub_model_id {name}")
-    elif name:
-        draft.notes.append(f"hub_model_id {name}: left out, push_to_hub is not set")
-
-
-def modules(value) -> str | list[str]:
-    """LoRA's target modules in our words."""
-    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
-    return "all-linear" if names in (["all"], ["all-linear"]) else names
-
-
-def objective(draft: Draft, parts: dict[str, float], options: dict) -> None:
-    """Our objective of weighted losses, with those options that one of them reads. Options are theirs by our
-    names: (their key, value, what it means that no loss reads it: unread in theirs too, or an error)."""
-    from fastdpo.objectives.catalogue import NAMES
-    from fastdpo.objectives.make import options_read
-
-    for name in parts:
-        if name not in NAMES:
-            raise ConfigError(f"{name}: fastdpo has no loss of that name; `fastdpo objectives` lists all")
-    if list(parts.values()) == [1]:
-        draft.set("objective", next(iter(parts)), f"loss {next(iter(parts))}")
-    else:
-        draft.set("objective", parts, f"losses {' + '.join(parts)}")
-    read, args = options_read(draft.ours["objective"]), {}
-    for name, (key, value, needed) in options.items():
-        if value is None:
-            continue
-        if name not in read:
-            if needed:
-                draft.refuse(key, value, f"the loss ({', '.join(parts)}) does not read it here; remove it")
-            draft.notes.append(
-                f"{key} {_word(value)}: left out, the loss ({', '.join(parts)}) does not read it"
-            )
-        elif name in ("beta", "label_smoothing"):
-            draft.set(name, float(value), draft.word(key, value))
-        else:
-            args[name] = value
-            draft.notes.append(f"{draft.word(key, value)} -> objective_args: {name}")
-    if args:
-        draft.ours["objective_args"] = args

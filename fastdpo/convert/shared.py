@@ -1,0 +1,218 @@
+"""What the tools have in common: transformers' TrainingArguments, LoRA's modules, losses and options."""
+
+from fastdpo.convert.rules import Draft, beside, only, same, to, unread
+from fastdpo.errors import ConfigError
+
+DEFAULTS = {"num_train_epochs": 3.0, "per_device_train_batch_size": 8}  # TrainingArguments'
+SPEED = unread("it changes speed or memory only")
+LOOKS = unread("it changes what is shown or stored only")
+ONCE = unread("the reference is always computed once and kept")
+NO_SUCH = "fastdpo does not have it, and training would not be the same; remove it"
+NO_DROPOUT = "fastdpo trains LoRA without dropout; set it to 0"
+QUANTISED = "fastdpo quantises to 4 bits only; set load_in_4bit: true"
+SHUFFLED = "rows are shuffled by seed; remove it"
+READ_ONCE = only(False, fix="rows are read once, before training; set it to false")
+NOT_ON_PROMPTS = only(False, fix="responses are what is scored; set it to false")
+OPTIMIZERS = {
+    "adamw_torch": "adamw_torch_fused",
+    "adamw_hf": "adamw_torch_fused",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "ao_adamw_8bit": "adamw_torch_8bit",
+    "ao_adamw_4bit": "adamw_torch_4bit",
+}
+_ADAM = "fastdpo's AdamW has betas 0.9 and 0.999 and eps 1e-8; remove it"
+
+TRANSFORMERS = {  # rows of every tool: TrainingArguments, and two more
+    "output_dir learning_rate lr_scheduler_type weight_decay max_grad_norm seed logging_steps "
+    "save_total_limit gradient_checkpointing load_in_4bit": same,
+    "overwrite_output_dir": "overwrite",
+    "optim": to("optim", OPTIMIZERS),
+    "optim_args": only("", fix=NO_SUCH),
+    "optim_target_modules": only(fix=NO_SUCH),
+    "lr_scheduler_kwargs": only({}, fix=NO_SUCH),
+    "adam_beta1": only(0.9, fix=_ADAM),
+    "adam_beta2": only(0.999, fix=_ADAM),
+    "adam_epsilon": only(1e-8, fix=_ADAM),
+    "neftune_noise_alpha": only(0, fix=NO_SUCH),
+    "label_smoothing_factor": only(0, fix="it is not DPO's; label_smoothing is"),
+    "trust_remote_code": only(False, fix="fastdpo runs no code of a model's repository; set it to false"),
+    "data_seed": unread("the order of rows goes by seed"),
+    "train_sampling_strategy": only("random", fix=SHUFFLED),
+    "group_by_length": only(False, fix="rows are shuffled by seed, and packed without padding; remove it"),
+    "dataloader_drop_last": only(False, fix="every row is trained on; remove it"),
+    "average_tokens_across_devices": unread("there is one device"),
+    "deepspeed fsdp": unread("there is one device: batch_size is the whole batch, of all devices together"),
+    "auto_find_batch_size": unread("max_tokens bounds memory, and batch_size stays"),
+    "resume_from_checkpoint": unread("say --resume"),
+    "metric_for_best_model greater_is_better": beside("load_best_model_at_end"),
+    "tf32 dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
+    "dataloader_persistent_workers torch_compile torch_compile_backend torch_compile_mode use_liger_kernel "
+    "gradient_checkpointing_kwargs ddp_timeout ddp_find_unused_parameters ddp_backend use_cpu "
+    "torch_empty_cache_steps per_device_eval_batch_size eval_accumulation_steps bf16_full_eval "
+    "fp16_full_eval fsdp_config accelerator_config remove_unused_columns full_determinism": SPEED,
+    "logging_strategy logging_first_step logging_dir log_level run_name disable_tqdm do_train do_eval "
+    "eval_on_start eval_delay save_only_model save_safetensors hub_strategy hub_private_repo hub_token "
+    "hub_revision hub_model_revision project include_num_input_tokens_seen prediction_loss_only "
+    "save_on_each_node": LOOKS,
+}
+
+
+def batch(draft: Draft, per_device_train_batch_size=None, gradient_accumulation_steps=None) -> None:
+    size, steps = per_device_train_batch_size, gradient_accumulation_steps
+    if size is None and steps is None:
+        return
+    size_key, steps_key = "per_device_train_batch_size", "gradient_accumulation_steps"
+    if size is None:
+        size = 1 if draft.tool == "Axolotl" else 8
+    steps = 1 if steps is None else steps
+    for key, value in ((size_key, size), (steps_key, steps)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            draft.refuse(key, value, "a whole number of at least 1 is needed")
+    draft.set("batch_size", size * steps, f"{draft.word(size_key, size)} x {steps_key} {steps}")
+
+
+def epochs(draft: Draft, num_train_epochs=None, max_steps=-1) -> None:
+    """Passes over the data, and the steps that overrule them."""
+    if max_steps > 0:
+        draft.ours["max_steps"] = max_steps
+    if num_train_epochs is None:
+        return
+    said = draft.word("num_train_epochs", num_train_epochs)
+    if "max_steps" in draft.ours:
+        draft.notes.append(f"{said}: left out, max_steps says when to stop")
+    else:
+        draft.set("num_epochs", float(num_train_epochs), said)
+
+
+def warmup(draft: Draft, warmup_steps=None, warmup_ratio=None) -> None:
+    """warmup_steps, or warmup_ratio as transformers 5 writes it: steps below 1 are a share."""
+    if warmup_steps is not None:
+        draft.ours["warmup_steps"] = warmup_steps
+    elif warmup_ratio:
+        said = draft.word("warmup_ratio", warmup_ratio)
+        draft.set("warmup_steps", float(warmup_ratio), f"{said} (a share of all steps)")
+
+
+def precision(draft: Draft, bf16="auto", fp16=False) -> None:
+    if fp16 and fp16 != "auto":
+        draft.refuse("fp16", fp16, "fastdpo computes in bf16 or fp32: set bf16: true instead")
+    if bf16 != "auto":
+        draft.set("dtype", "bf16" if bf16 else "fp32", draft.word("bf16", bf16))
+
+
+def saves(draft: Draft, save_strategy=None, save_steps=None) -> None:
+    _every(draft, "save", save_strategy, save_steps)
+
+
+def evaluations(draft: Draft, eval_strategy=None, evaluation_strategy=None, eval_steps=None) -> None:
+    _every(draft, "eval", evaluation_strategy or eval_strategy, eval_steps)
+
+
+def _every(draft: Draft, what: str, when, steps) -> None:
+    if when in ("epoch", "best"):
+        counts = f"{what}_steps counts steps here, always with the end"
+        draft.notes.append(f"{what}_strategy {when}: left out; {counts}")
+    elif isinstance(steps, float) and steps < 1:
+        draft.notes.append(f"{what}_steps {steps}: left out; it is a number of steps here")
+    elif steps and when not in ("no", False):  # YAML reads no as false
+        draft.ours[f"{what}_steps"] = int(steps)
+
+
+def best(draft: Draft, load_best_model_at_end=False) -> None:
+    if not load_best_model_at_end:
+        return
+    metric, greater = draft.take("metric_for_best_model"), draft.take("greater_is_better")
+    if metric not in (None, "loss", "eval_loss") or greater:
+        way_out = "load_best goes by the held-out loss; set eval_loss"
+        draft.refuse("metric_for_best_model", metric, way_out)
+    draft.set("load_best", True, "load_best_model_at_end true")
+
+
+def trackers(draft: Draft, report_to=None) -> None:
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    known = [name for name in names if name in ("tensorboard", "wandb", "trackio")]
+    for name in names:
+        if name not in (*known, "none"):
+            draft.leave("report_to", name, "metrics.jsonl has it all")
+    if known:
+        draft.ours["report_to"] = known
+
+
+def upload(draft: Draft, push_to_hub=None, hub_model_id=None) -> None:
+    """Their push_to_hub is yes or no, and hub_model_id the name; in Axolotl the name alone is a yes."""
+    if isinstance(push_to_hub, str):  # our own key
+        draft.ours["push_to_hub"] = push_to_hub
+    elif push_to_hub and not hub_model_id:
+        draft.refuse("push_to_hub", push_to_hub, "name the repository: push_to_hub: me/my-model")
+    elif hub_model_id and (push_to_hub or draft.tool == "Axolotl"):
+        draft.set("push_to_hub", hub_model_id, draft.word("hub_model_id", hub_model_id))
+    elif hub_model_id:
+        draft.leave("hub_model_id", hub_model_id, "push_to_hub is not set")
+
+
+def held_out(draft: Draft, val_size=None) -> None:
+    if val_size and val_size >= 1:
+        draft.refuse("val_size", val_size, "give the share of rows to hold out, below 1")
+    if val_size:
+        draft.set("eval_data", float(val_size), f"{draft.key('val_size')} {val_size}")
+
+
+RUN = (batch, epochs, warmup, precision)
+KEPT = (saves, evaluations, best, upload, trackers)
+
+
+def spec(name: str, config: str | None, split: str | None) -> str:
+    """A hub data set as our key data names it."""
+    return name + (f":{config}" if config else "") + (f"#{split}" if split and split != "train" else "")
+
+
+def own_template(draft: Draft, key: str, template: str) -> None:
+    draft.check(f"{key} {template}: left out, the tokenizer's own is used; compare in `fastdpo data`")
+
+
+def modules(value) -> str | list[str]:
+    """LoRA's target modules in our words."""
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
+    return "all-linear" if names in (["all"], ["all-linear"]) else names
+
+
+def with_likelihood(draft: Draft, parts: dict[str, float]) -> None:
+    """CPOTrainer's simpo has the winner's likelihood beside it, unless cpo_alpha is 0."""
+    if alpha := draft.take("cpo_alpha", 1.0):
+        parts["sft"] = float(alpha)
+        draft.notes.append(f"{draft.word('cpo_alpha', alpha)} -> the loss sft beside simpo")
+
+
+# options that train otherwise if they are not read
+_MUST_BE_READ = ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "rpo_alpha")
+
+
+def objective(draft: Draft, parts: dict[str, float], options: dict) -> None:
+    """Our objective of weighted losses, with those options (theirs, by our names) that one of them reads."""
+    from fastdpo.objectives.catalogue import NAMES
+    from fastdpo.objectives.make import options_read
+
+    for name in parts:
+        if name not in NAMES:
+            raise ConfigError(f"{name}: fastdpo has no loss of that name; `fastdpo objectives` lists all")
+    losses = ", ".join(parts)
+    if list(parts.values()) == [1]:
+        draft.set("objective", losses, f"loss {losses}")
+    else:
+        draft.set("objective", parts, f"losses {' + '.join(parts)}")
+    read, args = options_read(draft.ours["objective"]), {}
+    for name, value in options.items():
+        if value in (None, "reverse_kl") or (not value and name in ("use_weighting", "cpo_alpha")):
+            continue  # what changes nothing
+        if name not in read and name in _MUST_BE_READ:
+            draft.refuse(name, value, f"the loss ({losses}) does not read it here; remove it")
+        elif name not in read:
+            draft.leave(name, value, f"the loss ({losses}) does not read it")
+        elif name in ("beta", "label_smoothing"):
+            draft.set(name, float(value), draft.word(name, value))
+        else:
+            args[name] = value
+            draft.notes.append(f"{draft.word(name, value)} -> objective_args: {name}")
+    if args:
+        draft.ours["objective_args"] = args
