@@ -23,9 +23,9 @@ import sys
 import torch
 
 from fastdpo.errors import ConfigError
+from fastdpo.integrations.trl_rows import IGNORED
+from fastdpo.integrations.versions import LLAMA_FACTORY, check_version
 
-SUPPORTED = ("0.9.5",)
-IGNORED = -100
 _ELSEWHERE = {
     "USE_V1": "its v1 trainers",
     "USE_MCA": "Megatron's trainers",
@@ -102,14 +102,6 @@ def row_sums(logp: torch.Tensor, scored: torch.Tensor, ld_alpha: float | None) -
     return torch.where(beyond, ld_alpha * logp, logp).sum(-1)
 
 
-def check_version(version: str) -> None:
-    if version not in SUPPORTED:
-        raise ConfigError(
-            f"fastdpo.integrations.llama_factory: LLaMA-Factory {version} is installed; this knows the "
-            f"inside of {', '.join(SUPPORTED)}: pip install llamafactory=={SUPPORTED[-1]}"
-        )
-
-
 def _module():
     try:
         from llamafactory.extras.env import VERSION
@@ -117,10 +109,9 @@ def _module():
         if error.name.partition(".")[0] != "llamafactory":
             raise
         raise ConfigError(
-            "fastdpo.integrations.llama_factory: LLaMA-Factory is not installed here: "
-            f"pip install llamafactory=={SUPPORTED[-1]}"
+            f"fastdpo.integrations.llama_factory: LLaMA-Factory is not installed here: {LLAMA_FACTORY}"
         ) from None
-    check_version(VERSION)
+    check_version("llama_factory", VERSION)
     for variable, whose in _ELSEWHERE.items():
         if os.environ.get(variable, "0").lower() in ("1", "true", "y"):
             raise ConfigError(f"{variable}: it selects {whose}, which fastdpo does not reach; unset it")

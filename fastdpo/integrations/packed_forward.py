@@ -1,10 +1,11 @@
 """A model's forward that gives the log-probs of labels: rows un-padded and packed, prompts shared, only
-scored rows in the lm_head. For trainers that call the model themselves, whatever wraps it by then.
+scored rows in the lm_head. `Packed` is that for any trainer, `PackedForward` for those that call the model
+themselves, whatever wraps it by then:
 
     PackedForward(model)
     out = model(input_ids=..., attention_mask=..., fastdpo_labels=labels)  # also through PEFT, DDP, autocast
 
-Letters: N rows (B chosen, then their B rejected), S padded length, M scored tokens.
+Letters: N rows (B chosen, then their B rejected), S padded length, M scored tokens, D hidden.
 """
 
 import functools
@@ -22,76 +23,142 @@ from fastdpo.integrations.trl_attention import Sealed, switch_attention
 from fastdpo.integrations.trl_rows import IGNORED, PackedRows, pack_rows
 from fastdpo.model.policy import Head, logit_transform
 
-_LOG = logging.getLogger("fastdpo")
-_UNDERSTOOD = {"input_ids", "attention_mask", "use_cache", "return_dict"}
+
+def bind(model: nn.Module, forward) -> None:
+    """Gives a model this forward(model, ...), under the signature of the one it has: transformers inspects
+    it, and generate() checks its arguments against it. accelerate's (device_map) hide theirs."""
+    own = getattr(model.forward, "__func__", type(model).forward)
+    model.forward = types.MethodType(functools.wraps(own)(forward), model)
 
 
-class PackedForward:
-    """Gives one model (a transformers causal LM; adapters inside it are fine) the argument fastdpo_labels.
+class Packed:
+    """How one model (a transformers causal LM; adapters inside it are fine) scores the tokens of labels.
 
-    fastdpo_labels: i64[N, S], -100 where nothing is scored. The call then returns a dict of f32[N, S - 1],
-    zero where nothing is scored: "logp", the log-prob of labels[:, 1:], and "mean_logit", over the
-    vocabulary (without gradient). Without the argument the forward is the model's own.
-
-    The first batch is compared with the model's own logits, and shows which of three ways is right:
-    packed rows with shared prompts; the rows as they came, with our lm_head; the model's own logits.
+    The first batch is compared with the model's own logits, and shows which of three ways is right: "shared",
+    packed rows with shared prompts; "padded", the rows as they came, with our lm_head; "own", the model's
+    own forward.
     """
+
+    understood = frozenset({"input_ids", "attention_mask", "use_cache"})
+    slower: str  # what follows a reason for "own"
 
     def __init__(self, model: nn.Module):
         self.own = model.forward
-        self.way = None
+        self.way = None  # once a batch has shown it
         self.told: set[str] = set()
-        switch_attention(model)
-        model.forward = types.MethodType(self._as_method(model), model)
+        self.hooks = switch_attention(model)
 
-    def _as_method(self, model):
-        """Keeps the signature, which transformers inspects; accelerate's (device_map) hide theirs."""
+    def score(self, model, hidden: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The values of each token, [M], of hidden [M, D] and target i64[M]."""
+        raise NotImplementedError
 
-        @functools.wraps(getattr(self.own, "__func__", type(model).forward))
+    def say(self, message: str) -> None:
+        raise NotImplementedError
+
+    def unusual(self, kwargs: dict) -> list[str]:
+        return [name for name, value in kwargs.items() if value is not None and name not in self.understood]
+
+    def scored(self, model, labels: Tensor, kwargs: dict, reason: str | None, router: bool = False):
+        """({name: [N, S - 1], zero or False where nothing is scored}, what the backbone gave, in how many of
+        the N rows each of its tokens stands), of labels[:, 1:], -100 where nothing is scored; or None where
+        the model's own forward has to answer, for a `reason` of the caller's or one that is found here.
+
+        `router`: with the router logits of all tokens.
+        """
+        rows = reason or pack_rows(kwargs["input_ids"], kwargs.get("attention_mask"), labels, whole=router)
+        if isinstance(rows, str):
+            if rows != "nothing is scored":
+                self.tell(rows + self.slower)
+            return None
+        if self.way is None:
+            self.way = self.decide(model, rows)
+        if self.way == "shared":
+            rows = rows.to(kwargs["input_ids"].device)
+            return *self.shared(model, rows, router), rows.copies
+        if self.way == "padded":
+            return *self.padded(model, labels, kwargs), kwargs.get("attention_mask")
+        return None
+
+    def shared(self, model, rows: PackedRows, router: bool):
+        batch = rows.batch
+        out = model.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            fastdpo_layout=Sealed(batch.layout),
+            **({"output_router_logits": True} if router else {}),
+        )
+        values = self.score(model, out.last_hidden_state[0][batch.score_row], batch.target)
+        return {name: rows.scatter(value) for name, value in values.items()}, out
+
+    def padded(self, model, labels: Tensor, kwargs: dict):
+        """For models whose prompts cannot be shared."""
+        out = model.base_model(**kwargs | {"use_cache": False})
+        hidden = out.last_hidden_state[:, :-1]
+        target = labels[:, 1:].to(hidden.device)
+        mask = target != IGNORED
+        values = self.score(model, hidden[mask], target[mask])
+        spread = lambda v: v.new_zeros(mask.shape).masked_scatter(mask.to(v.device), v)
+        return {name: spread(value) for name, value in values.items()}, out
+
+    def decide(self, model, rows: PackedRows, around=None) -> str:
+        """Which way is right for this model: compares our log-probs with its own on a short pair, within the
+        context `around`."""
+        try:
+            return "shared" if can_share(model, self.own, rows.groups, self.tell, around) else "padded"
+        except ModelError as error:
+            self.tell(f"{error}{self.slower}")
+            return "own"
+
+    def tell(self, message: str) -> None:
+        """Once each."""
+        if message not in self.told:
+            self.told.add(message)
+            self.say(f"fastdpo: {message}")
+
+
+class PackedForward(Packed):
+    """Gives one model the argument fastdpo_labels: i64[N, S], -100 where nothing is scored. The call then
+    returns a dict of f32[N, S - 1], zero where nothing is scored: "logp", the log-prob of labels[:, 1:], and
+    "mean_logit", over the vocabulary (without gradient). Without the argument the forward is the model's own.
+    """
+
+    understood = frozenset({"input_ids", "attention_mask", "use_cache", "return_dict"})
+    slower = ": the model's own logits are used, right but slower"
+    say = staticmethod(logging.getLogger("fastdpo").warning)  # LLaMA-Factory switches Python's warnings off
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+
         def forward(model, *args, fastdpo_labels=None, **kwargs):
             if fastdpo_labels is None:
                 return self.own(*args, **kwargs)
-            return self.run(model, fastdpo_labels, kwargs)
+            kwargs = {name: value for name, value in kwargs.items() if value is not None}
+            found = self.scored(model, fastdpo_labels, kwargs, self.refusal(model, kwargs))
+            return self.logits(model, fastdpo_labels, kwargs) if found is None else found[0]
 
-        return forward
+        bind(model, forward)
 
-    def run(self, model, labels: Tensor, kwargs: dict) -> dict[str, Tensor]:
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        reason = _refusal(model, kwargs)
-        rows = None
-        if reason is None:
-            rows = pack_rows(kwargs["input_ids"], kwargs.get("attention_mask"), labels, whole=False)
-            if isinstance(rows, str):
-                reason = rows
-        if reason is not None:
-            if reason != "nothing is scored":
-                self.tell(f"{reason}: the model's own logits are used, right but slower")
-            return self.logits(model, labels, kwargs)
-        if self.way is None:
-            self.way = self.decide(model, rows)
-        way = {"shared": self.shared, "padded": self.padded, "logits": self.logits}[self.way]
-        return way(model, rows if self.way == "shared" else labels, kwargs)
+    def refusal(self, model, kwargs: dict) -> str | None:
+        """Why this call needs the model's own lm_head."""
+        unusual = self.unusual(kwargs)
+        if unusual or kwargs.get("input_ids") is None:
+            return f"the batch brings {', '.join(unusual) or 'no input_ids'}"
+        if is_deepspeed_zero3_enabled():
+            return "DeepSpeed ZeRO-3 splits the lm_head"
+        return head_refusal(model.get_output_embeddings())
 
-    def shared(self, model, rows: PackedRows, kwargs):
-        rows = rows.to(kwargs["input_ids"].device)
-        out = model.base_model(
-            input_ids=rows.batch.input_ids,
-            position_ids=rows.batch.position_ids,
-            use_cache=False,
-            fastdpo_layout=Sealed(rows.batch.layout),
-        )
-        values = _score(model, out.last_hidden_state[0][rows.batch.score_row], rows.batch.target)
-        return {name: rows.scatter(value) for name, value in values.items()}
+    def score(self, model, hidden, target):
+        head = Head(model.get_output_embeddings(), *logit_transform(model.config.get_text_config()))
+        (hidden,) = one_dtype(hidden)
+        parts = head.tensors(hidden.dtype)
+        device = parts["weight"].device
+        hidden, target = hidden.to(device), target.to(device)
+        options = {"scale": head.scale, "softcap": head.softcap, "stats": ("mean_logit",)}
+        logp, stats = linear_logp(hidden, target=target, **parts, **options)
+        return {"logp": logp, **stats}
 
-    def padded(self, model, labels, kwargs):
-        """The rows as they came, for models whose prompts cannot be shared."""
-        hidden = model.base_model(**kwargs | {"use_cache": False}).last_hidden_state[:, :-1]
-        target = labels[:, 1:].to(hidden.device)
-        mask = target != IGNORED
-        values = _score(model, hidden[mask], target[mask])
-        return {k: v.new_zeros(mask.shape).masked_scatter(mask, v) for k, v in values.items()}
-
-    def logits(self, model, labels, kwargs):
+    def logits(self, model, labels: Tensor, kwargs: dict) -> dict[str, Tensor]:
         """What needs the model's own head: every position's logits."""
         logits = self.own(**kwargs | {"use_cache": False}).logits[:, :-1].float()
         target = labels[:, 1:].to(logits.device)
@@ -99,30 +166,6 @@ class PackedForward:
         logp = logits.log_softmax(-1).gather(-1, target.clamp(min=0)[..., None])[..., 0]
         values = {"logp": logp, "mean_logit": logits.detach().mean(-1)}
         return {name: value.where(mask, 0.0) for name, value in values.items()}
-
-    def decide(self, model, rows: PackedRows) -> str:
-        """Which way is right for this model: compares our log-probs with its own on a short pair."""
-        try:
-            return "shared" if can_share(model, self.own, rows.groups, self.tell) else "padded"
-        except ModelError as error:
-            self.tell(f"{error}: the model's own logits are used, right but slower")
-            return "logits"
-
-    def tell(self, message: str) -> None:
-        """Once each; logged, for LLaMA-Factory switches all Python warnings off."""
-        if message not in self.told:
-            self.told.add(message)
-            _LOG.warning("fastdpo: %s", message)
-
-
-def _refusal(model, kwargs) -> str | None:
-    """Why this call needs the model's own lm_head."""
-    unusual = [name for name in kwargs if name not in _UNDERSTOOD]
-    if unusual or kwargs.get("input_ids") is None:
-        return f"the batch brings {', '.join(unusual) or 'no input_ids'}"
-    if is_deepspeed_zero3_enabled():
-        return "DeepSpeed ZeRO-3 splits the lm_head"
-    return head_refusal(model.get_output_embeddings())
 
 
 def head_refusal(head: nn.Module) -> str | None:
@@ -142,15 +185,3 @@ def head_refusal(head: nn.Module) -> str | None:
     if not plain or active[0] in head.lora_variant or head.lora_bias[active[0]]:
         return "the lm_head's adapter is not one plain LoRA"
     return None
-
-
-def _score(model, hidden: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """logp and mean_logit, f32[M], of hidden [M, D]."""
-    head = Head(model.get_output_embeddings(), *logit_transform(model.config.get_text_config()))
-    (hidden,) = one_dtype(hidden)
-    parts = head.tensors(hidden.dtype)
-    device = parts["weight"].device
-    hidden, target = hidden.to(device), target.to(device)
-    options = {"scale": head.scale, "softcap": head.softcap, "stats": ("mean_logit",)}
-    logp, stats = linear_logp(hidden, target=target, **parts, **options)
-    return {"logp": logp, **stats}

@@ -8,8 +8,6 @@ Letters: N rows (2B), S padded length, V vocabulary.
 """
 
 import contextlib
-import functools
-import types
 from contextvars import ContextVar
 from dataclasses import dataclass
 from unittest import mock
@@ -24,31 +22,24 @@ from transformers.utils import ModelOutput
 
 from fastdpo.errors import ConfigError
 from fastdpo.integrations import trl_trainer
+from fastdpo.integrations.packed_forward import bind
 from fastdpo.integrations.trl_forward import FusedForward
 from fastdpo.integrations.trl_rows import IGNORED
+from fastdpo.integrations.versions import check_version
 
-SUPPORTED = "1.9"
 _FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _LABELS: ContextVar[Tensor | None] = ContextVar("labels", default=None)  # i64[N, S] of the loss in progress
 _SHIFT = (Ellipsis, slice(None, -1), slice(None))  # logits[..., :-1, :]
-
-
-def check_version(version: str) -> None:
-    if ".".join(version.split(".")[:2]) != SUPPORTED:
-        raise ConfigError(
-            f"fastdpo.integrations.trl_older: TRL {version} is installed; this is for {SUPPORTED} "
-            "(Axolotl 0.19's); fastdpo.integrations.trl knows 1.15 and 1.16"
-        )
 
 
 class FastDPOTrainer(trl_trainer.FastDPOTrainer):
     """fastdpo.integrations.trl.FastDPOTrainer, for TRL 1.9: the same arguments. A `model` or `ref_model` that
     is a name, not a model, runs TRL's own forward."""
 
-    _making = contextlib.nullcontext  # nothing to replace while the trainer is made
+    _made_with = ()
 
     def __init__(self, model, ref_model=None, args=None, **kwargs):
-        check_version(trl.__version__)
+        check_version("trl_older", trl.__version__)
         if getattr(args, "use_liger_kernel", False):
             raise ConfigError("use_liger_kernel: Liger's loss takes the place of ours; leave it out")
         if is_deepspeed_zero3_enabled():
@@ -95,14 +86,13 @@ def add_scores(model, outputs: tuple[str, ...] = _FIELDS) -> None:
     forward is else its own."""
     fused = ScoringForward(model, outputs)
 
-    @functools.wraps(type(model).forward)
     def forward(model, *args, **kwargs):
         labels = _LABELS.get()
         if labels is None:
-            return fused.trl_forward(*args, **kwargs)
+            return fused.own(*args, **kwargs)
         return fused.run(model, *args, **kwargs | {"labels": labels})
 
-    model.forward = types.MethodType(forward, model)
+    bind(model, forward)
 
 
 class ScoringForward(FusedForward):
@@ -110,12 +100,12 @@ class ScoringForward(FusedForward):
 
     def by_trl(self, args, kwargs, rest):
         """The model's own logits."""
-        return self.trl_forward(*args, **kwargs)
+        return self.own(*args, **kwargs)
 
     def decide(self, model, rows):
         if hasattr(model.get_output_embeddings(), "base_layer"):
             self.tell("the lm_head has an adapter, so the model makes its logits itself: right, but slower")
-            return "trl"
+            return "own"
         return super().decide(model, rows)
 
     def finished(self, model, labels, num_items_in_batch, values, aux_loss):

@@ -1,6 +1,7 @@
 """`FastDPOTrainer`: trl.DPOTrainer with packed, shared rows and our reference cache."""
 
 import contextlib
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -16,7 +17,7 @@ from trl.trainer.utils import use_adapter
 
 from fastdpo.doctor import settle_backends
 from fastdpo.errors import ConfigError
-from fastdpo.integrations.trl import making_a_trainer
+from fastdpo.integrations.trl_forward import add_fused_lm_head
 from fastdpo.model.policy import Policy
 from fastdpo.model.support import prepare
 from fastdpo.records import Pair, PreferenceGroup, Response
@@ -38,7 +39,7 @@ class FastDPOTrainer(trl.DPOTrainer):
     Rows of the same prompt follow each other in a random order of prompts, so that a batch shares them.
     """
 
-    _making = staticmethod(making_a_trainer)
+    _made_with = (("add_fused_lm_head", add_fused_lm_head),)  # in TRL's module, while a trainer is made
 
     def __init__(self, *args, reference_cache: str | None = "auto", **kwargs):
         self._reference_cache = reference_cache
@@ -51,19 +52,10 @@ class FastDPOTrainer(trl.DPOTrainer):
             state = PartialState()
             with state.main_process_first():  # the others read what the first one keeps
                 settle_backends(Console(stderr=True, quiet=not state.is_main_process))
-        with self._making(), self._no_hash():
+        # TRL hashes all weights to name its own file, which ours needs not
+        hashed = dpo_trainer.hash_module if reference_cache is None else lambda module: None
+        with mock.patch.multiple(dpo_trainer, hash_module=hashed, **dict(self._made_with)):
             super().__init__(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _no_hash(self):
-        """TRL hashes all weights to name its own file, which ours needs not."""
-        before = dpo_trainer.hash_module
-        if self._reference_cache is not None:
-            dpo_trainer.hash_module = lambda module: None
-        try:
-            yield
-        finally:
-            dpo_trainer.hash_module = before
 
     def _precompute_ref_logps(self, dataset, name: str, batch_size: int):
         """The data set with the two columns that TRL's loss reads, out of our cache."""

@@ -18,13 +18,12 @@ what is left is our lm_head on the scored tokens alone.
 Written against 2026.10.9 with TRL 1.15.
 """
 
-import functools
 import os
 import sys
-import types
 import warnings
 
 from fastdpo.errors import ConfigError
+from fastdpo.integrations.versions import check_version
 
 # by Unsloth's PeftModel, as None or 0, and no wish of the caller
 _ALWAYS_GIVEN = ("causal_mask", "num_logits_to_keep", "logits_to_keep")
@@ -34,25 +33,25 @@ def patch() -> None:
     """Replaces the fused lm_head of Unsloth's DPOTrainer, and TRL's, for the trainers that are made from now
     on. ConfigError where Unsloth is not imported, or with a TRL or DPOTrainer whose inside we do not know."""
     module = _trainer_module()
-    import fastdpo.integrations.trl as fast
+    from fastdpo.integrations import trl_forward as ours
 
-    fast.patch()
+    ours.patch()
     module.add_fused_lm_head = add_fused_lm_head
 
 
 def unpatch() -> None:
     """Unsloth and TRL as they were, in the trainers that exist too."""
     module = _trainer_module()
-    import fastdpo.integrations.trl as fast
-    from fastdpo.integrations.trl_forward import STOCK_ADD
+    from fastdpo.integrations import trl_forward as ours
 
-    fast.unpatch()
-    module.add_fused_lm_head = STOCK_ADD
+    ours.unpatch()
+    module.add_fused_lm_head = ours.STOCK_ADD
 
 
 def add_fused_lm_head(model, *args, **kwargs) -> None:
     """trl_forward.add_fused_lm_head, for models as Unsloth makes and calls them."""
     from fastdpo.integrations import trl_forward as ours
+    from fastdpo.integrations.packed_forward import bind
 
     if len({parameter.device for parameter in model.parameters()}) > 1:
         warnings.warn(
@@ -63,13 +62,12 @@ def add_fused_lm_head(model, *args, **kwargs) -> None:
     ours.add_fused_lm_head(model, *args, **kwargs)
     fused = model.forward
 
-    @functools.wraps(fused.__func__)
     def forward(model, *args, fused_lm_head=False, **kwargs):
         if fused_lm_head:
             kwargs = {name: value for name, value in kwargs.items() if not _is_default(name, value)}
         return fused(*args, fused_lm_head=fused_lm_head, **kwargs)
 
-    model.forward = types.MethodType(forward, model)
+    bind(model, forward)
 
 
 def _is_default(name: str, value) -> bool:
@@ -87,9 +85,7 @@ def _trainer_module():
         raise ConfigError("UNSLOTH_RETURN_HIDDEN_STATES: it gives hidden states for logits; unset it")
     import trl
 
-    from fastdpo.integrations.trl import check_version
-
-    check_version(trl.__version__)
+    check_version("trl", trl.__version__)
     module = sys.modules[trl.DPOTrainer.__module__]
     if not hasattr(module, "add_fused_lm_head"):
         raise ConfigError(

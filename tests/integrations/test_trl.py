@@ -16,6 +16,7 @@ import fastdpo.integrations.trl as fast
 from benchmarks.peers.trl_dpo import run_training
 from fastdpo.errors import ConfigError
 from fastdpo.integrations import trl_forward
+from fastdpo.integrations.versions import check_version
 from tests.integrations.test_trl_rows import batch
 from tests.integrations.trl_runs import MOE, SOFTCAP, compare, make, patched, run, same
 from tests.tiny import rows, save_model
@@ -214,16 +215,16 @@ def test_unpatch_restores_everything(folder):
         model = trainer.model
     assert (dpo_trainer.add_fused_lm_head, trl_utils._ChunkedLogProbFunction) == originals
     model(**batch(), fused_lm_head=True)  # by TRL: nothing of ours is decided
-    (fused,) = [f for f in trl_forward._LIVE if f.trl_forward.__self__ is model]
-    assert fused.mode is None and not any(m._forward_pre_hooks for m in model.modules())
+    (fused,) = [f for f in trl_forward._LIVE if f.own.__self__ is model]
+    assert fused.way is None and not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_other_trl_versions():
     for version in ("1.14.2", "0.29.0", "1.17.0", "2.0.0"):
         with pytest.raises(ConfigError, match=r"TRL .* is installed.*1\.15 to 1\.16"):
-            fast.check_version(version)
+            check_version("trl", version)
     for version in ("1.15.0", "1.16.3"):
-        fast.check_version(version)
+        check_version("trl", version)
 
 
 def test_the_readme_s_snippet(folder, tmp_path, monkeypatch):

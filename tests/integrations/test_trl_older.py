@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.peers.trl_dpo import ExactTrainer, run_training
 from fastdpo.errors import ConfigError
 from fastdpo.integrations import trl_forward, trl_older
+from fastdpo.integrations.versions import check_version
 from tests.integrations.test_trl_rows import ODD_BATCHES, batch
 from tests.integrations.trl_runs import MOE, SOFTCAP, Run, make, same
 from tests.model.test_shared_prompt import assert_gradients_close
@@ -161,8 +162,8 @@ def test_other_questions_are_errors(trl_functions):
 def test_versions():
     for version in ("1.8.0", "1.15.0", "1.16.0"):
         with pytest.raises(ConfigError, match=r"TRL .* is installed.* 1\.9"):
-            trl_older.check_version(version)
-    trl_older.check_version("1.9.0")
+            check_version("trl_older", version)
+    check_version("trl_older", "1.9.0")
 
 
 # TRL 1.9's DPOTrainer, stock and ours
