@@ -2,11 +2,11 @@
 
 from fastdpo.convert import shared
 from fastdpo.convert.axolotl_data import data
-from fastdpo.convert.rules import Draft, Tool, beside, only, same, unread
-from fastdpo.convert.shared import LOOKS, NO_DROPOUT, NO_SUCH, QUANTISED, SHUFFLED, SPEED
+from fastdpo.convert.rules import Draft, Tool, beside, only, unread
+from fastdpo.convert.shared import LOOKS, NO_DROPOUT, NO_SUCH, QUANTISED, SAME, SHUFFLED, SPEED
 
 _LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "kto": "kto", "orpo": "orpo", "simpo": "simpo"}
-_OPTIONS = "beta label_smoothing use_weighting simpo_gamma desirable_weight undesirable_weight"
+_OPTIONS = "use_weighting simpo_gamma desirable_weight undesirable_weight".split()
 
 
 def _loss(draft: Draft, rl=None) -> None:
@@ -26,12 +26,9 @@ def _loss(draft: Draft, rl=None) -> None:
     draft.take("cpo_alpha")
     if rl == "orpo" and draft.theirs.get("orpo_alpha") is not None:
         draft.names = draft.names | {"beta": "orpo_alpha"}
-    options = {name: draft.take(name) for name in _OPTIONS.split()}
-    if options["beta"] is None:
-        options["beta"] = 0.1
-    if "robust" in parts and options["label_smoothing"] is None:
-        options["label_smoothing"] = 0.0
-    shared.objective(draft, parts, options)
+    smoothing = draft.take("label_smoothing", 0.0 if "robust" in parts else None)
+    options = {"beta": draft.take("beta", 0.1), "label_smoothing": smoothing}
+    shared.objective(draft, parts, options | {name: draft.take(name) for name in _OPTIONS})
 
 
 def _lora(
@@ -139,7 +136,7 @@ AXOLOTL = Tool(
         "lora_modules_to_save unfrozen_parameters": only([], fix=NO_SUCH),
         "peft_use_dora": "use_dora",
         "peft_use_rslora": "use_rslora",
-        "tiled_mlp": same,
+        "tiled_mlp": SAME,
         "tiled_mlp_num_shards": unread("a tile has a fixed number of tokens"),
         "rl_adapter_ref_model": only(False, fix="the reference is what training starts from; remove it"),
         "rpo_alpha": only(0, fix="use dpo_loss_type: [sigmoid, sft] with dpo_loss_weights"),

@@ -1,10 +1,5 @@
 """Other trainers' configs as ours: each key is mapped, left out with a reason, or refused; nothing is dropped
-in silence.
-
-    TRL            recognised by loss_type, dataset_name, use_peft, per_device_train_batch_size, ...
-    LLaMA-Factory  by stage, finetuning_type, pref_loss, cutoff_len, template, ...
-    Axolotl        by base_model, rl, micro_batch_size, sequence_len, datasets, ...
-"""
+in silence. A tool is recognised by keys that only it has (`only_here` in its table)."""
 
 import yaml
 

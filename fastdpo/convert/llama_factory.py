@@ -1,8 +1,8 @@
 """LLaMA-Factory's configs key by key."""
 
 from fastdpo.convert import shared
-from fastdpo.convert.rules import Draft, Tool, beside, only, same, unread
-from fastdpo.convert.shared import LOOKS, NO_DROPOUT, NO_SUCH, QUANTISED, SPEED
+from fastdpo.convert.rules import Draft, Tool, beside, only, unread
+from fastdpo.convert.shared import LOOKS, NO_DROPOUT, NO_SUCH, QUANTISED, SAME, SPEED
 
 _TEXT = only(fix="fastdpo trains on text only; remove it")
 _REFERENCE = only(fix="the reference is the model that training starts from; remove it")
@@ -104,7 +104,7 @@ LLAMA_FACTORY = Tool(
     | {
         "model_name_or_path": "model",
         "adapter_name_or_path": "adapter",
-        "use_dora use_rslora": same,
+        "use_dora use_rslora": SAME,
         "lora_dropout": only(0, fix=NO_DROPOUT),
         "additional_target": only("", fix=NO_SUCH),
         "create_new_adapter": only(False, fix="merge the first adapter into the model, then train a new one"),

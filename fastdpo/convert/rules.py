@@ -67,19 +67,14 @@ def spelled(value) -> str:
 Rule = Callable[[Draft, str, object], None]  # of a key and its value, which is not null
 
 
-def to(name: str, values: dict | None = None) -> Rule:
-    """Our key with the same value, or with what `values` has for it."""
+def to(name: str | None = None, values: dict | None = None) -> Rule:
+    """Our key (of the same name unless one is given) with the same value, or what `values` has for it."""
 
     def rule(draft: Draft, key: str, value) -> None:
         ours = values.get(value, value) if values and isinstance(value, str) else value
-        draft.set(name, ours, draft.word(key, value))
+        draft.set(name or key, ours, draft.word(key, value))
 
     return rule
-
-
-def same(draft: Draft, key: str, value) -> None:
-    """Our key of the same name."""
-    draft.set(key, value, draft.word(key, value))
 
 
 def unread(why: str) -> Rule:

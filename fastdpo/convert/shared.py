@@ -1,9 +1,10 @@
 """What the tools have in common: transformers' TrainingArguments, LoRA's modules, losses and options."""
 
-from fastdpo.convert.rules import Draft, beside, only, same, to, unread
+from fastdpo.convert.rules import Draft, beside, only, to, unread
 from fastdpo.errors import ConfigError
 
 DEFAULTS = {"num_train_epochs": 3.0, "per_device_train_batch_size": 8}  # TrainingArguments'
+SAME = to()
 SPEED = unread("it changes speed or memory only")
 LOOKS = unread("it changes what is shown or stored only")
 ONCE = unread("the reference is always computed once and kept")
@@ -25,7 +26,7 @@ _ADAM = "fastdpo's AdamW has betas 0.9 and 0.999 and eps 1e-8; remove it"
 
 TRANSFORMERS = {  # rows of every tool: TrainingArguments, and two more
     "output_dir learning_rate lr_scheduler_type weight_decay max_grad_norm seed logging_steps "
-    "save_total_limit gradient_checkpointing load_in_4bit": same,
+    "save_total_limit gradient_checkpointing load_in_4bit": SAME,
     "overwrite_output_dir": "overwrite",
     "optim": to("optim", OPTIMIZERS),
     "optim_args": only("", fix=NO_SUCH),

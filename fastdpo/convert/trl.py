@@ -1,8 +1,8 @@
 """TRL's configs (DPOConfig, CPOConfig, ModelConfig, ScriptArguments) and transformers' own, key by key."""
 
 from fastdpo.convert import shared
-from fastdpo.convert.rules import Draft, Tool, beside, only, same, unread
-from fastdpo.convert.shared import NO_DROPOUT, NO_SUCH, QUANTISED, SPEED
+from fastdpo.convert.rules import Draft, Tool, beside, only, unread
+from fastdpo.convert.shared import NO_DROPOUT, NO_SUCH, QUANTISED, SAME, SPEED
 
 _ALONE = only(fix="without a loss_type beside it, give it in objective_args")
 _PACKED = unread("batches are packed here")
@@ -113,7 +113,7 @@ TRL = Tool(
         "model_name_or_path": "model",
         "model_revision": only("main", fix="download the revision and give its folder as model"),
         "load_in_8bit": only(False, fix=QUANTISED),
-        "use_dora use_rslora activation_offloading max_length": same,
+        "use_dora use_rslora activation_offloading max_length": SAME,
         "lora_modules_to_save lora_target_parameters": only([], fix=NO_SUCH),
         "lora_task_type": only("CAUSAL_LM", fix=NO_SUCH),
         "max_prompt_length max_completion_length": _CUT,

@@ -1,4 +1,5 @@
-"""The start check of fastdpo.model.support on a model that another trainer has wrapped already."""
+"""Shared prompts in a model that another trainer has wrapped: our attention in it, switched on module by
+module by the layout in a call, and the start check of fastdpo.model.support."""
 
 import contextlib
 import io
@@ -8,14 +9,74 @@ import numpy as np
 import torch
 from fastdpo_kernels import MEMORY_BUDGET
 from rich.console import Console
+from torch import nn
+from transformers import AttentionInterface
 
-from fastdpo.integrations.trl_attention import Sealed, random_module
-from fastdpo.model.attention import stock_attention
+from fastdpo.model.attention import prefix_attention, stock_attention
 from fastdpo.model.policy import Head, Policy, logit_transform
 from fastdpo.model.support import prepare
-from fastdpo.records import PreferenceGroup, Response
+from fastdpo.records import PreferenceGroup, PrefixLayout, Response
 
+NAME = "fastdpo_prefix_trl"
+# probabilities that transformers' layers keep as plain numbers, which TRL's disable_dropout leaves alone
+_RATES = ("attention_dropout", "activation_dropout", "dropout", "hidden_dropout", "layerdrop")
 _SHORT = 96  # tokens of a prompt's end, and of a response
+
+
+class Sealed:
+    """A layout that wrappers hand on as it is: FSDP would copy a dataclass field by field for each layer."""
+
+    def __init__(self, layout: PrefixLayout):
+        self.layout = layout
+
+    def to(self, device, **_) -> "Sealed":
+        """For accelerate, where the layers of a model lie on several devices."""
+        return Sealed(self.layout.to(device))
+
+
+def _attention(*args, fastdpo_layout: Sealed, output_router_logits=None, **kwargs):
+    """prefix_attention. A mixture of experts hands its layers a wish that is none of the attention's."""
+    return prefix_attention(*args, fastdpo_layout=fastdpo_layout.layout, **kwargs)
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+def switch_attention(model) -> list:
+    """Hooks that give a module our attention while it is called with a layout, and its own otherwise.
+
+    They sit on the modules that look the attention up, so that a checkpoint's recompute in the backward,
+    which repeats the module's call and nothing around it, finds ours too.
+    """
+    before = []
+
+    def enter(module, args, kwargs):
+        if isinstance(kwargs.get("fastdpo_layout"), Sealed):
+            before.append((module.config, module.config._attn_implementation))
+            module.config._attn_implementation_internal = NAME
+
+    def leave(module, args, kwargs, output):
+        if isinstance(kwargs.get("fastdpo_layout"), Sealed):
+            config, name = before.pop()
+            config._attn_implementation_internal = name
+
+    hooks = []
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation_internal"):
+            hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+    return hooks
+
+
+def random_module(model) -> str | None:
+    """The name of a module that drops out in training."""
+    for name, module in model.named_modules():
+        rates = [getattr(module, rate, None) for rate in _RATES]
+        if isinstance(module, nn.Dropout):
+            rates.append(module.p)
+        if any(isinstance(rate, float) and rate > 0 for rate in rates):
+            return name or type(model).__name__
+    return None
 
 
 class Inner(Policy):

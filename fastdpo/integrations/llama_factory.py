@@ -72,19 +72,15 @@ def trainer_class(stock: type) -> type:
             out = model(**inputs, use_cache=False, fastdpo_labels=labels)
             scored = labels[:, 1:] != IGNORED
             logps = row_sums(out["logp"], scored, None if is_ref_model else self.ld_alpha)
-            lengths = scored.sum(-1)
-            if self.loss_type in _AVERAGED:
-                logps = logps / lengths
-            chosen, rejected = logps.chunk(2)
-            of_chosen, of_rejected = scored.chunk(2)
-            chosen_mean, rejected_mean = out["mean_logit"].chunk(2)
-            averages = chosen if self.loss_type in _AVERAGED else chosen / lengths.chunk(2)[0]
+            lengths, averaged = scored.sum(-1), self.loss_type in _AVERAGED
+            chosen, rejected = (logps / lengths if averaged else logps).chunk(2)
+            means = [mean[mask] for mean, mask in zip(out["mean_logit"].chunk(2), scored.chunk(2))]
             return {
                 "chosen_logps": chosen,
                 "rejected_logps": rejected,
-                "chosen_logits": chosen_mean[of_chosen],
-                "rejected_logits": rejected_mean[of_rejected],
-                "chosen_logps_avg": averages,
+                "chosen_logits": means[0],
+                "rejected_logits": means[1],
+                "chosen_logps_avg": chosen if averaged else chosen / lengths.chunk(2)[0],
             }
 
     return CustomDPOTrainer

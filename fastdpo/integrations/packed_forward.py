@@ -18,8 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from fastdpo.errors import ModelError
 from fastdpo.integrations.head import one_dtype
-from fastdpo.integrations.inner import can_share
-from fastdpo.integrations.trl_attention import Sealed, switch_attention
+from fastdpo.integrations.inner import Sealed, can_share, switch_attention
 from fastdpo.integrations.trl_rows import IGNORED, PackedRows, pack_rows
 from fastdpo.model.policy import Head, logit_transform
 

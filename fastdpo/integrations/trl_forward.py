@@ -25,6 +25,7 @@ _STATS = {
     "mean_logits": "mean_logit",
     "is_top1": "is_top1",
 }
+FIELDS = ("log_probs", *_STATS)
 _LIVE = weakref.WeakSet()  # what unpatch() switches off
 
 
@@ -145,8 +146,7 @@ class FusedForward(Packed):
             chunk = getattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", None)
             options = (1.0, chunk, self.softcap, self.scale, self.outputs)
             fields = FusedLogProb.apply(hidden, weight, bias, target, *options)
-        named = zip(("log_probs", *_STATS), fields)
-        return {name: value for name, value in named if value is not None}
+        return {name: value for name, value in zip(FIELDS, fields) if value is not None}
 
     def decide(self, model, rows):
         head = model.get_output_embeddings()

@@ -23,11 +23,10 @@ from transformers.utils import ModelOutput
 from fastdpo.errors import ConfigError
 from fastdpo.integrations import trl_trainer
 from fastdpo.integrations.packed_forward import bind
-from fastdpo.integrations.trl_forward import FusedForward
+from fastdpo.integrations.trl_forward import FIELDS, FusedForward
 from fastdpo.integrations.trl_rows import IGNORED
 from fastdpo.integrations.versions import check_version
 
-_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _LABELS: ContextVar[Tensor | None] = ContextVar("labels", default=None)  # i64[N, S] of the loss in progress
 _SHIFT = (Ellipsis, slice(None, -1), slice(None))  # logits[..., :-1, :]
 
@@ -44,8 +43,9 @@ class FastDPOTrainer(trl_trainer.FastDPOTrainer):
             raise ConfigError("use_liger_kernel: Liger's loss takes the place of ours; leave it out")
         if is_deepspeed_zero3_enabled():
             raise ConfigError("deepspeed: ZeRO-3 splits the lm_head, which this needs whole; use ZeRO-1 or 2")
-        weighted = getattr(args, "use_weighting", False)
-        for given, outputs in ((model, _outputs(weighted)), (ref_model, ("log_probs",))):
+        weighted = getattr(args, "use_weighting", False)  # WPO, which alone reads log_sum_sq_probs
+        read = tuple(name for name in FIELDS if weighted or name != "log_sum_sq_probs")
+        for given, outputs in ((model, read), (ref_model, ("log_probs",))):
             if isinstance(given, torch.nn.Module):
                 add_scores(given.get_base_model() if hasattr(given, "peft_config") else given, outputs)
         super().__init__(model, ref_model, args, **kwargs)
@@ -76,12 +76,7 @@ def _scoring(inputs: dict):
         _LABELS.reset(token)
 
 
-def _outputs(weighted: bool) -> tuple[str, ...]:
-    """What TRL reads of a policy: log_sum_sq_probs is for WPO alone."""
-    return tuple(name for name in _FIELDS if weighted or name != "log_sum_sq_probs")
-
-
-def add_scores(model, outputs: tuple[str, ...] = _FIELDS) -> None:
+def add_scores(model, outputs: tuple[str, ...] = FIELDS) -> None:
     """Lets a causal LM answer with ScoredOutput while a loss is in progress, its `outputs` computed. Its
     forward is else its own."""
     fused = ScoringForward(model, outputs)
@@ -127,7 +122,7 @@ class ScoredOutput(ModelOutput):
 
     @property
     def logits(self) -> "TokenScores":
-        fields = {name: getattr(self, name) for name in (*_FIELDS, "labels")}
+        fields = {name: getattr(self, name) for name in (*FIELDS, "labels")}
         return TokenScores({name: value for name, value in fields.items() if value is not None})
 
 

@@ -54,37 +54,41 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, 
         return "the labels are not the rows' own tokens"
     if not scored.any():
         return "nothing is scored"
-    return _packed(ids, mask.sum(1), scored, whole)
+    lengths = mask.sum(1)
+    ends = lengths if whole else ids.shape[1] - scored[:, ::-1].argmax(1)
+    return _packed(ids, lengths, ends, scored, whole)
 
 
-def _packed(ids: np.ndarray, lengths: np.ndarray, scored: np.ndarray, whole: bool) -> PackedRows:
-    groups = _grouped(ids, lengths, scored, whole)
-    responses = [places for places_by_response in groups.values() for places in places_by_response.values()]
-    packed_groups = [
-        _group(number, ids, scored, lengths, prefix, list(by_response.values()), whole)
-        for number, ((_, prefix), by_response) in enumerate(groups.items())
-    ]
-    batch = pack(packed_groups)
+def _packed(ids, lengths, ends, scored, whole: bool) -> PackedRows:
+    """`ends`: where each row's last token that is of use ends."""
+    groups, rows_of, copies = [], [], []
+    for prefix, by_response in _grouped(ids, lengths, ends, scored, whole):
+        groups.append(_group(len(groups), ids, ends, scored, prefix, by_response, whole))
+        rows_of += by_response
+        copies.append((len(groups[-1].prompt), sum(map(len, by_response))))
+        copies += [(len(r.ids) - 1, len(rows)) for r, rows in zip(groups[-1].responses, by_response)]
+    batch = pack(groups)
     place, source = [], []
-    for rows, start in zip(responses, batch.cu_resp.tolist()):
+    for rows, start in zip(rows_of, batch.cu_resp.tolist()):
         for row in rows:
             positions = np.flatnonzero(scored[row])
             place.append(row * (ids.shape[1] - 1) + positions - 1)
             source.append(start + np.arange(len(positions)))
     place, source = np.concatenate(place), np.concatenate(source)
     order = np.argsort(source, kind="stable")
+    tokens, times = np.array(copies).T
     return PackedRows(
         batch,
-        tuple(packed_groups),
+        tuple(groups),
         torch.from_numpy(place[order]),
         torch.from_numpy(source[order]) if len(source) > len(batch.target) else None,
-        torch.from_numpy(_copies(packed_groups, responses))[None],
+        torch.from_numpy(times.repeat(tokens).astype(np.float32))[None],
         (ids.shape[0], ids.shape[1] - 1),
     )
 
 
-def _grouped(ids, lengths, scored, whole) -> dict[tuple[bytes, int], dict[bytes, list[int]]]:
-    """Per prompt (its bytes and length) and per distinct response the rows that hold it."""
+def _grouped(ids, lengths, ends, scored, whole) -> list[tuple[int, list[list[int]]]]:
+    """Per prompt its length, and per distinct response the rows that hold it."""
     pairs = len(ids) // 2
     first = np.where(scored.any(1), scored.argmax(1), lengths)
     groups = defaultdict(lambda: defaultdict(list))
@@ -94,10 +98,10 @@ def _grouped(ids, lengths, scored, whole) -> dict[tuple[bytes, int], dict[bytes,
         for rows in [pair] if alike else [[row] for row in pair]:  # a row's first token is never its own
             prefix = int(min(first[rows].min(), alike or lengths[rows].min()))
             for row in rows:
-                end = _end(row, lengths, scored, whole)
-                rest = ids[row, prefix:end].tobytes() + scored[row, prefix:end].tobytes()
-                groups[ids[row, :prefix].tobytes(), prefix][rest].append(row)
-    return groups
+                rest = slice(prefix, ends[row])
+                response = ids[row, rest].tobytes() + scored[row, rest].tobytes()
+                groups[ids[row, :prefix].tobytes(), prefix][response].append(row)
+    return [(prefix, list(by_response.values())) for (_, prefix), by_response in groups.items()]
 
 
 def _common(ids, lengths, rows) -> int:
@@ -107,27 +111,11 @@ def _common(ids, lengths, rows) -> int:
     return int(differ.argmax()) if differ.any() else shortest
 
 
-def _end(row, lengths, scored, whole) -> int:
-    """Where a row's last token that is of use ends."""
-    return int(lengths[row]) if whole else int(np.flatnonzero(scored[row])[-1]) + 1
-
-
-def _group(number, ids, scored, lengths, prefix, responses: list[list[int]], whole) -> PreferenceGroup:
-    made = []
-    for row, *_ in responses:
-        end = _end(row, lengths, scored, whole)
-        tail, mask = ids[row, prefix:end], scored[row, prefix:end]
+def _group(number, ids, ends, scored, prefix, by_response, whole) -> PreferenceGroup:
+    responses = []
+    for row, *_ in by_response:
+        tail, mask = ids[row, prefix : ends[row]], scored[row, prefix : ends[row]]
         if whole:  # a packed response's last token is no input, so that one which does not count follows
             tail, mask = np.append(tail, 0), np.append(mask, False)
-        made.append(Response(tail.astype(np.int64), mask))
-    return PreferenceGroup(number, ids[responses[0][0], :prefix].astype(np.int64), tuple(made), ())
-
-
-def _copies(groups: list[PreferenceGroup], responses: list[list[int]]) -> np.ndarray:
-    """f32[T], in the order of pack(groups)."""
-    counts, rest = [], iter(responses)
-    for group in groups:
-        rows = [len(next(rest)) for _ in group.responses]
-        counts.append(np.full(len(group.prompt), sum(rows), np.float32))
-        counts += [np.full(len(r.ids) - 1, n, np.float32) for r, n in zip(group.responses, rows)]
-    return np.concatenate(counts)
+        responses.append(Response(tail.astype(np.int64), mask))
+    return PreferenceGroup(number, ids[row, :prefix].astype(np.int64), tuple(responses), ())

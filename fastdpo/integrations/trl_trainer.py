@@ -15,6 +15,7 @@ from torch.utils.data import RandomSampler, Sampler
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from fastdpo.data.packing import epoch_order
 from fastdpo.doctor import settle_backends
 from fastdpo.errors import ConfigError
 from fastdpo.integrations.trl_forward import add_fused_lm_head
@@ -102,11 +103,10 @@ class FastDPOTrainer(trl.DPOTrainer):
         console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
         own_adapter = is_peft_model(model) and "ref" in model.peft_config
         adapter = use_adapter(model, "ref") if own_adapter else contextlib.nullcontext()
-        max_tokens = batch_size * max(group.input_tokens for group in groups)
         options = {
             "path": cache_path(self._reference_cache),
             "fresh_lora": is_peft_model(model) and not own_adapter,
-            "max_tokens": max_tokens,
+            "max_tokens": batch_size * max(group.input_tokens for group in groups),
             "console": console,
         }
         training = model.training
@@ -151,7 +151,7 @@ class PromptSampler(Sampler):
         return self.length
 
     def __iter__(self):
-        order = np.random.Generator(np.random.PCG64([self.seed, self.epoch])).permutation(len(self.rows))
+        order = epoch_order(len(self.rows), self.seed, self.epoch)
         return (row for i in order for row in self.rows[i])
 
 

@@ -64,14 +64,11 @@ def add_fused_lm_head(model, *args, **kwargs) -> None:
 
     def forward(model, *args, fused_lm_head=False, **kwargs):
         if fused_lm_head:
-            kwargs = {name: value for name, value in kwargs.items() if not _is_default(name, value)}
+            unsaid = lambda value: value is None or (isinstance(value, int) and value == 0)
+            kwargs = {k: v for k, v in kwargs.items() if k not in _ALWAYS_GIVEN or not unsaid(v)}
         return fused(*args, fused_lm_head=fused_lm_head, **kwargs)
 
     bind(model, forward)
-
-
-def _is_default(name: str, value) -> bool:
-    return name in _ALWAYS_GIVEN and (value is None or (isinstance(value, int) and value == 0))
 
 
 def _trainer_module():

@@ -223,6 +223,11 @@ def test_tools_are_told_by_keys_that_only_one_has():
     for i, some in enumerate(marks):
         assert not some & set(FIELDS)
         assert all(not some & other for other in marks[i + 1 :])
+    for tool in TOOLS:  # a name that parts use is no key of the tool's, so that it means one thing
+        assert not set(tool.names) & tool.rules.keys() and set(tool.names.values()) <= {
+            *tool.rules,
+            *tool.read,
+        }
     with pytest.raises(ConfigError, match=r"several tools.*TRL has loss_type; Axolotl has rl"):
         recognise({"loss_type": "ipo", "rl": "dpo"})
 
