@@ -32,8 +32,7 @@ from fastdpo.model.activations import set_up_activations
 from fastdpo.model.adapters import add_lora
 from fastdpo.model.policy import Policy, resolve_dtype, switch_off_dropout
 from fastdpo.optim.optimizers import make_optimizer
-from fastdpo.planning.microbatch import step_loads
-from fastdpo.planning.prediction import predict
+from fastdpo.planning.prediction import predict, step_loads
 from fastdpo.planning.target import Target
 from fastdpo.training.job import stage_job
 from fastdpo.training.stage import Progress, Stage

@@ -37,7 +37,6 @@ class Block:
 
     size: int
     owner: str | None  # None until the step is over: saved or workspace
-    where: str  # of the step, when it was made
 
 
 @dataclass(frozen=True)
@@ -58,17 +57,16 @@ class Tracker(TorchDispatchMode):
     def __init__(self, block: int = CUDA_BLOCK):
         super().__init__()
         self.block, self.where = block, ""
-        self.blocks: list[Block] = []
-        self._log: list[tuple[int, bool, str]] = []  # (number of the block, came or went, where)
-        self._live: dict[int, tuple[int, weakref.ref]] = {}  # storage -> number of its block
+        self._log: list[tuple[Block, int, str]] = []  # (whose, bytes that came or went, where)
+        self._live: dict[int, tuple[Block, weakref.ref]] = {}  # by storage
         self._owner: str | None = None  # of what is made now
         self.inside: dict = {}  # operator -> a function of its arguments: bytes it takes while it runs
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func in self.inside:
-            self._passing(self.inside[func](*args, **(kwargs or {})))
-        copies = func is torch.ops.aten._to_copy.default and self.owner_of(args[0]) in (WEIGHTS, ADAPTERS)
+            self._goes(self._comes(self.inside[func](*args, **(kwargs or {})), ATTENTION))
+        copies = func is torch.ops.aten._to_copy.default and self._owner_of(args[0]) in (WEIGHTS, ADAPTERS)
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor, COPIES if copies else self._owner)
@@ -79,30 +77,26 @@ class Tracker(TorchDispatchMode):
         if tensor.device.type == HOST:
             return
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._live or not size:
-            return
-        number = len(self.blocks)
-        self.blocks.append(Block(-(-size // self.block) * self.block, owner, self.where))
-        self._live[key] = number, weakref.ref(storage, lambda _: self._gone(key))
-        self._log.append((number, True, self.where))
+        key = storage._cdata
+        if key not in self._live and storage.nbytes():
+            gone = weakref.ref(storage, lambda _: self._goes(self._live.pop(key)[0]))
+            self._live[key] = self._comes(storage.nbytes(), owner), gone
 
-    def _passing(self, size: int) -> None:
-        number = len(self.blocks)
-        self.blocks.append(Block(-(-size // self.block) * self.block, ATTENTION, self.where))
-        self._log += [(number, True, self.where), (number, False, self.where)]
+    def _comes(self, size: int, owner: str | None) -> Block:
+        block = Block(-(-size // self.block) * self.block, owner)
+        self._log.append((block, block.size, self.where))
+        return block
 
-    def _gone(self, key: int) -> None:
-        number, _ = self._live.pop(key)
-        self._log.append((number, False, self.where))
+    def _goes(self, block: Block) -> None:
+        self._log.append((block, -block.size, self.where))
 
-    def owner_of(self, tensor) -> str | None:
+    def _owner_of(self, tensor) -> str | None:
         found = self._live.get(tensor.untyped_storage()._cdata)
-        return found and self.blocks[found[0]].owner
+        return found and found[0].owner
 
     def own(self, tensor: torch.Tensor, owner: str) -> None:
         """Says whose a counted tensor turned out to be."""
-        self.blocks[self._live[tensor.untyped_storage()._cdata][0]].owner = owner
+        self._live[tensor.untyped_storage()._cdata][0].owner = owner
 
     @contextmanager
     def owned_by(self, owner: str | None) -> Iterator[None]:
@@ -115,22 +109,17 @@ class Tracker(TorchDispatchMode):
 
     def settle(self, owner: str) -> None:
         """What is alive and nobody's becomes this owner's; what was nobody's and is gone stays so."""
-        for number, _ in self._live.values():
-            if self.blocks[number].owner is None:
-                self.blocks[number].owner = owner
+        for block, _ in self._live.values():
+            block.owner = block.owner or owner
 
     def peaks(self) -> list[Peak]:
-        """The peak at each place of the step, in the order of the places. Nobody's is workspace."""
-        now, highest = 0, {}  # where -> (bytes, place in the log)
-        for i, (number, came, where) in enumerate(self._log):
-            now += self.blocks[number].size if came else -self.blocks[number].size
-            if now > highest.get(where, (-1, 0))[0]:
-                highest[where] = now, i
-        wanted = {i: where for where, (_, i) in highest.items()}
-        bytes_, out = dict.fromkeys(OWNERS, 0), []
-        for i, (number, came, _) in enumerate(self._log):
-            block = self.blocks[number]
-            bytes_[block.owner or LAYER] += block.size if came else -block.size
-            if i in wanted:
-                out.append(Peak(wanted[i], dict(bytes_)))
-        return out
+        """The peak at each place of the step, in the order of the peaks. Nobody's is workspace."""
+        now, total = dict.fromkeys(OWNERS, 0), 0
+        highest: dict[str, tuple[int, Peak]] = {}
+        for block, change, where in self._log:
+            now[block.owner or LAYER] += change
+            total += change
+            if where not in highest or total > highest[where][0]:
+                highest.pop(where, None)
+                highest[where] = total, Peak(where, dict(now))
+        return [peak for _, peak in highest.values()]

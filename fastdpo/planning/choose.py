@@ -1,6 +1,8 @@
 """`memory: 24GB` in a run's config: the keys that a run chooses by it."""
 
+import io
 from dataclasses import replace
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -9,8 +11,8 @@ from fastdpo.config.keys import Config
 from fastdpo.console.formatting import gigabytes
 from fastdpo.errors import ConfigError
 from fastdpo.planning import show
-from fastdpo.planning.microbatch import selected
-from fastdpo.planning.search import CHOSEN, SURE, Option, Planner, at_default
+from fastdpo.planning.prediction import Prediction, selected
+from fastdpo.planning.search import CHOSEN, SURE, Planner, at_default
 from fastdpo.planning.target import Target
 from fastdpo.values import as_bytes
 
@@ -24,6 +26,7 @@ def choose(config: Config, model_config, groups, console: Console, target: Targe
         return config
     target = target or (Target.here() if torch.cuda.is_available() else Target(is_cpu=True))
     budget = budget_of(config, target, console)
+    say = partial(console.print, highlight=False, soft_wrap=True)
     chosen: dict = {}
     for own, stage in zip(config.stages or [{}], config.per_stage()):
         free = at_default(stage) - own.keys()
@@ -34,13 +37,18 @@ def choose(config: Config, model_config, groups, console: Console, target: Targe
         if abs(now.total / budget - 1) < SURE:
             now = planner.predict(stage, exact=True)
         if now.total <= budget:
-            console.print(f"memory: {show.verdict(now, budget)}, predicted", highlight=False, soft_wrap=True)
+            say(f"memory: {show.verdict(now, budget)}, predicted")
             continue
         found = planner.fitting(stage, budget)
         found = found and planner.checked(stage, found, budget)
         if found is None:
-            raise ConfigError(_nothing_fits(planner, stage, now, target, budget))
-        _tell(console, stage, now, found, budget)
+            raise ConfigError(_nothing_fits(planner, stage, now, budget))
+        text = (
+            f"memory: as configured {show.verdict(now, budget)} (peak in the {now.peak.where}, predicted). "
+        )
+        left, total = budget - found.prediction.total, gigabytes(found.prediction.total)
+        text += f"Chosen: [bold]{show.words(found.changes)}[/]: {total} predicted, {gigabytes(left)} left"
+        say(text)
         chosen |= found.changes
     return replace(config, **chosen) if chosen else config
 
@@ -58,25 +66,13 @@ def budget_of(config: Config, target: Target, console: Console) -> int | None:
     return target.memory
 
 
-def _tell(console: Console, config: Config, now, found: Option, budget: int) -> None:
-    text = f"memory: as configured {show.verdict(now, budget)} (peak in the {now.peak.where}, predicted). "
-    text += f"Chosen: [bold]{show.words(found.changes)}[/]: {gigabytes_left(found, budget)}"
-    console.print(text, highlight=False, soft_wrap=True)
-
-
-def gigabytes_left(found: Option, budget: int) -> str:
-    rest = budget - found.prediction.total
-    return f"{gigabytes(found.prediction.total)} predicted, {gigabytes(rest)} left"
-
-
-def _nothing_fits(planner: Planner, config: Config, now, target: Target, budget: int) -> str:
+def _nothing_fits(planner: Planner, config: Config, now: Prediction, budget: int) -> str:
     """The table, as text, and what to do."""
-    console = Console(width=100, record=True, file=_Nowhere(), color_system=None)
-    console.print(show.owners_table(now, target))
+    console = Console(width=100, record=True, file=io.StringIO(), color_system=None)
+    console.print(show.owners_table(now, planner.target))
     options = [*planner.offloaded(config, budget), *planner.other_learning(config, budget)]
     if options:
-        time = planner.option(config, {}).time
-        console.print(show.options_table(options, time, budget, target))
+        console.print(show.options_table(options, planner.time(config), budget, planner.target))
     kept = ", ".join(name for name in CHOSEN if name not in planner.left_open(config))
     kept = f" (with {kept} as the config sets them)" if kept else ""
     way_out = "No change that was tried fits: take a shorter max_length, a smaller model or a larger card"
@@ -86,13 +82,3 @@ def _nothing_fits(planner: Planner, config: Config, now, target: Target, budget:
         f"memory: no choice of {', '.join(CHOSEN)} fits {config.model} in {gigabytes(budget)}{kept}.\n"
         f"{console.export_text()}{way_out}"
     )
-
-
-class _Nowhere:
-    """A file that keeps nothing."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass

@@ -8,7 +8,7 @@ from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.model.policy import load_model_config, load_tokenizer
 from fastdpo.planning import show
 from fastdpo.planning.choose import budget_of
-from fastdpo.planning.microbatch import assumed_groups, selected, step_loads
+from fastdpo.planning.prediction import assumed_groups, selected, step_loads
 from fastdpo.planning.search import SURE, Option, Planner
 from fastdpo.planning.target import CARDS, Target
 from fastdpo.training.job import check_stepping, job_of, stage_job

@@ -1,5 +1,7 @@
 """What to say after an out-of-memory error: what was predicted, what was there, what to try next."""
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -8,7 +10,7 @@ from fastdpo.config.keys import Config
 from fastdpo.console.formatting import gigabytes
 from fastdpo.errors import ConfigError
 from fastdpo.planning import show
-from fastdpo.planning.allocations import ATTENTION, BATCH, HEAD, LAYER, OWNERS, SAVED
+from fastdpo.planning.allocations import ATTENTION, BATCH, HEAD, LAYER, SAVED
 from fastdpo.planning.prediction import Prediction, predict
 from fastdpo.planning.simulate import Load
 from fastdpo.planning.target import Target
@@ -35,14 +37,13 @@ def explain(config: Config, model_config, batch: PackedGroups) -> str:
 def _explanation(config: Config, model_config, batch: PackedGroups) -> str:
     target = Target.here() if torch.cuda.is_available() else Target(is_cpu=True)
     load = Load((), several=True, batch=batch.to("cpu"))
-    plan = predict(config, model_config, [load], target, exact=False)
-    lines = [f"predicted for this microbatch: {gigabytes(plan.total)}, in the {plan.peak.where}:"]
-    sizes = {owner: plan.peak.bytes[owner] for owner in OWNERS}
-    sizes |= {"allocator slack": plan.slack, "CUDA context": plan.context}
-    lines.append("  " + ", ".join(f"{name} {gigabytes(n)}" for name, n in sizes.items() if n > 5e5))
-    lines.append(measured())
-    lines.append(f"next: {next_to_try(config, model_config, load, target, plan)}")
-    return "\n".join(lines)
+    predicted = lambda keys: predict(keys, model_config, [load], target, exact=False)
+    plan = predicted(config)
+    sizes = plan.peak.bytes | {"allocator slack": plan.slack, "CUDA context": plan.context}
+    by_owner = ", ".join(f"{name} {gigabytes(size)}" for name, size in sizes.items() if size > 5e5)
+    next_ = _next_to_try(config, batch, plan, predicted)
+    text = f"predicted for this microbatch: {gigabytes(plan.total)}, in the {plan.peak.where}:\n  {by_owner}"
+    return f"{text}\n{measured()}\nnext: {next_}"
 
 
 def measured() -> str:
@@ -56,30 +57,25 @@ def measured() -> str:
     return (
         f"measured: at most {gigabytes(allocated)} allocated, {gigabytes(reserved)} reserved, "
         f"{gigabytes(lost)} reserved and unused now (fragments, if it is much: set "
-        f"PYTORCH_ALLOC_CONF=expandable_segments:True); {gigabytes(free)} of {gigabytes(total)} "
-        "free"
+        f"PYTORCH_ALLOC_CONF=expandable_segments:True); {gigabytes(free)} of {gigabytes(total)} free"
     )
 
 
-def next_to_try(config: Config, model_config, load: Load, target: Target, now: Prediction) -> str:
+def _next_to_try(
+    config: Config, batch: PackedGroups, now: Prediction, predicted: Callable[[Config], Prediction]
+) -> str:
     """The change of least cost in speed that is predicted to lower the peak by a tenth or more."""
-    if load.batch is not None and len(load.batch.rows) > 1 and _of_tokens(now) > 0.2 * now.total:
-        half = load.batch.input_ids.numel() // 2
+    grows = sum(now.peak.bytes[owner] for owner in (SAVED, LAYER, ATTENTION, HEAD, BATCH))
+    if len(batch.rows) > 1 and grows > 0.2 * now.total:
+        half = batch.input_ids.numel() // 2
         return f"max_tokens: {half}; or memory: 24GB (what the card has), and the run chooses"
     for change in _NEXT:
         if all(getattr(config, name) == value for name, value in change.items()):
             continue
         if "gradient_checkpointing" in change and config.gradient_checkpointing is True:
             continue
-        try:
-            after = predict(replace(config, **change), model_config, [load], target, exact=False)
-        except ConfigError:
-            continue
-        if after.total < 0.9 * now.total:
-            return f"{show.words(change)} (predicted: {gigabytes(after.total)})"
+        with suppress(ConfigError):
+            after = predicted(replace(config, **change)).total
+            if after < 0.9 * now.total:
+                return f"{show.words(change)} (predicted: {gigabytes(after)})"
     return "a shorter max_length, load_in_4bit with lora_rank, or a larger card (`fastdpo plan` shows more)"
-
-
-def _of_tokens(now: Prediction) -> int:
-    """Bytes at the peak that grow with the microbatch."""
-    return sum(now.peak.bytes[owner] for owner in (SAVED, LAYER, ATTENTION, HEAD, BATCH))

@@ -1,16 +1,67 @@
-"""What a config is predicted to take: the peak by owner, and all of the card."""
+"""What a config is predicted to take: the microbatches that its peak can fall into, the peak by owner, and
+all of the card."""
 
 import math
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from fastdpo.config.keys import Config
+from fastdpo.data.packing import places, split_step
+from fastdpo.data.pairs import BY_GAP, select_pairs
+from fastdpo.model.support import sharing_refusal
 from fastdpo.planning.allocations import ADAPTERS, GRADIENTS, OWNERS, STATES, WEIGHTS, Peak
-from fastdpo.planning.fake_model import with_layers
+from fastdpo.planning.fake_model import head_policy, with_layers
 from fastdpo.planning.simulate import Load, simulate
-from fastdpo.planning.target import SLACK, Target
+from fastdpo.planning.target import CONTEXT, SLACK, Target
+from fastdpo.records import Groups, Pair, PreferenceGroup, Response
+from fastdpo.training.job import objective_of, total_steps
+from fastdpo.training.stage import step_groups
 
-_STAYING = (WEIGHTS, ADAPTERS, GRADIENTS, STATES)
+
+def selected(config: Config, groups: Groups) -> Groups:
+    """A stage's training rows as its objective sees them. Where pairs go by the reference's log-probs, which
+    nobody knows yet, with all their responses."""
+    if config.pairs not in BY_GAP or config.pair_gap != "logp":
+        groups, _ = select_pairs(groups, config.pairs)
+    return list(map(objective_of(config).select, groups))
+
+
+def assumed_groups(config: Config) -> Groups:
+    """Where no data can be read: pairs whose rows are max_length, half of them the prompt; enough for two
+    steps."""
+    half = max(1, config.max_length // 2)
+    ids = np.zeros(max(1, config.max_length - half), np.int64)
+    response = Response(ids, np.ones(len(ids), bool))
+    pair = PreferenceGroup(0, np.zeros(half, np.int64), (response, response), (Pair(0, 1),))
+    return [replace(pair, row=row) for row in range(2 * config.batch_size)]
+
+
+def step_loads(config: Config, model_config, groups: Groups, target: Target) -> list[Load]:
+    """The microbatches of a stage's first epoch that its peak can fall into: with the most places, and with
+    the most scored tokens, among those that are a step alone, and among those of steps of several. Without
+    those that another one of them surpasses in all; the one with the most places first. groups: as
+    `selected` gives them."""
+    share = sharing_refusal(model_config) is None
+    most_scored = head_policy(config, model_config, target).max_scored
+    steps = min(total_steps(config, len(groups)), -(-len(groups) // config.batch_size))
+    found = []  # (places, scored tokens, several, groups)
+    for step in step_groups(groups, config, steps):
+        parts = split_step(step, config.max_tokens, most_scored, share)
+        for part in parts:
+            tokens, scored = sum(places(g, share) for g in part), sum(g.scored_tokens for g in part)
+            found.append((tokens, scored, len(parts) > 1, tuple(part)))
+    largest = []
+    for several in (False, True):
+        some = [one for one in found if one[2] is several]
+        largest += [max(some, key=operator.itemgetter(*order)) for order in ((0, 1), (1, 0)) if some]
+    kept: list[tuple] = []
+    for one in sorted(largest, key=operator.itemgetter(0, 1, 2), reverse=True):
+        if not any(all(map(operator.ge, other[:3], one[:3])) for other in kept):
+            kept.append(one)
+    return [Load(part, several) for *_, several, part in kept]
 
 
 @dataclass(frozen=True)
@@ -20,11 +71,6 @@ class Prediction:
     peak: Peak
     slack: int  # held by the allocator and not usable
     context: int  # CUDA's own
-
-    @property
-    def allocated(self) -> int:
-        """What torch.cuda.max_memory_allocated would say."""
-        return self.peak.total
 
     @property
     def total(self) -> int:
@@ -37,14 +83,13 @@ def predict(
 ) -> Prediction:
     """The prediction for the largest of these microbatches. exact=False simulates a few layers only and goes
     on from there to all of them in a straight line, owner by owner: a second instead of many."""
-    peaks = [
-        peak
-        for load in loads
-        for peak in (simulate if exact else _from_few_layers)(config, model_config, load, target)
-    ]
+    of_load = simulate if exact else _from_few_layers
+    peaks = [peak for load in loads for peak in of_load(config, model_config, load, target)]
     top = max(peaks, key=lambda peak: peak.total)
-    moving = top.total - sum(top.bytes[owner] for owner in _STAYING)
-    return Prediction(top, 0 if target.is_cpu else math.ceil(SLACK * moving), target.context)
+    if target.is_cpu:
+        return Prediction(top, 0, 0)
+    staying = sum(top.bytes[owner] for owner in (WEIGHTS, ADAPTERS, GRADIENTS, STATES))
+    return Prediction(top, math.ceil(SLACK * (top.total - staying)), CONTEXT)
 
 
 def _from_few_layers(config: Config, model_config, load: Load, target: Target) -> list[Peak]:
@@ -56,16 +101,18 @@ def _from_few_layers(config: Config, model_config, load: Load, target: Target) -
         return simulate(config, model_config, load, target)
     less, more = (
         {
-            _place(peak.where, count): peak
-            for peak in simulate(config, with_layers(model_config, count), load, target)
+            _place(p.where, count): p.bytes
+            for p in simulate(config, with_layers(model_config, count), load, target)
         }
         for count in (n, n + step)
     )
-    out = []
-    for place in less.keys() & more.keys():
-        if place is not None:
-            out.append(Peak(place.format(layers), _line(less[place], more[place], (layers - n) / step)))
-    return out
+    times = (layers - n) / step
+    line = lambda a, b: max(0, round(a + times * (b - a)))
+    return [
+        Peak(place.format(layers), {owner: line(less[place][owner], more[place][owner]) for owner in OWNERS})
+        for place in less
+        if place is not None and place in more
+    ]
 
 
 def _place(where: str, layers: int) -> str | None:
@@ -74,8 +121,3 @@ def _place(where: str, layers: int) -> str | None:
     if not of_layer or number == "1":
         return where
     return f"{head}of layer {{}}" if int(number) == layers else None
-
-
-def _line(less: Peak, more: Peak, times: float) -> dict[str, int]:
-    slope = {owner: more.bytes[owner] - less.bytes[owner] for owner in OWNERS}
-    return {owner: max(0, round(less.bytes[owner] + times * slope[owner])) for owner in OWNERS}

@@ -1,43 +1,44 @@
 """What would make a config fit, and what it would cost."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from fastdpo.config.keys import FIELDS, Config
 from fastdpo.data.packing import places
 from fastdpo.errors import ConfigError
 from fastdpo.model.support import sharing_refusal
-from fastdpo.planning.microbatch import step_loads
-from fastdpo.planning.prediction import Prediction, predict
-from fastdpo.planning.step_time import Shape, StepTime, step_time, trains_all
+from fastdpo.planning.fake_model import trains_all
+from fastdpo.planning.prediction import Prediction, predict, step_loads
+from fastdpo.planning.step_time import Shape, StepTime, step_time
 from fastdpo.planning.target import Target
-from fastdpo.records import PreferenceGroup
+from fastdpo.records import Groups
 
 CHOSEN = ("max_tokens", "head_memory", "gradient_checkpointing", "activation_offloading", "tiled_mlp")
 SURE = 0.05  # of a budget: how near a prediction from a few layers must not be for it to decide
 _TIMED = 64  # groups that the step time is estimated over
 # Ways to hold less of the forward, from quick to slow; none changes what is learnt.
+_RECOMPUTED = {"gradient_checkpointing": True}
 _LEVELS = (
     {},
     {"gradient_checkpointing": "selective"},
-    {"gradient_checkpointing": True},
-    {"gradient_checkpointing": True, "tiled_mlp": True},
-    {"gradient_checkpointing": True, "activation_offloading": True},
-    {"gradient_checkpointing": True, "activation_offloading": True, "tiled_mlp": True},
+    _RECOMPUTED,
+    _RECOMPUTED | {"tiled_mlp": True},
+    _RECOMPUTED | {"activation_offloading": True},
+    _RECOMPUTED | {"activation_offloading": True, "tiled_mlp": True},
 )
-_SMALL_HEAD = "64MiB"
-_LEAN = {"pure_bf16": True, "optimizer_in_backward": True, "max_grad_norm": 0.0}
+_SMALL_HEAD = {"head_memory": "64MiB"}
+_ON_HOST = {"offload_optimizer": True}
 # These change what is learnt, so that no run takes them by itself.
-_QLORA = {"load_in_4bit": True, "lora_rank": 16}
+_LEAN = {"pure_bf16": True, "optimizer_in_backward": True, "max_grad_norm": 0.0}
 _OF_ALL_WEIGHTS = (
     {"optim": "adamw_8bit"},
     _LEAN | {"optim": "adamw_8bit"},
     _LEAN | {"optim": "paged_adamw_8bit"},
     {"lora_rank": 16},
-    _QLORA,
+    {"load_in_4bit": True, "lora_rank": 16},
 )
 _OF_A_LORA = ({"load_in_4bit": True},)  # its states and gradients are small
-_BESIDE = {"gradient_checkpointing": True}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ class Option:
     changes: dict
     prediction: Prediction
     time: StepTime
-    same_learning: bool
+
+    @property
+    def same_learning(self) -> bool:
+        return self.changes.keys() <= {*CHOSEN, *_ON_HOST}
 
 
 @dataclass
@@ -55,10 +59,9 @@ class Planner:
     """A model, its rows and a target; `groups` as the objective sees them."""
 
     model_config: object
-    groups: Sequence[PreferenceGroup]
+    groups: Groups
     target: Target
     free: frozenset[str] | None = None  # of CHOSEN, what may be chosen; None: what is at its default
-    shape: Shape = field(init=False)
     _known: dict[str, Prediction] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
@@ -78,74 +81,71 @@ class Planner:
             self._known[key] = predict(config, self.model_config, loads, self.target, exact)
         return self._known[key]
 
-    def time(self, config: Config, changes: dict) -> StepTime:
-        changed = replace(config, **changes)
-        return step_time(changed, self.model_config, self.groups[:_TIMED], self.target, self.shape)
+    def fits(self, config: Config, changes: dict, budget: int) -> bool:
+        return self.predict(replace(config, **changes)).total <= budget
 
-    def option(
-        self, config: Config, changes: dict, same_learning: bool = True, exact: bool = False
-    ) -> Option:
-        prediction = self.predict(replace(config, **changes), exact)
-        return Option(changes, prediction, self.time(config, changes), same_learning)
+    def time(self, config: Config) -> StepTime:
+        return step_time(config, self.model_config, self.groups[:_TIMED], self.target, self.shape)
+
+    def option(self, config: Config, changes: dict, exact: bool = False) -> Option:
+        changed = replace(config, **changes)
+        return Option(changes, self.predict(changed, exact), self.time(changed))
+
+    def _tried(self, config: Config, changes: Sequence[dict]) -> Iterator[Option]:
+        for change in changes:
+            with suppress(ConfigError):  # keys that do not go together
+                if any(getattr(config, name) != value for name, value in change.items()):
+                    yield self.option(config, change)
 
     def singles(self, config: Config) -> Iterator[Option]:
         """One change at a time, of those that leave the learning as it is."""
         lower = max(self.longest, config.max_tokens // 4)
         changes = [{"max_tokens": lower}] if lower < config.max_tokens else []
-        if "head" in self.predict(config).peak.where:
-            changes.append({"head_memory": _SMALL_HEAD})
+        changes += [_SMALL_HEAD] if "head" in self.predict(config).peak.where else []
         changes += [*_LEVELS[1:3], _LEVELS[4]]
-        changes += [{"offload_optimizer": True}] if trains_all(config) else []
-        yield from self._tried(config, changes, True)
+        changes += [_ON_HOST] if trains_all(config) else []
+        yield from self._tried(config, changes)
 
     def offloaded(self, config: Config, budget: int) -> list[Option]:
         """The first level that fits with the optimizer's states on the host, for where none does without."""
         if config.offload_optimizer:
             return []
-        changes = [level | {"offload_optimizer": True} for level in (*_LEVELS[1:3], self.least(config))]
-        tried = self._tried(config, changes, True)
+        levels = [level | _ON_HOST for level in (*_LEVELS[1:3], self.least(config))]
+        tried = self._tried(config, levels)
         return next(([option] for option in tried if option.prediction.total <= budget), [])
 
     def fitting(self, config: Config, budget: int) -> Option | None:
         """The quickest combination of CHOSEN keys that fits, where they are at their defaults."""
-        free = self.left_open(config)
-        try:
-            if self.predict(replace(config, **self.least(config))).total > budget:
+        with suppress(ConfigError):  # keys that do not go together; the levels say which do
+            if not self.fits(config, self.least(config), budget):
                 return None
-        except ConfigError:
-            pass  # keys that do not go together; the levels say which do
         best: Option | None = None
         for level in _LEVELS:
-            if not level.keys() <= free or _weaker(level, config):
+            # a config may recompute whole layers already, as an earlier stage needed
+            weaker = config.gradient_checkpointing is True and level == _LEVELS[1]
+            if weaker or not level.keys() <= self.left_open(config):
                 continue
-            try:
-                if best is not None and self.time(config, level).seconds >= best.time.seconds:
-                    continue
-                found = self._lowered(config, level, budget, free)
-            except ConfigError:
-                continue
-            if found is not None and (best is None or found.time.seconds < best.time.seconds):
-                best = found
+            with suppress(ConfigError):
+                if best is None or self.time(replace(config, **level)).seconds < best.time.seconds:
+                    found = self._lowered(config, level, budget)
+                    if found is not None and (best is None or found.time.seconds < best.time.seconds):
+                        best = found
         return best
 
-    def _lowered(self, config: Config, level: dict, budget: int, free: set) -> Option | None:
-        """The level with the largest max_tokens that fits, and only then a smaller head."""
-        fits = lambda changes: self.predict(replace(config, **changes)).total <= budget
-        small = {"head_memory": _SMALL_HEAD} if "head_memory" in free else {}
-        caps = list(self._lower_caps(config)) if "max_tokens" in free else []
-        least = level | small | (caps[-1] if caps else {})
-        if fits(level):
-            return self.option(config, level)
-        if not fits(least):
-            return None
-        return self.option(config, next((level | cap for cap in caps if fits(level | cap)), least))
-
-    def _lower_caps(self, config: Config) -> Iterator[dict]:
-        """Halvings of max_tokens, down to the longest group."""
-        cap = config.max_tokens
-        while cap > self.longest:
+    def _lowered(self, config: Config, level: dict, budget: int) -> Option | None:
+        """The level with the largest max_tokens that fits, by halvings down to the longest group, and only
+        then a smaller head."""
+        free, caps, cap = self.left_open(config), [], config.max_tokens
+        while "max_tokens" in free and cap > self.longest:
             cap = max(self.longest, cap // 2)
-            yield {"max_tokens": cap}
+            caps.append({"max_tokens": cap})
+        least = level | (_SMALL_HEAD if "head_memory" in free else {}) | (caps[-1] if caps else {})
+        if self.fits(config, level, budget):
+            return self.option(config, level)
+        if not self.fits(config, least, budget):
+            return None
+        lowered = (level | cap for cap in caps if self.fits(config, level | cap, budget))
+        return self.option(config, next(lowered, least))
 
     def checked(self, config: Config, found: Option, budget: int) -> Option | None:
         """The option simulated with all layers where a few leave it open; where it then does not fit, one
@@ -159,41 +159,24 @@ class Planner:
 
     def least(self, config: Config) -> dict:
         """All that a run could choose to hold less, as far as the config leaves it open."""
-        free = self.left_open(config)
-        everything = _LEVELS[-1] | {"head_memory": _SMALL_HEAD}
+        everything = _LEVELS[-1] | _SMALL_HEAD
         if self.longest < config.max_tokens:
             everything["max_tokens"] = self.longest
-        return {name: value for name, value in everything.items() if name in free}
+        return {name: value for name, value in everything.items() if name in self.left_open(config)}
 
     def other_learning(self, config: Config, budget: int) -> Iterator[Option]:
         """Changes of weights and optimizer: alone where that fits or takes a tenth off, else with recomputed
         layers, or with all that holds less, where that makes it fit."""
         now = self.predict(config).total
-        all_weights = trains_all(config)
-        for option in self._tried(config, _OF_ALL_WEIGHTS if all_weights else _OF_A_LORA, False):
-            besides = [_BESIDE | option.changes, self.least(config) | option.changes]
-            fits = lambda o: o.prediction.total <= budget
-            more = [] if fits(option) else list(filter(fits, self._tried(config, besides[1:], False)))
-            more = more and [*filter(fits, self._tried(config, besides[:1], False)), *more]
-            if more:
-                yield more[0]
+        fits = lambda option: option.prediction.total <= budget
+        for option in self._tried(config, _OF_ALL_WEIGHTS if trains_all(config) else _OF_A_LORA):
+            lower, lowest = _RECOMPUTED | option.changes, self.least(config) | option.changes
+            if not fits(option) and any(map(fits, self._tried(config, [lowest]))):
+                yield next(filter(fits, self._tried(config, [lower, lowest])))
             elif fits(option) or option.prediction.total < 0.9 * now:
                 yield option
-
-    def _tried(self, config: Config, changes: Sequence[dict], same_learning: bool) -> Iterator[Option]:
-        for change in changes:
-            try:
-                if any(getattr(config, name) != value for name, value in change.items()):
-                    yield self.option(config, change, same_learning)
-            except ConfigError:
-                continue  # keys that do not go together
 
 
 def at_default(config: Config) -> frozenset[str]:
     """Those of CHOSEN that a config leaves at their defaults."""
     return frozenset(name for name in CHOSEN if getattr(config, name) == FIELDS[name].default)
-
-
-def _weaker(level: dict, config: Config) -> bool:
-    """Whether a level recomputes less than a config does already, as an earlier stage needed."""
-    return config.gradient_checkpointing is True and level.get("gradient_checkpointing") == "selective"

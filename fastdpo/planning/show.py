@@ -1,12 +1,11 @@
 """A plan as a person reads it."""
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastdpo.config.keys import Config
 from fastdpo.config.reading import to_word
 from fastdpo.console.formatting import counted, duration, gigabytes
-from fastdpo.planning.allocations import OWNERS
 from fastdpo.planning.prediction import Prediction
 from fastdpo.planning.search import Option
 from fastdpo.planning.step_time import SHARE, StepTime
@@ -27,15 +26,12 @@ _MEANINGS = {
 
 def owners_table(prediction: Prediction, target: Target) -> Table:
     """The peak's bytes by owner."""
-    table = Table(title=f"Predicted peak: {gigabytes(prediction.total)}, in the {prediction.peak.where}")
-    table.add_column("owner")
-    table.add_column("bytes", justify="right")
-    table.add_column("")
-    rows = [(owner, prediction.peak.bytes[owner]) for owner in OWNERS]
-    rows.append(("reference", 0))
+    title = f"Predicted peak: {gigabytes(prediction.total)}, in the {prediction.peak.where}"
+    table = Table("owner", Column("bytes", justify="right"), "", title=title)
+    sizes = prediction.peak.bytes | {"reference": 0}
     if not target.is_cpu:
-        rows += [("allocator slack", prediction.slack), ("CUDA context", prediction.context)]
-    for owner, size in rows:
+        sizes |= {"allocator slack": prediction.slack, "CUDA context": prediction.context}
+    for owner, size in sizes.items():
         if size or owner in ("gradients", "optimizer states", "reference"):
             table.add_row(owner, gigabytes(size), _MEANINGS.get(owner, ""))
     table.add_section()
@@ -72,15 +68,15 @@ def order(option: Option) -> tuple:
 
 def options_table(options: list[Option], now: StepTime, budget: int, target: Target) -> Table:
     """What would make it fit, in `order`."""
-    table = Table(title="What would make it fit, least cost in speed first")
-    for name in ("change", "peak", "fits", "time, estimated"):
-        table.add_column(name, justify="left" if name == "change" else "right", overflow="fold")
-    told = False
+    numbers = (Column(n, justify="right", overflow="fold") for n in ("peak", "fits", "time, estimated"))
+    title = "What would make it fit, least cost in speed first"
+    table = Table(Column("change", overflow="fold"), *numbers, title=title)
+    same = True
     for option in sorted(options, key=order):
-        if not option.same_learning and not told:
+        if same and not option.same_learning:
             table.add_section()
-            table.add_row("[yellow]these change what is learnt; no run takes them by itself:", "", "", "")
-            told = True
+            table.add_row("[yellow]these change what is learnt; no run takes them by itself:")
+        same = option.same_learning
         size, cost = option.prediction.total, option.time.seconds / now.seconds - 1
         fits = "[green]yes" if size <= budget else f"[red]{gigabytes(size - budget)} over"
         slower = f"{cost:+.0%}" if cost < 2 else f"{1 + cost:.0f}x"
@@ -90,13 +86,11 @@ def options_table(options: list[Option], now: StepTime, budget: int, target: Tar
 
 def load_line(config: Config, loads, assumed: bool) -> str:
     """Which microbatch the peak is of."""
-    load = loads[0]
-    places = sum(group.input_tokens for group in load.groups)
-    scored = sum(group.scored_tokens for group in load.groups)
+    groups, several = loads[0].groups, loads[0].several
+    tokens, scored = sum(g.input_tokens for g in groups), sum(g.scored_tokens for g in groups)
     whose = "assumed (the data was not read)" if assumed else "of this data"
-    more = ", in a step of several" if load.several else ""
-    groups = counted(len(load.groups), "group")
-    return f"largest microbatch, {whose}: {groups}, {places:,} tokens, {scored:,} scored{more}"
+    size = f"{counted(len(groups), 'group')}, {tokens:,} tokens, {scored:,} scored"
+    return f"largest microbatch, {whose}: {size}{', in a step of several' if several else ''}"
 
 
 def print_plan(console: Console, prediction: Prediction, target: Target, lines: list[str]) -> None:

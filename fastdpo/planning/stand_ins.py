@@ -20,21 +20,12 @@ _ROUNDS = 128  # flash-attention's backward rounds each segment's queries up to 
 
 
 def _attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    sliding_window=None,
-    softcap=None,
-    fastdpo_layout=None,
-    **options,
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **options
 ):
     """attention.prefix_attention as a GPU would run it, without what this process avoids. Its varlen kernel
     is an operator that knows what it returns for tensors without data; it stands for flash-attn too. The
     layout's `seen` is the tracker."""
-    layout = fastdpo_layout
+    layout = options["fastdpo_layout"]
     tracker, layout = layout.seen, replace(layout, seen=None)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else v.dtype
@@ -42,14 +33,17 @@ def _attention(
     fast = half.itemsize == 2 and size % 8 == 0 and size <= 256 and v.shape[-1] == size and softcap is None
     if attention.avoids("varlen"):
         fast = fast and attention._has_flash_attn() and not attention.avoids("flash_attn")
-    options = {"scale": scaling, "window": sliding_window, "softcap": softcap}
     if not fast:
-        return attention.attend(q, k, v, layout, backend="segments", **options)[None], None
+        how = {"scale": scaling, "window": sliding_window, "softcap": softcap}
+        return attention.attend(q, k, v, layout, backend="segments", **how)[None], None
     with tracker.owned_by(ATTENTION):
-        k, v = attention.gather_copies(k, layout), attention.gather_copies(v, layout)
+        k, v = (attention.gather_copies(t, layout) for t in (k, v))
         k, v = (t.to(half).contiguous() for t in (k, v))
     q = q.to(half).contiguous()
-    return attention._varlen(q, k, v, layout, *options.values())[None], None
+    return attention._varlen(q, k, v, layout, scaling, sliding_window, softcap)[None], None
+
+
+AttentionInterface.register(NAME, _attention)
 
 
 def varlen_backward_bytes(grad, query, key, value, out, lse, cu_q, *rest) -> int:
@@ -61,7 +55,13 @@ def varlen_backward_bytes(grad, query, key, value, out, lse, cu_q, *rest) -> int
     return 4 * padded * heads * (size + 1) + shared
 
 
-AttentionInterface.register(NAME, _attention)
+def head(hidden, plan, tensors: dict):
+    """f32[M]. hidden [M, D]; plan: a fastdpo_kernels.Plan; tensors: model.Head.tensors."""
+    weight, bias, lora = tensors["weight"], tensors["bias"], tensors["lora"] or ()
+    if plan.name == "frozen":
+        return _Frozen.apply(hidden, plan)
+    keeps = plan.rows * len(weight) * hidden.dtype.itemsize if plan.name == "keep" else 0
+    return _Head.apply(hidden, plan, keeps, *(t for t in (weight, bias, *lora[:2]) if t is not None))
 
 
 class _Head(torch.autograd.Function):
@@ -69,30 +69,20 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, plan, keeps, *parameters):
-        ctx.sizes = plan.peak_bytes - keeps
+        ctx.work = plan.peak_bytes - keeps
         kept = hidden.new_empty(keeps, dtype=torch.uint8)
-        hidden.new_empty(ctx.sizes, dtype=torch.uint8)
+        hidden.new_empty(ctx.work, dtype=torch.uint8)
         ctx.save_for_backward(hidden, kept, *parameters)
         return hidden.new_empty(len(hidden), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx, grad):
         hidden, _, *parameters = ctx.saved_tensors
-        work = hidden.new_empty(ctx.sizes, dtype=torch.uint8)
+        work = hidden.new_empty(ctx.work, dtype=torch.uint8)
         wanted = ctx.needs_input_grad[:1] + ctx.needs_input_grad[3:]
         grads = [torch.empty_like(t) if w else None for t, w in zip((hidden, *parameters), wanted)]
         del work
         return grads[0], None, None, *grads[1:]
-
-
-def head(hidden, plan, tensors: dict):
-    """f32[M]. hidden [M, D]; plan: a fastdpo_kernels.Plan; tensors: model.Head.tensors."""
-    weight, bias, lora = tensors["weight"], tensors["bias"], tensors["lora"] or ()
-    parameters = [t for t in (weight, bias, *lora[:2]) if t is not None]
-    if plan.name == "frozen":
-        return _Frozen.apply(hidden, plan)
-    keeps = plan.rows * len(weight) * hidden.dtype.itemsize if plan.name == "keep" else 0
-    return _Head.apply(hidden, plan, keeps, *parameters)
 
 
 class _Frozen(torch.autograd.Function):
@@ -114,19 +104,14 @@ class _Dequantised(torch.autograd.Function):
     """bitsandbytes' MatMul4Bit: the weight is dequantised for each product, forward and backward."""
 
     @staticmethod
-    def forward(ctx, x, packed, bias, shape, tracker):
+    def forward(ctx, x, packed, bias, linear):
         ctx.save_for_backward(packed)
-        ctx.shape, ctx.tracker, ctx.dtype = shape, tracker, x.dtype
-        return torch.nn.functional.linear(x, _dequantised(ctx, x), bias)
+        ctx.linear = linear
+        return torch.nn.functional.linear(x, linear.weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ _dequantised(ctx, grad), None, None, None, None
-
-
-def _dequantised(ctx, like):
-    with ctx.tracker.owned_by(COPIES):
-        return like.new_empty(ctx.shape)
+        return grad @ ctx.linear.weight, None, None, None
 
 
 class Linear4bit(nn.Module):
@@ -141,12 +126,11 @@ class Linear4bit(nn.Module):
 
     @property
     def weight(self):
-        """Dequantised, as DoRA asks for it."""
+        """Dequantised, as each product and DoRA ask for it."""
         with self.tracker.owned_by(COPIES):
             return self.packed.new_empty(self.out_features, self.in_features, dtype=self.dtype)
 
     def forward(self, x):
-        shape = (self.out_features, self.in_features)
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        out = _Dequantised.apply(x.to(self.dtype), self.packed, bias, shape, self.tracker)
+        out = _Dequantised.apply(x.to(self.dtype), self.packed, bias, self)
         return out.clone()  # as peft does after bitsandbytes' product

@@ -7,7 +7,6 @@ import torch
 from fastdpo_kernels import backend, tiles
 
 from fastdpo.config.keys import Config
-from fastdpo.planning.allocations import CPU_BLOCK, CUDA_BLOCK
 
 # What a process takes of a card that torch's allocator does not count: the context, loaded kernels.
 # An assumption, not measured yet: 450 to 700 MB are usual with CUDA 12 and 13.
@@ -80,12 +79,9 @@ class Target:
 
     def dtype(self, config: Config) -> torch.dtype:
         """The compute dtype as model.load_policy takes it, for the target."""
-        if config.pure_bf16:
-            return torch.bfloat16
-        if config.dtype == "auto":
-            has_bf16 = not self.is_cpu and self.capability >= (8, 0)
-            return torch.bfloat16 if has_bf16 else torch.float32
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype]
+        on_gpu = not self.is_cpu and self.capability >= (8, 0)
+        bf16 = config.pure_bf16 or config.dtype == "bf16" or (config.dtype == "auto" and on_gpu)
+        return torch.bfloat16 if bf16 else torch.float32
 
     def head_backend(self, dtype: torch.dtype, *, lora: bool = False) -> str:
         """fastdpo_kernels.backend, for a device that need not be here; without what this process avoids."""
@@ -94,15 +90,3 @@ class Target:
         if not lora and (self.capability, dtype) in tiles.TILES and not tiles.avoids("plain_triton"):
             return "triton"
         return "torch" if tiles.avoids("cublas") else "cublas"
-
-    @property
-    def block(self) -> int:
-        return CPU_BLOCK if self.is_cpu else CUDA_BLOCK
-
-    @property
-    def context(self) -> int:
-        return 0 if self.is_cpu else CONTEXT
-
-    @property
-    def cublas(self) -> int:
-        return 0 if self.is_cpu else CUBLAS[self.capability >= (9, 0)]

@@ -21,8 +21,7 @@ from fastdpo.model.adapters import add_lora
 from fastdpo.model.policy import Policy
 from fastdpo.planning.allocations import ATTENTION, GRADIENTS, SAVED, STATES, WEIGHTS
 from fastdpo.planning.fake_model import head_policy
-from fastdpo.planning.microbatch import assumed_groups, selected, step_loads
-from fastdpo.planning.prediction import predict
+from fastdpo.planning.prediction import assumed_groups, predict, selected, step_loads
 from fastdpo.planning.simulate import Load, simulate
 from fastdpo.planning.step_time import Shape, step_time, trains_all
 from fastdpo.planning.target import CARDS, Target, card_named
