@@ -1,15 +1,15 @@
 """Shared-prompt attention by each of its ways against the dense fp64 one: output and gradients."""
 
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from fastdpo.data.packing import pack
 from fastdpo.doctor import machine
-from fastdpo.doctor.measuring import Measured, NotHere, beside, short
+from fastdpo.doctor.measuring import Measured, NotHere, all_beside, short
 from fastdpo.model import attention
 from fastdpo.records import PreferenceGroup, PrefixLayout, Response
 
@@ -64,12 +64,10 @@ def _refuse_missing(device: str, rung: str) -> None:
 
 def layout_of(shapes) -> PrefixLayout:
     """The layout of groups of (prompt, responses) tokens, on the CPU."""
-    return pack([_group(row, *shape) for row, shape in enumerate(shapes)]).layout
-
-
-def _group(row: int, prompt: int, responses: tuple[int, ...]) -> PreferenceGroup:
     ids = lambda n: np.ones(n, np.int64)
-    return PreferenceGroup(row, ids(prompt), tuple(Response(ids(n), ids(n) > 0) for n in responses), ())
+    response = lambda n: Response(ids(n), ids(n) > 0)
+    groups = [(ids(prompt), tuple(map(response, responses))) for prompt, responses in shapes]
+    return pack([PreferenceGroup(row, *group, ()) for row, group in enumerate(groups)]).layout
 
 
 def inputs(case: Case, tokens: int, device: str, dtype) -> tuple[torch.Tensor, ...]:
@@ -79,18 +77,10 @@ def inputs(case: Case, tokens: int, device: str, dtype) -> tuple[torch.Tensor, .
     return tuple(make(h).requires_grad_() for h in (case.heads, case.key_heads, case.key_heads))
 
 
-def _case(case: Case, device: str, rung: str, dtype) -> Iterator[Measured]:
+def _case(case: Case, device: str, rung: str, dtype) -> list[Measured]:
     layout = layout_of(SHAPES).to(device)
+    how = {"window": case.window, "softcap": case.softcap}
+    by, dense = (partial(attention.attend, layout=layout, backend=way, **how) for way in (rung, "dense"))
+    names = [f"{name} ({short(dtype)}, {case})" for name in ("output", "dq", "dk", "dv")]
     leaves = inputs(case, len(layout.seen_until), device, dtype)
-    wide = [t.detach().double().requires_grad_() for t in leaves]
-    truth = _run(case, layout, wide, "dense")
-    baseline, got = (_run(case, layout, leaves, backend) for backend in ("dense", rung))
-    for name, o, t, b in zip(("output", "dq", "dk", "dv"), got, truth, baseline):
-        yield beside(f"{name} ({short(dtype)}, {case})", o, t, b, dtype)
-
-
-def _run(case: Case, layout, leaves, backend: str) -> tuple[torch.Tensor, ...]:
-    """The output and the gradients of sum(sin(output))."""
-    out = attention.attend(*leaves, layout, window=case.window, softcap=case.softcap, backend=backend)
-    wide = torch.promote_types(out.dtype, torch.float32)
-    return out.detach(), *torch.autograd.grad(out.to(wide).sin().sum(), leaves)
+    return all_beside(names, leaves, by, dense, dense, dtype)

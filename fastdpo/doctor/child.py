@@ -16,14 +16,7 @@ import sys
 import traceback
 
 DEAD_SECONDS = 60  # after the time that an order has: the parent, which ends it then, is gone
-PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
-
-
-def die_with_parent() -> None:
-    """From now on the end of the thread that started this process is its end: whoever kills the parent's
-    group does not reach a child with a session of its own. Elsewhere than on Linux nothing is done."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>: the end of the thread that started this process is its own
 
 
 def reach(device: str) -> None:
@@ -37,7 +30,8 @@ def reach(device: str) -> None:
 
 
 def main() -> None:
-    die_with_parent()
+    if sys.platform == "linux":  # or who kills the parent's group would leave this one, which has its own
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     tell = lambda **answer: print(json.dumps(answer), file=answers, flush=True)

@@ -11,9 +11,8 @@ from rich.text import Text
 
 from fastdpo.console.progress import make_progress
 from fastdpo.doctor import machine, show
-from fastdpo.doctor.ladder import Ladder, choose, kept, ladders_of
+from fastdpo.doctor.ladder import Choice, Ladder, choose, kept, ladders_of, verdict_path
 from fastdpo.doctor.trials import Children, NotStarted, Outcome, try_check
-from fastdpo.doctor.verdict import Choice, verdict_path
 from fastdpo.errors import ModelError
 
 OTHERS = (

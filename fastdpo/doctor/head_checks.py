@@ -6,6 +6,7 @@ scored rows, D hidden, V vocab.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from fastdpo_kernels import avoid, linear_dpo, linear_logp, reference, tiles
@@ -26,20 +27,15 @@ SHORT = [5, 1, 9, 7, 12, 3, 1, 2, 1]
 def check_bf16(device: str, rung: str) -> list[Measured]:
     """A head without a LoRA in bf16. Raises NotHere."""
     _refuse_cpu(device, rung)
-    new = lambda *args, **options: head_case(device, torch.bfloat16, *args, **options)
-    far = new(LENGTHS, 1501, 64)
-    far.hidden[::2] *= 64  # -113 nats and less, where E would overflow
-    return _check(
-        device,
-        rung,
-        {
-            "": new(LENGTHS, 1501, 64),
-            "softcap and bias": new(SHORT, 777, 33, softcap=4.0, bias=True),
-            "far tokens": far,
-            "wide rows": new(LENGTHS[:3], 4099, 512),
-        },
-        torch.bfloat16,
-    )
+    new = partial(head_case, device, torch.bfloat16)
+    cases = {
+        "": new(LENGTHS, 1501, 64),
+        "softcap and bias": new(SHORT, 777, 33, softcap=4.0, bias=True),
+        "far tokens": new(LENGTHS, 1501, 64),
+        "wide rows": new(LENGTHS[:3], 4099, 512),
+    }
+    cases["far tokens"].hidden[::2] *= 64  # -113 nats and less, where E would overflow
+    return _check(rung, cases, torch.bfloat16)
 
 
 def check_others(device: str, rung: str) -> list[Measured]:
@@ -47,16 +43,13 @@ def check_others(device: str, rung: str) -> list[Measured]:
     _refuse_cpu(device, rung)
     found = []
     for dtype in (torch.float32, torch.bfloat16) if machine.has_bf16(device) else (torch.float32,):
-        lora = dtype == torch.bfloat16
-        cases = {
-            "": head_case(device, dtype, LENGTHS, 1501, 64, lora=lora),
-            "softcap and bias": head_case(device, dtype, SHORT, 777, 33, softcap=4.0, bias=True, lora=lora),
-        }
-        found += _check(device, rung, cases, dtype)
+        new = partial(head_case, device, dtype, lora=dtype == torch.bfloat16)
+        capped = new(SHORT, 777, 33, softcap=4.0, bias=True)
+        found += _check(rung, {"": new(LENGTHS, 1501, 64), "softcap and bias": capped}, dtype)
     return found
 
 
-def _check(device: str, rung: str, cases: dict[str, HeadCase], dtype) -> list[Measured]:
+def _check(rung: str, cases: dict[str, HeadCase], dtype) -> list[Measured]:
     try:
         avoid(*tiles.RUNGS[: tiles.RUNGS.index(rung)])
         for case in cases.values():
@@ -103,19 +96,10 @@ def _case(c: HeadCase, dtype) -> Iterator[Measured]:
         with poisoned():
             got = run_logp(linear_logp, c, dtype, train_weight, train_hidden, **options)
         yield from _compared(name, got, truth, baseline, dtype)
-    yield from _dpo(c, dtype, kept)
-
-
-def _dpo(c: HeadCase, dtype, kept: int) -> Iterator[Measured]:
     truth = run_dpo(reference.linear_dpo, c, torch.float64, True, {})
-    baseline = _baseline(c, dtype, dpo_slopes(c))
     with poisoned():
         got = run_dpo(linear_dpo, c, dtype, True, {"memory_budget": kept // 2, "groups": c.groups})
-    # bounded by the log-probs', which it sums
-    loss = got.pop("loss")
-    far = (loss.double() - truth["loss"]).abs().item() / (1 + truth["loss"].abs().item())
-    yield Measured("dpo by parts, loss", far, len(c.hidden) * NATS[dtype])
-    yield from _compared("dpo by parts", got, truth, baseline, dtype)
+    yield from _compared("dpo by parts", got, truth, _baseline(c, dtype, dpo_slopes(c)), dtype)
 
 
 def _baseline(c: HeadCase, dtype, d_logp: Tensor) -> dict[str, Tensor]:
@@ -128,11 +112,11 @@ def _baseline(c: HeadCase, dtype, d_logp: Tensor) -> dict[str, Tensor]:
 
 def _compared(name: str, got: dict, truth: dict, baseline: dict, dtype) -> Iterator[Measured]:
     for key, value in got.items():
+        far, size = (value.double() - truth[key]).abs(), truth[key].abs()
         if key == "logp":
-            nats = (value.double() - truth[key]).abs() / (1 + truth[key].abs() / 10)
-            yield Measured(f"{name}, log-probs", nats.max().item(), NATS[dtype])
-        elif key in STATS:
-            far = (value.double() - truth[key]).abs() / (1 + truth[key].abs())
-            yield Measured(f"{name}, {key}", far.max().item(), NATS[dtype])
+            yield Measured(f"{name}, log-probs", (far / (1 + size / 10)).max().item(), NATS[dtype])
+        elif key in (*STATS, "loss"):  # a loss is bounded by the log-probs', which it sums
+            allowed = NATS[dtype] * (len(got["logp"]) if key == "loss" else 1)
+            yield Measured(f"{name}, {key}", (far / (1 + size)).max().item(), allowed)
         else:
             yield beside(f"{name}, d {key}", value, truth[key], baseline[key], dtype)

@@ -1,12 +1,14 @@
 """Which way the head and the attention are computed on this GPU: the first that is right here.
 
-The first run on a GPU tries them in a child process, on small problems, and keeps what it found; see
-verdict.py. What fails or is inexact is left out of the whole process, and said aloud.
+The first run on a GPU tries them in a child process, on small problems, and keeps what it found beside the
+default reference cache, one file for each machine. What fails or is inexact is left out of the whole process,
+and said aloud.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,8 +18,9 @@ from rich.markup import escape
 
 from fastdpo.doctor import machine
 from fastdpo.doctor.trials import NO_ANSWER, NO_PROCESS, Children, NotStarted, Outcome, try_check
-from fastdpo.doctor.verdict import Choice, keep_verdict, read_verdict, verdict_path
 from fastdpo.errors import ModelError
+from fastdpo.files import durable
+from fastdpo.reference.cache_file import cache_path
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,16 @@ class Ladder:
     needs_bf16: bool = False
 
 
+@dataclass(frozen=True)
+class Choice:
+    """taken: ladder -> its rung, None where none is right. left_out: rung -> why, "failed: ...".
+    unknown: rung that is taken as it is -> why it could not be tried; such a choice is not kept."""
+
+    taken: dict[str, str | None]
+    left_out: dict[str, str]
+    unknown: dict[str, str] = field(default_factory=dict)
+
+
 HEAD, ATTENTION = "fastdpo.doctor.head_checks", "fastdpo.doctor.attention_checks"
 LADDERS = (
     Ladder("lm_head, bf16", f"{HEAD}:check_bf16", tiles.RUNGS, True),
@@ -39,7 +52,6 @@ LADDERS = (
     Ladder("attention, fp32 or softcap", f"{ATTENTION}:check_others", ("flash_attn", "segments")),
 )
 _known: dict[str, Choice] = {}  # to this process, by the verdict's file name, where none can be kept too
-HEAD_RUNGS, ATTENTION_RUNGS = tiles.RUNGS[:-1], ("varlen", "flash_attn")  # that can be left out
 
 
 def ladders_of(device: str) -> tuple[Ladder, ...]:
@@ -51,7 +63,8 @@ def ladders_of(device: str) -> tuple[Ladder, ...]:
 def choose(ladders: tuple[Ladder, ...], outcome_of: Callable[[Ladder, str], Outcome]) -> Choice:
     """The first right rung of each ladder. A rung that is wrong in one ladder is taken in none; one that
     nothing is known of is taken as it is."""
-    known, left_out = {}, {}
+    known: dict[tuple[str, str], Outcome] = {}
+    left_out: dict[str, str] = {}
 
     def first_right(ladder: Ladder) -> str | None:
         for rung in (rung for rung in ladder.rungs if rung not in left_out):
@@ -64,41 +77,39 @@ def choose(ladders: tuple[Ladder, ...], outcome_of: Callable[[Ladder, str], Outc
                 left_out[rung] = f"{outcome.verdict}: {outcome.why}"
         return None
 
-    while True:
+    before = -1
+    while before < len(left_out):
         before = len(left_out)
         taken = {ladder.name: first_right(ladder) for ladder in ladders}
-        if len(left_out) == before:
-            stands = [(rung, known[name, rung]) for name, rung in taken.items() if rung is not None]
-            return Choice(taken, left_out, {r: o.why for r, o in stands if o.verdict == "unknown"})
+    stands = [(rung, known[name, rung]) for name, rung in taken.items() if rung is not None]
+    return Choice(taken, left_out, {r: o.why for r, o in stands if o.verdict == "unknown"})
 
 
-def settle(
-    console: Console,
-    *,
-    device: str | None = None,
-    ladders: tuple[Ladder, ...] | None = None,
-    seconds: float | None = None,
-) -> None:
-    """Leaves out of this process what is wrong on this GPU, by the kept verdict or a new one.
-
-    Raises ModelError where a ladder has no right rung. device, ladders and seconds (of a check): the
-    current GPU, LADDERS and trials.SECONDS, unless given.
-    """
+def settle(console: Console, device: str | None = None) -> None:
+    """Leaves out of this process what is wrong on this GPU (the current one, unless another is named), by the
+    kept verdict or a new one, aloud, as is said what nothing is known of. Raises ModelError where a ladder
+    has no right rung."""
     device = device or f"cuda:{torch.cuda.current_device()}"
     key = machine.key(device)
     path = verdict_path(key)
-    choice = read_verdict(path, key) or _known.get(path.name)
+    say = lambda text: console.print(text, highlight=False, soft_wrap=True)
+    choice = read_verdict(path, key) or _known.get(path.name) or _tried(path, key, device, console, say)
     if choice is None:
-        limit = {} if seconds is None else {"seconds": seconds}
-        choice = _tried(path, key, device, ladders or ladders_of(device), console, limit)
-    if choice is not None:
-        _known[path.name] = choice
-        take(choice, console, path)
+        return
+    _known[path.name] = choice
+    leave_out(choice.left_out)
+    lines = [f"{rung} is left out on this GPU, {why}" for rung, why in choice.left_out.items()]
+    lines += [f"{rung} is taken as it is, untried: {why}" for rung, why in choice.unknown.items()]
+    if lines:
+        lines.append("; ".join(f"{name}: by {rung}" for name, rung in choice.taken.items()))
+        again = f" (kept in {path}: remove it to try again)" if path.exists() else ""
+        lines.append(f"`fastdpo doctor` shows each kernel, with text for a bug report{again}")
+    for line in lines:
+        say(f"[yellow]{escape(line)}")
 
 
-def _tried(path: Path, key: dict, device: str, ladders, console: Console, limit: dict) -> Choice | None:
+def _tried(path: Path, key: dict, device: str, console: Console, say) -> Choice | None:
     """A new verdict, kept; None, said aloud, where nothing could be tried."""
-    say = partial(console.print, highlight=False, soft_wrap=True)
     if path.exists():
         say(f"[yellow]{escape(f'{path} is damaged, or cannot be read')}")
     first = f"first run on {key['gpu']} with these versions"
@@ -108,17 +119,39 @@ def _tried(path: Path, key: dict, device: str, ladders, console: Console, limit:
 
             def trial(ladder: Ladder, rung: str) -> Outcome:
                 status.update(f"{ladder.name} by {rung}")
-                return try_check(children, ladder.check, {"device": device, "rung": rung}, **limit)
+                return try_check(children, ladder.check, {"device": device, "rung": rung})
 
-            choice = choose(ladders, trial)
+            choice = choose(ladders_of(device), trial)
     except NotStarted as error:
         text = f"the kernels could not be tried ({error}): they are taken as they are. `fastdpo doctor` tries"
         say(f"[yellow]{escape(text)} them too")
         return None
-    _refuse_nothing_right(choice)
+    if nothing := [name for name, rung in choice.taken.items() if rung is None]:
+        why = "; ".join(f"{rung} {why}" for rung, why in choice.left_out.items())
+        raise ModelError(
+            f"{nothing[0]}: no way to compute it is right on this machine ({why}). "
+            "`fastdpo doctor` shows each, with text for a bug report"
+        )
     if why := kept(path, key, choice):
         say(f"[yellow]the verdict is of this run alone: {escape(why)}")
     return choice
+
+
+def verdict_path(key: dict) -> Path:
+    """Where the verdict for a `machine.key` is kept: in one folder, whatever cache a run has, so that all
+    look where the doctor keeps it."""
+    return cache_path("auto").parent / f"kernels-{_digest(key)[:16]}.json"
+
+
+def read_verdict(path: Path, key: dict) -> Choice | None:
+    """The kept Choice. None where there is none, or none that can be believed."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("digest") != _digest(content) or content["key"] != key:
+            return None
+        return Choice(content["taken"], content["left_out"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def kept(path: Path, key: dict, choice: Choice) -> str:
@@ -127,42 +160,22 @@ def kept(path: Path, key: dict, choice: Choice) -> str:
         return "another process may have the GPU's memory"
     if any(sign in why for why in choice.left_out.values() for sign in (NO_ANSWER, NO_PROCESS)):
         return "a check without an answer may have one the next time"
+    content = {"key": key, "taken": choice.taken, "left_out": choice.left_out}
     try:
-        keep_verdict(path, key, choice)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_text(path, json.dumps(content | {"digest": _digest(content)}, indent=1) + "\n")
     except OSError as error:
         return f"cannot write {path}: {error}"
     return ""
 
 
-def _refuse_nothing_right(choice: Choice) -> None:
-    for name, rung in choice.taken.items():
-        if rung is None:
-            why = "; ".join(f"{rung} {why}" for rung, why in choice.left_out.items())
-            raise ModelError(
-                f"{name}: no way to compute it is right on this machine ({why}). "
-                "`fastdpo doctor` shows each, with text for a bug report"
-            )
+def _digest(content: dict) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def leave_out(rungs: Collection[str]) -> None:
     """No head and no attention of this process runs by these, nor by what was avoided before."""
-    if not rungs:
-        return
     from fastdpo.model import attention
 
-    for family, ways in ((tiles, HEAD_RUNGS), (attention, ATTENTION_RUNGS)):
+    for family, ways in ((tiles, tiles.RUNGS[:-1]), (attention, ("varlen", "flash_attn"))):
         family.avoid(*(rung for rung in ways if rung in rungs or family.avoids(rung)))
-
-
-def take(choice: Choice, console: Console, path: Path | None = None) -> None:
-    """Leaves out what the choice leaves out, aloud, as is said what nothing is known of."""
-    leave_out(choice.left_out)
-    lines = [f"{rung} is left out on this GPU, {why}" for rung, why in choice.left_out.items()]
-    lines += [f"{rung} is taken as it is, untried: {why}" for rung, why in choice.unknown.items()]
-    if not lines:
-        return
-    lines.append("; ".join(f"{name}: by {rung}" for name, rung in choice.taken.items()))
-    again = "" if path is None or not path.exists() else f" (kept in {path}: remove it to try again)"
-    lines.append(f"`fastdpo doctor` shows each kernel, with text for a bug report{again}")
-    for line in lines:
-        console.print(f"[yellow]{escape(line)}", highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import fastdpo_kernels
@@ -20,37 +21,30 @@ _SOURCES = (Path(fastdpo_kernels.__file__).parent, _DOCTOR, _DOCTOR.parent / "mo
 
 def versions(packages: tuple[str, ...]) -> dict[str, str | None]:
     """Installed versions; None where a package is absent."""
-    found = {}
+    found = dict.fromkeys(packages)
     for name in packages:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
     return found
 
 
 def processor() -> str:
     """The CPU by name."""
-    try:
-        found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
+    with suppress(OSError, TypeError):
+        return re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())[1]
+    return platform.processor() or platform.machine()
 
 
 @functools.cache
 def driver() -> str:
     """The NVIDIA driver's version, or "unknown"."""
-    try:
+    with suppress(OSError, TypeError):
         return re.search(r"\b\d+\.\d+(\.\d+)?\b", _DRIVER_FILE.read_text())[0]
-    except (OSError, TypeError):
-        pass
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
+    with suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
         return done.stdout.split("\n")[0].strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+    return "unknown"
 
 
 def gpu(device: str) -> dict[str, str]:
@@ -114,7 +108,9 @@ def facts() -> dict[str, str]:
         "CPU": f"{processor()}, {os.cpu_count()} cores",
     }
     here |= {name: version or "not installed" for name, version in versions(PACKAGES).items()}
-    here["torch"] = f"{torch.__version__}, built for {_built_for()}"
+    cuda, rocm = torch.version.cuda, torch.version.hip
+    built_for = f"CUDA {cuda}" if cuda else f"ROCm {rocm}" if rocm else "CPUs"
+    here["torch"] = f"{torch.__version__}, built for {built_for}"
     if not torch.cuda.is_available():
         return here | {"GPU": f"none: {no_gpu()}"}
     here["driver"] = driver()
@@ -123,9 +119,3 @@ def facts() -> dict[str, str]:
         text = f"{chip['name']}, compute capability {chip['capability']}, {chip['memory']}, {chip['SMs']} SMs"
         here[f"GPU {number}" if torch.cuda.device_count() > 1 else "GPU"] = text
     return here
-
-
-def _built_for() -> str:
-    if torch.version.cuda:
-        return f"CUDA {torch.version.cuda}"
-    return f"ROCm {torch.version.hip}" if torch.version.hip else "CPUs"

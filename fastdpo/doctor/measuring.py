@@ -1,9 +1,9 @@
 """How far a result is from the truth, and how far it may be."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -54,10 +54,24 @@ def beside(what: str, got: Tensor, truth: Tensor, baseline: Tensor, dtype: torch
     return Measured(what, error(got, truth), TIMES * error(baseline, truth) + FLOOR[dtype])
 
 
-@contextmanager
-def poisoned() -> Iterator[None]:
+def all_beside(names, leaves, got, truth, baseline, dtype: torch.dtype) -> list[Measured]:
+    """The output of `got`, a function of these tensors, and each one's gradient, by these names; `truth` is
+    given them in fp64."""
+    wide = [leaf.double() for leaf in leaves]
+    results = (_results(got, leaves), _results(truth, wide), _results(baseline, leaves))
+    return [beside(name, *one, dtype) for name, *one in zip(names, *results)]
+
+
+def _results(function: Callable[..., Tensor], leaves) -> tuple[Tensor, ...]:
+    """The output and the gradients of sum(sin(output))."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    out = function(*leaves)
+    wide = torch.promote_types(out.dtype, torch.float32)
+    return out.detach(), *torch.autograd.grad(out.to(wide).sin().sum(), leaves)
+
+
+def poisoned():
     """Inside, memory that torch.empty and empty_like hand out is NaN: what nobody wrote shows."""
-    before = {name: getattr(torch, name) for name in ("empty", "empty_like")}
 
     def filled(make):
         def made(*args, **keys):
@@ -66,10 +80,4 @@ def poisoned() -> Iterator[None]:
 
         return made
 
-    try:
-        for name, make in before.items():
-            setattr(torch, name, filled(make))
-        yield
-    finally:
-        for name, make in before.items():
-            setattr(torch, name, make)
+    return mock.patch.multiple(torch, empty=filled(torch.empty), empty_like=filled(torch.empty_like))

@@ -1,13 +1,15 @@
 """What a run may ask for beside the head and the attention: offloaded activations, weights in 4 bits."""
 
+import contextlib
 import importlib.util
 import itertools
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastdpo.doctor.measuring import Measured, NotHere, beside, short
+from fastdpo.doctor.measuring import Measured, NotHere, all_beside, short
 from fastdpo.model.offloading import MIN_BYTES, Moves
 
 # ||w - NF4 of w|| / ||w||: 0.091 on normal weights in blocks of 64. Another table of values, or scales of
@@ -23,26 +25,22 @@ def check_offloading(device: str) -> list[Measured]:
     layers = [part for n_in, n_out in pairs for part in (nn.Linear(n_in, n_out), nn.GELU())]
     module = nn.Sequential(*layers).to(device)
     x = torch.randn(2 * MIN_BYTES // (4 * min(sizes)), min(sizes)).to(device)
-    plain, moves = _gradients(module, x), Moves(module)
-    with torch.autograd.graph.saved_tensors_hooks(moves.pack, moves.unpack):
-        loss = module(x).sin().sum()
-    loss.backward()
-    offloaded = _taken(module)
-    moved = len(moves.order)
+
+    def gradients(hooks) -> list[torch.Tensor]:
+        module.zero_grad(set_to_none=True)
+        with hooks:
+            loss = module(x).sin().sum()
+        loss.backward()
+        return [p.grad for p in module.parameters()]
+
+    plain, moves = gradients(contextlib.nullcontext()), Moves(module)
+    offloaded = gradients(torch.autograd.graph.saved_tensors_hooks(moves.pack, moves.unpack))
     differ = sum((a != b).sum().item() for a, b in zip(plain, offloaded))
-    found = [Measured("gradient entries that differ from those without", differ, 0)]
-    return [*found, Measured("layers whose activations stayed", max(0, len(sizes) - 1 - moved), 0)]
-
-
-def _gradients(module, x) -> list[torch.Tensor]:
-    module(x).sin().sum().backward()
-    return _taken(module)
-
-
-def _taken(module) -> list[torch.Tensor]:
-    grads = [p.grad for p in module.parameters()]
-    module.zero_grad(set_to_none=True)
-    return grads
+    stayed = max(0, len(sizes) - 1 - len(moves.order))
+    return [
+        Measured("gradient entries that differ from those without", differ, 0),
+        Measured("layers whose activations stayed", stayed, 0),
+    ]
 
 
 def check_4bit(device: str) -> list[Measured]:
@@ -62,22 +60,9 @@ def check_4bit(device: str) -> list[Measured]:
         layer = layer.to(device)
         layer.support_avx512bf16_for_cpu = False  # as quantised.set_up_4bit does
         held = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        found += _against(layer, held, torch.randn(37, 320).to(device, dtype), dtype)
+        dense = (partial(F.linear, weight=held.to(kind)) for kind in (torch.float64, dtype))
+        names, x = (f"output ({short(dtype)})", f"d input ({short(dtype)})"), torch.randn(37, 320)
+        found += all_beside(names, [x.to(device, dtype)], layer, *dense, dtype)
         far = ((weight - held.cpu()).double().norm() / weight.double().norm()).item()
         found.append(Measured(f"weights, by rounding to 4 bits ({short(dtype)})", far, NF4_LOSS))
     return found
-
-
-def _against(layer, weight, x, dtype) -> list[Measured]:
-    results = []
-    for run, like in (
-        (layer, x),
-        (lambda x: F.linear(x, weight.double()), x.double()),
-        (lambda x: F.linear(x, weight.to(dtype)), x),
-    ):
-        leaf = like.detach().clone().requires_grad_()
-        out = run(leaf)
-        (grad,) = torch.autograd.grad(out.to(torch.promote_types(out.dtype, torch.float32)).sin().sum(), leaf)
-        results.append((out.detach(), grad))
-    names = (f"output ({short(dtype)})", f"d input ({short(dtype)})")
-    return [beside(name, o, t, b, dtype) for name, o, t, b in zip(names, *results)]

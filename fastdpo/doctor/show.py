@@ -2,11 +2,11 @@
 
 from fastdpo_kernels import tiles
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
+from fastdpo.doctor.ladder import Choice
 from fastdpo.doctor.trials import Outcome
-from fastdpo.doctor.verdict import Choice
 
 _STYLES = {"right": "green", "inexact": "red", "failed": "red", "unknown": "yellow", "not here": "dim"}
 _SHOWN = {"plain_triton": "triton, plain", "flash_attn": "flash-attn"}
@@ -25,11 +25,9 @@ def facts_table(facts: dict[str, str]) -> Table:
 
 def outcomes_table(outcomes: Outcomes, choice: Choice) -> Table:
     """Each check and rung; the rung that a run takes is marked."""
-    table = Table(title="Small problems against fp64", title_justify="left", expand=False)
-    table.add_column("what", no_wrap=True)
-    table.add_column("by", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("error, allowed", overflow="fold")
+    names, sizes = ("what", "by", ""), Column("error, allowed", overflow="fold")
+    columns = (*(Column(name, no_wrap=True) for name in names), sizes)
+    table = Table(*columns, title="Small problems against fp64", title_justify="left")
     last = None
     for (name, rung), outcome in outcomes.items():
         if last not in (None, name):
@@ -37,7 +35,7 @@ def outcomes_table(outcomes: Outcomes, choice: Choice) -> Table:
         taken = rung != "" and choice.taken.get(name) == rung
         by = Text(_SHOWN.get(rung, rung) + (" *" if taken else ""), style="bold" if taken else "")
         verdict = Text(outcome.verdict, style=_STYLES[outcome.verdict])
-        table.add_row(name if name != last else "", by, verdict, Text(_brief(outcome)))
+        table.add_row(name if name != last else "", by, verdict, Text(_words(outcome, brief=True)))
         last = name
     return table
 
@@ -47,23 +45,20 @@ def outcome_line(name: str, rung: str, outcome: Outcome) -> str:
     return f"{name}{by}: {outcome.verdict} ({_words(outcome)}), {outcome.seconds:.1f} s"
 
 
-def _brief(outcome: Outcome) -> str:
+def _words(outcome: Outcome, brief: bool = False) -> str:
+    worst = outcome.worst
     if outcome.verdict != "right":
         return outcome.why
-    worst = outcome.worst
-    return f"{worst.error:.1e}, {worst.allowed:.1e}" if worst.allowed else "the same bits"
-
-
-def _words(outcome: Outcome) -> str:
-    if outcome.verdict != "right" or not outcome.worst.allowed:
-        return _brief(outcome)
-    return f"{outcome.worst.what}: {outcome.worst.error:.1e}, {outcome.worst.allowed:.1e} allowed"
+    if not worst.allowed:
+        return "the same bits"
+    sizes = f"{worst.error:.1e}, {worst.allowed:.1e}"
+    return sizes if brief else f"{worst.what}: {sizes} allowed"
 
 
 def speed_table(speed: dict[str, dict]) -> Table:
-    table = Table(title="Speed in bf16, forward and backward", title_justify="left")
-    for name in ("what", "by", "ms", "TFLOP/s", "of the GEMM"):
-        table.add_column(name, justify="left" if name in ("what", "by") else "right")
+    numbers = (Column(name, justify="right") for name in ("ms", "TFLOP/s", "of the GEMM"))
+    title = "Speed in bf16, forward and backward"
+    table = Table("what", "by", *numbers, title=title, title_justify="left")
     for name, run in speed.items():
         share = run["tflops"] / speed["GEMM"]["tflops"]
         numbers = (f"{run['milliseconds']:.2f}", f"{run['tflops']:.1f}", f"{share:.0%}")
@@ -76,9 +71,9 @@ def ahead_of_time(triton: str | None) -> str:
     if triton is None:
         return "triton is not installed: on a GPU the lm_head would be computed by plain torch"
     chips = ", ".join(f"{major}.{minor}" for (major, minor), _ in tiles.TILES)
-    text = f"with triton {triton}, on a GPU of compute capability {chips}, linear_logp takes the Triton GEMM "
     return (
-        text + "for bf16; on the others from 8.0 on, and for other dtypes, cuBLAS with Triton's row kernels"
+        f"with triton {triton}, on a GPU of compute capability {chips}, linear_logp takes the Triton GEMM "
+        "for bf16; on the others from 8.0 on, and for other dtypes, cuBLAS with Triton's row kernels"
     )
 
 
@@ -99,11 +94,10 @@ def report_text(facts, outcomes: Outcomes, choice: Choice, speed: dict | str) ->
     lines.append(taken_line(choice))
     if isinstance(speed, str):
         lines += [speed] if speed else []
-    else:
-        lines += [
-            f"{name} by {run['how']}: {run['milliseconds']:.2f} ms, {run['tflops']:.1f} TFLOP/s"
-            for name, run in speed.items()
-        ]
+        speed = {}
+    for name, run in speed.items():
+        size = f"{run['milliseconds']:.2f} ms, {run['tflops']:.1f} TFLOP/s"
+        lines.append(f"{name} by {run['how']}: {size}")
     return "\n".join([*lines, "```"])
 
 

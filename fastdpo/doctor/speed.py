@@ -22,17 +22,17 @@ TURNS = 9
 CALLS = 8  # in a row on a GPU, so that the time to launch one is hidden
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, turns: int = TURNS) -> list[float]:
-    """Seconds of each of `turns` calls after one that warms up, by the device's own clock."""
+def seconds_of(call: Callable[[], object], device: torch.device) -> list[float]:
+    """Seconds of each of TURNS calls after one that warms up, by the device's own clock."""
     call()
     if device.type != "cuda":
         times = [time.perf_counter()]
-        for _ in range(turns):
+        for _ in range(TURNS):
             call()
             times.append(time.perf_counter())
         return [end - start for start, end in itertools.pairwise(times)]
     out = []
-    for _ in range(turns):
+    for _ in range(TURNS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _ in range(CALLS):

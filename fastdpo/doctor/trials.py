@@ -10,7 +10,8 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from fastdpo.doctor.measuring import Measured
 
@@ -20,8 +21,6 @@ KILLED_SECONDS = 10  # until a killed process is gone; one that waits for a driv
 HANG_SECONDS = 0.5  # for a hung one to say where
 WHY_LENGTH = 200  # of a reason
 TAIL_LINES = 12  # of what a failed child said
-
-
 # How reasons begin that may be gone next time: the machine was busy, or is not well.
 NO_ANSWER, NO_PROCESS = "no answer within", "no further process starts"
 
@@ -50,6 +49,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Answer:
+    """Of a child: a value, or why the check is not for this machine, or why there is neither."""
+
     value: object = None
     not_here: str | None = None
     failed: str | None = None
@@ -59,15 +60,14 @@ class Answer:
 class Children:
     """One child process for as long as nothing fails, and another one after that. Use it in `with`.
 
-    device: as torch names it, "cpu" or "cuda:0". environment: variables that the child gets beside ours.
+    device: as torch names it, "cpu" or "cuda:0".
     """
 
-    def __init__(self, device: str, environment: dict[str, str] | None = None):
-        self.device, self.environment = device, environment or {}
+    def __init__(self, device: str):
+        self.device = device
         self.started = 0  # processes, so far
         self._no_more = ""  # why no further one starts
         self._process = self._log = None
-        self._number = 0
 
     def __enter__(self):
         return self
@@ -92,44 +92,39 @@ class Children:
         with contextlib.suppress(OSError):  # it is dead; why is told below
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
-        answer, why = self._answer(seconds)
-        if answer is None or "failed" in answer:
-            failed = answer["failed"] if answer else why
-            self._stop()
-            return Answer(failed=failed, detail=self._tail())
-        return Answer(answer.get("answer"), answer.get("not_here"))
+        answer = self._answer(seconds)
+        if answer.failed is None:
+            return answer
+        self._stop()
+        return replace(answer, detail=self._tail())
 
     def _start(self) -> None:
-        self._log = None
-        try:
-            self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-            self._process = self._open()
-        except OSError as error:
-            raise NotStarted(str(error)) from None
-        self._number, self._lines = 0, queue.SimpleQueue()
-        threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
-        answer, why = self._answer(START_SECONDS)
-        if answer is None:
-            self._stop()
-            raise NotStarted(f"{why}: {self._tail().splitlines()[-1] if self._tail() else 'it said nothing'}")
-        self.started += 1
-
-    def _open(self) -> subprocess.Popen:
+        self._number, self._lines, self._log = 0, queue.SimpleQueue(), None
         # All that we can import it can, and -P: no file of the working directory stands for a module.
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "fastdpo.doctor.child", self.device],
-            env=os.environ | {"PYTHONPATH": paths} | self.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,  # Ctrl-C is for us, and not a crash of a kernel
-        )
+        try:
+            self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "fastdpo.doctor.child", self.device],
+                env=os.environ | {"PYTHONPATH": paths},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,  # Ctrl-C is for us, and not a crash of a kernel
+            )
+        except OSError as error:
+            raise NotStarted(str(error)) from None
+        threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
+        failed = self._answer(START_SECONDS).failed
+        if failed is not None:
+            self._stop()
+            raise NotStarted(f"{failed}: {(self._tail() or 'it said nothing').splitlines()[-1]}")
+        self.started += 1
 
-    def _answer(self, seconds: float) -> tuple[dict | None, str]:
-        """(the answer to the last order, why there is none). Lines that are no answer are passed over."""
+    def _answer(self, seconds: float) -> Answer:
+        """To the last order. Lines that are no answer are passed over."""
         until = time.monotonic() + seconds
         while True:
             try:
@@ -137,15 +132,13 @@ class Children:
             except queue.Empty:
                 self._process.send_signal(signal.SIGUSR1)  # it writes down where it hangs, for the detail
                 time.sleep(HANG_SECONDS)
-                return None, f"{NO_ANSWER} {seconds:g} s"
+                return Answer(failed=f"{NO_ANSWER} {seconds:g} s")
             if line is None:
-                return None, self._death()
-            try:
+                return Answer(failed=self._death())
+            with contextlib.suppress(ValueError):
                 answer = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(answer, dict) and answer.get("number") == self._number:
-                return answer, ""
+                if isinstance(answer, dict) and answer.get("number") == self._number:
+                    return Answer(*map(answer.get, ("answer", "not_here", "failed")))
 
     def _death(self) -> str:
         try:
@@ -184,12 +177,12 @@ def try_check(children: Children, function: str, arguments: dict, seconds: float
     """Runs a check, a function that returns Measureds. Raises NotStarted."""
     start = time.monotonic()
     answer = children.ask(function, arguments, seconds)
-    outcome = lambda verdict, *args, **keys: Outcome(verdict, *args, seconds=time.monotonic() - start, **keys)
+    outcome = partial(Outcome, seconds=time.monotonic() - start, detail=answer.detail)
     if answer.not_here is not None:
         return outcome("not here", answer.not_here)
     if answer.failed is not None:
         verdict = "unknown" if "out of memory" in answer.failed.lower() else "failed"
-        return outcome(verdict, answer.failed.strip().splitlines()[0][:WHY_LENGTH], detail=answer.detail)
+        return outcome(verdict, answer.failed.strip().splitlines()[0][:WHY_LENGTH])
     try:
         results = [Measured(str(what), float(error), float(allowed)) for what, error, allowed in answer.value]
     except (TypeError, ValueError):

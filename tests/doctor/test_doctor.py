@@ -30,10 +30,9 @@ from fastdpo.doctor import (
     show,
     speed,
 )
-from fastdpo.doctor.ladder import Ladder
+from fastdpo.doctor.ladder import Ladder, read_verdict, verdict_path
 from fastdpo.doctor.measuring import Measured, NotHere, beside, error, poisoned
 from fastdpo.doctor.trials import Children, NotStarted
-from fastdpo.doctor.verdict import read_verdict, verdict_path
 from fastdpo.errors import ModelError
 from fastdpo.model import attention, offloading
 

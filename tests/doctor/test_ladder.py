@@ -18,9 +18,8 @@ from rich.console import Console
 from fastdpo import api
 from fastdpo.config.keys import Config
 from fastdpo.doctor import ladder, machine
-from fastdpo.doctor.ladder import Ladder, choose, settle
+from fastdpo.doctor.ladder import Choice, Ladder, choose, read_verdict, settle, verdict_path
 from fastdpo.doctor.trials import Outcome
-from fastdpo.doctor.verdict import Choice, read_verdict, verdict_path
 from fastdpo.errors import ModelError
 from fastdpo.model import attention
 from fastdpo.reference.cache_file import cache_path
@@ -125,7 +124,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "key", lambda device: dict(KEY))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def go(seconds=20, new_process=True, **becomes):
+    def go(new_process=True, **becomes):
         head = ("triton", "plain_triton", "cublas", "torch")
         monkeypatch.setenv("PLANTED", json.dumps(becomes))
         if new_process:
@@ -134,8 +133,9 @@ def gpu(monkeypatch, tmp_path):
             Ladder("lm_head", f"{PLANTS}:by_variable", head),
             Ladder("attention", f"{PLANTS}:by_variable", ("varlen", "segments")),
         )
+        monkeypatch.setattr(ladder, "ladders_of", lambda device: ladders)
         console = Console(file=io.StringIO(), width=80)
-        settle(console, device="cpu", ladders=ladders, seconds=seconds)
+        settle(console, "cpu")
         return console.file.getvalue()
 
     return go
@@ -152,7 +152,7 @@ def quick(gpu, monkeypatch):
         "has_no_process": Outcome("failed", "no further process starts: exit code 1"),
     }
 
-    def try_check(children, check, arguments, seconds):
+    def try_check(children, check, arguments):
         gpu.asked.append(arguments["rung"])
         return outcomes[json.loads(os.environ["PLANTED"]).get(arguments["rung"], "right")]
 
@@ -178,7 +178,7 @@ def test_all_right_is_said_once_and_kept(gpu, tmp_path, monkeypatch):
 @pytest.mark.parametrize("fault", ["segfaults", "raises", "not_a_number"])
 def test_a_faulty_kernel_is_left_out_aloud_now_and_later(gpu, monkeypatch, fault):
     told = []
-    gpu_says = lambda: told.append(gpu(triton=fault, varlen="wrong", seconds=5)) or told[-1]
+    gpu_says = lambda: told.append(gpu(triton=fault, varlen="wrong")) or told[-1]
     said = gpu_says()
     why = FAULTS[fault]
     assert f"triton is left out on this GPU, {why[0]}: " in said and why[1] in said
@@ -290,7 +290,8 @@ def test_a_gpu_that_a_child_cannot_reach(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "key", lambda device: dict(KEY))
     console = Console(file=io.StringIO(), width=300)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    settle(console, device="cuda:99", ladders=(A,))
+    monkeypatch.setattr(ladder, "ladders_of", lambda device: (A,))
+    settle(console, "cuda:99")
     said = console.file.getvalue()
     assert "could not be tried" in said and "exit code 1" in said and "`fastdpo doctor`" in said
     assert not list(tmp_path.iterdir())

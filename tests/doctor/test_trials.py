@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.process import python_path
 from fastdpo.doctor import trials
-from fastdpo.doctor.trials import Children, NotStarted, try_check
+from fastdpo.doctor.trials import Answer, Children, NotStarted, try_check
 
 PLANTS = "tests.doctor.doctor_plants"
 
@@ -71,7 +71,7 @@ def test_lines_that_are_no_answers_are_passed_over():
     children._number, children._lines = 2, queue.SimpleQueue()
     for line in ("rubbish\n", "[2]\n", "7\n", '{"number": 1, "answer": 0}\n', '{"number": 2, "answer": 5}\n'):
         children._lines.put(line)
-    assert children._answer(1) == ({"number": 2, "answer": 5}, "")
+    assert children._answer(1) == Answer(5)
 
 
 def test_a_child_that_does_not_start_is_no_verdict():

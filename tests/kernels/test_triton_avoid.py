@@ -52,7 +52,7 @@ def test_triton_is_left_out(ran):
 def check(rung, **options):
     """The doctor's check of a rung, in fp32: bf16 is not the interpreter's."""
     cases = {"": head_case("cpu", torch.float32, [9, 1, 30], 130, 36, **options)}
-    return head_checks._check("cpu", rung, cases, torch.float32)
+    return head_checks._check(rung, cases, torch.float32)
 
 
 @pytest.mark.parametrize("rung", ("triton", "plain_triton"))
