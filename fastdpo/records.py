@@ -161,6 +161,11 @@ class PackedGroups(Movable):
     input_tokens: int  # tokens that go through the model, without padding
     unshared_tokens: int  # tokens that separate rows would take (prompt once a response, last token kept)
 
+    @property
+    def some_rows(self) -> str:
+        """Its rows' numbers, for errors."""
+        return ", ".join(map(str, self.rows[:8])) + (", ..." if len(self.rows) > 8 else "")
+
 
 @dataclass(frozen=True, eq=False)
 class ResponseLogps:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -69,3 +70,10 @@ def file_digest(path: Path) -> str:
     """blake2b of a file's content, hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def json_digest(value) -> str:
+    """blake2b of anything JSON-like, hex; sets become sorted lists, and what JSON does not know its str."""
+    plain = lambda v: sorted(v) if isinstance(v, set | frozenset) else str(v)
+    text = json.dumps(value, sort_keys=True, default=plain)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

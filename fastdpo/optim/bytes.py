@@ -4,8 +4,8 @@ import math
 
 from fastdpo.optim.spec import OptimSpec
 
-BLOCK_8BIT = 256  # elements that share a scale, in bitsandbytes and in torchao
-BLOCK_4BIT = 128
+# (bits, elements that share a scale) of quantised states; torchao quantises whole blocks only
+QUANTISED = {"adamw_8bit": (8, 256), "adamw_torch_8bit": (8, 256), "adamw_torch_4bit": (4, 128)}
 SMALL = 4096  # both libraries keep 32-bit states of tensors with fewer elements
 PAGED_FROM = 100_000  # bitsandbytes pages states of so many elements
 PIECE = 1 << 23  # elements of a weight that are stepped at once where a copy in fp32 is needed
@@ -21,14 +21,13 @@ def state_bytes(
     optimizer's 8 KB of tables and a step number a weight. dtype_bytes: the weight's own, which torch's AdamW
     takes for its states where that is more than fp32. shape: only adafactor's depend on it.
     """
-    device, _ = _places(spec, numel, dtype_bytes, shape)
-    return device
+    return 0 if spec.offload_optimizer else _forms(spec.optim, numel, dtype_bytes, shape)[0]
 
 
 def host_state_bytes(spec: OptimSpec, numel: int, dtype_bytes: int = 4, shape=None) -> int:
     """Bytes of those states that lie, or can be moved, in the host's memory."""
-    _, host = _places(spec, numel, dtype_bytes, shape)
-    return host
+    fixed, paged = _forms(spec.optim, numel, dtype_bytes, shape)
+    return fixed + paged if spec.offload_optimizer else paged
 
 
 def step_bytes(spec: OptimSpec, numel: int, dtype_bytes: int = 4) -> int:
@@ -43,35 +42,19 @@ def step_bytes(spec: OptimSpec, numel: int, dtype_bytes: int = 4) -> int:
     return (stepping + rounding) * _FP32 * piece
 
 
-def _places(spec: OptimSpec, numel: int, dtype_bytes: int, shape) -> tuple[int, int]:
-    """(bytes on the device, bytes on the host or movable there)."""
-    fixed, pageable = _forms(spec.optim, numel, dtype_bytes, shape)
-    if spec.offload_optimizer:
-        return 0, fixed + pageable
-    return fixed, pageable
-
-
 def _forms(optim: str, numel: int, dtype_bytes: int, shape) -> tuple[int, int]:
     """(bytes that stay where the step is, bytes that are paged)."""
-    full = 2 * _FP32 * numel
-    if optim == "adamw_torch_fused":
-        return 2 * max(_FP32, dtype_bytes) * numel, 0
-    if optim == "paged_adamw_32bit":
-        return (0, full) if numel >= PAGED_FROM else (full, 0)
-    if optim in ("adamw_8bit", "paged_adamw_8bit"):
-        if numel < SMALL:
-            return full, 0
-        scales = 2 * _FP32 * math.ceil(numel / BLOCK_8BIT)
-        paged = optim == "paged_adamw_8bit" and numel >= PAGED_FROM
-        return (scales, 2 * numel) if paged else (scales + 2 * numel, 0)
-    if optim in ("adamw_torch_8bit", "adamw_torch_4bit"):
-        block, bits = (BLOCK_8BIT, 8) if optim == "adamw_torch_8bit" else (BLOCK_4BIT, 4)
-        if numel < SMALL or numel % block:
-            return full, 0
-        return 2 * numel * bits // 8 + 2 * _FP32 * (numel // block), 0
+    if optim == "sgd":
+        return 0, 0
     if optim == "adafactor":
         shape = shape or (numel,)
-        if len(shape) < 2:
-            return _FP32 * numel, 0
-        return _FP32 * (numel // shape[-1] + numel // shape[-2]), 0
-    return 0, 0  # sgd
+        factored = len(shape) > 1
+        return _FP32 * (numel // shape[-1] + numel // shape[-2] if factored else numel), 0
+    scales, states = 0, 2 * _FP32 * numel
+    if optim == "adamw_torch_fused":
+        states = 2 * max(_FP32, dtype_bytes) * numel
+    bits, block = QUANTISED.get(optim.removeprefix("paged_"), (32, 1))
+    if bits < 32 and numel >= SMALL and not ("torch" in optim and numel % block):
+        scales, states = 2 * _FP32 * math.ceil(numel / block), 2 * numel * bits // 8
+    paged = optim.startswith("paged_") and numel >= PAGED_FROM
+    return (scales, states) if paged else (scales + states, 0)

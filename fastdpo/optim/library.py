@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from fastdpo.errors import ConfigError
-from fastdpo.optim.bytes import BLOCK_4BIT, BLOCK_8BIT
+from fastdpo.optim.bytes import QUANTISED
 from fastdpo.optim.spec import OptimSpec
 
 _EXTRA = "pip install 'fastdpo[quant]'"
-_LIBRARY = {
-    "adamw_8bit": "bitsandbytes",
-    "paged_adamw_8bit": "bitsandbytes",
-    "paged_adamw_32bit": "bitsandbytes",
-    "adamw_torch_8bit": "torchao",
-    "adamw_torch_4bit": "torchao",
+_OTHERS = {  # the library, and its class
+    "adamw_8bit": ("bitsandbytes", "AdamW8bit"),
+    "paged_adamw_8bit": ("bitsandbytes", "PagedAdamW8bit"),
+    "paged_adamw_32bit": ("bitsandbytes", "PagedAdamW32bit"),
+    "adamw_torch_8bit": ("torchao", "AdamW8bit"),
+    "adamw_torch_4bit": ("torchao", "AdamW4bit"),
 }
 
 
@@ -31,6 +31,7 @@ class Library:
 
     def __init__(self, spec: OptimSpec):
         self.name = spec.optim
+        self.library, _ = _OTHERS.get(spec.optim, ("torch", None))
         self.optimizer = _make(spec.optim, torch.nn.Parameter(torch.zeros(1)))
         self.optimizer.param_groups = []
         self.state = self.optimizer.state
@@ -42,7 +43,7 @@ class Library:
 
     def divides(self, numel: int) -> bool:
         """Whether the parts of a tensor of this size have the states that the whole would have."""
-        block = {"adamw_torch_8bit": BLOCK_8BIT, "adamw_torch_4bit": BLOCK_4BIT}.get(self.name, 1)
+        _, block = QUANTISED[self.name] if self.library == "torchao" else (None, 1)
         return self.elementwise and numel % block == 0
 
     def step(self, tensors: Sequence[torch.nn.Parameter], weight_decay: float, rate: float) -> None:
@@ -51,7 +52,7 @@ class Library:
 
     def step_groups(self, groups: Sequence[tuple], rate: float) -> None:
         """The same for several (tensors, weight decay) at once."""
-        lr = torch.tensor(rate, dtype=torch.float32) if _LIBRARY.get(self.name) == "torchao" else rate
+        lr = torch.tensor(rate, dtype=torch.float32) if self.library == "torchao" else rate
         own = lambda tensors, decay: {"params": list(tensors), "weight_decay": decay, "lr": lr}
         self.optimizer.param_groups = [self.optimizer.defaults | own(*group) for group in groups]
         self.optimizer.step()
@@ -67,49 +68,32 @@ class Library:
         return out
 
     def load(self, tensor: torch.nn.Parameter, saved: dict[str, Tensor]) -> None:
-        """Puts back what `tensors` gave, on the tensor's device; its data must have its real shape."""
-        if _LIBRARY.get(self.name) == "bitsandbytes":
-            self._load_bitsandbytes(tensor, saved)
-        elif any("." in key for key in saved):
-            self.state[tensor] = self._torchao(tensor, saved)
-        else:
-            self.state[tensor] = {key: self._placed(tensor, value) for key, value in saved.items()}
+        """Puts back what `tensors` gave, on the tensor's device; its data must have its real shape. What is a
+        library's own kind of tensor or of memory goes into buffers that the library makes."""
+        state = self.state[tensor] = {}
+        if self.library == "bitsandbytes":
+            group = self.optimizer.defaults | {"params": [tensor]}
+            self.optimizer.param_groups = [group]
+            self.optimizer.init_state(group, tensor, 0, 0)
+        for name, value in saved.items():
+            key, _, part = name.partition(".")
+            if part:  # of torchao's
+                if key not in state:
+                    signed = key == "exp_avg"  # the other is a mean of squares
+                    state[key] = self.optimizer._new_buffer(tensor, signed)
+                place = getattr(state[key], part)
+                place.copy_(value.view_as(place))
+            elif isinstance(state.get(key), Tensor):
+                state[key].copy_(value)
+            else:
+                state[key] = self._placed(tensor, value)
 
     def _placed(self, tensor, value: Tensor):
         if value.ndim == 0 and not value.is_floating_point():
-            return value.item()  # transformers counts steps by an int
-        if value.ndim == 0 and _LIBRARY.get(self.name) == "torchao":
+            return value.item()  # transformers and bitsandbytes count steps by an int
+        if value.ndim == 0 and self.library == "torchao":
             return value.clone()  # and torchao on the CPU
         return value.to(tensor.device, copy=True)
-
-    def _load_bitsandbytes(self, tensor, saved: dict[str, Tensor]) -> None:
-        """Into buffers that the library makes, for paged ones are its own kind of memory."""
-        group = self.optimizer.defaults | {"params": [tensor]}
-        self.optimizer.param_groups = [group]
-        self.optimizer.init_state(group, tensor, 0, 0)
-        state = self.state[tensor]
-        for key, value in saved.items():
-            if isinstance(state[key], int):
-                state[key] = value.item()
-            else:
-                state[key].copy_(value)
-
-    def _torchao(self, tensor, saved: dict[str, Tensor]) -> dict:
-        bits = 8 if self.name == "adamw_torch_8bit" else 4
-        module = importlib.import_module(f"torchao.optim.subclass_{bits}bit")
-        kind = getattr(module, f"OptimState{bits}bit")
-        block = BLOCK_8BIT if bits == 8 else BLOCK_4BIT
-        state = {}
-        for name, value in saved.items():
-            key, _, part = name.partition(".")
-            if not part:
-                state[key] = self._placed(tensor, value)
-                continue
-            if key not in state:
-                signed = key == "exp_avg"  # the other is a mean of squares
-                state[key] = kind.zeros(tensor.shape, signed, block, tensor.device, dtype=tensor.dtype)
-            getattr(state[key], part).copy_(value.view_as(getattr(state[key], part)))
-        return state
 
 
 def _make(name: str, tensor: torch.nn.Parameter) -> torch.optim.Optimizer:
@@ -122,22 +106,14 @@ def _make(name: str, tensor: torch.nn.Parameter) -> torch.optim.Optimizer:
         from transformers.optimization import Adafactor
 
         return Adafactor([tensor], lr=1.0, relative_step=False, scale_parameter=False, warmup_init=False)
-    library = importlib.import_module(f"{_LIBRARY[name]}.optim")
-    if _LIBRARY[name] == "torchao":
-        kind = library.AdamW8bit if name == "adamw_torch_8bit" else library.AdamW4bit
-        return kind([tensor])
-    kinds = {
-        "adamw_8bit": library.AdamW8bit,
-        "paged_adamw_8bit": library.PagedAdamW8bit,
-        "paged_adamw_32bit": library.PagedAdamW32bit,
-    }
-    return kinds[name]([tensor])
+    library, kind = _OTHERS[name]
+    return getattr(importlib.import_module(f"{library}.optim"), kind)([tensor])
 
 
 def check_library(spec: OptimSpec) -> None:
     """Raises ConfigError where the optimizer cannot work on this machine: no library, or no GPU."""
-    library = _LIBRARY.get(spec.optim)
-    if library:
+    if spec.optim in _OTHERS:
+        library, _ = _OTHERS[spec.optim]
         try:
             importlib.import_module(f"{library}.optim")
         except ImportError as error:

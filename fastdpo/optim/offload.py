@@ -44,7 +44,7 @@ class Host:
         computing = torch.cuda.current_stream(tensor.device)
         self.copies.wait_stream(computing)
         with torch.cuda.stream(self.copies):
-            copy, _ = self.down(tensor)
+            copy, _ = to_host(tensor)
             event = self.copies.record_event()
         if self.leaving:
             computing.wait_event(self.leaving[0])
@@ -70,38 +70,28 @@ class Host:
     def close(self) -> None:
         self.worker.shutdown(cancel_futures=True)
 
-    def down(self, tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        """(a copy on the host under way on the current stream, what waits for it)."""
-        return to_host(tensor)
-
-    def up(self, values: Tensor) -> Tensor:
-        """The values where the device can copy them from while the host goes on."""
-        return values.pin_memory() if self.cuda and not values.is_pinned() else values
-
 
 class HostPieces(Pieces):
     """A weight of the device whose pieces are stepped on the host, the next one on its way meanwhile."""
 
-    def __init__(self, weight, library, weight_decay: float, host: Host):
-        super().__init__(weight, library, weight_decay, device="cpu")
-        self.host = host
+    where = "cpu"
 
     @torch.no_grad()
     def update(self, gradient: Tensor, rate: float, seed: int) -> None:
         flat, generator = self.weight.detach().view(-1), self.generator(seed)
         for piece, span, (values, part) in zip(self.pieces, self.spans, self._fetched(flat, gradient)):
             self.step_piece(piece, values, part, rate)
-            self.put_back(flat[span], self.host.up(values), generator)
+            if flat.is_cuda and not values.is_pinned():
+                values = values.pin_memory()  # from there the device copies while the host goes on
+            self.put_back(flat[span], values, generator)
 
     def _fetched(self, flat: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each piece's (weights, gradient) on the host, fp32; the next is asked for before one is used."""
         gradient, coming = gradient.reshape(-1), None
+        sent = to_host if gradient.is_cuda else lambda part: (part, no_wait)
         for span in [*self.spans, None]:
-            here, coming = coming, span and (self.host.down(flat[span]), self._part(gradient[span]))
+            here, coming = coming, span and (to_host(flat[span]), sent(gradient[span]))
             if here:
                 (values, arrived), (part, part_arrived) = here
                 arrived(), part_arrived()
                 yield values.float(), part.float()
-
-    def _part(self, gradient: Tensor) -> tuple[Tensor, Callable[[], None]]:
-        return self.host.down(gradient) if gradient.is_cuda else (gradient, no_wait)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastdpo.optim.bytes import BLOCK_8BIT, PIECE
+from fastdpo.optim.bytes import PIECE, QUANTISED
 from fastdpo.optim.library import Library
 
 _PER_TENSOR = ("qmap1", "qmap2", "exp_avg.qmap", "exp_avg_sq.qmap")  # the same in every piece
@@ -36,10 +36,10 @@ def noise_seed(*numbers: int) -> int:
 
 def spans_of(numel: int) -> list[slice]:
     """A flat weight cut evenly into pieces of about PIECE elements at most. All but the last are whole
-    blocks of the 8-bit optimizers, and none is small, so that every piece has the states that the whole
+    blocks of the quantised states, and none is small, so that every piece has the states that the whole
     would have."""
-    count = math.ceil(numel / PIECE)
-    size = math.ceil(numel / count / BLOCK_8BIT) * BLOCK_8BIT
+    block = max(block for _, block in QUANTISED.values())
+    size = math.ceil(numel / math.ceil(numel / PIECE) / block) * block
     return [slice(start, min(start + size, numel)) for start in range(0, numel, size)]
 
 
@@ -62,14 +62,15 @@ class Whole:
 
 
 class Pieces:
-    """A weight that is stepped on `device`, in fp32 copies of one piece after the other."""
+    """A weight that is stepped in fp32 copies of one piece after the other, `where` or on its own device."""
 
-    def __init__(self, weight: torch.nn.Parameter, library: Library, weight_decay: float, device=None):
+    where = None
+
+    def __init__(self, weight: torch.nn.Parameter, library: Library, weight_decay: float):
         weight.data = weight.data.contiguous()
         self.weight, self.library, self.weight_decay = weight, library, weight_decay
-        self.device = torch.device(device or weight.device)
-        numel, divides = weight.numel(), library.divides(weight.numel())
-        self.spans = spans_of(numel) if divides else [slice(0, numel)]
+        self.device, numel = torch.device(self.where or weight.device), weight.numel()
+        self.spans = spans_of(numel) if library.divides(numel) else [slice(0, numel)]
         self.pieces = [torch.nn.Parameter(torch.empty(0, device=self.device)) for _ in self.spans]
 
     def shaped(self, values: Tensor) -> Tensor:
@@ -107,10 +108,8 @@ class Pieces:
     def _joined(self, key: str, values: list[Tensor]) -> Tensor:
         if values[0].ndim == 0 or key in _PER_TENSOR or not self.library.elementwise:
             return values[0]
-        one = len(values) == 1
-        joined = (
-            values[0] if one else torch.cat([v.reshape(-1).cpu() for v in values])
-        )  # no second copy there
+        # of several, on the host: no second copy on the device
+        joined = values[0] if len(values) == 1 else torch.cat([v.reshape(-1).cpu() for v in values])
         return joined.view(self.weight.shape) if joined.numel() == self.weight.numel() else joined
 
     def load(self, saved: dict[str, Tensor]) -> None:

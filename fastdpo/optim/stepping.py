@@ -4,6 +4,7 @@ In the backward (LOMO, Lv et al. 2023, arXiv 2306.09782), a gradient lives from 
 update; of several microbatches, the sum of all but the last waits in the host's memory.
 """
 
+from collections import defaultdict
 from functools import partial
 
 import torch
@@ -22,29 +23,23 @@ class WeightOptimizer(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], spec: OptimSpec):
         super().__init__(groups, {"lr": spec.learning_rate})
         self.library, self.seed, self.steps = Library(spec), spec.seed, 0
-        self.weights = [p for group in self.param_groups for p in group["params"]]
-        self.numbers = {p: number for number, p in enumerate(self.weights)}
         self.offloads, self.in_backward = spec.offload_optimizer, spec.optimizer_in_backward
-        busy = self.offloads or self.in_backward
-        self.host = Host(self.weights[0].device) if busy else None
-        decays = [(p, group["weight_decay"]) for group in self.param_groups for p in group["params"]]
-        self.ways = {p: self._way(p, decay) for p, decay in decays}
-
-    def _way(self, p: torch.nn.Parameter, decay: float) -> Whole | Pieces:
-        if self.offloads:
-            return HostPieces(p, self.library, decay, self.host)
-        return (Pieces if p.dtype == torch.bfloat16 else Whole)(p, self.library, decay)
-
-    @property
-    def rate(self) -> float:
-        return self.param_groups[0]["lr"]
+        way = lambda p: HostPieces if self.offloads else Pieces if p.dtype == torch.bfloat16 else Whole
+        self.ways = {  # how each is stepped
+            p: way(p)(p, self.library, group["weight_decay"])
+            for group in self.param_groups
+            for p in group["params"]
+        }
+        self.weights = list(self.ways)
+        self.numbers = {p: number for number, p in enumerate(self.weights)}
+        self.host = Host(self.weights[0].device) if self.offloads or self.in_backward else None
 
     @torch.no_grad()
     def step(self) -> None:
         """Updates every weight that has a gradient."""
         if all(isinstance(way, Whole) for way in self.ways.values()):
             groups = [(group["params"], group["weight_decay"]) for group in self.param_groups]
-            self.library.step_groups(groups, self.rate)
+            self.library.step_groups(groups, self.param_groups[0]["lr"])
         else:
             for p in self.weights:
                 if p.grad is not None:
@@ -54,7 +49,7 @@ class WeightOptimizer(torch.optim.Optimizer):
     def _update(self, p: torch.nn.Parameter, gradient: Tensor) -> None:
         """The random bits are a function of places, so that a run that goes on needs no generator's state."""
         seed = noise_seed(self.seed, self.steps, self.numbers[p])
-        update = partial(self.ways[p].update, rate=self.rate, seed=seed)
+        update = partial(self.ways[p].update, rate=self.param_groups[0]["lr"], seed=seed)
         if self.offloads:
             self.host.submit(update, gradient, copy=self.in_backward)
         else:
@@ -67,15 +62,15 @@ class WeightOptimizer(torch.optim.Optimizer):
 
     def tensors(self) -> dict[str, Tensor]:
         """All states for a checkpoint, as "number.key", the same however the weights are stepped."""
-        states = {number: self.ways[p].tensors() for p, number in self.numbers.items()}
-        return {f"{number}.{key}": value for number, state in states.items() for key, value in state.items()}
+        states = enumerate(way.tensors() for way in self.ways.values())
+        return {f"{number}.{key}": value for number, state in states for key, value in state.items()}
 
     def load(self, tensors: dict[str, Tensor], steps: int) -> None:
         """Puts back what `tensors` gave after so many steps."""
-        saved: dict[int, dict[str, Tensor]] = {}
+        saved = defaultdict(dict)
         for name, tensor in tensors.items():
             number, key = name.split(".", 1)
-            saved.setdefault(int(number), {})[key] = tensor
+            saved[int(number)][key] = tensor
         for number, state in saved.items():
             self.ways[self.weights[number]].load(state)
         self.steps = steps

@@ -20,6 +20,7 @@ from fastdpo.reference.fingerprint import KEY_BYTES, Fingerprint
 
 COMMIT_SECONDS = 1.0  # a kill loses what was computed since the last commit; 0 commits every pack
 _COMMIT_SHARE = 0.02  # ... or rarer: a slow disk's commits may take this share of a fill's time
+_INSERT_PACK = "INSERT INTO packs (namespace, fill, digest, keys, lengths, logps) VALUES (?, ?, ?, ?, ?, ?)"
 
 
 class RefCache:
@@ -113,14 +114,10 @@ class RefCache:
                 self._damaged.append((number, n_keys))
                 continue
             for key, value in _unpacked(*content):
-                if key in self._wanted:
-                    self._take(key, value)
-
-    def _take(self, key: bytes, value: np.ndarray) -> None:
-        """A stored value. It replaces one that is only pending, and no other."""
-        computed_here = [pack.pop(key) for pack in self._pending if key in pack]
-        if computed_here or key not in self.values:
-            self.values[key] = value
+                if key in self._wanted:  # in the place of one that is only pending, and of no other
+                    pending = [pack.pop(key) for pack in self._pending if key in pack]
+                    if pending or key not in self.values:
+                        self.values[key] = value
 
     def _delete_damaged(self, db) -> None:
         if not self._damaged:
@@ -138,16 +135,12 @@ class RefCache:
             self._read_new(db)
             fill, last = self._fill or self._insert_fill(db), self._last_pack
             for pack in filter(None, self._pending):
-                last = self._insert_pack(db, fill, pack)
+                content = _packed(pack)
+                row = (self._namespace, fill, _digest(self._namespace, *content), *content)
+                last = db.execute(_INSERT_PACK, row).lastrowid
         self._fill, self._last_pack = fill, last
         self._pending.clear()
         self._delete_damaged(db)
-
-    def _insert_pack(self, db, fill: int, pack: dict[bytes, np.ndarray]) -> int:
-        content = _packed(pack)
-        row = (self._namespace, fill, _digest(self._namespace, *content), *content)
-        columns = "namespace, fill, digest, keys, lengths, logps"
-        return db.execute(f"INSERT INTO packs ({columns}) VALUES (?, ?, ?, ?, ?, ?)", row).lastrowid
 
     def _insert_fill(self, db) -> int:
         now = datetime.now(UTC).isoformat(timespec="seconds")

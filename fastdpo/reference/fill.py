@@ -1,7 +1,6 @@
 """The reference's log-probs of a stage's rows: looked up, and computed where they are not stored."""
 
 import contextlib
-import importlib.metadata
 import math
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from torch import Tensor
 from fastdpo.console.progress import make_progress
 from fastdpo.data.packing import in_row_order, pack
 from fastdpo.errors import FastDPOError, TrainingError
+from fastdpo.files.installed import versions
 from fastdpo.model.policy import Policy
 from fastdpo.moving import to_host
 from fastdpo.records import Groups, PackedGroups
@@ -64,8 +64,8 @@ def load_reference(
     """
     start = time.perf_counter()
     fingerprint = reference_fingerprint(policy, fresh_lora)
-    keys = [[response_keys(group) for group in groups] for groups in groups_sets]
-    wanted = {key for per_set in keys for per_group in per_set for key in per_group}
+    keys_of = lambda groups: [key for group in groups for key in response_keys(group)]
+    wanted = {key for groups in groups_sets for key in keys_of(groups)}
     with RefCache(path, fingerprint, wanted, console) as cache:
         if expected_namespace not in (None, fingerprint.namespace):
             raise _other_weights(fingerprint, cache.parts_of(expected_namespace))
@@ -73,9 +73,13 @@ def load_reference(
         packs = tokens = 0
         if hits < len(wanted):
             cache.start_fill(_environment(policy))
-            todo = _packs(policy, groups_sets, keys, max_tokens)
-            with _start_weights(policy, fresh_lora):
-                packs, tokens = _fill(policy, todo, cache, console, check)
+            # no cap on scored tokens: that one is for the backward, and would make other packs of full
+            # fine-tuning than of a LoRA
+            parts = [part for g in groups_sets for part in in_row_order(g, max_tokens, share=policy.share)]
+            all_packs = [(part, keys_of(part)) for part in parts]
+            # a fresh LoRA's start is the base model; otherwise the policy as it stands
+            with policy.model.disable_adapter() if fresh_lora else contextlib.nullcontext():
+                packs, tokens = _fill(policy, all_packs, cache, console, check)
     account = {
         "file": None if path is None else str(path),
         "namespace": fingerprint.namespace,
@@ -90,28 +94,16 @@ def load_reference(
     return ReferenceTable(cache.values, account)
 
 
-def _packs(policy, groups_sets, keys, max_tokens) -> list[tuple[Groups, list[bytes]]]:
-    """All packs of all sets, each with its responses' keys. No cap on scored tokens: that one is for the
-    backward, and would make other packs of full fine-tuning than of a LoRA."""
-    packs = []
-    for groups, keys_of_groups in zip(groups_sets, keys):
-        next_keys = iter(keys_of_groups)
-        for part in in_row_order(groups, max_tokens, share=policy.share):
-            packs.append((part, [key for _ in part for key in next(next_keys)]))
-    return packs
-
-
 def _fill(policy, packs, cache: RefCache, console, check) -> tuple[int, int]:
     """Computes and stores the packs with a missing response; returns (packs, tokens) computed."""
-    missing = lambda pack_keys: any(key not in cache.values for key in pack_keys)
-    todo = [(groups, pack_keys) for groups, pack_keys in packs if missing(pack_keys)]
+    todo = [(groups, keys) for groups, keys in packs if any(key not in cache.values for key in keys)]
     done = tokens = 0
     with make_progress(console) as bar:
         task = bar.add_task("reference", total=len(todo), info="")
         try:
-            for pack_keys, computed in _in_turn(policy, todo, cache):
+            for keys, computed in _in_turn(policy, todo, cache):
                 if computed is not None:
-                    cache.add(pack_keys, computed.values())
+                    cache.add(keys, computed.values())
                     done, tokens = done + 1, tokens + computed.batch.input_tokens
                 bar.update(task, advance=1)
                 check()
@@ -155,9 +147,9 @@ class _Computed:
         token_logp = self.token_logp.numpy().copy()  # the table would keep pinned memory
         if not math.isfinite(token_logp.sum(dtype=np.float64)):
             raise TrainingError(
-                f"reference: the log-probs of rows {_rows(self.batch)} are not numbers, so none of them is "
-                "stored. Look at the rows with `fastdpo data`, or try dtype: fp32; the model's weights may "
-                "be broken"
+                f"reference: the log-probs of rows {self.batch.some_rows} are not numbers, so none of them "
+                "is stored. Look at the rows with `fastdpo data`, or try dtype: fp32; the model's weights "
+                "may be broken"
             )
         return [token_logp[a:b] for a, b in pairwise(self.batch.cu_resp.tolist())]
 
@@ -171,29 +163,15 @@ def _computed(policy: Policy, groups: Groups) -> _Computed:
     except torch.OutOfMemoryError:
         raise TrainingError(
             f"reference: out of GPU memory on a pack of {batch.input_ids.numel()} tokens (rows "
-            f"{_rows(batch)}). Lower max_tokens (or, if it is one group, max_length)"
+            f"{batch.some_rows}). Lower max_tokens (or, if it is one group, max_length)"
         ) from None
-
-
-def _rows(batch: PackedGroups) -> str:
-    return ", ".join(map(str, batch.rows[:8])) + (", ..." if len(batch.rows) > 8 else "")
-
-
-def _start_weights(policy: Policy, fresh_lora: bool):
-    """A fresh LoRA's start is the base model; otherwise the policy as it stands."""
-    return policy.model.disable_adapter() if fresh_lora else contextlib.nullcontext()
 
 
 def _environment(policy: Policy) -> dict:
     """What the values may depend on in their last digits: recorded with each fill, not keyed."""
-    packages = ("fastdpo", "torch", "transformers", "peft", "triton", "flash-attn")
-    versions = {}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     gpu = policy.device.type == "cuda"
     return {
-        "versions": versions,
+        "versions": versions("fastdpo", "torch", "transformers", "peft", "triton", "flash-attn"),
         "device": torch.cuda.get_device_name(policy.device) if gpu else policy.device.type,
         "attention": policy.core.config._attn_implementation,
         "share": policy.share,

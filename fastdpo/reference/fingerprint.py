@@ -3,16 +3,15 @@ response (its key). Two runs that hash alike may use each other's values; where 
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fastdpo.files.durable import json_digest
 from fastdpo.model.policy import Policy
 from fastdpo.records import PreferenceGroup
 
@@ -24,21 +23,15 @@ _PIECE_BYTES = 64 << 20  # a thread's piece of a tensor: one such copy a thread,
 # computation are hashed as they are; training sets every dropout (and router jitter) to 0; transformers'
 # Trainer overwrites the special tokens with the tokenizer's when it begins to train (up to 5.17 with None
 # where that has none). Which ids a row holds is in its key.
-_NOT_THE_MODEL = ("architectures", "dtype", "torch_dtype", "use_cache", "transformers_version")
-_NOT_THE_MODEL += ("bos_token_id", "eos_token_id", "pad_token_id")
+_NOT_THE_MODEL = set(
+    "architectures dtype torch_dtype use_cache transformers_version bos_token_id eos_token_id "
+    "pad_token_id".split()
+)
 _RANDOM = ("drop", "jitter")
 # What a peft config says besides what its tensors' names and values already do.
-_NOT_THE_ADAPTER = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "inference_mode",
-    "init_lora_weights",
-    "lora_dropout",
-    "peft_version",
-    "revision",
-    "target_modules",
-    "task_type",
+_NOT_THE_ADAPTER = set(
+    "auto_mapping base_model_name_or_path exclude_modules inference_mode init_lora_weights lora_dropout "
+    "peft_version revision target_modules task_type".split()
 )
 
 
@@ -51,7 +44,7 @@ class Fingerprint:
     @property
     def namespace(self) -> str:
         """32 hex digits."""
-        return _digest(self.parts)
+        return json_digest(self.parts)
 
     def differs_from(self, parts: dict) -> list[str]:
         """The names of the parts in which another fingerprint's parts differ."""
@@ -75,9 +68,9 @@ def reference_fingerprint(policy: Policy, fresh_lora: bool) -> Fingerprint:
         {
             "numerics": NUMERICS_VERSION,
             "weights": _tensors_digest(weights),
-            "config": _digest([type(policy.core).__name__, config]),
+            "config": json_digest([type(policy.core).__name__, config]),
             "compute dtype": str(policy.dtype).removeprefix("torch."),
-            "quantization": None if quantization is None else _digest(quantization),
+            "quantization": None if quantization is None else json_digest(quantization),
             "adapter": None if fresh_lora or prefix is None else _adapter_digest(policy, adapter),
             "logit scale": repr(policy.head.scale),
             "logit softcap": repr(policy.head.softcap),
@@ -115,7 +108,7 @@ def _adapter_digest(policy: Policy, tensors: dict[str, Tensor]) -> str:
     for name, config in policy.model.peft_config.items():
         kept = {k: v for k, v in config.to_dict().items() if k not in _NOT_THE_ADAPTER}
         configs[name] = {k: v for k, v in kept.items() if v}  # a newer peft's unused features are falsy
-    return _digest([_tensors_digest(tensors), configs])
+    return json_digest([_tensors_digest(tensors), configs])
 
 
 def _mathematics(config: dict) -> dict:
@@ -131,33 +124,18 @@ def _mathematics(config: dict) -> dict:
     return out
 
 
-def _digest(value) -> str:
-    """Of anything JSON-like; sets become sorted lists, and what JSON does not know its str."""
-    plain = lambda v: sorted(v) if isinstance(v, set | frozenset) else str(v)
-    text = json.dumps(value, sort_keys=True, default=plain)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
 def _tensors_digest(tensors: dict[str, Tensor]) -> str:
     """Of names, dtypes, shapes and bytes. Tied tensors count under each name and are read once."""
     owner = {name: (t.data_ptr(), t.dtype, t.shape, t.stride()) for name, t in tensors.items()}
     distinct = {owner[name]: tensor for name, tensor in tensors.items()}
+    digest = lambda piece: hashlib.blake2b(piece.cpu().numpy(), digest_size=16).hexdigest()
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # hashlib lets other threads run
-        pieces = {o: [pool.submit(_piece_digest, p) for p in _pieces(t)] for o, t in distinct.items()}
+        pieces = {o: [pool.submit(digest, piece) for piece in _pieces(t)] for o, t in distinct.items()}
         content = {o: [job.result() for job in jobs] for o, jobs in pieces.items()}
-    entries = [
-        [name, str(tensor.dtype), list(tensor.shape), content[owner[name]]]
-        for name, tensor in sorted(tensors.items())
-    ]
-    return _digest(entries)
+    said = lambda name, t: [name, str(t.dtype), list(t.shape), content[owner[name]]]
+    return json_digest([said(name, t) for name, t in sorted(tensors.items())])
 
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     """A tensor's bytes in views of at most _PIECE_BYTES (copied only where they do not lie in a row)."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return iter(flat.split(_PIECE_BYTES))
-
-
-def _piece_digest(piece: Tensor) -> str:
-    content: np.ndarray = piece.cpu().numpy()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(_PIECE_BYTES)

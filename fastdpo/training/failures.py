@@ -15,47 +15,35 @@ Explain = Callable[[PackedGroups], str]  # what is to be said of a microbatch th
 WAY_OUT = "Try a lower learning_rate, more warmup_steps, or dtype: fp32; look at the rows with `fastdpo data`"
 
 
-@contextlib.contextmanager
 def memory_guard(step: int, batch: PackedGroups, explain: Explain | None = None):
-    """Turns CUDA's out-of-memory error into one that names the microbatch, the way out, and what `explain`
-    says of it."""
-    try:
-        yield
-        return
-    except torch.OutOfMemoryError:
-        pass  # what the microbatch held is freed when its traceback is
-    rows = ", ".join(map(str, batch.rows[:8])) + (", ..." if len(batch.rows) > 8 else "")
-    size = f"{batch.input_ids.numel()} tokens (rows {rows})"
-    text = (
-        f"step {step}: out of GPU memory on a microbatch of {size}. "
-        "Lower max_tokens (or, if it is one group, max_length), set gradient_checkpointing: true, "
-        "or train a LoRA (lora_rank)"
+    """Around the work on a microbatch: turns CUDA's out-of-memory error into one that names the microbatch,
+    the way out, and what `explain` says of it."""
+    where = lambda: (
+        f"on a microbatch of {batch.input_ids.numel()} tokens (rows {batch.some_rows}). "
+        "Lower max_tokens (or, if it is one group, max_length), set gradient_checkpointing: true, or train"
     )
-    raise TrainingError(_explained(text, explain, batch))
+    return _guard(step, where, lambda: batch, explain)
 
 
-@contextlib.contextmanager
 def update_guard(
     step: int, group: PreferenceGroup, share: bool, offloaded: bool, explain: Explain | None = None
 ):
-    """As memory_guard, around the update, in which the optimizer makes its states at first (in the host's
-    memory where it is offloaded); `group`: any of the step's, for what is said of the weights depends on
-    none."""
+    """The same around the update, in which the optimizer makes its states at first (in the host's memory
+    where it is offloaded); `group`: any of the step's, for what is said of the weights depends on none."""
+    smaller = "Take an optimizer with smaller states (optim: adamw_8bit), set offload_optimizer: true, or "
+    where = lambda: f"in the optimizer's update. {'Train' if offloaded else smaller + 'train'}"
+    return _guard(step, where, lambda: pack([group], share), explain)
+
+
+@contextlib.contextmanager
+def _guard(step: int, where: Callable[[], str], batch: Callable[[], PackedGroups], explain: Explain | None):
     try:
         yield
         return
     except torch.OutOfMemoryError:
-        pass
-    states = (
-        "Take an optimizer with smaller states (optim: adamw_8bit), set offload_optimizer: true, or train"
-    )
-    ways = f"{'Train' if offloaded else states} a LoRA (lora_rank)"
-    text = f"step {step}: out of GPU memory in the optimizer's update. {ways}"
-    raise TrainingError(_explained(text, explain, pack([group], share)))
-
-
-def _explained(text: str, explain: Explain | None, batch: PackedGroups) -> str:
-    return text if explain is None else f"{text}\n{explain(batch)}"
+        pass  # what the work held is freed when its traceback is
+    text = f"step {step}: out of GPU memory {where()} a LoRA (lora_rank)"
+    raise TrainingError(text if explain is None else f"{text}\n{explain(batch())}")
 
 
 def not_finite(step: int, done, norm=None, updated: bool = False) -> TrainingError:

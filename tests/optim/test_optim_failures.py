@@ -12,6 +12,7 @@ from rich.console import Console
 from fastdpo.api import train
 from fastdpo.config.keys import Config
 from fastdpo.errors import TrainingError
+from fastdpo.optim import offload
 from fastdpo.optim.library import Library
 from fastdpo.optim.offload import Host
 from fastdpo.training.accumulate import Accumulator
@@ -114,7 +115,7 @@ def test_gradients_on_their_way_hold_up_no_work_on_the_host(monkeypatch):
         current_stream=lambda *args: computing,
     ).items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(Host, "down", lambda self, tensor: (tensor.clone(), None))
+    monkeypatch.setattr(offload, "to_host", lambda tensor: (tensor.clone(), None))
     with closing(Host(torch.device("cuda"))) as host:
         done, gone = [], []
         for number in range(4):
