@@ -12,7 +12,7 @@ from fastdpo.publish.hub import check_hub, push
 from fastdpo.publish.model_card import add_card
 from fastdpo.report.page import write_report
 from fastdpo.training import trainer
-from fastdpo.training.around import Around
+from fastdpo.training.job import Around
 
 
 def around() -> Around:

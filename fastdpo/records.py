@@ -4,7 +4,7 @@ Letters, here and everywhere: T packed tokens, D hidden, V vocabulary, M scored 
 P pairs, G groups, S attention segments, K gathered keys.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -81,30 +81,28 @@ class Movable:
 
     def to(self, device):
         """The same record there; see `moving.to_device` for what a GPU gets."""
-        return self._with(iter(to_device(list(self._tensors()), device)))
+        moved = iter(to_device(self._tensors(), device))
+        return self._with(lambda tensor: next(moved))
 
-    def _tensors(self) -> Iterator[Tensor]:
+    def _tensors(self) -> list[Tensor]:
         """All tensors, those of records inside too, in the order of the fields."""
-        for value in (getattr(self, f.name) for f in fields(self)):
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, Movable):
-                yield from value._tensors()
-            elif isinstance(value, tuple):
-                yield from (v for v in value if isinstance(v, Tensor))
+        found = []
+        self._with(lambda tensor: found.append(tensor) or tensor)
+        return found
 
-    def _with(self, tensors: Iterator[Tensor]):
-        """With these in the place of what `_tensors` gives."""
-        changed = {}
-        for name in (f.name for f in fields(self)):
-            value = getattr(self, name)
+    def _with(self, change: Callable[[Tensor], Tensor]):
+        """With change(tensor) in the place of each."""
+
+        def changed(value):
             if isinstance(value, Tensor):
-                changed[name] = next(tensors)
-            elif isinstance(value, Movable):
-                changed[name] = value._with(tensors)
-            elif isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-                changed[name] = tuple(next(tensors) for _ in value)
-        return replace(self, **changed)
+                return change(value)
+            if isinstance(value, Movable):
+                return value._with(change)
+            if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+                return tuple(map(change, value))
+            return value
+
+        return replace(self, **{f.name: changed(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +129,24 @@ class PrefixLayout(Movable):
 
 
 @dataclass(frozen=True, eq=False)
-class PackedGroups(Movable):
+class Responses:
+    """How the scored tokens of a microbatch form responses, and responses pairs."""
+
+    cu_resp: Tensor  # i64[R+1]: the scored tokens of response r are cu_resp[r]:cu_resp[r+1]
+    pairs: Tensor  # i64[P, 2]: (winner, loser) as indices of responses
+    offset: Tensor  # f32[P]
+    weight: Tensor  # f32[P]
+    chosen: Tensor  # i64[C]: responses that no other response beats
+    desirable: Tensor  # i64[.]: responses labelled so, or the winner of each pair
+    undesirable: Tensor  # i64[.]: ... or the loser of each pair
+    paired_tokens: int  # scored tokens of both responses of each pair, over all pairs
+    score: Tensor  # f32[R]: the rows' ratings, NaN where there is none
+    token_weight: Tensor | None  # f32[M]; None where no row has any, NaN in the responses without
+    ref_token_logp: Tensor | None  # f32[M]; None where the objective asked for no reference
+
+
+@dataclass(frozen=True, eq=False)
+class PackedGroups(Responses, Movable):
     """One microbatch: whole groups, flat. `hidden[score_row]` predicts `target`.
 
     With a layout the forward is one shared-prompt row, T tokens in [1, T]. Without one (models whose
@@ -144,17 +159,6 @@ class PackedGroups(Movable):
     layout: PrefixLayout | None
     score_row: Tensor  # i64[M]
     target: Tensor  # i64[M]
-    cu_resp: Tensor  # i64[R+1]: the scored tokens of response r are cu_resp[r]:cu_resp[r+1]
-    pairs: Tensor  # i64[P, 2]: (winner, loser) as indices of responses
-    offset: Tensor  # f32[P]
-    weight: Tensor  # f32[P]
-    chosen: Tensor  # i64[C]: responses that no other response beats
-    desirable: Tensor  # i64[.]: responses labelled so, or the winner of each pair
-    undesirable: Tensor  # i64[.]: ... or the loser of each pair
-    paired_tokens: int  # scored tokens of both responses of each pair, over all pairs
-    score: Tensor  # f32[R]: the rows' ratings, NaN where there is none
-    token_weight: Tensor | None  # f32[M]; None where no row has any, NaN in the responses without
-    ref_token_logp: Tensor | None  # f32[M]
     rows: tuple[int, ...]  # the data set's row numbers, one a group
     group_resp: tuple[int, ...]  # G+1 bounds: responses of group g are group_resp[g]:group_resp[g+1]
     group_scored: tuple[int, ...]  # G+1 bounds in the scored tokens
@@ -168,60 +172,41 @@ class PackedGroups(Movable):
 
 
 @dataclass(frozen=True, eq=False)
-class ResponseLogps:
+class ResponseLogps(Responses):
     """What an objective sees: per-token log-probs of a microbatch and how they form responses and pairs."""
 
     token_logp: Tensor  # f32[M], the policy's, with gradient
-    ref_token_logp: Tensor | None  # f32[M]; None where the objective asked for no reference
-    cu_resp: Tensor  # i64[R+1]
-    pairs: Tensor  # i64[P, 2]
-    offset: Tensor  # f32[P]
-    weight: Tensor  # f32[P]
-    chosen: Tensor  # i64[C]
-    desirable: Tensor  # i64[.]
-    undesirable: Tensor  # i64[.]
-    paired_tokens: int  # scored tokens of both responses of each pair, over all pairs
-    score: Tensor  # f32[R], NaN where there is none
-    token_weight: Tensor | None  # f32[M]
     token_stats: dict[str, Tensor]  # f32[M] each; only those the objective named
     context: dict[str, Tensor] = field(default_factory=dict)  # what the objective knows of the whole step
 
     @classmethod
     def of(cls, batch: PackedGroups, token_logp, ref_token_logp=None, token_stats=None):
-        shared = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name in _FROM_BATCH}
-        return cls(
-            token_logp=token_logp,
-            ref_token_logp=ref_token_logp,
-            token_stats=token_stats or {},
-            **shared,
-        )
+        shared = {f.name: getattr(batch, f.name) for f in fields(Responses)}
+        shared["ref_token_logp"] = ref_token_logp
+        return cls(token_logp=token_logp, token_stats=token_stats or {}, **shared)
 
     @classmethod
     def joined(cls, parts: Sequence["ResponseLogps"]) -> "ResponseLogps":
         """Several microbatches as one, response after response."""
-        first, together = parts[0], {}
-        starts = list(accumulate((len(p.cu_resp) - 1 for p in parts), initial=0))
+        first, starts = parts[0], list(accumulate((len(p.cu_resp) - 1 for p in parts), initial=0))
+        of = lambda name: [getattr(p, name) for p in parts]
+        together = {}
         for name in ("token_logp", "ref_token_logp", "offset", "weight", "score"):
-            values = [getattr(p, name) for p in parts]
-            together[name] = None if values[0] is None else torch.cat(values)
+            together[name] = None if getattr(first, name) is None else torch.cat(of(name))
         for name in ("pairs", "chosen", "desirable", "undesirable"):
-            together[name] = torch.cat([getattr(p, name) + start for p, start in zip(parts, starts)])
-        together["paired_tokens"] = sum(p.paired_tokens for p in parts)
-        lengths = torch.cat([p.lengths for p in parts])
-        together["cu_resp"] = torch.cat([first.cu_resp[:1], lengths.cumsum(0)])
-        if any(p.token_weight is not None for p in parts):
-            together["token_weight"] = torch.cat([p.token_weights for p in parts])
-        else:
-            together["token_weight"] = None
+            together[name] = torch.cat([value + start for value, start in zip(of(name), starts)])
+        together["paired_tokens"] = sum(of("paired_tokens"))
+        together["cu_resp"] = torch.cat([first.cu_resp[:1], torch.cat(of("lengths")).cumsum(0)])
+        weighted = any(weight is not None for weight in of("token_weight"))
+        together["token_weight"] = torch.cat(of("token_weights")) if weighted else None
         stats = {name: torch.cat([p.token_stats[name] for p in parts]) for name in first.token_stats}
         return cls(token_stats=stats, context=first.context, **together)
 
     def kept(self) -> "ResponseLogps":
         """The same values in memory of their own, for whoever keeps them: what a microbatch brought are views
         of all that went to the GPU with it."""
-        values = {name: getattr(self, name) for name in (*_FROM_BATCH, "ref_token_logp")}
-        own = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **own)
+        values = {f.name: getattr(self, f.name) for f in fields(Responses)}
+        return replace(self, **{name: v.clone() for name, v in values.items() if isinstance(v, Tensor)})
 
     def detached(self) -> "ResponseLogps":
         """The same values without gradient."""
@@ -273,7 +258,3 @@ class ResponseLogps:
     @property
     def loser(self) -> Tensor:
         return self.pairs[:, 1]
-
-
-_FROM_BATCH = {f.name for f in fields(ResponseLogps)} & {f.name for f in fields(PackedGroups)}
-_FROM_BATCH -= {"ref_token_logp"}

@@ -22,6 +22,12 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def add_lines(path: Path, *records: dict) -> None:
+    """Adds lines of JSON; opened and closed at once, so that a killed process keeps what it wrote."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """Yields a temporary folder to fill, which then becomes `final`, whole, in place of what was there.

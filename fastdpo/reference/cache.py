@@ -23,47 +23,39 @@ _COMMIT_SHARE = 0.02  # ... or rarer: a slow disk's commits may take this share 
 _INSERT_PACK = "INSERT INTO packs (namespace, fill, digest, keys, lengths, logps) VALUES (?, ?, ?, ?, ?, ?)"
 
 
-class RefCache:
+class RefCache(CacheFile):
     """The log-probs of the wanted responses under one fingerprint: `values` are those known, f32[n] each.
 
     Without a path they are kept in memory only. Use it in `with`.
     """
 
     def __init__(self, path: Path | None, fingerprint: Fingerprint, wanted: Collection[bytes], console):
-        self.path, self.values = path, {}
+        super().__init__(path, console)
+        self.values: dict[bytes, np.ndarray] = {}
         self._fingerprint, self._wanted = fingerprint, wanted
         self._namespace = bytes.fromhex(fingerprint.namespace)
         self._pending: list[dict[bytes, np.ndarray]] = []  # per computed pack, what is not stored yet
         self._environment: dict = {}
-        self._db: sqlite3.Connection | None = None  # the one that the next three are of
+        self._read: sqlite3.Connection | None = None  # the one that the next three are of
         self._fill: int | None = None  # this process's row in fills
         self._last_pack = 0  # packs up to here have been read
         self._damaged: list[tuple[int, int]] = []  # (pack, responses in it)
         self._committed, self._commit_took = time.monotonic(), 0.0
-        self._file = None
         if path is not None:
-            self._file = CacheFile(path, console)
-            self._file.run(self._load)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self._file:
-            self._file.close()
+            self.run(self._load)
 
     def start_fill(self, environment: dict) -> None:
         """Records what will compute; call before the first `add`. Raises ConfigError where the file
         cannot be written, before anything is computed for it."""
         self._environment = environment
-        if self._file:
-            self._file.run(self._store)
+        if self.path is not None:
+            self.run(self._store)
 
     def add(self, keys: list[bytes], values: list[np.ndarray]) -> None:
         """A computed pack. A response that is known keeps its value. Commits when it is time."""
         new = {key: value for key, value in zip(keys, values) if key not in self.values}
         self.values |= new
-        if self._file is None:
+        if self.path is None:
             return
         self._pending.append(new)
         due = COMMIT_SECONDS * max(1.0, self._commit_took / _COMMIT_SHARE)
@@ -74,7 +66,7 @@ class RefCache:
         """Stores everything added so far in one transaction."""
         if self._pending:
             start = time.monotonic()
-            self._file.run(self._store)
+            self.run(self._store)
             self._committed = time.monotonic()
             self._commit_took = self._committed - start
 
@@ -82,8 +74,8 @@ class RefCache:
         """The recorded parts of another fingerprint, where they are there."""
         found = []
         query = "SELECT parts FROM namespaces WHERE id = ?"
-        if self._file:
-            self._file.run(lambda db: found.extend(db.execute(query, (bytes.fromhex(namespace),))))
+        if self.path is not None:
+            self.run(lambda db: found.extend(db.execute(query, (bytes.fromhex(namespace),))))
         try:
             return dict(json.loads(found[0][0]))
         except (IndexError, ValueError, TypeError):
@@ -104,8 +96,8 @@ class RefCache:
 
     def _read_new(self, db) -> None:
         """Takes over the wanted values of the packs that were stored since the last look."""
-        if db is not self._db:
-            self._db, self._fill, self._last_pack, self._damaged = db, None, 0, []
+        if db is not self._read:
+            self._read, self._fill, self._last_pack, self._damaged = db, None, 0, []
         query = "SELECT id, digest, keys, lengths, logps FROM packs WHERE id > ? AND namespace = ?"
         for number, digest, *content in db.execute(query, (self._last_pack, self._namespace)):
             self._last_pack = number
@@ -123,9 +115,7 @@ class RefCache:
         if not self._damaged:
             return
         for number, responses in self._damaged:
-            self._file.say(
-                f"{self.path}: pack {number} is damaged: its {responses} responses count as not stored"
-            )
+            self.say(f"{self.path}: pack {number} is damaged: its {responses} responses count as not stored")
         damaged, self._damaged = self._damaged, []
         with transaction(db):
             db.executemany("DELETE FROM packs WHERE id = ?", [(number,) for number, _ in damaged])

@@ -41,11 +41,17 @@ class _Damaged(Exception):
 
 
 class CacheFile:
-    """An open cache file. All work on it goes through `run`."""
+    """A cache file, opened when there is work on it, all of which goes through `run`. Use it in `with`."""
 
     def __init__(self, path: Path, console):
         self.path, self._console = path, console
         self._db: sqlite3.Connection | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def run(self, work: Callable[[sqlite3.Connection], None]) -> None:
         """work(connection); where the file turns out to be damaged, again on a new one."""

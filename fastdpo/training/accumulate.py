@@ -12,6 +12,7 @@ from fastdpo.objectives.seam import Coupled, Decomposable, Rescaled
 from fastdpo.optim.stepping import InBackward
 from fastdpo.records import Groups, PackedGroups, ResponseLogps
 
+LossOf = Callable[[ResponseLogps], Tensor]
 _ROOM = 30.0  # weights up to e^30 beside the first microbatch's, before the sums are re-based
 
 
@@ -61,14 +62,19 @@ class Accumulator:
     def _decomposable(self, objective: Decomposable, groups: Groups, step: StepLoss) -> None:
         """Each microbatch's part is divided by the whole step's counts, so the parts just add up."""
         counts = objective.counts(groups)
+        part = lambda logps: objective.part(replace(logps, context=step.context), counts)
         for batch, is_last in ending(self.microbatches(groups)):
-            with self.guard(batch):
-                logps = replace(self.score(batch), context=step.context)
-                loss = objective.part(logps, counts)
-                self._before_backward(step, {batch.rows: loss.detach()}, is_last)
-                loss.backward()
-            self._seen(step, batch, logps, loss.detach())
+            self._at_once(batch, part, step, is_last)
         step.loss = torch.stack(step.parts).double().sum()
+
+    def _at_once(self, batch: PackedGroups, loss_of: LossOf, step: StepLoss, is_last: bool) -> Tensor:
+        with self.guard(batch):
+            logps = self.score(batch)
+            loss = loss_of(logps)
+            self._before_backward(step, {batch.rows: loss.detach()}, is_last)
+            loss.backward()
+        self._seen(step, batch, logps, loss.detach())
+        return loss.detach()
 
     def _rescaled(self, objective: Rescaled, groups: Groups, step: StepLoss) -> None:
         """Sums exp((shift - loss) / T) * gradient over the microbatches and divides by the sum of the
@@ -91,30 +97,28 @@ class Accumulator:
         2021): several microbatches are scored without gradient first, a single one is not."""
         pairs = sum(len(group.pairs) for group in groups)
         size = objective.within or len(groups)
+
+        def whole(logps: ResponseLogps) -> Tensor:
+            if objective.remember is not None:  # the running memory has this batch's part too
+                self.memory = objective.remember(logps.detached(), self.memory)
+            return share * objective.whole(replace(logps, context=step.context | self.memory))
+
         for some, is_last in ending([groups[i : i + size] for i in range(0, len(groups), size)]):
             share = sum(len(group.pairs) for group in some) / pairs if objective.within else 1.0
             batches = self.microbatches(some)
             if len(batches) == 1:
-                self._at_once(objective, *batches, share, step, is_last)
+                loss = self._at_once(*batches, whole, step, is_last)
             else:
-                self._in_two_passes(objective, batches, share, step, is_last)
+                loss = self._in_two_passes(batches, whole, step, is_last)
+            step.loss = step.loss + loss.double()
 
-    def _at_once(self, objective, batch, share: float, step: StepLoss, is_last: bool) -> None:
-        with self.guard(batch):
-            logps = self.score(batch)
-            loss = share * objective.whole(self._informed(objective, logps, step.context))
-            self._before_backward(step, {batch.rows: loss.detach()}, is_last)
-            loss.backward()
-        self._seen(step, batch, logps, loss.detach())
-        step.loss = step.loss + loss.detach().double()
-
-    def _in_two_passes(self, objective, batches, share: float, step: StepLoss, is_last: bool) -> None:
+    def _in_two_passes(self, batches, loss_of: LossOf, step: StepLoss, is_last: bool) -> Tensor:
         with torch.no_grad():
             batches, scored = zip(*[(batch, self._first(batch, step)) for batch in batches])
             joined = ResponseLogps.joined(scored)
             del scored  # with all that went to the GPU
         joined = replace(joined, token_logp=joined.token_logp.requires_grad_())
-        loss = share * objective.whole(self._informed(objective, joined, step.context))
+        loss = loss_of(joined)
         (slope,) = torch.autograd.grad(loss, joined.token_logp)
         sizes = [len(batch.target) for batch in batches]
         slopes_of, first = slope.split(sizes), joined.token_logp.detach().split(sizes)
@@ -125,7 +129,7 @@ class Accumulator:
                 self._before_backward(step, parts, is_last and ends)
                 logps.token_logp.backward(slopes)
             self._seen(step, batch, logps, (logps.token_logp.detach() * slopes).sum())
-        step.loss = step.loss + loss.detach().double()
+        return loss.detach()
 
     def _before_backward(self, step: StepLoss, parts: dict, is_last: bool) -> None:
         """Before the step's last backward, where that one updates weights: makes sure that the loss is a
@@ -139,12 +143,6 @@ class Accumulator:
             step.loss = torch.stack(step.parts).double().sum()
             raise NotFinite(step)
         self.in_backward.last_microbatch()
-
-    def _informed(self, objective: Coupled, logps: ResponseLogps, context: dict) -> ResponseLogps:
-        """With what the loss reads of the step, this batch's part of the running memory included."""
-        if objective.remember is not None:
-            self.memory = objective.remember(logps.detached(), self.memory)
-        return replace(logps, context=context | self.memory)
 
     def _first(self, batch: PackedGroups, step: StepLoss) -> ResponseLogps:
         step.scored_first += batch.input_tokens

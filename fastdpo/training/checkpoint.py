@@ -7,7 +7,6 @@
 No pickle anywhere. A learning-rate schedule is a function of the step, so it needs no state.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -51,10 +50,10 @@ class Checkpoint:
         """Copies the saved parameters into the policy's. Raises TrainingError where they do not fit."""
         saved = load_file(self.folder / "weights.safetensors")
         wanted = _trained(policy)
-        shapes = lambda tensors: {name: tuple(t.shape) for name, t in tensors.items()}
-        if shapes(saved) != shapes(wanted):
-            odd = sorted(shapes(saved).items() ^ shapes(wanted).items())[0]
-            raise TrainingError(f"{self.folder} holds other weights than this run trains: {odd[0]} {odd[1]}")
+        shapes = lambda tensors: {(name, tuple(t.shape)) for name, t in tensors.items()}
+        if odd := shapes(saved) ^ shapes(wanted):
+            name, shape = min(odd)
+            raise TrainingError(f"{self.folder} holds other weights than this run trains: {name} {shape}")
         with torch.no_grad():
             for name, parameter in wanted.items():
                 parameter.copy_(saved[name])
@@ -65,14 +64,13 @@ class Checkpoint:
 
 def save(folder: Path, policy, optimizer, state: dict) -> int:
     """Writes a checkpoint, in place of one of the same name; returns its size in bytes."""
-    optimizer_tensors = _apart(optimizer.tensors())
     weights = {name: p.detach().contiguous() for name, p in _trained(policy).items()}
     with durable.new_folder(folder) as part:
-        for name, tensors in zip(TENSOR_FILES, (weights, optimizer_tensors)):
+        for name, tensors in zip(TENSOR_FILES, (weights, _apart(optimizer.tensors()))):
             save_file(tensors, part / name)
         digests = {name: durable.file_digest(part / name) for name in TENSOR_FILES}
         state = {"format": FORMAT, **state, "digests": digests}
-        text = json.dumps({"digest": _digest(state), "state": state}, indent=1)
+        text = json.dumps({"digest": durable.json_digest(state), "state": state}, indent=1)
         (part / "state.json").write_text(text, encoding="utf-8")
         return sum(path.stat().st_size for path in part.iterdir())
 
@@ -83,7 +81,7 @@ def load(folder: Path) -> Checkpoint:
     try:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         state = content["state"]
-        if content["digest"] != _digest(state):
+        if content["digest"] != durable.json_digest(state):
             raise ValueError("state.json was changed after it was written")
         if state["format"] > FORMAT:
             raise ConfigError(
@@ -102,22 +100,16 @@ def newest(folder: Path) -> tuple[Checkpoint | None, dict[str, str]]:
     needs the weights that the stage started from, so the checkpoint with those must be whole too."""
     passed = {}
     for path in reversed(found(folder)):
+        why = ""
         try:
             checkpoint = load(path)
-            if checkpoint.state["start"]:
-                _load_needed(folder, checkpoint.state["start"])
+            if start := checkpoint.state["start"]:
+                why = f"{start}, which it needs, cannot be used: "
+                load(folder / start)
+            return checkpoint, passed
         except ValueError as error:
-            passed[path.name] = str(error)
-            continue
-        return checkpoint, passed
+            passed[path.name] = f"{why}{error}"
     return None, passed
-
-
-def _load_needed(folder: Path, name: str) -> Checkpoint:
-    try:
-        return load(folder / name)
-    except ValueError as error:
-        raise ValueError(f"{name}, which it needs, cannot be used: {error}") from None
 
 
 def found(folder: Path) -> list[Path]:
@@ -164,8 +156,3 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _trained(policy) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-
-
-def _digest(state: dict) -> str:
-    text = json.dumps(state, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -20,7 +20,8 @@ def memory_guard(step: int, batch: PackedGroups, explain: Explain | None = None)
     the way out, and what `explain` says of it."""
     where = lambda: (
         f"on a microbatch of {batch.input_ids.numel()} tokens (rows {batch.some_rows}). "
-        "Lower max_tokens (or, if it is one group, max_length), set gradient_checkpointing: true, or train"
+        "Lower max_tokens (or, if it is one group, max_length), set gradient_checkpointing: true, or train "
+        "a LoRA (lora_rank)"
     )
     return _guard(step, where, lambda: batch, explain)
 
@@ -30,8 +31,9 @@ def update_guard(
 ):
     """The same around the update, in which the optimizer makes its states at first (in the host's memory
     where it is offloaded); `group`: any of the step's, for what is said of the weights depends on none."""
-    smaller = "Take an optimizer with smaller states (optim: adamw_8bit), set offload_optimizer: true, or "
-    where = lambda: f"in the optimizer's update. {'Train' if offloaded else smaller + 'train'}"
+    states = "an optimizer with smaller states (optim: adamw_8bit), set offload_optimizer: true, or train"
+    ways = f"{'Train' if offloaded else f'Take {states}'} a LoRA (lora_rank)"
+    where = lambda: f"in the optimizer's update. {ways}"
     return _guard(step, where, lambda: pack([group], share), explain)
 
 
@@ -42,7 +44,7 @@ def _guard(step: int, where: Callable[[], str], batch: Callable[[], PackedGroups
         return
     except torch.OutOfMemoryError:
         pass  # what the work held is freed when its traceback is
-    text = f"step {step}: out of GPU memory {where()} a LoRA (lora_rank)"
+    text = f"step {step}: out of GPU memory {where()}"
     raise TrainingError(text if explain is None else f"{text}\n{explain(batch())}")
 
 

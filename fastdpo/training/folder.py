@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 
+from fastdpo.config.reading import to_yaml
 from fastdpo.errors import ConfigError
 from fastdpo.files import durable
 from fastdpo.model.adapters import find_start
@@ -34,9 +34,8 @@ def free_folder(job: Job) -> Path:
             "Go on with it by --resume, replace it by --overwrite, or name another folder"
         )
     keys = ("model", "adapter", "data", "eval_data", "chat_template")
-    named = {name: job.settings[name] for name in keys}
-    named["the adapter's base"] = find_start(job.model).model
-    for name, value in named.items():
+    named = {name: getattr(job.config, name) for name in keys}
+    for name, value in (named | {"the adapter's base": find_start(job.model).model}).items():
         source = Path(str(value).partition("#")[0]).resolve()
         for doomed in ((run / part).resolve() for part in held):
             if source == doomed or doomed in source.parents:
@@ -52,37 +51,36 @@ def free_folder(job: Job) -> Path:
 
 @contextlib.contextmanager
 def only_run_in(run: Path) -> Iterator[None]:
-    """Holds the folder against a second process; the lock goes with the process, however it ends."""
+    """Holds the folder against a second process, and puts right what a crash left in it. The lock goes with
+    the process, however it ends."""
     fd = os.open(run, os.O_RDONLY)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"output_dir: another process is training into {run}") from None
+        for place in (run, run / "checkpoints"):
+            durable.recover(place)
         yield
     finally:
         os.close(fd)
 
 
-def open_run(
-    run: Path, config: str, reports: dict, state: dict | None, resume: bool, console: Console
-) -> None:
+def open_run(run: Path, job: Job, reports: dict, state: dict | None, console: Console) -> None:
     """Makes the run folder ready, once everything that can be wrong before the first step was right.
-    config: the text of its config.yaml; resume: whether the run was to be resumed.
 
     Without a checkpoint's `state`, what an earlier run left is deleted (but for damaged checkpoints, where
     the run was to be resumed); with it, the files that grow with the steps are cut back to where the
     checkpoint was written.
     """
     if state is None:
-        clear(run, RUN_FILES if not resume else set(RUN_FILES) - {"checkpoints"})
+        clear(run, RUN_FILES if not job.resume else set(RUN_FILES) - {"checkpoints"})
     for name, size in (state or {"files": {}})["files"].items():
         with (run / name).open("ab") as file:
-            if file.tell() < size:
-                lost = size - file.tell()
+            if (lost := size - file.tell()) > 0:
                 console.print(f"[yellow]{name} has lost its last {lost:,} bytes", highlight=False)
             file.truncate(min(size, file.tell()))
-    durable.write_text(run / "config.yaml", config)
+    durable.write_text(run / "config.yaml", to_yaml(job.config))
     durable.write_text(run / "data_report.json", json.dumps(reports, indent=1))
 
 
@@ -97,21 +95,7 @@ def clear(run: Path, names) -> None:
 
 def growing_sizes(run: Path) -> dict[str, int]:
     """Bytes of the files that grow with the steps, now on the disk for good."""
-    sizes = {}
-    for path in (run / name for name in GROWING):
-        if path.exists():
-            durable.sync(path)
-        sizes[path.name] = path.stat().st_size if path.exists() else 0
-    return sizes
-
-
-class Events:
-    """events.jsonl: what happened to a run and when, one JSON object a line, for people and the report."""
-
-    def __init__(self, run: Path):
-        self._file = run / "events.jsonl"
-
-    def add(self, event: str, **values) -> None:
-        time = datetime.now(UTC).isoformat(timespec="seconds")
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time, "event": event, **values}) + "\n")
+    there = [run / name for name in GROWING if (run / name).exists()]
+    for path in there:
+        durable.sync(path)
+    return dict.fromkeys(GROWING, 0) | {path.name: path.stat().st_size for path in there}

@@ -2,7 +2,11 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
 
 from fastdpo.config.keys import Config
 from fastdpo.data.load import DataSpec
@@ -56,7 +60,25 @@ class Job:
     samples: int
     trackers: list[str]
     push_to_hub: str | None
-    settings: dict  # every key and its value, for the records
+    config: Config  # for the records, and for what is done around the run
+
+    @property
+    def settings(self) -> dict:
+        """Every key and its value."""
+        return dataclasses.asdict(self.config)
+
+
+@dataclass(frozen=True)
+class Around:
+    """What other rooms do around a run: `fastdpo.api` hands it to the trainer, which imports none of them."""
+
+    settle_backends: Callable[[Console], None]  # which kernels are right on this machine
+    choose: Callable[..., Config]  # (config, model_config, groups, console): with what `memory` leaves open
+    explain: Callable[..., str]  # (config, model_config, batch): of a microbatch that took too much memory
+    write_report: Callable[[Path, bool], None]  # (run folder, whether the run has ended)
+    add_card: Callable[[Path, Path, Console], None]  # (run folder, model folder, console)
+    check_hub: Callable[[str | None], None]  # whether that repository can be pushed to
+    push: Callable[[Path, str, Console], None]  # (model folder, repository, console)
 
 
 def resolve(config: Config) -> Job:
@@ -87,9 +109,9 @@ def check_stepping(stage: StageJob) -> None:
 
 def job_of(config: Config) -> Job:
     """The config in parts, as `resolve` checks it."""
-    own = dict(data=_part(DataSpec, config), model=_part(ModelSpec, config))
-    own |= dict(stages=tuple(stage_job(stage) for stage in config.per_stage()))
-    return _part(Job, config, **own, settings=dataclasses.asdict(config))
+    stages = tuple(stage_job(stage) for stage in config.per_stage())
+    data, model = _part(DataSpec, config), _part(ModelSpec, config)
+    return _part(Job, config, data=data, model=model, stages=stages, config=config)
 
 
 def stage_job(config: Config) -> StageJob:
@@ -112,7 +134,7 @@ def total_steps(stage: StageJob | Config, n_groups: int) -> int:
     return stage.max_steps or math.ceil(stage.num_epochs * math.ceil(n_groups / stage.batch_size))
 
 
-def _part(kind, config: Config, **own):
+def _part(kind, config: Config, /, **own):
     """A record of the keys that it names, and of its own."""
     names = [f.name for f in dataclasses.fields(kind) if f.name not in own]
     return kind(**{name: getattr(config, name) for name in names}, **own)

@@ -1,14 +1,16 @@
 """Where a run's numbers go: metrics.jsonl, the progress bar and the lines above it."""
 
-import json
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
 from fastdpo.console.progress import make_progress
+from fastdpo.data.packing import places
+from fastdpo.files import durable
 from fastdpo.objectives.seam import Coupled
 from fastdpo.training.metrics import Sums, Window
+from fastdpo.training.stage import Stage, step_groups
 
 _SHOWN = {
     "loss": "loss {:.4f}",
@@ -28,12 +30,6 @@ class RunLog:
     def __init__(self, run: Path, console: Console, trackers):
         self.console, self.stage = console, 0
         self._file, self._trackers = run / "metrics.jsonl", trackers
-
-    def _write(self, record: dict) -> None:
-        """Opened, appended and closed a line, so that a killed run keeps what it wrote."""
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": self.stage, **record}) + "\n")
-        self._trackers.log(record["step"], record)
 
     @contextmanager
     def bar(self, name: str, done: int, total: int):
@@ -57,27 +53,26 @@ class RunLog:
         self._progress.update(self._task, advance=1, info=info)
 
     def train(self, step: int, epoch: float, window: Window) -> None:
-        record = {"step": step, "epoch": round(epoch, 4)}
-        record |= window.sums.means() | window.throughput()
-        self._write(record)
-        self._line(f"step {step:>5}", record)
+        record = {"step": step, "epoch": round(epoch, 4), **window.sums.means(), **window.throughput()}
+        self._tell(record, f"step {step:>5}", record)
 
     def held_out(self, step: int, sums: Sums) -> None:
         means = sums.means()
-        self._write({"step": step, **{f"eval_{name}": value for name, value in means.items()}})
-        self._line(f"[bold]held-out at {step}[/]", means)
+        record = {"step": step, **{f"eval_{name}": value for name, value in means.items()}}
+        self._tell(record, f"[bold]held-out at {step}[/]", means)
 
-    def _line(self, what: str, record: dict) -> None:
-        shown = [text.format(record[name]) for name, text in _SHOWN.items() if name in record]
+    def _tell(self, record: dict, what: str, values: dict) -> None:
+        durable.add_lines(self._file, {"stage": self.stage, **record})
+        self._trackers.log(record["step"], record)
+        shown = [text.format(values[name]) for name, text in _SHOWN.items() if name in values]
         self.console.print(what, " ".join(shown), highlight=False, soft_wrap=True)
 
-    def announce(self, stage) -> dict:
+    def announce(self, stage: Stage) -> dict:
         """Says what a stage will do, before it does it; returns the same as numbers."""
-        size = stage.job.batch_size
-        first = stage.first_step()
+        name, first = stage.objective.name, next(step_groups(stage.groups, stage.job, 1))
         batches = list(stage.microbatches(first))
         facts = {
-            "objective": stage.objective.name,
+            "objective": name,
             "steps": stage.total,
             "groups": len(stage.groups),
             "pairs": sum(len(g.pairs) for g in stage.groups),
@@ -90,43 +85,36 @@ class RunLog:
         }
         tokens, separate = facts["first_step_tokens"], facts["first_step_separate_tokens"]
         preferences = f"{facts['pairs']:,} pairs over " if facts["pairs"] else ""
-        self.console.print(
-            f"[bold]{stage.objective.name}[/]: {stage.total} steps of {size} groups; a pass is {preferences}"
+        self.say(
+            f"[bold]{name}[/]: {stage.total} steps of {stage.job.batch_size} groups; a pass is {preferences}"
             f"{facts['responses']:,} responses, each computed once. {len(first)} groups take {len(batches)} "
             f"microbatches, {tokens:,} tokens for {separate:,} of separate rows "
-            f"({tokens / separate:.0%}); lm_head: {facts['head_plan']}",
-            highlight=False,
+            f"({tokens / separate:.0%}); lm_head: {facts['head_plan']}"
         )
         if isinstance(stage.objective, Coupled) and len(batches) > 1:
-            within = stage.objective.within
-            what = f"{within} groups" if within else "a step"
-            text = (
-                f"{stage.objective.name} looks at {what} as a whole: several microbatches of it are scored "
-            )
-            self.console.print(f"{text}once without gradient first", highlight=False)
+            what = f"{stage.objective.within} groups" if stage.objective.within else "a step"
+            parts = "several microbatches of it are scored once without gradient first"
+            self.say(f"{name} looks at {what} as a whole: {parts}")
         if stage.objective.mismatched:
-            text = f"{stage.objective.name} also scores each prompt with another row's response"
-            self.console.print(f"{text}, without gradient", highlight=False)
+            self.say(f"{name} also scores each prompt with another row's response, without gradient")
             if not stage.mismatched:
-                text = "[yellow]all rows have one prompt, so there is no such response and z0 is 0"
-                self.console.print(text, highlight=False)
+                self.say("[yellow]all rows have one prompt, so there is no such response and z0 is 0")
         return facts | self._announce_caps(stage)
 
-    def _announce_caps(self, stage) -> dict:
-        cap = stage.job.max_tokens
-        if stage.policy.max_scored is not None:
-            self.console.print(
-                f"a microbatch ends at {stage.policy.max_scored:,} scored tokens or max_tokens={cap:,}",
-                highlight=False,
-            )
-        sizes = [(stage.cost(group), group.row) for group in stage.groups]
+    def _announce_caps(self, stage: Stage) -> dict:
+        cap, scored = stage.job.max_tokens, stage.policy.max_scored
+        if scored is not None:
+            self.say(f"a microbatch ends at {scored:,} scored tokens or max_tokens={cap:,}")
+        sizes = [(places(group, stage.policy.share), group.row) for group in stage.groups]
         over = [row for size, row in sizes if size > cap]
+        largest, row = max(sizes)
         if over:
-            largest, row = max(sizes)
-            self.console.print(
+            self.say(
                 f"[yellow]{len(over)} groups are larger than max_tokens={cap:,} and go alone, whole "
                 f"(rows {', '.join(map(str, over[:5]))}{', ...' * (len(over) > 5)}); "
-                f"the largest has {largest:,} tokens (row {row})",
-                highlight=False,
+                f"the largest has {largest:,} tokens (row {row})"
             )
-        return {"groups_over_max_tokens": len(over), "largest_group_tokens": max(sizes)[0]}
+        return {"groups_over_max_tokens": len(over), "largest_group_tokens": largest}
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False)

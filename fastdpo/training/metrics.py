@@ -3,6 +3,7 @@
 import contextlib
 import resource
 import time
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,47 +15,44 @@ from fastdpo.records import PackedGroups, ResponseLogps
 EVAL_STATS = ("entropy", "mean_logit", "is_top1")
 
 
+@dataclass
 class Sums:
     """Named sums and counts; tensors stay on their device until `means` fetches them all at once."""
 
-    def __init__(self):
-        self._tensors: dict[str, Tensor] = {}
-        self._numbers: dict[str, float] = {}
-        self._counts: dict[str, float] = {}
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
 
-    def add(self, name: str, values: Tensor | float, count: float | None = None) -> None:
-        """Adds a tensor's elements, or a number; `count` is what they count as (default: how many)."""
+    def add(self, name: str, values: Tensor | float) -> None:
+        """Adds a tensor's elements, or a number."""
         if isinstance(values, Tensor):
-            n = values.numel()
-            self._tensors[name] = self._tensors.get(name, 0) + values.detach().double().sum()
+            self.tensors[name] = self.tensors.get(name, 0) + values.detach().double().sum()
         else:
-            n = 1
-            self._numbers[name] = self._numbers.get(name, 0) + values
-        self._counts[name] = self._counts.get(name, 0) + (n if count is None else count)
+            self.numbers[name] = self.numbers.get(name, 0) + values
+        count = values.numel() if isinstance(values, Tensor) else 1
+        self.counts[name] = self.counts.get(name, 0) + count
 
     def state(self) -> dict:
         """What `restored` makes the same sums of, bit by bit; JSON."""
-        names = list(self._tensors)
-        values = torch.stack([self._tensors[n].cpu() for n in names]).tolist() if names else []
-        return {"tensors": dict(zip(names, values)), "numbers": self._numbers, "counts": self._counts}
+        names = list(self.tensors)
+        values = torch.stack([self.tensors[n].cpu() for n in names]).tolist() if names else []
+        return {"tensors": dict(zip(names, values)), "numbers": self.numbers, "counts": self.counts}
 
     @classmethod
     def restored(cls, state: dict, device) -> "Sums":
-        sums = cls()
         double = lambda value: torch.tensor(value, dtype=torch.float64, device=device)
-        sums._tensors = {name: double(value) for name, value in state["tensors"].items()}
-        sums._numbers, sums._counts = dict(state["numbers"]), dict(state["counts"])
-        return sums
+        tensors = {name: double(value) for name, value in state["tensors"].items()}
+        return cls(tensors, dict(state["numbers"]), dict(state["counts"]))
 
     def means(self) -> dict[str, float]:
         """Each name's sum over its count; names that counted nothing are left out. Without pairs the margin
         is that of the two means, as in TRL's KTO."""
-        sums = dict.fromkeys(self._counts, 0.0) | self._numbers
-        if self._tensors:
-            fetched = torch.stack(list(self._tensors.values())).tolist()
-            for name, value in zip(self._tensors, fetched):
-                sums[name] = value + self._numbers.get(name, 0.0)
-        means = {name: sums[name] / count for name, count in self._counts.items() if count}
+        sums = dict.fromkeys(self.counts, 0.0) | self.numbers
+        if self.tensors:
+            fetched = torch.stack(list(self.tensors.values())).tolist()
+            for name, value in zip(self.tensors, fetched):
+                sums[name] = value + self.numbers.get(name, 0.0)
+        means = {name: sums[name] / count for name, count in self.counts.items() if count}
         if "rewards/chosen" in means and "rewards/rejected" in means:
             means.setdefault("rewards/margins", means["rewards/chosen"] - means["rewards/rejected"])
         return means
@@ -125,14 +123,17 @@ def peak_memory_gb() -> float:
 _COUNTS = ("num_tokens", "pairs", "responses", "tokens", "first_pass")
 
 
+@dataclass
 class Window:
     """What happened since the last log line."""
 
-    def __init__(self, num_tokens: int = 0):
-        self.sums, self.start = Sums(), time.perf_counter()
-        self.num_tokens = num_tokens  # of the whole stage, as TRL counts: separate rows, no padding
-        self.pairs = self.responses = self.tokens = 0
-        self.first_pass = 0  # tokens of forwards without gradient that the objective needed first
+    sums: Sums = field(default_factory=Sums)
+    start: float = field(default_factory=time.perf_counter)
+    num_tokens: int = 0  # of the whole stage, as TRL counts: separate rows, no padding
+    pairs: int = 0
+    responses: int = 0
+    tokens: int = 0
+    first_pass: int = 0  # tokens of forwards without gradient that the objective needed first
 
     def count(self, batch: PackedGroups) -> None:
         self.pairs += len(batch.pairs)
@@ -147,12 +148,8 @@ class Window:
 
     @classmethod
     def restored(cls, state: dict, device) -> "Window":
-        window = cls()
-        window.sums = Sums.restored(state["sums"], device)
-        window.start -= state["seconds"]
-        for name, value in state["counts"].items():
-            setattr(window, name, value)
-        return window
+        start = time.perf_counter() - state["seconds"]
+        return cls(Sums.restored(state["sums"], device), start, **state["counts"])
 
     @contextlib.contextmanager
     def paused(self):

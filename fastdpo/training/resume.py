@@ -39,11 +39,8 @@ def find_checkpoint(
     except OSError as error:
         raise ConfigError(f"resume: cannot read the checkpoints: {error}") from None
     for name, reason in passed.items():
-        console.print(
-            f"[yellow]{escape(f'{name} cannot be used: {reason}. It is kept as damaged-{name}')}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        text = escape(f"{name} cannot be used: {reason}. It is kept as damaged-{name}")
+        console.print(f"[yellow]{text}", highlight=False, soft_wrap=True)
     if found:
         check_settings(found.state["config"], job.settings)
         console.print(f"going on from {folder}/checkpoints/{found.name}", highlight=False, soft_wrap=True)
@@ -80,10 +77,8 @@ def _same_file(old, new) -> bool:
     """Whether two values are two ways to write the path of one file or folder."""
     if not (isinstance(old, str) and isinstance(new, str)):
         return False
-    (old, old_split), (new, new_split) = (
-        (Path(path), split) for path, _, split in (value.partition("#") for value in (old, new))
-    )
-    return old_split == new_split and new.exists() and old.resolve() == new.resolve()
+    (old, _, old_split), (new, _, new_split) = old.partition("#"), new.partition("#")
+    return old_split == new_split and Path(new).exists() and Path(old).resolve() == Path(new).resolve()
 
 
 def _changed(name, old, new) -> ConfigError:

@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import json
 import platform
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -17,17 +16,16 @@ from safetensors import SafetensorError
 
 from fastdpo.errors import FastDPOError, Stopped, TrainingError
 from fastdpo.files import durable
+from fastdpo.files.installed import versions
 from fastdpo.training import checkpoint
-from fastdpo.training.folder import Events, growing_sizes
-from fastdpo.training.job import Job
+from fastdpo.training.folder import growing_sizes
+from fastdpo.training.job import Around, Job
 from fastdpo.training.log import RunLog
 from fastdpo.training.samples import complete
 from fastdpo.training.stopping import Stopping
+from fastdpo.training.trackers import Trackers
 
-_PACKAGES = (
-    *("fastdpo", "torch", "transformers", "datasets", "safetensors", "numpy"),
-    *("peft", "bitsandbytes", "torchao"),
-)
+_PACKAGES = "fastdpo torch transformers datasets safetensors numpy peft bitsandbytes torchao".split()
 # Between two packings of the same rows on one machine, a response's mean over its tokens moves by 1e-6
 # in fp32; bf16 activations keep 8 bits.
 WRONG_REFERENCE = 1.0  # nats a token: no rounding does this
@@ -45,30 +43,32 @@ class Place:
     total: int = 0  # optimizer steps of this stage
 
 
+@dataclass
 class Run:
-    """Make it once the folder is ready; `data` is the fingerprint of the rows, write_report(folder, ended)
-    makes report.html of what is in the folder."""
+    """Make it once the folder is ready."""
 
-    def __init__(
-        self,
-        folder: Path,
-        job: Job,
-        console: Console,
-        stopping: Stopping,
-        data: str,
-        trackers,
-        write_report: Callable[[Path, bool], None],
-    ):
-        self.folder, self.job, self.console, self.stopping = folder, job, console, stopping
-        self.write_report = write_report
-        self.checkpoints = folder / "checkpoints"
-        self.events, self.log = Events(folder), RunLog(folder, console, trackers)
-        self.place, self.data, self.start = Place(), data, time.perf_counter()
+    folder: Path
+    job: Job
+    console: Console
+    stopping: Stopping
+    data: str  # the fingerprint of the rows
+    trackers: Trackers
+    around: Around
+    place: Place = field(default_factory=Place)
+
+    def __post_init__(self):
+        self.checkpoints, self.start = self.folder / "checkpoints", time.perf_counter()
+        self.log = RunLog(self.folder, self.console, self.trackers)
 
     @property
     def fresh_lora(self) -> bool:
         """Whether the start weights are the base model's, under an adapter that has learnt nothing."""
         return self.job.model.lora_rank is not None and self.place.start is None
+
+    def event(self, event: str, **values) -> None:
+        """A line of events.jsonl: what happened and when, for people and the report."""
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        durable.add_lines(self.folder / "events.jsonl", {"time": time, "event": event, **values})
 
     def save(self, policy, optimizer, progress, may_be_best: bool) -> None:
         """A checkpoint of where the stage stands, then the report; older checkpoints go."""
@@ -93,7 +93,7 @@ class Run:
         checkpoint.prune(self.checkpoints, self.job.save_total_limit, keep)
         seconds = round(time.perf_counter() - start, 3)
         facts = {"step": step, "folder": folder.name, "bytes": size, "seconds": seconds}
-        self.events.add("checkpoint", **facts, eval_loss=loss, best=best)
+        self.event("checkpoint", **facts, eval_loss=loss, best=best)
         self.report(ended=False)
 
     def end_stage(self, policy, progress) -> None:
@@ -116,7 +116,7 @@ class Run:
         """How far policy and reference were apart in a stage's first step, where they are one model. Raises
         TrainingError for a reference that is of another model altogether."""
         bound = DRIFT_BOUND[dtype]
-        self.events.add("drift", stage=self.place.stage, max_nats=drift, bound=bound)
+        self.event("drift", stage=self.place.stage, max_nats=drift, bound=bound)
         text = f"reference: before the first update it differs from the policy by {drift:.2g} nats a token"
         if drift > WRONG_REFERENCE:
             raise TrainingError(
@@ -135,14 +135,13 @@ class Run:
         """Completes the groups' prompts, for the report: `when` is "start" or "end"."""
         where = {"when": when, "stage": self.place.stage, "step": self.place.first}
         rows = complete(policy, tokenizer, groups, console=self.console) if groups else []
-        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(where | row) + "\n" for row in rows)
+        durable.add_lines(self.folder / "samples.jsonl", *(where | row for row in rows))
 
     def report(self, ended: bool) -> None:
         """Writes report.html. A report that cannot be written costs no training: it is said, and that is
         all."""
         try:
-            self.write_report(self.folder, ended)
+            self.around.write_report(self.folder, ended)
         except Exception as error:
             why = escape(f"{type(error).__name__}: {error}")
             self.console.print(f"[yellow]report.html was not written: {why}", highlight=False)
@@ -150,11 +149,10 @@ class Run:
     @contextlib.contextmanager
     def told(self, found: checkpoint.Checkpoint | None, passed: dict[str, str]) -> Iterator[None]:
         """Around the training: its start and its end, whichever it is, go to events.jsonl and the report."""
-        facts = {"versions": versions(), "device": device_name()}
-        if found:
-            self.events.add("resume", step=found.step, checkpoint=found.name, skipped=passed, **facts)
-        else:
-            self.events.add("start", skipped=passed, **facts)
+        begun = {"step": found.step, "checkpoint": found.name} if found else {}
+        here = {"python": platform.python_version(), **versions(*_PACKAGES)}
+        facts = {"skipped": passed, "versions": here, "device": device_name()}
+        self.event("resume" if found else "start", **begun, **facts)
         try:
             yield
         except Stopped as stop:
@@ -173,7 +171,7 @@ class Run:
 
     def _end(self, event: str, **facts) -> None:
         with contextlib.suppress(OSError):  # what ended the run may be that nothing can be written
-            self.events.add(event, **facts)
+            self.event(event, **facts)
         self.report(ended=True)
 
     def way_on(self) -> str:
@@ -182,15 +180,6 @@ class Run:
         if not names:
             return "no checkpoint was written yet: the same command with --resume starts over"
         return f"the newest checkpoint is {names[-1]}: the same command with --resume goes on from it"
-
-
-def versions() -> dict[str, str]:
-    """Of what a run's numbers depend on, as far as it is installed."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def device_name() -> str:

@@ -5,16 +5,17 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastdpo.data.mismatched import mismatched
-from fastdpo.data.packing import Packing, epoch_order, in_row_order, pack, places, split_step
+from fastdpo.data.packing import Packing, epoch_order, in_row_order, pack, split_step
 from fastdpo.errors import TrainingError
 from fastdpo.model.policy import Policy
 from fastdpo.optim.optimizers import make_optimizer, set_schedule
-from fastdpo.records import Groups, PackedGroups, PreferenceGroup, ResponseLogps
+from fastdpo.records import Groups, PackedGroups, ResponseLogps
 from fastdpo.training.accumulate import Accumulator, NotFinite, context_of
 from fastdpo.training.failures import WAY_OUT, Explain, memory_guard, not_finite, update_guard
 from fastdpo.training.job import StageJob, total_steps
@@ -101,7 +102,7 @@ class Stage:
         run.log.advance(window)
         if self.due(i, job.logging_steps):
             run.log.train(run.place.first + i, i / self.per_epoch, window)
-            progress.window = Window(window.num_tokens)
+            progress.window = Window(num_tokens=window.num_tokens)
         evaluates = self.due(i, job.eval_steps) or (job.load_best and self.due(i, job.save_steps))
         progress.evaluated, progress.eval_loss = not evaluates, None
 
@@ -129,10 +130,9 @@ class Stage:
             window.count(batch)
 
         parameters, in_backward = self.policy.trained(), self.job.optim.optimizer_in_backward
-        accumulator = Accumulator(
-            *(parameters, self.microbatches, self.score, self.guard(step), see, dict(progress.memory)),
-            in_backward=optimizer if in_backward else None,
-        )
+        guard, memory = partial(memory_guard, step, explain=self.explain), dict(progress.memory)
+        accumulator = Accumulator(parameters, self.microbatches, self.score, guard, see, memory)
+        accumulator.in_backward = optimizer if in_backward else None
         try:
             done = accumulator.run(self.objective, groups, self.aside(groups))
         except NotFinite as stop:
@@ -151,15 +151,10 @@ class Stage:
         progress.memory = accumulator.memory
         return norm
 
-    def guard(self, step: int):
-        """What goes around the work on a microbatch."""
-        return lambda batch: memory_guard(step, batch, self.explain)
-
     def updating(self, step: int, groups: Groups):
         """What goes around the update by these groups."""
-        return update_guard(
-            step, groups[0], self.policy.share, self.job.optim.offload_optimizer, self.explain
-        )
+        offloaded = self.job.optim.offload_optimizer
+        return update_guard(step, groups[0], self.policy.share, offloaded, self.explain)
 
     @torch.no_grad()
     def drift(self, logps: ResponseLogps) -> Tensor:
@@ -174,10 +169,6 @@ class Stage:
         add_pair_metrics(sums, self.objective.seen(logps), self.objective.reward)
         if self.reference and self.reference.per_token:
             add_kl(sums, logps)
-
-    def cost(self, group: PreferenceGroup) -> int:
-        """What a group takes of max_tokens."""
-        return places(group, self.policy.share)
 
     def cut(self, groups: Groups) -> list[Groups]:
         """One step's groups as microbatches."""
@@ -218,20 +209,13 @@ class Stage:
         return [self.mismatched[group.row] for group in groups if group.row in self.mismatched]
 
     def reference_sets(self) -> list[Groups]:
-        """What the reference must know: training rows, held-out rows, and what lies beside either."""
-        used = self.used_groups()
+        """What the reference must know: training rows (all, unless max_steps ends before one pass), held-out
+        rows, and what lies beside either."""
+        used = self.groups
+        if self.total < self.per_epoch:
+            visited = {group.row for step in step_groups(used, self.job, self.total) for group in step}
+            used = [group for group in used if group.row in visited]
         return [used, self.eval_groups, self.aside(used), list(self.eval_mismatched.values())]
-
-    def first_step(self) -> Groups:
-        """The groups of the first optimizer step."""
-        return next(step_groups(self.groups, self.job, 1))
-
-    def used_groups(self) -> Groups:
-        """The groups that the steps will visit: all, unless max_steps ends before one pass."""
-        if self.total >= self.per_epoch:
-            return self.groups
-        visited = {group.row for step in step_groups(self.groups, self.job, self.total) for group in step}
-        return [group for group in self.groups if group.row in visited]
 
     @torch.no_grad()
     def evaluate(self, batches, run, progress: Progress) -> None:
@@ -240,22 +224,19 @@ class Stage:
         if progress.evaluated:
             return
         sums, seen, step = Sums(), [], run.place.first + progress.steps
-        guard = self.guard(step)
         self.policy.model.eval()
         aside = self.in_row_order(list(self.eval_mismatched.values()))
         for batch in run.log.track([*batches, *aside], "held-out"):
             if run.stopping.requested:
                 break
-            with guard(batch):
+            with memory_guard(step, batch, self.explain):
                 seen.append(self.score(batch, EVAL_STATS).kept())
             if len(seen) <= len(batches):
                 self.add_metrics(sums, seen[-1])
                 add_token_metrics(sums, batch, seen[-1].token_stats)
         self.policy.model.train()
-        if batches and run.stopping.requested:
-            return
-        progress.evaluated = True
-        if not batches:
+        progress.evaluated = not (batches and run.stopping.requested)
+        if not batches or not progress.evaluated:
             return
         context = dict(progress.memory)
         if self.objective.mismatched:
@@ -273,12 +254,7 @@ class Stage:
 def step_groups(groups, job: StageJob, n_steps: int, skip: int = 0) -> Iterator[Groups]:
     """The groups of each optimizer step after the first `skip`, epoch after epoch: a function of seed
     and epoch alone."""
-    steps = itertools.chain.from_iterable(_epochs(len(groups), job))
+    size, orders = job.batch_size, (epoch_order(len(groups), job.seed, epoch) for epoch in itertools.count())
+    steps = (order[start : start + size] for order in orders for start in range(0, len(groups), size))
     for rows in itertools.islice(steps, skip, n_steps):
         yield [groups[i] for i in rows]
-
-
-def _epochs(n_groups: int, job: StageJob) -> Iterator[list]:
-    for epoch in itertools.count():
-        order = epoch_order(n_groups, job.seed, epoch)
-        yield [order[start : start + job.batch_size] for start in range(0, n_groups, job.batch_size)]

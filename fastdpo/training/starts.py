@@ -5,19 +5,19 @@ from collections.abc import Callable
 import numpy as np
 
 from fastdpo.data.pairs import BY_GAP, flip_pairs, select_pairs
-from fastdpo.model.policy import Policy
-from fastdpo.reference.cache_file import cache_path
+from fastdpo.records import Groups
 from fastdpo.reference.columns import reference_columns
-from fastdpo.reference.fill import load_reference
+from fastdpo.reference.fill import ReferenceTable
 from fastdpo.training.job import StageJob
 from fastdpo.training.run import Run
 from fastdpo.training.stage import Stage
 
+Fill = Callable[[list[Groups]], ReferenceTable]  # looks up and computes, under the policy as it stands
 
-def stage_groups(run: Run, job: StageJob, policy: Policy, groups, expected: str | None):
+
+def stage_groups(run: Run, job: StageJob, groups, fill: Fill):
     """A stage's training rows with the pairs that it selects, and the noise that it asks for."""
-    reference = lambda: compute_reference(run, policy, [groups], job.max_tokens, expected)
-    groups, left_out = pairs_of_stage(job, groups, reference)
+    groups, left_out = pairs_of_stage(job, groups, fill)
     facts = {"left_out": dict(left_out)} if left_out else {}
     if left_out:
         by = f" (by {job.pair_gap})" if job.pairs in BY_GAP else ""
@@ -30,48 +30,32 @@ def stage_groups(run: Run, job: StageJob, policy: Policy, groups, expected: str 
         text = f"[yellow]flip_pairs: turned in {len(flipped):,} of {len(groups):,} rows, on purpose"
         run.console.print(text, highlight=False)
     if facts:
-        run.events.add("pairs", stage=run.place.stage, pairs=job.pairs, **facts)
+        run.event("pairs", stage=run.place.stage, pairs=job.pairs, **facts)
     return groups
 
 
-def pairs_of_stage(job: StageJob, groups, reference: Callable):
-    """What `select_pairs` makes of a stage's rows; `reference()` gives the log-probs of all responses, where
-    pairs are told by them."""
+def pairs_of_stage(job: StageJob, groups, fill: Fill):
+    """What `select_pairs` makes of its rows, by the reference's log-probs where pairs are told by them."""
     if not job.by_logp:
         return select_pairs(groups, job.pairs)
-    table = reference()
+    table = fill([groups])
     ends = [np.cumsum([int(r.target_mask.sum()) for r in group.responses])[:-1] for group in groups]
     values = [table.of([group]).double().numpy() for group in groups]
     sums = [[part.sum() for part in np.split(*pair)] for pair in zip(values, ends)]
     return select_pairs(groups, job.pairs, sums)
 
 
-def make_reference(run: Run, stage: Stage, expected: str | None):
+def make_reference(run: Run, stage: Stage, fill: Fill):
     """The reference's log-probs, from the data's own columns, or looked up and computed, and then also the
     namespace of the start weights."""
     sets = stage.reference_sets()
     sums_do = not stage.objective.mismatched and "per-token reference" not in stage.objective.needs
-    path = cache_path(run.job.reference_cache)
-    if run.place.start is None and path and sums_do:  # the columns are of the model the run starts from
-        columns = reference_columns(sets, run.console)
-        if columns:
-            run.events.add("reference", stage=run.place.stage, **columns.account)
+    kept = run.job.reference_cache != "off"
+    if run.place.start is None and kept and sums_do:  # the columns are of the model the run starts from
+        if columns := reference_columns(sets, run.console):
+            run.event("reference", stage=run.place.stage, **columns.account)
             return columns, None
-    table = compute_reference(run, stage.policy, sets, stage.job.max_tokens, expected)
+    table = fill(sets)
     source = "computed" if table.account["file"] is None else "cache"
-    run.events.add("reference", stage=run.place.stage, source=source, **table.account)
+    run.event("reference", stage=run.place.stage, source=source, **table.account)
     return table, table.account["namespace"]
-
-
-def compute_reference(run: Run, policy: Policy, sets, max_tokens: int, expected: str | None):
-    """The reference of sets of groups, looked up and computed: the policy as it stands."""
-    return load_reference(
-        policy,
-        sets,
-        path=cache_path(run.job.reference_cache),
-        fresh_lora=run.fresh_lora,
-        max_tokens=max_tokens,
-        console=run.console,
-        check=run.stopping.check,
-        expected_namespace=expected,
-    )

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastdpo.config.keys import Config
-from fastdpo.config.reading import to_yaml
 from fastdpo.data.load import load_data
 from fastdpo.data.pairs import flip_pairs, select_pairs
 from fastdpo.errors import ConfigError, ModelError
@@ -22,13 +21,12 @@ from fastdpo.reference.cache_file import CacheFile, cache_path
 from fastdpo.reference.fill import load_reference
 from fastdpo.reference.fingerprint import reference_fingerprint
 from fastdpo.training import checkpoint
-from fastdpo.training.around import Around
-from fastdpo.training.failures import Explain, check_weights
+from fastdpo.training.failures import check_weights
 from fastdpo.training.folder import RUN_FILES, clear, free_folder, only_run_in, open_run
-from fastdpo.training.job import Job, StageJob, job_of, resolve
+from fastdpo.training.job import Around, Job, StageJob, job_of, resolve
 from fastdpo.training.resume import check_same_run, check_start, find_checkpoint, rows_digest
 from fastdpo.training.run import Place, Run
-from fastdpo.training.stage import Stage
+from fastdpo.training.stage import Progress, Stage
 from fastdpo.training.starts import make_reference, pairs_of_stage, stage_groups
 from fastdpo.training.stopping import Stopping
 from fastdpo.training.trackers import check_trackers, open_trackers
@@ -41,30 +39,22 @@ def train(config: Config, console: Console, around: Around) -> Path:
     around.check_hub(job.push_to_hub)
     folder = free_folder(job)
     with Stopping(console) as stopping, only_run_in(folder):
-        for place in (folder, folder / "checkpoints"):
-            durable.recover(place)
         found, passed = find_checkpoint(folder, job, console)
-        tokenizer = load_tokenizer(job.model)
-        model_config = load_model_config(job.model)  # what is wrong with it shows before the data is read
-        groups, eval_groups, reports = load_data(job.data, tokenizer, console)
-        around.settle_backends(console)  # what is left out changes the plan
-        config = around.choose(config, model_config, groups, console)
-        job = job_of(config)
+        job, tokenizer, groups, eval_groups, reports = read(job, console, around)
         check_stages(job.stages, groups, eval_groups)
         data = rows_digest(groups, eval_groups)
         check_same_run(found, job, data, len(groups))
         policy = ready_policy(job, groups, eval_groups, console)
         check_cache(job, console)
         checkpoint.set_aside(folder / "checkpoints", passed)
-        explain = [partial(around.explain, stage, policy.core.config) for stage in config.per_stage()]
         with undone_if_refused(folder):
-            open_run(folder, to_yaml(config), reports, found and found.state, job.resume, console)
+            open_run(folder, job, reports, found and found.state, console)
             trackers = open_trackers(job.trackers, folder, job.settings, found and found.step, console)
             with contextlib.closing(trackers):
-                run = Run(folder, job, console, stopping, data, trackers, around.write_report)
+                run = Run(folder, job, console, stopping, data, trackers, around)
                 stopping.saves = True
                 with run.told(found, passed):
-                    run_stages(run, policy, tokenizer, groups, eval_groups, found, explain)
+                    run_stages(run, policy, tokenizer, groups, eval_groups, found)
                     check_weights(policy)
                     with durable.new_folder(folder / "model") as part:
                         save_model(policy, tokenizer, part)
@@ -74,6 +64,16 @@ def train(config: Config, console: Console, around: Around) -> Path:
     if job.push_to_hub is not None:
         around.push(folder / "model", job.push_to_hub, console)
     return folder
+
+
+def read(job: Job, console: Console, around: Around):
+    """(the job with what `memory` leaves open, the tokenizer, the rows, the held-out rows, their account)."""
+    tokenizer = load_tokenizer(job.model)
+    model_config = load_model_config(job.model)  # what is wrong with it shows before the data is read
+    groups, eval_groups, reports = load_data(job.data, tokenizer, console)
+    around.settle_backends(console)  # what is left out changes the plan
+    job = job_of(around.choose(job.config, model_config, groups, console))
+    return job, tokenizer, groups, eval_groups, reports
 
 
 def check_stages(stages: Sequence[StageJob], groups, eval_groups) -> None:
@@ -109,7 +109,7 @@ def check_cache(job: Job, console: Console) -> None:
     """Raises ConfigError where the reference cache cannot be opened."""
     path = cache_path(job.reference_cache)
     if path is not None and any(stage.objective.needs_reference for stage in job.stages):
-        with contextlib.closing(CacheFile(path, console)) as cache:
+        with CacheFile(path, console) as cache:
             cache.run(lambda db: None)
 
 
@@ -124,9 +124,7 @@ def undone_if_refused(folder: Path) -> Iterator[None]:
         raise
 
 
-def run_stages(
-    run: Run, policy: Policy, tokenizer, groups, eval_groups, found, explain: Sequence[Explain]
-) -> None:
+def run_stages(run: Run, policy: Policy, tokenizer, groups, eval_groups, found) -> None:
     """Each stage from where it stands: `found` is the checkpoint to go on from, or None."""
     shown = spread(eval_groups or groups, run.job.samples)
     if found is None:
@@ -137,8 +135,7 @@ def run_stages(
             checkpoint.load(run.checkpoints / run.place.start).load_weights(policy)
     for number in range(run.place.stage, len(run.job.stages)):
         resumed = found if found and number == found.state["stage"] else None
-        progress = run_stage(run, policy, groups, eval_groups, resumed, explain[number])
-        run.end_stage(policy, progress)
+        run.end_stage(policy, run_stage(run, policy, groups, eval_groups, resumed))
     run.sample(policy, tokenizer, shown, "end")
 
 
@@ -148,21 +145,24 @@ def spread(groups: list[PreferenceGroup], count: int) -> list[PreferenceGroup]:
     return different[:: max(1, len(different) // max(1, count))][:count]
 
 
-def run_stage(run: Run, policy: Policy, groups, eval_groups, resumed, explain: Explain):
+def run_stage(run: Run, policy: Policy, groups, eval_groups, resumed) -> Progress:
     """Makes a stage's pairs and reference, while the policy stands at its start weights, and runs it."""
-    place = run.place
+    place, expected = run.place, resumed.state["namespace"] if resumed else None
     job = run.job.stages[place.stage]
     run.log.stage = place.stage
-    expected = resumed.state["namespace"] if resumed else None
-    groups = stage_groups(run, job, policy, groups, expected)
+    options = dict(path=cache_path(run.job.reference_cache), max_tokens=job.max_tokens, console=run.console)
+    options |= dict(fresh_lora=run.fresh_lora, check=run.stopping.check, expected_namespace=expected)
+    fill = partial(load_reference, policy, **options)
+    groups = stage_groups(run, job, groups, fill)
+    explain = partial(run.around.explain, run.job.config.per_stage()[place.stage], policy.core.config)
     stage = Stage(job, policy, groups, eval_groups, explain)
     place.total, place.namespace = stage.total, None
     if stage.objective.needs_reference:
-        stage.reference, place.namespace = make_reference(run, stage, expected)
+        stage.reference, place.namespace = make_reference(run, stage, fill)
     if place.namespace is None:
         place.namespace = reference_fingerprint(policy, run.fresh_lora).namespace
         check_start(expected, place.namespace)
-    run.events.add("stage", stage=place.stage, **run.log.announce(stage))
+    run.event("stage", stage=place.stage, **run.log.announce(stage))
     return stage.run(run, resumed)
 
 
@@ -177,24 +177,13 @@ def fill_reference(config: Config, console: Console, around: Around) -> None:
     if path is None:
         raise ConfigError("reference_cache: off leaves nothing to fill; name a file, or auto")
     with Stopping(console) as stopping:
-        tokenizer = load_tokenizer(job.model)
-        model_config = load_model_config(job.model)
-        groups, eval_groups, _ = load_data(job.data, tokenizer, console)
-        around.settle_backends(console)  # what is left out changes the plan
-        job = job_of(around.choose(config, model_config, groups, console))
+        job, _, groups, eval_groups, _ = read(job, console, around)
         first = job.stages[0]
         check_rows(first.objective, groups)
         check_rows(first.objective, eval_groups, "eval_data")
         policy = ready_policy(job, groups, eval_groups, console)
         stopping.saves = True
-        fill = lambda sets: load_reference(
-            policy,
-            sets,
-            path=path,
-            fresh_lora=job.model.lora_rank is not None,
-            max_tokens=first.max_tokens,
-            console=console,
-            check=stopping.check,
-        )
-        groups, _ = pairs_of_stage(first, groups, lambda: fill([groups]))
+        options = dict(path=path, max_tokens=first.max_tokens, console=console, check=stopping.check)
+        fill = partial(load_reference, policy, **options, fresh_lora=job.model.lora_rank is not None)
+        groups, _ = pairs_of_stage(first, groups, fill)
         fill(Stage(first, policy, groups, eval_groups).reference_sets())

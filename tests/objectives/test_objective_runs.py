@@ -149,7 +149,7 @@ def test_the_gap_is_of_whole_responses_log_probs(rule, loser):
     tokens = [torch.full((n,), total / n) for n, total in zip(lengths, sums)]
     table = SimpleNamespace(of=lambda groups: torch.cat(tokens))
     config = Config(model="m", data="d", pairs=rule, pair_gap="logp")
-    (kept,), _ = pairs_of_stage(stage_job(config), [some], lambda: table)
+    (kept,), _ = pairs_of_stage(stage_job(config), [some], lambda sets: table)
     (pair,) = kept.pairs
     assert kept.responses[pair.winner] is responses[0] and kept.responses[pair.loser] is responses[loser]
 
