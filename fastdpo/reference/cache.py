@@ -41,15 +41,13 @@ class RefCache(CacheFile):
         self._last_pack = 0  # packs up to here have been read
         self._damaged: list[tuple[int, int]] = []  # (pack, responses in it)
         self._committed, self._commit_took = time.monotonic(), 0.0
-        if path is not None:
-            self.run(self._load)
+        self.run(self._load)
 
     def start_fill(self, environment: dict) -> None:
         """Records what will compute; call before the first `add`. Raises ConfigError where the file
         cannot be written, before anything is computed for it."""
         self._environment = environment
-        if self.path is not None:
-            self.run(self._store)
+        self.run(self._store)
 
     def add(self, keys: list[bytes], values: list[np.ndarray]) -> None:
         """A computed pack. A response that is known keeps its value. Commits when it is time."""
@@ -74,8 +72,7 @@ class RefCache(CacheFile):
         """The recorded parts of another fingerprint, where they are there."""
         found = []
         query = "SELECT parts FROM namespaces WHERE id = ?"
-        if self.path is not None:
-            self.run(lambda db: found.extend(db.execute(query, (bytes.fromhex(namespace),))))
+        self.run(lambda db: found.extend(db.execute(query, (bytes.fromhex(namespace),))))
         try:
             return dict(json.loads(found[0][0]))
         except (IndexError, ValueError, TypeError):

@@ -43,7 +43,7 @@ class _Damaged(Exception):
 class CacheFile:
     """A cache file, opened when there is work on it, all of which goes through `run`. Use it in `with`."""
 
-    def __init__(self, path: Path, console):
+    def __init__(self, path: Path | None, console):
         self.path, self._console = path, console
         self._db: sqlite3.Connection | None = None
 
@@ -54,7 +54,9 @@ class CacheFile:
         self.close()
 
     def run(self, work: Callable[[sqlite3.Connection], None]) -> None:
-        """work(connection); where the file turns out to be damaged, again on a new one."""
+        """work(connection); where the file turns out to be damaged, again on a new one. No path, no work."""
+        if self.path is None:
+            return
         try:
             try:
                 self._try(work)

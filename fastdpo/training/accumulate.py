@@ -28,11 +28,7 @@ class StepLoss:
 
 
 class NotFinite(Exception):
-    """A loss that is no number, before any weight was updated by it."""
-
-    def __init__(self, step: StepLoss):
-        super().__init__()
-        self.step = step
+    """A loss that is no number, before any weight was updated by it; its argument is the StepLoss."""
 
 
 @dataclass

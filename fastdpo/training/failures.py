@@ -54,14 +54,12 @@ def not_finite(step: int, done, norm=None, updated: bool = False) -> TrainingErr
     parts = torch.stack(done.parts).tolist()
     bad = [r for part, rows in zip(parts, done.rows) if not math.isfinite(part) for r in rows]
     where = f"in the microbatch of rows {', '.join(map(str, bad))}" if bad else "in the gradient"
-    values = f"the loss is {float(done.loss)}" + (
-        "" if norm is None else f" and the gradient norm {float(norm)}"
-    )
-    weights = (
-        "optimizer_in_backward has updated weights by it: only the newest checkpoint is good"
-        if updated
-        else "The weights of this step were not updated"
-    )
+    values = f"the loss is {float(done.loss)}"
+    if norm is not None:
+        values += f" and the gradient norm {float(norm)}"
+    weights = "The weights of this step were not updated"
+    if updated:
+        weights = "optimizer_in_backward has updated weights by it: only the newest checkpoint is good"
     return TrainingError(f"step {step}: {values}; not a number first {where}. {weights}. {WAY_OUT}")
 
 

@@ -34,9 +34,8 @@ class Sums:
 
     def state(self) -> dict:
         """What `restored` makes the same sums of, bit by bit; JSON."""
-        names = list(self.tensors)
-        values = torch.stack([self.tensors[n].cpu() for n in names]).tolist() if names else []
-        return {"tensors": dict(zip(names, values)), "numbers": self.numbers, "counts": self.counts}
+        tensors = {name: float(value) for name, value in self.tensors.items()}
+        return {"tensors": tensors, "numbers": self.numbers, "counts": self.counts}
 
     @classmethod
     def restored(cls, state: dict, device) -> "Sums":

@@ -13,10 +13,13 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 
 from fastdpo.errors import FastDPOError, Stopped, TrainingError
 from fastdpo.files import durable
 from fastdpo.files.installed import versions
+from fastdpo.model.policy import Policy
+from fastdpo.records import Groups
 from fastdpo.training import checkpoint
 from fastdpo.training.folder import growing_sizes
 from fastdpo.training.job import Around, Job
@@ -51,9 +54,13 @@ class Run:
     job: Job
     console: Console
     stopping: Stopping
-    data: str  # the fingerprint of the rows
-    trackers: Trackers
     around: Around
+    trackers: Trackers
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    groups: Groups
+    eval_groups: Groups
+    data: str  # the fingerprint of both
     place: Place = field(default_factory=Place)
 
     def __post_init__(self):
@@ -70,7 +77,7 @@ class Run:
         time = datetime.now(UTC).isoformat(timespec="seconds")
         durable.add_lines(self.folder / "events.jsonl", {"time": time, "event": event, **values})
 
-    def save(self, policy, optimizer, progress, may_be_best: bool) -> None:
+    def save(self, optimizer, progress, may_be_best: bool) -> None:
         """A checkpoint of where the stage stands, then the report; older checkpoints go."""
         step, start = self.place.first + progress.steps, time.perf_counter()
         if not self.checkpoints.exists():
@@ -89,21 +96,21 @@ class Run:
             "config": self.job.settings,
         }
         folder = self.checkpoints / f"step-{step}"
-        size = checkpoint.save(folder, policy, optimizer, state)
+        size = checkpoint.save(folder, self.policy, optimizer, state)
         checkpoint.prune(self.checkpoints, self.job.save_total_limit, keep)
         seconds = round(time.perf_counter() - start, 3)
         facts = {"step": step, "folder": folder.name, "bytes": size, "seconds": seconds}
         self.event("checkpoint", **facts, eval_loss=loss, best=best)
         self.report(ended=False)
 
-    def end_stage(self, policy, progress) -> None:
+    def end_stage(self, progress) -> None:
         """Moves the place to the next stage's start: the last weights, or under load_best the best."""
         step = self.place.first + progress.steps
         name = f"step-{step}"
         if self.job.stages[self.place.stage].load_best and progress.best and progress.best["step"] != step:
             best, loss = f"step-{progress.best['step']}", progress.best["eval_loss"]
             try:
-                checkpoint.load(self.checkpoints / best).load_weights(policy)
+                checkpoint.load(self.checkpoints / best).load_weights(self.policy)
                 name = best
                 text = f"load_best: {best}, with the lowest held-out loss, {loss:.4f}"
             except ValueError as error:
@@ -112,10 +119,10 @@ class Run:
             self.console.print(text, highlight=False, soft_wrap=True)
         self.place = Place(self.place.stage + 1, step, name)
 
-    def tell_drift(self, drift: float, dtype: torch.dtype) -> None:
+    def tell_drift(self, drift: float) -> None:
         """How far policy and reference were apart in a stage's first step, where they are one model. Raises
         TrainingError for a reference that is of another model altogether."""
-        bound = DRIFT_BOUND[dtype]
+        bound = DRIFT_BOUND[self.policy.dtype]
         self.event("drift", stage=self.place.stage, max_nats=drift, bound=bound)
         text = f"reference: before the first update it differs from the policy by {drift:.2g} nats a token"
         if drift > WRONG_REFERENCE:
@@ -131,10 +138,11 @@ class Run:
         elif drift > 0:
             self.console.print(f"{text} at most (of {bound:g} that rounding explains)", highlight=False)
 
-    def sample(self, policy, tokenizer, groups, when: str) -> None:
-        """Completes the groups' prompts, for the report: `when` is "start" or "end"."""
+    def sample(self, when: str) -> None:
+        """Completes some prompts, for the report: `when` is "start" or "end"."""
+        groups = spread(self.eval_groups or self.groups, self.job.samples)
         where = {"when": when, "stage": self.place.stage, "step": self.place.first}
-        rows = complete(policy, tokenizer, groups, console=self.console) if groups else []
+        rows = complete(self.policy, self.tokenizer, groups, console=self.console) if groups else []
         durable.add_lines(self.folder / "samples.jsonl", *(where | row for row in rows))
 
     def report(self, ended: bool) -> None:
@@ -180,6 +188,12 @@ class Run:
         if not names:
             return "no checkpoint was written yet: the same command with --resume starts over"
         return f"the newest checkpoint is {names[-1]}: the same command with --resume goes on from it"
+
+
+def spread(groups: Groups, count: int) -> Groups:
+    """At most `count` groups with different prompts, from all over the list."""
+    different = list({group.prompt.tobytes(): group for group in reversed(groups)}.values())[::-1]
+    return different[:: max(1, len(different) // max(1, count))][:count]
 
 
 def device_name() -> str:

@@ -81,7 +81,7 @@ class Stage:
                 step = run.place.first + progress.steps + 1
                 norm = self.step(groups, progress, step, optimizer, following)
                 if self.drifts is not None:
-                    run.tell_drift(float(torch.stack(self.drifts).max()), self.policy.dtype)
+                    run.tell_drift(float(torch.stack(self.drifts).max()))
                     self.drifts = None
                 progress.window.sums.add("grad_norm", norm)
                 progress.window.sums.add("learning_rate", schedule.get_last_lr()[0])
@@ -113,7 +113,7 @@ class Stage:
             due = self.due(progress.steps, self.job.save_steps)
             if due or (run.stopping.requested and progress.steps):
                 # what only a signal made must not be the best, or the run would end as no other
-                run.save(self.policy, optimizer, progress, may_be_best=due)
+                run.save(optimizer, progress, may_be_best=due)
         run.stopping.check()
 
     def step(self, groups: Groups, progress: Progress, step: int, optimizer=None, following=None):
@@ -136,7 +136,7 @@ class Stage:
         try:
             done = accumulator.run(self.objective, groups, self.aside(groups))
         except NotFinite as stop:
-            raise not_finite(step, stop.step) from None
+            raise not_finite(step, *stop.args) from None
         clip, limit = torch.nn.utils.clip_grad_norm_, self.job.optim.max_grad_norm or math.inf
         with self.updating(step, groups):
             norm = optimizer.end_backward() if in_backward else clip(parameters, limit)

@@ -15,11 +15,12 @@ from fastdpo.training.stage import Stage
 Fill = Callable[[list[Groups]], ReferenceTable]  # looks up and computes, under the policy as it stands
 
 
-def stage_groups(run: Run, job: StageJob, groups, fill: Fill):
+def stage_groups(run: Run, job: StageJob, fill: Fill) -> Groups:
     """A stage's training rows with the pairs that it selects, and the noise that it asks for."""
-    groups, left_out = pairs_of_stage(job, groups, fill)
-    facts = {"left_out": dict(left_out)} if left_out else {}
+    groups, left_out = pairs_of_stage(job, run.groups, fill)
+    facts = {}
     if left_out:
+        facts["left_out"] = dict(left_out)
         by = f" (by {job.pair_gap})" if job.pairs in BY_GAP else ""
         text = f"pairs: {job.pairs}{by} leaves out {left_out['pairs']:,} pairs and "
         text += f"{left_out['responses']:,} responses; in {left_out['one_loser']:,} rows the best response "

@@ -51,10 +51,11 @@ def train(config: Config, console: Console, around: Around) -> Path:
             open_run(folder, job, reports, found and found.state, console)
             trackers = open_trackers(job.trackers, folder, job.settings, found and found.step, console)
             with contextlib.closing(trackers):
-                run = Run(folder, job, console, stopping, data, trackers, around)
+                ready = policy, tokenizer, groups, eval_groups, data
+                run = Run(folder, job, console, stopping, around, trackers, *ready)
                 stopping.saves = True
                 with run.told(found, passed):
-                    run_stages(run, policy, tokenizer, groups, eval_groups, found)
+                    run_stages(run, found)
                     check_weights(policy)
                     with durable.new_folder(folder / "model") as part:
                         save_model(policy, tokenizer, part)
@@ -124,38 +125,30 @@ def undone_if_refused(folder: Path) -> Iterator[None]:
         raise
 
 
-def run_stages(run: Run, policy: Policy, tokenizer, groups, eval_groups, found) -> None:
+def run_stages(run: Run, found: checkpoint.Checkpoint | None) -> None:
     """Each stage from where it stands: `found` is the checkpoint to go on from, or None."""
-    shown = spread(eval_groups or groups, run.job.samples)
     if found is None:
-        run.sample(policy, tokenizer, shown, "start")
+        run.sample("start")
     else:
         run.place = Place(found.state["stage"], found.state["first"], found.state["start"])
         if run.place.start:
-            checkpoint.load(run.checkpoints / run.place.start).load_weights(policy)
+            checkpoint.load(run.checkpoints / run.place.start).load_weights(run.policy)
     for number in range(run.place.stage, len(run.job.stages)):
-        resumed = found if found and number == found.state["stage"] else None
-        run.end_stage(policy, run_stage(run, policy, groups, eval_groups, resumed))
-    run.sample(policy, tokenizer, shown, "end")
+        progress = run_stage(run, found if found and number == found.state["stage"] else None)
+        run.end_stage(progress)
+    run.sample("end")
 
 
-def spread(groups: list[PreferenceGroup], count: int) -> list[PreferenceGroup]:
-    """At most `count` groups with different prompts, from all over the list."""
-    different = list({group.prompt.tobytes(): group for group in reversed(groups)}.values())[::-1]
-    return different[:: max(1, len(different) // max(1, count))][:count]
-
-
-def run_stage(run: Run, policy: Policy, groups, eval_groups, resumed) -> Progress:
+def run_stage(run: Run, resumed: checkpoint.Checkpoint | None) -> Progress:
     """Makes a stage's pairs and reference, while the policy stands at its start weights, and runs it."""
-    place, expected = run.place, resumed.state["namespace"] if resumed else None
+    place, policy, expected = run.place, run.policy, resumed.state["namespace"] if resumed else None
     job = run.job.stages[place.stage]
     run.log.stage = place.stage
     options = dict(path=cache_path(run.job.reference_cache), max_tokens=job.max_tokens, console=run.console)
     options |= dict(fresh_lora=run.fresh_lora, check=run.stopping.check, expected_namespace=expected)
     fill = partial(load_reference, policy, **options)
-    groups = stage_groups(run, job, groups, fill)
     explain = partial(run.around.explain, run.job.config.per_stage()[place.stage], policy.core.config)
-    stage = Stage(job, policy, groups, eval_groups, explain)
+    stage = Stage(job, policy, stage_groups(run, job, fill), run.eval_groups, explain)
     place.total, place.namespace = stage.total, None
     if stage.objective.needs_reference:
         stage.reference, place.namespace = make_reference(run, stage, fill)
