@@ -14,6 +14,8 @@ from fastdpo.config.reading import to_yaml
 from fastdpo.errors import ConfigError
 from fastdpo.files import durable
 from fastdpo.model.adapters import find_start
+from fastdpo.training import checkpoint
+from fastdpo.training.checkpoint import Checkpoint
 from fastdpo.training.job import Job
 
 RUN_FILES = (
@@ -66,22 +68,34 @@ def only_run_in(run: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def open_run(run: Path, job: Job, reports: dict, state: dict | None, console: Console) -> None:
+def open_run(run: Path, job: Job, reports: dict, found: Checkpoint | None, passed, console: Console) -> None:
     """Makes the run folder ready, once everything that can be wrong before the first step was right.
 
-    Without a checkpoint's `state`, what an earlier run left is deleted (but for damaged checkpoints, where
-    the run was to be resumed); with it, the files that grow with the steps are cut back to where the
-    checkpoint was written.
+    Without a checkpoint, what an earlier run left is deleted (but for damaged checkpoints, those `passed`
+    over, where the run was to be resumed); with one, the files that grow with the steps are cut back to
+    where it was written.
     """
-    if state is None:
+    checkpoint.set_aside(run / "checkpoints", passed)
+    if found is None:
         clear(run, RUN_FILES if not job.resume else set(RUN_FILES) - {"checkpoints"})
-    for name, size in (state or {"files": {}})["files"].items():
+    for name, size in (found.state["files"] if found else {}).items():
         with (run / name).open("ab") as file:
             if (lost := size - file.tell()) > 0:
                 console.print(f"[yellow]{name} has lost its last {lost:,} bytes", highlight=False)
             file.truncate(min(size, file.tell()))
     durable.write_text(run / "config.yaml", to_yaml(job.config))
     durable.write_text(run / "data_report.json", json.dumps(reports, indent=1))
+
+
+@contextlib.contextmanager
+def undone_if_refused(run: Path) -> Iterator[None]:
+    """A run that turns out to be misconfigured before its first checkpoint leaves no run behind."""
+    try:
+        yield
+    except ConfigError:
+        if not checkpoint.found(run / "checkpoints"):
+            clear(run, set(RUN_FILES) - {"checkpoints"})
+        raise
 
 
 def clear(run: Path, names) -> None:

@@ -1,7 +1,7 @@
 """The trainer, top to bottom: job -> data -> model -> stages -> model folder."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from fastdpo.reference.fill import load_reference
 from fastdpo.reference.fingerprint import reference_fingerprint
 from fastdpo.training import checkpoint
 from fastdpo.training.failures import check_weights
-from fastdpo.training.folder import RUN_FILES, clear, free_folder, only_run_in, open_run
+from fastdpo.training.folder import free_folder, only_run_in, open_run, undone_if_refused
 from fastdpo.training.job import Around, Job, StageJob, job_of, resolve
 from fastdpo.training.resume import check_same_run, check_start, find_checkpoint, rows_digest
 from fastdpo.training.run import Place, Run
@@ -46,9 +46,8 @@ def train(config: Config, console: Console, around: Around) -> Path:
         check_same_run(found, job, data, len(groups))
         policy = ready_policy(job, groups, eval_groups, console)
         check_cache(job, console)
-        checkpoint.set_aside(folder / "checkpoints", passed)
         with undone_if_refused(folder):
-            open_run(folder, job, reports, found and found.state, console)
+            open_run(folder, job, reports, found, passed, console)
             trackers = open_trackers(job.trackers, folder, job.settings, found and found.step, console)
             with contextlib.closing(trackers):
                 ready = policy, tokenizer, groups, eval_groups, data
@@ -112,17 +111,6 @@ def check_cache(job: Job, console: Console) -> None:
     if path is not None and any(stage.objective.needs_reference for stage in job.stages):
         with CacheFile(path, console) as cache:
             cache.run(lambda db: None)
-
-
-@contextlib.contextmanager
-def undone_if_refused(folder: Path) -> Iterator[None]:
-    """A run that turns out to be misconfigured before its first checkpoint leaves no run behind."""
-    try:
-        yield
-    except ConfigError:
-        if not checkpoint.found(folder / "checkpoints"):
-            clear(folder, set(RUN_FILES) - {"checkpoints"})
-        raise
 
 
 def run_stages(run: Run, found: checkpoint.Checkpoint | None) -> None:
