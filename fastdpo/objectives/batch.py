@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo.objectives.dpo import conservative, log_ratios
-from fastdpo.objectives.seam import log_mean_exp
+from fastdpo.objectives.options import Above0, NotBelow0, Smoothing
 from fastdpo.records import ResponseLogps
 
 
-def drdpo(losses: Tensor, weight: Tensor, *, beta_prime: float = 1.0) -> Tensor:
+def drdpo(losses: Tensor, weight: Tensor, *, beta_prime: Above0 = 1.0) -> Tensor:
     """Dr. DPO of pair losses [P] and pair weights [P], a scalar: -beta' log mean_i exp(-l_i / beta').
 
     Wu et al. 2024, arXiv 2407.07880, eq. 12: pairs of low loss, the ones to be trusted, count MORE. (It is
@@ -23,10 +23,11 @@ def drdpo(losses: Tensor, weight: Tensor, *, beta_prime: float = 1.0) -> Tensor:
     smallest loss. The authors' code takes the mean of each microbatch alone; `scope` says over how many
     groups, the whole step by default. By logsumexp, where their log of a mean of exp underflows.
     """
-    return log_mean_exp(losses, weight, beta_prime)
+    share = (weight.double() / weight.double().sum()).log()
+    return -beta_prime * (share - losses.double() / beta_prime).logsumexp(0).to(losses.dtype)
 
 
-def aot(logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
+def aot(logps: ResponseLogps, *, beta: Above0 = 0.1, label_smoothing: Smoothing = 0.0) -> Tensor:
     """AOT on pairs: the policy's lp_w - lp_l, sorted, against the reference's sorted, f32[P] in that order.
 
     -ls(beta (sort_i(lp_w - lp_l) - sort_i(ref_w - ref_l))), conservative by label_smoothing.
@@ -40,7 +41,7 @@ def aot(logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 0.0
     return conservative(beta * apart.to(logps.token_logp.dtype), label_smoothing)
 
 
-def aot_unpaired(logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
+def aot_unpaired(logps: ResponseLogps, *, beta: Above0 = 0.1, label_smoothing: Smoothing = 0.0) -> Tensor:
     """AOT: the winners' log-ratios, sorted, against the losers' sorted, f32[P] in that order.
 
     -ls(beta (sort_i(a) - sort_i(b))). Melnyk et al. 2024, arXiv 2406.05882, section 3, with the
@@ -59,9 +60,9 @@ def judged_ratios(logps: ResponseLogps) -> tuple[Tensor, Tensor]:
 def kto(
     logps: ResponseLogps,
     *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    beta: Above0 = 0.1,
+    desirable_weight: NotBelow0 = 1.0,
+    undesirable_weight: NotBelow0 = 1.0,
 ) -> Tensor:
     """KTO: w_d (1 - sg(beta (a - z0))) of desirable and w_u (1 - sg(beta (z0 - b))) of undesirable responses.
 
@@ -86,9 +87,9 @@ def kto_z0(logps: ResponseLogps) -> Tensor:
 def apo_zero_unpaired(
     logps: ResponseLogps,
     *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    beta: Above0 = 0.1,
+    desirable_weight: NotBelow0 = 1.0,
+    undesirable_weight: NotBelow0 = 1.0,
 ) -> Tensor:
     """APO-zero of judged responses: KTO with z0 = 0. D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7, in
     TRL's form; one value a judged response, the desirable ones first."""
@@ -98,7 +99,7 @@ def apo_zero_unpaired(
     )
 
 
-def bco(logps: ResponseLogps, *, beta: float = 0.1) -> Tensor:
+def bco(logps: ResponseLogps, *, beta: Above0 = 0.1) -> Tensor:
     """BCO: -ls(beta a - delta) of desirable and -ls(-(beta b - delta)) of undesirable responses.
 
     Jung et al. 2024, arXiv 2404.04656, section 4; delta is the running mean of all rewards so far, this
@@ -111,7 +112,7 @@ def bco(logps: ResponseLogps, *, beta: float = 0.1) -> Tensor:
     return torch.cat([-F.logsigmoid(beta * good - delta), -F.logsigmoid(delta - beta * bad)])
 
 
-def bco_remember(logps: ResponseLogps, memory: dict[str, float], *, beta: float = 0.1) -> dict[str, float]:
+def bco_remember(logps: ResponseLogps, memory: dict[str, float], *, beta: Above0 = 0.1) -> dict[str, float]:
     """Sum and count of all rewards seen, after this step: what BCO's delta is the mean of."""
     rewards = [beta * ratios.detach().double() for ratios in judged_ratios(logps)]
     sums = torch.stack([r.sum() for r in rewards]).tolist()  # at once: the host waits for the device

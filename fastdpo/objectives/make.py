@@ -1,18 +1,20 @@
-"""From a name, or names with weights, and options to an Objective."""
+"""From a name, or names with weights, and options to an Objective; what is wrong in them is told before any
+work."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from fastdpo.errors import ConfigError
-from fastdpo.objectives import options as given_options
-from fastdpo.objectives.batch import bco_remember, drdpo
-from fastdpo.objectives.catalogue import CATALOGUE, TOKEN_OPTIONS, Entry, options_of, own_options
-from fastdpo.objectives.seam import Coupled, Decomposable, Objective, Rescaled, Reward, Term
+from fastdpo.objectives.batch import drdpo
+from fastdpo.objectives.catalogue import CATALOGUE, MIXTURES, NAMES, Entry, options_of, own_options
+from fastdpo.objectives.options import above_0
+from fastdpo.objectives.seam import Coupled, Decomposable, Objective, Rescaled, Term
 from fastdpo.objectives.tokens import on_policy_weight, transformed
-from fastdpo.records import ResponseLogps
+from fastdpo.values import nearest
+
+_KEYS = ("beta", "label_smoothing")  # options that are keys of a config too
 
 
 def make(objective: str | dict | list = "sigmoid", **options) -> Objective:
@@ -21,92 +23,141 @@ def make(objective: str | dict | list = "sigmoid", **options) -> Objective:
     return make_objective(objective, options)
 
 
-def options_read(objective: str | dict | list, base_loss: str | None = None) -> set[str]:
-    """The names of all options that an objective reads, beta and label_smoothing among them."""
-    base = given_options.checked("base_loss", base_loss or "sigmoid")
-    return {option for name in given_options.parts_of(objective) for option in options_of(name, base)}
-
-
 def make_objective(objective: str | dict | list, given: dict[str, Any]) -> Objective:
     """The same, from a dict of options. Raises ConfigError for what is unknown, unread or out of range."""
-    parts = given_options.parts_of(objective)
+    parts = _parts_of(objective)
     given = {option: value for option, value in given.items() if value is not None}
-    base = given_options.checked("base_loss", given.get("base_loss", "sigmoid"))
+    base = _base_loss(given.get("base_loss", "sigmoid"))
     reads = {name: options_of(name, base) for name in parts}
-    given_options.check_read(given, reads)
-    given = {option: given_options.checked(option, value) for option, value in given.items()}
-    given_options.check_together(given, {*parts, base})
-    made = [_one(name, {k: v for k, v in given.items() if k in reads[name]}) for name in parts]
+    known = {option: found for options in reads.values() for option, found in options.items()}
+    _check_read(given, list(parts), list(known))
+    given = {option: known[option].check(_key(option), value) for option, value in given.items()}
+    _check_together(given, {*parts, base})
+    made = [
+        _one(name, {o: given.get(o, found.default) for o, found in reads[name].items()}) for name in parts
+    ]
     if list(parts.values()) == [1.0]:
         return made[0]
-    name = " + ".join(f"{weight:g} {part}" for part, weight in parts.items())
-    if isinstance(objective, str):  # a preset
-        name = objective
-    return _sum(name, made, list(parts.values()), given)
+    is_preset = isinstance(objective, str)
+    name = objective if is_preset else " + ".join(f"{weight:g} {part}" for part, weight in parts.items())
+    return _sum(name, made, list(parts.values()))
+
+
+def options_read(objective: str | dict | list, base_loss: str | None = None) -> set[str]:
+    """The names of all options that an objective reads, beta and label_smoothing among them."""
+    base = _base_loss(base_loss or "sigmoid")
+    return {option for name in _parts_of(objective) for option in options_of(name, base)}
+
+
+def _parts_of(objective) -> dict[str, float]:
+    """{name: weight} of a name, a mapping, or a list of either; presets as their parts."""
+    items = objective if isinstance(objective, list | tuple) else [objective]
+    if not items or not all(isinstance(item, str | Mapping) and item for item in items):
+        raise ConfigError(f"objective: {objective!r} is neither a name nor names with weights")
+    named = [pair for item in items for pair in ([(item, 1.0)] if isinstance(item, str) else item.items())]
+    out: dict[str, float] = {}
+    for i, (name, weight) in enumerate(named):
+        if name not in NAMES:
+            close = nearest(name, NAMES)
+            raise ConfigError(f"objective: {name!r} is not one of {', '.join(NAMES)}. {close}".rstrip())
+        weight = above_0(f"objective: the weight of {name}", weight)
+        if name in [other for other, _ in named[:i]]:
+            raise ConfigError(f"objective: {name} is given twice")
+        shares = MIXTURES[name][0] if name in MIXTURES else {name: 1.0}
+        for part, share in shares.items():
+            out[part] = out.get(part, 0.0) + weight * share
+    return out
+
+
+def _base_loss(given) -> str:
+    """Dr. DPO's, which has a say in what options there are."""
+    return CATALOGUE["drdpo"].extra["base_loss"].check(_key("base_loss"), given)
+
+
+def _key(option: str) -> str:
+    """What messages call an option."""
+    return option if option in _KEYS else f"objective_args: {option}"
+
+
+def _check_read(given: dict[str, Any], names: list[str], known: list[str]) -> None:
+    """That each option given is known to at least one of the objectives."""
+    for option in (option for option in given if option not in known):
+        who = f"{names[0]} does not read" if len(names) == 1 else f"none of {', '.join(names)} reads"
+        what = f"It reads {', '.join(known)}." if known else "It reads none."
+        if option in _KEYS:
+            raise ConfigError(f"{option}: {who} it. {what}")
+        raise ConfigError(f"objective_args: {who} {option!r}. {nearest(option, known)}{what}")
+
+
+def _check_together(given: dict[str, Any], names: set[str]) -> None:
+    """What one option asks of another. `names`: of the objectives, and of Dr. DPO's base loss."""
+    for option, other, value in (
+        ("f_alpha_divergence_coef", "f_divergence_type", "alpha_divergence"),
+        ("clamp_weights", "use_weighting", True),
+    ):
+        by_itself = option == "clamp_weights" and "wpo" in names
+        if option in given and given.get(other) != value and not by_itself:
+            raise ConfigError(f"objective_args: {option} is read only with {other}: {str(value).lower()}")
+    if "exo_pair" in names and given.get("label_smoothing") == 0:
+        raise ConfigError("label_smoothing: exo_pair needs it above 0 (its paper uses 1e-3)")
 
 
 def _one(name: str, options: dict[str, Any]) -> Objective:
-    """One entry of the catalogue with its options bound."""
+    """One entry of the catalogue, at these values of all its options."""
     entry = CATALOGUE[name]
-    beta = options.get("beta", options_of(name, options.get("base_loss", "sigmoid")).get("beta"))
-    common = dict(name=name, beta=beta, options=options, reward=_reward(entry, beta))
     if entry.kind == "rescaled":
-        return _drdpo(common, options)
-    tokens = _only(options, TOKEN_OPTIONS) if entry.sums else {}
-    common |= dict(
+        return _drdpo(name, options)
+    beta, seen = options.get("beta"), _bound(transformed, options)
+    plain, losses = _bound(entry.losses, options), lambda logps: plain(seen(logps))
+    if weighted := options.get("use_weighting"):
+        weight = _bound(on_policy_weight, options)
+        losses = lambda logps: weight(logps) * plain(seen(logps))
+    common = dict(
+        name=name,
+        beta=beta,
         needs_reference=entry.reference,
-        seen=partial(transformed, **tokens),
-        stats=entry.stats or (("log_sum_sq_probs",) if options.get("use_weighting") else ()),
+        mismatched=entry.mismatched,
+        stats=("log_sum_sq_probs",) if weighted else entry.stats,
         needs=_needs(entry, options),
+        seen=seen,
+        reward=entry.reward and (lambda logps: (1.0 if beta is None else beta) * entry.reward(logps)),
     )
-    losses = _losses(entry, options, tokens)
     if entry.kind == "coupled":
-        remember = partial(bco_remember, beta=beta) if name == "bco" else None
+        remember = entry.remember and partial(entry.remember, beta=beta)
         return Coupled(loss=lambda logps: losses(logps).mean(), remember=remember, **common)
-    terms = (Term(name, losses, entry.unit),)
-    if "cpo_alpha" in entry.extra:
-        weight = options.get("cpo_alpha", entry.extra["cpo_alpha"])
-        likelihood = Term("sft", CATALOGUE["sft"].losses, CATALOGUE["sft"].unit, weight)
-        terms += (likelihood,) if weight else ()
-    return Decomposable(terms=terms, only_chosen=name == "sft", mismatched=name == "kto", **common)
+    terms = [Term(losses, entry.unit)]
+    if options.get("cpo_alpha"):
+        likelihood = CATALOGUE["sft"]
+        terms.append(Term(likelihood.losses, likelihood.unit, options["cpo_alpha"]))
+    return Decomposable(terms=tuple(terms), only_chosen=entry.unit == "chosen token", **common)
 
 
-def _losses(
-    entry: Entry, options: dict[str, Any], tokens: dict[str, float]
-) -> Callable[[ResponseLogps], Tensor]:
-    """The entry's function of log-probs alone: options bound, tokens weighted before, pairs after."""
-    bound = partial(entry.losses, **_only(options, own_options(entry.losses)))
-    plain = (lambda logps: bound(transformed(logps, **tokens))) if tokens else bound
-    if not (entry.weighting and options.get("use_weighting")):
-        return plain
-    clamp = options.get("clamp_weights", False)
-    return lambda logps: on_policy_weight(logps, clamp_weights=clamp) * plain(logps)
+def _bound(function, options: dict[str, Any]) -> partial:
+    """A function of log-probs alone: with those options that it reads."""
+    return partial(function, **{name: options[name] for name in own_options(function) if name in options})
 
 
-def _drdpo(common: dict[str, Any], options: dict[str, Any]) -> Objective:
+def _drdpo(name: str, options: dict[str, Any]) -> Objective:
     """Dr. DPO over its base loss: of the whole step, or the authors' form, of every `scope` groups."""
-    name = options.get("base_loss", "sigmoid")
-    base = _one(name, _only(options, options_of(name)))
-    common |= dict(stats=base.stats, needs=base.needs, seen=base.seen)
+    base_loss, scope, temperature = options["base_loss"], options["scope"], options["beta_prime"]
+    base = _one(base_loss, {option: options[option] for option in options_of(base_loss)})
+    common = {f.name: getattr(base, f.name) for f in fields(Objective)} | {"name": name}
     (term,) = base.terms
-    own = _only(options, own_options(drdpo))
-    scope = options.get("scope", "batch")
     if scope == "batch":
-        temperature = own.get("beta_prime", own_options(drdpo)["beta_prime"])
         return Rescaled(term=term, temperature=temperature, **common)
-    loss = lambda logps: drdpo(term.losses(logps), logps.weight, **own)
+    loss = lambda logps: drdpo(term.losses(logps), logps.weight, beta_prime=temperature)
     return Coupled(loss=loss, within=scope, **common)
 
 
-def _sum(name: str, made: list[Objective], weights: list[float], options: dict[str, Any]) -> Objective:
+def _sum(name: str, made: list[Objective], weights: list[float]) -> Objective:
     """A weighted sum. Decomposable where all parts are; else one function of the whole step."""
-    if any(isinstance(part, Coupled) and part.within for part in made):
+    coupled = [part for part in made if isinstance(part, Coupled)]
+    if any(part.within for part in coupled):
         raise ConfigError("objective_args: scope: a number of groups needs drdpo alone; use scope: batch")
     shown = next((part for part in made if part.reward), made[0])  # the metrics are of one part
     common = dict(
         name=name,
         beta=next((part.beta for part in made if part.beta is not None), None),
-        options=options,
         needs_reference=any(part.needs_reference for part in made),
         mismatched=any(part.mismatched for part in made),
         stats=tuple(dict.fromkeys(stat for part in made for stat in part.stats)),
@@ -115,35 +166,27 @@ def _sum(name: str, made: list[Objective], weights: list[float], options: dict[s
         reward=shown.reward,
     )
     if all(isinstance(part, Decomposable) for part in made):
-        terms = tuple(
-            Term(term.name, term.losses, term.unit, weight * term.weight)
+        terms = [
+            replace(term, weight=weight * term.weight)
             for part, weight in zip(made, weights)
             for term in part.terms
-        )
-        return Decomposable(terms=terms, only_chosen=all(part.only_chosen for part in made), **common)
-    remember = next((part.remember for part in made if isinstance(part, Coupled) and part.remember), None)
+        ]
+        return Decomposable(terms=tuple(terms), only_chosen=all(part.only_chosen for part in made), **common)
     loss = lambda logps: sum(weight * part.whole(logps) for part, weight in zip(made, weights))
+    remember = next((part.remember for part in coupled if part.remember), None)
     return Coupled(loss=loss, remember=remember, **common)
-
-
-def _reward(entry: Entry, beta: float | None) -> Reward | None:
-    scale = 1.0 if beta is None else beta
-    return None if entry.reward is None else lambda logps: scale * entry.reward(logps)
 
 
 def _needs(entry: Entry, options: dict[str, Any]) -> frozenset[str]:
     """What every row must have (checks.py) and the reference must be."""
-    needs = set(entry.needs)
+    of_unit = {"pair": {"pairs"}, "judged response": {"judged"}, "chosen token": set()}
+    needs = of_unit[entry.unit].union(entry.needs)
     if not entry.offset:
         needs.add("no offsets")
     if options.get("scaling") == "log_difference":
         needs.add("positive scores")
-    if "gamma" in options:
+    if options.get("gamma") is not None:
         needs |= {"token weights", "per-token reference"}
-    if "ld_alpha" in options:
+    if options.get("ld_alpha") is not None:
         needs.add("per-token reference")
     return frozenset(needs)
-
-
-def _only(options: dict[str, Any], names) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name in names}

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdpo.objectives.dpo import conservative
+from fastdpo.objectives.options import Above0, NotBelow0, Smoothing
 from fastdpo.records import ResponseLogps
 
 
@@ -32,7 +34,11 @@ def _gap(logps: ResponseLogps) -> Tensor:
 
 
 def simpo(
-    logps: ResponseLogps, *, beta: float = 2.0, simpo_gamma: float = 0.5, label_smoothing: float = 0.0
+    logps: ResponseLogps,
+    *,
+    beta: Above0 = 2.0,
+    simpo_gamma: NotBelow0 = 0.5,
+    label_smoothing: Smoothing = 0.0,
 ) -> Tensor:
     """SimPO: -ls(beta (A_w - A_l) - gamma). Meng et al. 2024, arXiv 2405.14734.
 
@@ -41,20 +47,19 @@ def simpo(
     """
     average = average_logp(logps)
     z = beta * (average[logps.winner] - average[logps.loser]) - simpo_gamma - logps.offset
-    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    return conservative(z, label_smoothing)
 
 
-def cpo(logps: ResponseLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
+def cpo(logps: ResponseLogps, *, beta: Above0 = 0.1, label_smoothing: Smoothing = 0.0) -> Tensor:
     """CPO's preference part: -ls(beta (lp_w - lp_l)). Xu et al. 2024, arXiv 2401.08417, eq. 3.
 
     The objective `cpo` adds cpo_alpha times the mean negative log-likelihood of the chosen tokens, as the
     authors' code and TRL; the paper sums it over a response.
     """
-    z = beta * _gap(logps) - logps.offset
-    return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    return conservative(beta * _gap(logps) - logps.offset, label_smoothing)
 
 
-def slic(logps: ResponseLogps, *, delta: float = 1.0, slic_lambda: float = 0.1) -> Tensor:
+def slic(logps: ResponseLogps, *, delta: NotBelow0 = 1.0, slic_lambda: NotBelow0 = 0.1) -> Tensor:
     """SLiC-HF: max(0, delta - lp_w + lp_l) - lambda lp_w. Zhao et al. 2023, arXiv 2305.10425,
     section 2.
 
@@ -63,7 +68,7 @@ def slic(logps: ResponseLogps, *, delta: float = 1.0, slic_lambda: float = 0.1) 
     return torch.relu(delta - _gap(logps)) - slic_lambda * logps.logp[logps.winner]
 
 
-def orpo(logps: ResponseLogps, *, beta: float = 0.1) -> Tensor:
+def orpo(logps: ResponseLogps, *, beta: Above0 = 0.1) -> Tensor:
     """ORPO: -A_w - beta ls(log odds_w - log odds_l), odds(y) = e^A / (1 - e^A).
 
     Hong et al. 2024, arXiv 2403.07691, eq. 4 and 7; beta is the paper's lambda. The paper's likelihood is of

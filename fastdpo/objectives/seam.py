@@ -6,11 +6,12 @@ Coupled:      any function of the whole step; several microbatches are scored on
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
+from fastdpo.objectives.batch import drdpo
 from fastdpo.records import PreferenceGroup, ResponseLogps
 
 Reward = Callable[[ResponseLogps], Tensor]  # -> f32[R]
@@ -41,7 +42,6 @@ class Term:
     """One loss, its options bound: `losses` gives one value a unit (a chosen response's is the sum over its
     tokens), whose sum over the step is divided by the step's units."""
 
-    name: str
     losses: Callable[[ResponseLogps], Tensor]  # -> f32[n]
     unit: str = "pair"  # a key of UNITS
     weight: float = 1.0
@@ -58,7 +58,6 @@ class Objective:
 
     name: str
     beta: float | None  # None where the loss has none
-    options: dict = field(default_factory=dict)  # as given, for the records
     needs_reference: bool = True
     only_chosen: bool = False  # the other responses are not computed at all
     mismatched: bool = False  # it also looks at each prompt with another row's response (KTO's z0)
@@ -102,7 +101,7 @@ class Rescaled(Objective):
     temperature: float  # the paper's beta'
 
     def whole(self, logps: ResponseLogps) -> Tensor:
-        return log_mean_exp(self.term.losses(logps), logps.weight, self.temperature)
+        return drdpo(self.term.losses(logps), logps.weight, beta_prime=self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +119,3 @@ class Coupled(Objective):
 
     def whole(self, logps: ResponseLogps) -> Tensor:
         return self.loss(logps)
-
-
-def log_mean_exp(losses: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """-T log of the weighted mean of exp(-losses / T), a scalar, from [P] losses and weights."""
-    share = (weight.double() / weight.double().sum()).log()
-    return -temperature * (share - losses.double() / temperature).logsumexp(0).to(losses.dtype)

@@ -1,14 +1,21 @@
 """DPO with a margin or a term of its own: ODPO, DPOP, R-DPO, RPO, reward-aware RPO. Letters as dpo.py."""
 
+from typing import Annotated
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo.objectives.dpo import log_ratios, scaled
+from fastdpo.objectives.options import Above0, NotBelow0, one_of
 from fastdpo.objectives.reference_free import nll_per_token
 from fastdpo.records import ResponseLogps
 
+Scaling = Annotated[str, one_of("log", "linear", "log_difference")]
 
-def odpo(logps: ResponseLogps, *, beta: float = 0.1, alpha: float = 1.0, scaling: str = "log") -> Tensor:
+
+def odpo(
+    logps: ResponseLogps, *, beta: Above0 = 0.1, alpha: NotBelow0 = 1.0, scaling: Scaling = "log"
+) -> Tensor:
     """ODPO: -ls(beta h - alpha f(score_w - score_l)), a wider margin for a better winner.
 
     Amini et al. 2024, arXiv 2402.10571. scaling: log f = log(s_w - s_l), linear s_w - s_l,
@@ -30,7 +37,7 @@ def score_gap(logps: ResponseLogps, scaling: str) -> Tensor:
     return (good - bad).log() if scaling == "log" else good - bad
 
 
-def dpop(logps: ResponseLogps, *, beta: float = 0.1, dpop_lambda: float = 5.0) -> Tensor:
+def dpop(logps: ResponseLogps, *, beta: Above0 = 0.1, dpop_lambda: NotBelow0 = 5.0) -> Tensor:
     """DPO-Positive: -ls(beta (h - lambda max(0, -a))), to keep the winner as likely as the reference does.
 
     Pal et al. 2024 (Smaug), arXiv 2402.13228.
@@ -39,7 +46,7 @@ def dpop(logps: ResponseLogps, *, beta: float = 0.1, dpop_lambda: float = 5.0) -
     return -F.logsigmoid(scaled(logps, beta) - beta * dpop_lambda * F.relu(-a))
 
 
-def rdpo(logps: ResponseLogps, *, beta: float = 0.1, length_alpha: float = 0.01) -> Tensor:
+def rdpo(logps: ResponseLogps, *, beta: Above0 = 0.1, length_alpha: NotBelow0 = 0.01) -> Tensor:
     """Length-regularised DPO: -ls(beta h + alpha (|y_w| - |y_l|)), less to learn from a longer winner.
 
     Park et al. 2024 (R-DPO), arXiv 2403.19159.
@@ -48,7 +55,7 @@ def rdpo(logps: ResponseLogps, *, beta: float = 0.1, length_alpha: float = 0.01)
     return -F.logsigmoid(scaled(logps, beta) + length_alpha * longer)
 
 
-def rpo(logps: ResponseLogps, *, beta: float = 0.1, rpo_alpha: float = 1.0) -> Tensor:
+def rpo(logps: ResponseLogps, *, beta: Above0 = 0.1, rpo_alpha: NotBelow0 = 1.0) -> Tensor:
     """Iterative RPO: -ls(beta h) - alpha log pi(y_w) / |y_w|.
 
     Pang et al. 2024, arXiv 2404.19733: each winner's mean over its own tokens; the mapping
@@ -57,7 +64,7 @@ def rpo(logps: ResponseLogps, *, beta: float = 0.1, rpo_alpha: float = 1.0) -> T
     return -F.logsigmoid(scaled(logps, beta)) + rpo_alpha * nll_per_token(logps)
 
 
-def reward_rpo(logps: ResponseLogps, *, beta: float = 0.1, eta: float = 1.0) -> Tensor:
+def reward_rpo(logps: ResponseLogps, *, beta: Above0 = 0.1, eta: Above0 = 1.0) -> Tensor:
     """Reward-aware RPO: KL(p || q) of two coins, p = sg(eta (score_w - score_l)) and q = sg(beta h).
 
     Adler et al. 2024 (Nemotron-4 340B), arXiv 2406.11704, and Sun et al. 2025, arXiv

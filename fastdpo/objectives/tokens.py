@@ -5,11 +5,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastdpo.objectives.options import ShareOrNone, Switch
 from fastdpo.records import ResponseLogps
 
 
 def transformed(
-    logps: ResponseLogps, *, ld_alpha: float | None = None, gamma: float | None = None
+    logps: ResponseLogps, *, ld_alpha: ShareOrNone = None, gamma: ShareOrNone = None
 ) -> ResponseLogps:
     """With the token weights of weighted DPO and LD-DPO in the log-probs; None leaves either out."""
     if gamma is not None:
@@ -75,7 +76,7 @@ def apart(logps: ResponseLogps) -> ResponseLogps:
     )
 
 
-def on_policy_weight(logps: ResponseLogps, *, clamp_weights: bool = False) -> Tensor:
+def on_policy_weight(logps: ResponseLogps, *, clamp_weights: Switch = False) -> Tensor:
     """WPO's weight of each pair, f32[P], without gradient: how likely the policy is to write both responses.
 
     w(y) = exp(1/|y| sum_t [log pi(y_t) - log sum_v pi(v)^2]), and a pair weighs w(y_w) w(y_l).
