@@ -43,9 +43,8 @@ def set_up_activations(model, spec: ModelSpec) -> list[str]:
     """
     core = model.get_base_model() if hasattr(model, "peft_config") else model
     layers = decoder_layers(core)
-    lines = [_set_recompute(core, layers, spec.gradient_checkpointing)]
-    lines += [_set_tiles(core, layers, spec.tiled_mlp), _set_offloading(core, spec)]
-    return [line for line in lines if line]
+    recompute = _set_recompute(core, layers, spec.gradient_checkpointing)
+    return [*filter(None, (recompute, _set_tiles(core, layers, spec.tiled_mlp), _set_offloading(core, spec)))]
 
 
 def decoder_layers(module: nn.Module) -> list[nn.Module]:
@@ -94,8 +93,7 @@ def _set_tiles(core, layers: list[nn.Module], tiled: bool) -> str:
 
 
 def _set_offloading(core, spec: ModelSpec) -> str:
-    before = vars(core).pop("_fastdpo_offloading", None)
-    if before is not None:
+    if before := vars(core).pop("_fastdpo_offloading", None):
         before.remove()
     if not spec.activation_offloading:
         return ""

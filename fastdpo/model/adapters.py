@@ -18,18 +18,9 @@ TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 _OF_A_FRESH_LORA = ("lora_rank", "lora_alpha", "lora_target_modules")
 # What these do depends on more than a module's input (the tokens around it, other adapters), or
 # changes layers that the head or the reference would not know of.
-_UNSUPPORTED = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "megatron_config",
-    "monteclora_config",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
+_UNSUPPORTED = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication")
+_UNSUPPORTED += ("megatron_config", "monteclora_config", "trainable_token_indices", "use_bdlora")
+_UNSUPPORTED += ("use_qalora", "velora_config")
 
 
 class Start(NamedTuple):
@@ -83,12 +74,11 @@ def _read_settings(folder: Path) -> dict:
     kind = settings.get("peft_type") if isinstance(settings, dict) else None
     if kind != "LORA":
         raise ModelError(f"adapter: {folder} is of peft_type {kind}; only LORA adapters can be trained on")
-    for name in _UNSUPPORTED:
-        if settings.get(name):
-            raise ModelError(f"adapter: {folder} uses {name}, which is not supported; merge it into its base")
+    for name in filter(settings.get, _UNSUPPORTED):
+        raise ModelError(f"adapter: {folder} uses {name}, which is not supported; merge it into its base")
     if not (folder / _WEIGHTS).exists():
-        found = "only adapter_model.bin, a pickle, which can run anything when it is loaded"
-        found = found if (folder / "adapter_model.bin").exists() else "none"
+        pickled = "only adapter_model.bin, a pickle, which can run anything when it is loaded"
+        found = pickled if (folder / "adapter_model.bin").exists() else "none"
         raise ModelError(
             f"adapter: {folder} needs its weights as {_WEIGHTS}, and there is {found}; "
             "save it with peft's save_pretrained"
@@ -104,11 +94,17 @@ def _peft():
     return peft
 
 
+def _with_lora(model, lora):
+    """A model with a peft LoRA of these settings."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # tell_tied says it
+        return _peft().get_peft_model(model, lora)
+
+
 def add_lora(model, spec: ModelSpec):
     """A fresh LoRA on a model: it starts as no change at all."""
-    peft = _peft()
     torch.manual_seed(spec.seed)
-    lora = peft.LoraConfig(
+    lora = _peft().LoraConfig(
         r=spec.lora_rank,
         lora_alpha=2 * spec.lora_rank if spec.lora_alpha is None else spec.lora_alpha,
         target_modules=spec.lora_target_modules,
@@ -117,9 +113,7 @@ def add_lora(model, spec: ModelSpec):
         task_type="CAUSAL_LM",
     )
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # tell_tied says it
-            model = peft.get_peft_model(model, lora)
+        model = _with_lora(model, lora)
     except ValueError as error:
         raise ConfigError(f"lora_target_modules: {error}") from None
     if spec.use_dora and hasattr(model.get_base_model().get_output_embeddings(), "lora_A"):
@@ -200,21 +194,22 @@ def tell_tied(model, console) -> None:
 
 def load_adapter(model, start: Start, console):
     """The adapter of a folder on its base, to train on; says what it changes. Raises ModelError."""
-    peft = _peft()
-    fields = peft.LoraConfig.__dataclass_fields__
+    fields = _peft().LoraConfig.__dataclass_fields__
     unknown = [name for name, value in start.settings.items() if value and name not in fields]
     if unknown:
         raise ModelError(
             f"adapter: {start.adapter} sets {unknown[0]}, which the installed peft does not know: update peft"
         )
-    _tell_base(start, console)
-    lora = peft.PeftConfig.from_pretrained(start.adapter)
+    trained_on = start.settings.get("base_model_name_or_path")
+    other = "" if trained_on == start.model else f" (it was trained on {trained_on})"
+    line = f"starting from the adapter {start.adapter} on {start.model}{other}; the reference is both"
+    console.print(escape(line), highlight=False, soft_wrap=True)
+    lora = _peft().PeftConfig.from_pretrained(start.adapter)
     lora.base_model_name_or_path = start.model  # where whoever loads the result finds it
     lora.inference_mode = False
+    dropout, lora.lora_dropout = lora.lora_dropout, 0.0
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # tell_tied says it
-            model = peft.get_peft_model(model, lora)
+        model = _with_lora(model, lora)
         result = model.load_adapter(start.adapter, "default", is_trainable=True)
         odd = [f"{key} is not in the base" for key in result.unexpected_keys]
         odd += [f"{key} is not in the adapter" for key in result.missing_keys]
@@ -226,9 +221,12 @@ def load_adapter(model, start: Start, console):
     if odd:
         raise ModelError(
             f"adapter: {start.adapter} does not fit the model {start.model}; "
-            f"it was trained on {start.settings.get('base_model_name_or_path')}.\n{odd[0]}"
+            f"it was trained on {trained_on}.\n{odd[0]}"
         )
-    _check_head(model.get_base_model().get_output_embeddings(), lora, start)
+    head = model.get_base_model().get_output_embeddings()
+    for name in ("use_dora", "lora_bias"):  # linear_logp knows the lm_head's LoRA as scale * B A, and no more
+        if hasattr(head, "lora_A") and getattr(lora, name):
+            raise ModelError(f"adapter: {start.adapter} has {name} on the lm_head: merge it into its base")
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft does this to LoRA's own weights only
             parameter.data = parameter.data.float()
@@ -236,30 +234,7 @@ def load_adapter(model, start: Start, console):
     with safe_open(start.adapter / _WEIGHTS, framework="pt") as file:
         if not any(".base_layer." in key for key in file.keys()):
             leave_out_base(model)
-    _switch_off_dropout(model, lora, console)
+    if dropout:
+        lora.lora_dropout = dropout  # the saved adapter keeps what its settings name
+        console.print(f"dropout set to 0 for training: lora_dropout (was {dropout})")
     return model
-
-
-def _tell_base(start: Start, console) -> None:
-    trained_on = start.settings.get("base_model_name_or_path")
-    other = "" if trained_on == start.model else f" (it was trained on {trained_on})"
-    line = f"starting from the adapter {start.adapter} on {start.model}{other}; the reference is both"
-    console.print(escape(line), highlight=False, soft_wrap=True)
-
-
-def _check_head(head, lora, start: Start) -> None:
-    """linear_logp knows the lm_head's LoRA as scale * B A, and no more."""
-    for name in ("use_dora", "lora_bias"):
-        if hasattr(head, "lora_A") and getattr(lora, name):
-            raise ModelError(f"adapter: {start.adapter} has {name} on the lm_head: merge it into its base")
-
-
-def _switch_off_dropout(model, lora, console) -> None:
-    """In the modules only: the settings, and so the saved adapter, keep the dropout they name."""
-    if not lora.lora_dropout:
-        return
-    for module in model.modules():
-        dropouts = getattr(module, "lora_dropout", {})
-        for name in dropouts:
-            dropouts[name] = torch.nn.Identity()
-    console.print(f"dropout set to 0 for training: lora_dropout (was {lora.lora_dropout})")

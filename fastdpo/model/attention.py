@@ -65,15 +65,8 @@ def prefix_attention(
         raise UnsharedAttention(f"attention dropout is {dropout}: it must be 0")
     if attention_mask is not None or is_causal is False or query.shape[0] != 1:
         raise UnsharedAttention(f"{name} brings a mask of its own")
-    out = attend(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        fastdpo_layout,
-        scale=scaling,
-        window=sliding_window,
-        softcap=softcap,
-    )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = attend(q, k, v, fastdpo_layout, scale=scaling, window=sliding_window, softcap=softcap)
     return out[None], None
 
 
@@ -99,11 +92,10 @@ def attend(q, k, v, layout, *, scale=None, window=None, softcap=None, backend=No
     backend = backend or pick_backend(q, v, softcap)
     if layout.seen is not None:
         layout.seen.append((backend, window))
-    if backend == "dense":
-        return _dense(q, k, v, layout, scale, window, softcap)
-    kg, vg = gather_copies(k, layout), gather_copies(v, layout)
-    call = {"segments": _segments, "varlen": _varlen, "flash_attn": _flash_attn}[backend]
-    return call(q, kg, vg, layout, scale, window, softcap)
+    if backend != "dense":
+        k, v = gather_copies(k, layout), gather_copies(v, layout)
+    call = {"dense": _dense, "segments": _segments, "varlen": _varlen, "flash_attn": _flash_attn}[backend]
+    return call(q, k, v, layout, scale, window, softcap)
 
 
 _avoided: frozenset[str] = frozenset()
@@ -186,14 +178,9 @@ def _segments(q, kg, vg, layout, scale, window, softcap):
             stop = n_k - n_q + start + rows  # of the keys that the block's last query sees
             first = 0 if window is None else max(0, stop - rows - window + 1)
             corner = mask[len(mask) - rows :, mask.shape[1] - (stop - first) :]
-            piece = _masked(
-                q_[:, :, start : start + rows],
-                k_[:, :, first:stop],
-                v_[:, :, first:stop],
-                corner.contiguous() if q.is_cuda else corner,  # CUDA kernels want it aligned
-                scale,
-                softcap,
-            )
+            queries, kv = q_[:, :, start : start + rows], (x[:, :, first:stop] for x in (k_, v_))
+            # CUDA kernels want the mask aligned
+            piece = _masked(queries, *kv, corner.contiguous() if q.is_cuda else corner, scale, softcap)
             out.append(piece[0].transpose(0, 1))
     return torch.cat(out)
 
@@ -204,18 +191,13 @@ def _dense(q, k, v, layout, scale, window, softcap):
     mask = (place[None] <= place[:, None]) & (place[:, None] < layout.seen_until[None])
     if window is not None:
         # A response's rows sit far from its prompt, so distances count in positions, not places.
-        position = _positions(layout, q.device)
+        position = torch.empty_like(place)
+        for q0, q1, k0, k1 in layout.segments:
+            position[q0:q1] = torch.arange(k1 - k0 - (q1 - q0), k1 - k0, device=q.device)
         mask &= position[:, None] - position[None] < window
     mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
     args = (x[None].transpose(1, 2) for x in (q, k, v))
     return _masked(*args, mask, scale, softcap)[0].transpose(0, 1)
-
-
-def _positions(layout, device):
-    position = torch.empty(len(layout.seen_until), dtype=torch.int64, device=device)
-    for q0, q1, k0, k1 in layout.segments:
-        position[q0:q1] = torch.arange(k1 - k0 - (q1 - q0), k1 - k0, device=device)
-    return position
 
 
 def _block_mask(layout, window, like):
@@ -224,8 +206,8 @@ def _block_mask(layout, window, like):
     with the layout, serves all segments and layers."""
     rows = min(QUERY_BLOCK, layout.max_q)
     columns = layout.max_k if window is None else min(layout.max_k, rows + window - 1)
-    half = torch.is_autocast_enabled(like.device.type)
-    dtype = torch.get_autocast_dtype(like.device.type) if half else like.dtype
+    device = like.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
     if (window, dtype) not in layout.masks:
         query = torch.arange(rows, device=like.device)[:, None] + columns - rows
         key = torch.arange(columns, device=like.device)[None]
@@ -251,12 +233,13 @@ def _masked(q, k, v, mask, scale, softcap):
     return weights.to(v.dtype) @ v
 
 
-def _half(*tensors):
-    """Under autocast rotary embeddings leave q and k in fp32 beside a half v: the kernels want one."""
-    dtype = tensors[-1].dtype
-    if torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-    return [t.to(dtype).contiguous() for t in tensors]
+def _varlen_arguments(q, kg, vg, layout, window) -> tuple[list, tuple[int, int]]:
+    """(q, k, v and the segments' ends, window_size) as varlen kernels take them. Under autocast rotary
+    embeddings leave q and k in fp32 beside a half v: the kernels want one dtype."""
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else vg.dtype
+    tensors = [t.to(dtype).contiguous() for t in (q, kg, vg)]
+    ends = [layout.cu_q, layout.cu_k, layout.max_q, layout.max_k]
+    return tensors + ends, (-1 if window is None else window - 1, 0)
 
 
 @cache
@@ -272,27 +255,14 @@ def _torch_varlen():
 def _varlen(q, kg, vg, layout, scale, window, softcap):
     """torch's own varlen attention (torch >= 2.11, CUDA, half precision)."""
     varlen_attn, gqa = _torch_varlen()
-    ends = (layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
-    return varlen_attn(
-        *_half(q, kg, vg),
-        *ends,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        **gqa,
-    )
+    arguments, reach = _varlen_arguments(q, kg, vg, layout, window)
+    return varlen_attn(*arguments, scale=scale, window_size=reach, **gqa)
 
 
 def _flash_attn(q, kg, vg, layout, scale, window, softcap):
     """flash-attn 2, where installed: the varlen kernel that knows softcap."""
     from flash_attn import flash_attn_varlen_func
 
-    ends = (layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
-    return flash_attn_varlen_func(
-        *_half(q, kg, vg),
-        *ends,
-        softmax_scale=scale,
-        causal=True,
-        window_size=(-1 if window is None else window - 1, 0),
-        softcap=softcap or 0.0,
-        deterministic=True,
-    )
+    arguments, reach = _varlen_arguments(q, kg, vg, layout, window)
+    options = dict(softmax_scale=scale, causal=True, softcap=softcap or 0.0, deterministic=True)
+    return flash_attn_varlen_func(*arguments, window_size=reach, **options)

@@ -13,7 +13,8 @@ autocast makes of weights do not go at all, they are made again.
 import contextlib
 import weakref
 from collections import deque
-from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,50 +30,25 @@ class Offloading:
     """Hooks on a module: what its forward saves for the backward is moved to the host's memory."""
 
     def __init__(self, module: torch.nn.Module):
-        self._entered: list[contextlib.AbstractContextManager] = []
+        self._entered: list[contextlib.ExitStack] = []
         self._handles = (
             module.register_forward_pre_hook(self._enter),
             module.register_forward_hook(self._leave, always_call=True),
         )
 
     def _enter(self, module, args) -> None:
-        hooks = contextlib.nullcontext()
+        self._entered.append(contextlib.ExitStack())
         if torch.is_grad_enabled():
             one = Moves(module)
             hooks = torch.autograd.graph.saved_tensors_hooks(one.pack, one.unpack)
-        hooks.__enter__()
-        self._entered.append(hooks)
+            self._entered[-1].enter_context(hooks)
 
     def _leave(self, module, args, out) -> None:
-        self._entered.pop().__exit__(None, None, None)
+        self._entered.pop().close()
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-
-
-@dataclass(frozen=True)
-class _View:
-    """A tensor whose storage was moved."""
-
-    of: "_Moved"
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-
-@dataclass(frozen=True)
-class _Cast:
-    """A view of what autocast made of a parameter."""
-
-    parameter: Tensor
-    dtype: torch.dtype
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-
-    def again(self) -> Tensor:
-        return self.parameter.detach().to(self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
 class _Moved:
@@ -92,6 +68,22 @@ class _Moved:
         self.arrive()  # or the device's memory would be given away while it is being written
 
 
+class _Cast(NamedTuple):
+    """What autocast made of a parameter."""
+
+    parameter: Tensor
+    dtype: torch.dtype
+
+
+class _View(NamedTuple):
+    """What the graph keeps in a tensor's place."""
+
+    of: _Moved | _Cast
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
 class Moves:
     """What one forward has moved. The hooks keep it alive for as long as the graph needs it."""
 
@@ -100,33 +92,37 @@ class Moves:
         self.device = next(module.parameters()).device
         self.resident = {_storage_key(t) for t in (*module.parameters(), *module.buffers())}
         self.stream = _side_stream(self.device) if self.device.type == "cuda" else None
-        self.known: dict[tuple, weakref.ref] = {}  # (storage, dtype, version) -> _Moved
+        self.known = weakref.WeakValueDictionary()  # (storage, dtype, version) -> _Moved
         self.order: list[weakref.ref] = []
         self.leaving: deque = deque()  # (event, the device's tensor, its version, weakref of its _Moved)
 
     def pack(self, tensor: Tensor):
-        cast = self._cast(tensor)
-        if cast is not None:
-            return cast
+        of = self._cast(tensor)
         tensor = tensor.detach()  # an output that kept its own graph would never be freed
-        if not self._is_worth_it(tensor):
+        if of is None and not self._is_worth_it(tensor):
             return tensor
-        return _View(self._moved(tensor), tensor.size(), tensor.stride(), tensor.storage_offset())
+        return _View(of or self._moved(tensor), tensor.size(), tensor.stride(), tensor.storage_offset())
 
     def unpack(self, packed) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        if isinstance(packed, _Cast):
-            return packed.again()
+        if isinstance(packed.of, _Cast):
+            source = packed.of.parameter.detach().to(packed.of.dtype)
+        else:
+            source = self._returned(packed.of)
+        return source.as_strided(packed.size, packed.stride, packed.offset)
+
+    def _returned(self, wanted: _Moved) -> Tensor:
+        """A moved storage, on the device again; the ones that are asked for next are on their way."""
         while self.leaving:  # what the forward saved last has not left, and stays
             self._let_go(stays=True)
-        self._bring(packed.of)
-        packed.of.arrive()
-        earlier = (self.order[i]() for i in range(packed.of.number - 1, -1, -1))
+        self._bring(wanted)
+        wanted.arrive()
+        earlier = (self.order[i]() for i in range(wanted.number - 1, -1, -1))
         alive = (moved for moved in earlier if moved is not None)
         for moved, _ in zip(alive, range(AHEAD)):
             self._bring(moved)
-        return packed.of.device.as_strided(packed.size, packed.stride, packed.offset)
+        return wanted.device
 
     def _cast(self, tensor: Tensor) -> _Cast | None:
         """How to make a weight's copy in the autocast dtype again, where the tensor is (a view of) one."""
@@ -137,7 +133,7 @@ class Moves:
         parameter = getattr(made_by.next_functions[0][0], "variable", None)
         if id(parameter) not in self.parameters:
             return None
-        return _Cast(parameter, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return _Cast(parameter, tensor.dtype)
 
     def _is_worth_it(self, tensor: Tensor) -> bool:
         if tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
@@ -149,10 +145,9 @@ class Moves:
     def _moved(self, tensor: Tensor) -> _Moved:
         # The weak reference keeps the address from being used again, so that a key means one storage.
         key = (StorageWeakRef(tensor.untyped_storage()), tensor.dtype, tensor._version)
-        moved = self.known[key]() if key in self.known else None
+        moved = self.known.get(key)
         if moved is None:
-            moved = self._send(tensor)
-            self.known[key] = weakref.ref(moved)
+            moved = self.known[key] = self._send(tensor)
         return moved
 
     def _send(self, tensor: Tensor) -> _Moved:
@@ -191,11 +186,9 @@ class Moves:
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
         moved = ref()
-        if moved is None:
-            return
-        if stays and flat._version == version:
+        if moved is not None and stays and flat._version == version:
             moved.host = None
-        else:
+        elif moved is not None:
             moved.device = None
 
     def __del__(self):
@@ -208,10 +201,6 @@ def _storage_key(tensor: Tensor) -> int | None:
     return None if is_traceable_wrapper_subclass(tensor) else tensor.untyped_storage()._cdata
 
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
+@cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
+    return torch.cuda.Stream(device)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model import attention
 from fastdpo.model.activations import set_up_activations
-from fastdpo.model.adapters import Start, add_lora, find_start, load_adapter, tell_tied
+from fastdpo.model.adapters import add_lora, find_start, load_adapter, tell_tied
 from fastdpo.model.quantised import check_quantisation, loading_in_4bit, set_up_4bit
 from fastdpo.model.spec import ModelSpec
 from fastdpo.records import PackedGroups
@@ -56,20 +56,14 @@ class Head:
 class Policy:
     """A model and how to score packed groups with it. Policy and reference share this one path."""
 
-    def __init__(
-        self,
-        model,
-        dtype: torch.dtype,
-        dropout: dict[str, float] | None = None,
-        head_budget: int = MEMORY_BUDGET,
-    ):
+    def __init__(self, model, dtype: torch.dtype, dropout=None, head_budget: int = MEMORY_BUDGET):
         self.model = model
         self.head_budget = head_budget  # bytes that the lm_head may take, see fastdpo_kernels.plan
         self.dtype = dtype  # of the computation; trained weights are fp32
         self.core = model.get_base_model() if hasattr(model, "peft_config") else model
         self.head = Head(self.core.get_output_embeddings(), *logit_transform(self.core.config))
         self.device = next(model.parameters()).device
-        self.dropout = dropout or {}  # what training switched off; saved models get it back
+        self.dropout: dict[str, float] = dropout or {}  # what training switched off; saved models get it back
         self.stock_attention = attention.stock_attention(self.core.config)
         self.share = False  # fastdpo.model.support.prepare switches it on where it is exact
 
@@ -156,9 +150,8 @@ class Policy:
     def head_plan(self, batches: list[PackedGroups]) -> str:
         """One phrase on how the lm_head runs on the largest of these."""
         scored = max(len(batch.target) for batch in batches)
-        p = self.plan(scored)
-        V, D = self.core.get_output_embeddings().weight.shape
-        cost = f"{p.flops / (scored * V * D):.0f}MVD, at most {p.peak_bytes / 1e6:.0f} MB"
+        p, size = self.plan(scored), self.core.get_output_embeddings().weight.numel()
+        cost = f"{p.flops / (scored * size):.0f}MVD, at most {p.peak_bytes / 1e6:.0f} MB"
         return f"{p.name} by {self.head_backend}, {cost}"
 
 
@@ -189,14 +182,20 @@ def load_model_config(spec: ModelSpec):
     except Exception as error:  # whatever a broken folder makes transformers raise
         whose = f", the base of the adapter {start.adapter}," if start.adapter else ""
         raise ModelError(f"model: cannot load {start.model!r}{whose}: {error}") from None
-    _check_lengths(spec, model_config)
-    _in_4bit(spec, start, model_config)
-    return model_config
-
-
-def _in_4bit(spec: ModelSpec, start: Start, model_config) -> bool:
+    limit = getattr(model_config, "max_position_embeddings", None)
+    rope = getattr(model_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        # These pick their frequencies by a batch's longest row, beyond the original length: one row would
+        # change another's result.
+        limit = rope.get("original_max_position_embeddings", limit)
+    if limit and spec.max_length > limit:
+        raise ConfigError(
+            f"max_length: {spec.max_length} is more than the {limit} positions of {spec.model}; "
+            f"set max_length: {limit} or less"
+        )
     has_lora = start.adapter is not None or spec.lora_rank is not None
-    return check_quantisation(spec.load_in_4bit, has_lora, start.model, model_config)
+    check_quantisation(spec.load_in_4bit, has_lora, start.model, model_config)
+    return model_config
 
 
 def load_policy(spec: ModelSpec, console) -> Policy:
@@ -206,7 +205,7 @@ def load_policy(spec: ModelSpec, console) -> Policy:
     dtype = torch.bfloat16 if spec.pure_bf16 else resolve_dtype(spec.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model_config = load_model_config(spec)
-    in_4bit = _in_4bit(spec, start, model_config)
+    in_4bit = spec.load_in_4bit or bool(getattr(model_config, "quantization_config", None))
     dropped = switch_off_dropout(model_config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -265,20 +264,6 @@ def switch_off_dropout(model_config) -> dict[str, float]:
             changed[name] = value
             setattr(text_config, name, 0.0)
     return changed
-
-
-def _check_lengths(spec: ModelSpec, model_config) -> None:
-    limit = getattr(model_config, "max_position_embeddings", None)
-    rope = getattr(model_config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        # These pick their frequencies by the longest row of a batch, so that one row would change
-        # another's result; below the original length they never do.
-        limit = rope.get("original_max_position_embeddings", limit)
-    if limit and spec.max_length > limit:
-        raise ConfigError(
-            f"max_length: {spec.max_length} is more than the {limit} positions of {spec.model}; "
-            f"set max_length: {limit} or less"
-        )
 
 
 def save_model(policy: Policy, tokenizer, folder) -> None:

@@ -7,6 +7,7 @@ residual stream too, twice the memory for weights that have no more digits than 
 """
 
 import importlib.util
+import math
 
 import torch
 from torch import nn
@@ -14,10 +15,6 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from fastdpo.errors import ConfigError, ModelError
-
-_BLOCK, _NESTED_BLOCK = 64, 256  # weights a scale, scales a second scale
-_CODES = 16 * 4 + 256 * 4  # fp32: the values of NF4 and of the 8-bit scales, a copy in each module
-_OFFSET = 4  # fp32: the mean of the scales
 
 
 def quantised_linears(model, skip: list[str] | None = None) -> dict[str, tuple[int, int]]:
@@ -42,20 +39,26 @@ def quantised_linears(model, skip: list[str] | None = None) -> dict[str, tuple[i
 
 def nf4_bytes(out_features: int, in_features: int) -> int:
     """Bytes of the tensors that hold one weight [out, in] in NF4: the packed weights, their scales in 8
-    bits, the scales' scales and mean in fp32, and two tables. (A CUDA allocator rounds each of the six up
-    to 512 bytes.)"""
+    bits, the scales' scales and their mean in fp32, and two tables. (A CUDA allocator rounds each of the six
+    up to 512 bytes.)"""
     n = out_features * in_features
-    scales = -(-n // _BLOCK)
-    return -(-n // 2) + scales + 4 * -(-scales // _NESTED_BLOCK) + _OFFSET + _CODES
+    scales = math.ceil(n / 64)
+    tables = 16 * 4 + 256 * 4  # fp32: the values of NF4 and of the 8-bit scales, a copy in each module
+    return math.ceil(n / 2) + scales + 4 * math.ceil(scales / 256) + 4 + tables
 
 
-def check_quantisation(load_in_4bit: bool, has_lora: bool, model: str, model_config) -> bool:
-    """Whether a model's weights will be in 4 bits, asked for or stored so. Raises ConfigError and ModelError
-    for what cannot be trained on."""
+def check_quantisation(load_in_4bit: bool, has_lora: bool, model: str, model_config) -> None:
+    """Raises ConfigError and ModelError for what is to be in 4 bits, or is stored quantised, and cannot be
+    trained on.
+
+    8-bit models cannot: LLM.int8() picks its outlier columns by all rows of a batch, so that one row's
+    log-probs would depend on which others were packed with it.
+    """
     stored = getattr(model_config, "quantization_config", None)
     if not load_in_4bit and not stored:
-        return False
-    if stored and not _is_bnb_4bit(stored):
+        return
+    is_bnb = stored and stored.get("quant_method", "bitsandbytes") == "bitsandbytes"
+    if stored and not (is_bnb and stored.get("load_in_4bit")):
         method = stored.get("quant_method") or "an unknown method"
         bits = " in 8 bits" if stored.get("load_in_8bit") else ""
         raise ModelError(
@@ -63,20 +66,12 @@ def check_quantisation(load_in_4bit: bool, has_lora: bool, model: str, model_con
             "ones can be trained on. Give the model that it was made of, with load_in_4bit: true"
         )
     if not has_lora:
-        what = (
-            f"model: {model} is stored in 4 bits" if stored else "load_in_4bit: weights in 4 bits are frozen"
-        )
+        frozen = "load_in_4bit: weights in 4 bits are frozen"
+        what = f"model: {model} is stored in 4 bits" if stored else frozen
         raise ConfigError(f"{what}, so only a LoRA can train on it; set lora_rank (or adapter)")
     for package in ("bitsandbytes", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"load_in_4bit: needs {package}: pip install 'fastdpo[quant]'")
-    return True
-
-
-def _is_bnb_4bit(stored: dict) -> bool:
-    """8-bit ones are another matter: LLM.int8() picks its outlier columns by all rows of a batch, so that
-    one row's log-probs would depend on which others were packed with it."""
-    return stored.get("quant_method", "bitsandbytes") == "bitsandbytes" and bool(stored.get("load_in_4bit"))
 
 
 def loading_in_4bit(model_config, dtype: torch.dtype, device: str) -> dict:
@@ -86,15 +81,8 @@ def loading_in_4bit(model_config, dtype: torch.dtype, device: str) -> dict:
     if stored:  # the stored config wins over an argument, so the compute dtype has to go there
         stored["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
         return {"device_map": {"": device}}
-    return {
-        "device_map": {"": device},
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-    }
+    nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    return {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4)}
 
 
 def set_up_4bit(model, dtype: torch.dtype, console) -> None:
@@ -102,55 +90,38 @@ def set_up_4bit(model, dtype: torch.dtype, console) -> None:
     nothing is."""
     import bitsandbytes as bnb
 
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    linears = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     if not linears:
         raise ModelError(f"load_in_4bit: {type(model).__name__} has no linear layer that could be quantised")
-    for module in linears.values():
+    for module in linears:
         # On CPUs with AVX512-BF16, bitsandbytes would otherwise repack the weights in eval mode (for the
         # samples), for a kernel that rounds to bf16 and has no backward, and leave them so for training.
         module.support_avx512bf16_for_cpu = False
-    _dequantise_head(model, linears, dtype, console)
-    console.print(_account(model, linears, dtype), highlight=False, soft_wrap=True)
-
-
-def _dequantise_head(model, linears: dict, dtype: torch.dtype, console) -> None:
-    """linear_logp takes the lm_head's weight as a matrix."""
-    import bitsandbytes as bnb
-
+    short = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype).removeprefix("torch."))
     head = model.get_output_embeddings()
-    names = [name for name, module in linears.items() if module is head]
-    if not names:
-        return
-    weight = bnb.functional.dequantize_4bit(head.weight.data, head.weight.quant_state).to(dtype)
-    whole = nn.Linear(head.in_features, head.out_features, head.bias is not None, device="meta")
-    whole.weight, whole.bias = nn.Parameter(weight, requires_grad=False), head.bias
-    model.set_output_embeddings(whole)
-    del linears[names[0]]
-    text = f"the lm_head is stored in 4 bits: dequantised to {_short(dtype)}, the same values"
-    console.print(f"[yellow]{text}, {weight.nbytes / 1e9:.2f} GB", highlight=False, soft_wrap=True)
+    if isinstance(head, bnb.nn.Linear4bit):  # linear_logp takes its weight as a matrix
+        weight = bnb.functional.dequantize_4bit(head.weight.data, head.weight.quant_state).to(dtype)
+        whole = nn.Linear(head.in_features, head.out_features, head.bias is not None, device="meta")
+        whole.weight, whole.bias = nn.Parameter(weight, requires_grad=False), head.bias
+        model.set_output_embeddings(whole)
+        linears = [module for module in linears if module is not head]
+        text = f"the lm_head is stored in 4 bits: dequantised to {short}, the same values"
+        console.print(f"[yellow]{text}, {weight.nbytes / 1e9:.2f} GB", highlight=False, soft_wrap=True)
+    console.print(_account(model, linears, short), highlight=False, soft_wrap=True)
 
 
-def _account(model, linears: dict, dtype: torch.dtype) -> str:
+def _account(model, linears: list, dtype: str) -> str:
     """One line on what is in 4 bits and what is not."""
-    held = {id(module.weight) for module in linears.values()}
-    weights = sum(module.in_features * module.out_features for module in linears.values())
+    held = {id(module.weight) for module in linears}
+    weights = sum(module.in_features * module.out_features for module in linears)
     named = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.Linear)}
     rest = {name: p for name, p in model.named_parameters() if id(p) not in held}
     stacked = {name: p.numel() for name, p in rest.items() if id(p) not in named and p.ndim > 1}
-    kinds = " and ".join(sorted({module.weight.quant_type.upper() for module in linears.values()}))
+    kinds = " and ".join(sorted({module.weight.quant_type.upper() for module in linears}))
     kept = sum(p.numel() for p in rest.values())
-    text = (
-        f"{kinds}: {len(linears)} matrices, {weights:,} weights in 4 bits; the other {kept:,} (embeddings, "
-    )
-    text += f"lm_head, norms, biases) stay in {_short(dtype)}"
-    if sum(stacked.values()) > weights / 10:
-        name = max(stacked, key=stacked.get)
-        text = (
-            f"[yellow]{text}. {sum(stacked.values()):,} of these are in tensors as {name}, which no linear "
-        )
-        text += "layer holds (stacked experts, most often): bitsandbytes cannot quantise them"
+    text = f"{kinds}: {len(linears)} matrices, {weights:,} weights in 4 bits; the other {kept:,} "
+    text += f"(embeddings, lm_head, norms, biases) stay in {dtype}"
+    if (many := sum(stacked.values())) > weights / 10:
+        text = f"[yellow]{text}. {many:,} of these are in tensors as {max(stacked, key=stacked.get)}, which "
+        text += "no linear layer holds (stacked experts, most often): bitsandbytes cannot quantise them"
     return text
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype).removeprefix("torch."))

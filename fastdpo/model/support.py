@@ -41,14 +41,11 @@ def prepare(policy: Policy, groups: list[PreferenceGroup], console) -> None:
     probe = _probe(groups)
     with torch.no_grad():
         truth, limit = _stock(policy, probe)
-    reason = sharing_refusal(policy.core.config)
-    if reason is None:
-        reason = _try_sharing(policy, probe, truth, limit, console)
+    reason = sharing_refusal(policy.core.config) or _try_sharing(policy, probe, truth, limit, console)
     if reason is None:
         return
     policy.set_sharing(False)
-    difference, _ = _difference(policy, probe, truth)
-    name = type(policy.core).__name__
+    (difference, _), name = _difference(policy, probe, truth), type(policy.core).__name__
     if not difference <= limit:
         rows = " and ".join(str(g.row) for g in probe)
         raise ModelError(
@@ -73,9 +70,9 @@ def _try_sharing(policy, probe, truth, limit, console) -> str | None:
         return str(error)
     if len(seen) != config.num_hidden_layers:
         return f"{len(seen)} of its {config.num_hidden_layers} layers ask AttentionInterface"
-    windows = sum(window is not None for _, window in seen)
-    if windows != _windowed_layers(config):
-        return f"{_windowed_layers(config)} layers have a sliding window, {windows} pass it on"
+    windows, wanted = sum(window is not None for _, window in seen), _windowed_layers(config)
+    if windows != wanted:
+        return f"{wanted} layers have a sliding window, {windows} pass it on"
     if not difference <= limit:
         return f"its log-probs would be off by {difference:.2g} nats a token"
     if policy.device.type == "cuda" and any(backend == "segments" for backend, _ in seen):

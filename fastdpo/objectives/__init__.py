@@ -15,23 +15,6 @@ from fastdpo.objectives.checks import check_rows
 from fastdpo.objectives.make import make, make_objective
 from fastdpo.objectives.seam import UNITS, Coupled, Decomposable, Objective, Rescaled, Reward, Term, Unit
 
-__all__ = [
-    "UNITS",
-    "Coupled",
-    "Decomposable",
-    "Objective",
-    "Rescaled",
-    "Reward",
-    "Term",
-    "Unit",
-    "batch",
-    "check_rows",
-    "dpo",
-    "make",
-    "make_objective",
-    "objectives_table",
-    "reference_free",
-    "shifted",
-    "table",
-    "tokens",
-]
+__all__ = ["UNITS", "Coupled", "Decomposable", "Objective", "Rescaled", "Reward", "Term", "Unit"]
+__all__ += ["check_rows", "make", "make_objective", "objectives_table", "table"]
+__all__ += ["batch", "dpo", "reference_free", "shifted", "tokens"]
