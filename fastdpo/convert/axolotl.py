@@ -54,8 +54,7 @@ def _lora(
     if lora_target_linear:
         draft.set("lora_target_modules", "all-linear", "lora_target_linear true")
     elif lora_target_modules:
-        said = draft.word("lora_target_modules", lora_target_modules)
-        draft.set("lora_target_modules", shared.modules(lora_target_modules), said)
+        shared.target_modules(draft, "lora_target_modules", lora_target_modules)
 
 
 def _optim(

@@ -58,7 +58,7 @@ def _lora(
     if lora_alpha is not None:
         draft.ours["lora_alpha"] = float(lora_alpha)
     if lora_target is not None:
-        draft.set("lora_target_modules", shared.modules(lora_target), f"lora_target {lora_target}")
+        shared.target_modules(draft, "lora_target", lora_target)
 
 
 def _data(draft: Draft, dataset=None, eval_dataset=None, dataset_dir="data", max_samples=None) -> None:

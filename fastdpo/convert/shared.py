@@ -172,10 +172,11 @@ def own_template(draft: Draft, key: str, template: str) -> None:
     draft.check(f"{key} {template}: left out, the tokenizer's own is used; compare in `fastdpo data`")
 
 
-def modules(value) -> str | list[str]:
-    """LoRA's target modules in our words."""
+def target_modules(draft: Draft, key: str, value) -> None:
+    """LoRA's target modules, which the tool's `key` has."""
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
-    return "all-linear" if names in (["all"], ["all-linear"]) else names
+    ours = "all-linear" if names in (["all"], ["all-linear"]) else names
+    draft.set("lora_target_modules", ours, draft.word(key, value))
 
 
 def with_likelihood(draft: Draft, parts: dict[str, float]) -> None:

@@ -36,8 +36,7 @@ def _lora(
     if lora_target_modules is None:
         draft.check("lora_target_modules is not given: peft's choice for the model is not ours, all-linear")
     else:
-        said = draft.word("lora_target_modules", lora_target_modules)
-        draft.set("lora_target_modules", shared.modules(lora_target_modules), said)
+        shared.target_modules(draft, "lora_target_modules", lora_target_modules)
     if lora_dropout:
         draft.refuse("lora_dropout", lora_dropout, NO_DROPOUT)
     if lora_dropout is None and draft.defaults:
