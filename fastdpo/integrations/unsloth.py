@@ -32,18 +32,14 @@ _ALWAYS_GIVEN = ("causal_mask", "num_logits_to_keep", "logits_to_keep")
 def patch() -> None:
     """Replaces the fused lm_head of Unsloth's DPOTrainer, and TRL's, for the trainers that are made from now
     on. ConfigError where Unsloth is not imported, or with a TRL or DPOTrainer whose inside we do not know."""
-    module = _trainer_module()
-    from fastdpo.integrations import trl_forward as ours
-
+    module, ours = _modules()
     ours.patch()
     module.add_fused_lm_head = add_fused_lm_head
 
 
 def unpatch() -> None:
     """Unsloth and TRL as they were, in the trainers that exist too."""
-    module = _trainer_module()
-    from fastdpo.integrations import trl_forward as ours
-
+    module, ours = _modules()
     ours.unpatch()
     module.add_fused_lm_head = ours.STOCK_ADD
 
@@ -71,9 +67,9 @@ def add_fused_lm_head(model, *args, **kwargs) -> None:
     bind(model, forward)
 
 
-def _trainer_module():
-    """Where trl.DPOTrainer looks add_fused_lm_head up: the module that Unsloth generated, or on a machine
-    without a GPU, where it generates none, TRL's own."""
+def _modules():
+    """Where trl.DPOTrainer looks add_fused_lm_head up (the module that Unsloth generated, or on a machine
+    without a GPU, where it generates none, TRL's own), and trl_forward."""
     if "unsloth" not in sys.modules:
         raise ConfigError(
             "fastdpo.integrations.unsloth: `import unsloth` comes first: it replaces TRL's trainers"
@@ -89,4 +85,6 @@ def _trainer_module():
             f"fastdpo.integrations.unsloth: the DPOTrainer of {module.__name__} has no fused lm_head; this "
             "knows what Unsloth 2026.10.9 makes of TRL 1.15: pip install unsloth==2026.10.9 trl==1.15.0"
         )
-    return module
+    from fastdpo.integrations import trl_forward
+
+    return module, trl_forward
