@@ -15,9 +15,7 @@ Outcomes = dict[tuple[str, str], Outcome]  # (what, its rung, or "" where there 
 
 
 def facts_table(facts: dict[str, str]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = Table.grid(Column(style="bold", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
     for name, value in facts.items():
         table.add_row(name, Text(value))
     return table

@@ -1,17 +1,15 @@
 """Checks in a child process: one that raises, hangs, crashes or is wrong costs its answer and no more."""
 
 import contextlib
-import json
 import os
-import queue
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import Pipe
 
 from fastdpo.doctor.measuring import Measured
 
@@ -67,7 +65,7 @@ class Children:
         self.device = device
         self.started = 0  # processes, so far
         self._no_more = ""  # why no further one starts
-        self._process = self._log = None
+        self._process = self._log = self._connection = None
 
     def __enter__(self):
         return self
@@ -76,8 +74,8 @@ class Children:
         self._stop()
 
     def ask(self, function: str, arguments: dict, seconds: float = SECONDS) -> Answer:
-        """What "module:name" returns in the child, as JSON brings it back. Raises NotStarted where no process
-        ever started; a later one that does not is an Answer, so that what is known is not lost."""
+        """What "module:name" returns in the child. Raises NotStarted where no process ever started; a later
+        one that does not is an Answer, so that what is known is not lost."""
         if self._process is None and not self._no_more:
             try:
                 self._start()
@@ -87,11 +85,8 @@ class Children:
                 self._no_more = f"{NO_PROCESS}: {error}"
         if self._no_more:
             return Answer(failed=self._no_more, detail=self._tail())
-        self._number += 1
-        order = {"number": self._number, "function": function, "arguments": arguments, "seconds": seconds}
         with contextlib.suppress(OSError):  # it is dead; why is told below
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
+            self._connection.send((function, arguments, seconds))
         answer = self._answer(seconds)
         if answer.failed is None:
             return answer
@@ -99,24 +94,24 @@ class Children:
         return replace(answer, detail=self._tail())
 
     def _start(self) -> None:
-        self._number, self._lines, self._log = 0, queue.SimpleQueue(), None
+        self._log = None
         # All that we can import it can, and -P: no file of the working directory stands for a module.
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         try:
             self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "fastdpo.doctor.child", self.device],
-                env=os.environ | {"PYTHONPATH": paths},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,  # Ctrl-C is for us, and not a crash of a kernel
-            )
+            self._connection, its = Pipe()
+            with its:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "fastdpo.doctor.child", self.device, str(its.fileno())],
+                    env=os.environ | {"PYTHONPATH": paths},
+                    pass_fds=[its.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._log,
+                    stderr=self._log,
+                    start_new_session=True,  # Ctrl-C is for us, and not a crash of a kernel
+                )
         except OSError as error:
             raise NotStarted(str(error)) from None
-        threading.Thread(target=_read, args=(self._process.stdout, self._lines), daemon=True).start()
         failed = self._answer(START_SECONDS).failed
         if failed is not None:
             self._stop()
@@ -124,21 +119,15 @@ class Children:
         self.started += 1
 
     def _answer(self, seconds: float) -> Answer:
-        """To the last order. Lines that are no answer are passed over."""
-        until = time.monotonic() + seconds
-        while True:
-            try:
-                line = self._lines.get(timeout=max(0.0, until - time.monotonic()))
-            except queue.Empty:
-                self._process.send_signal(signal.SIGUSR1)  # it writes down where it hangs, for the detail
-                time.sleep(HANG_SECONDS)
-                return Answer(failed=f"{NO_ANSWER} {seconds:g} s")
-            if line is None:
-                return Answer(failed=self._death())
-            with contextlib.suppress(ValueError):
-                answer = json.loads(line)
-                if isinstance(answer, dict) and answer.get("number") == self._number:
-                    return Answer(*map(answer.get, ("answer", "not_here", "failed")))
+        """To the last order."""
+        try:
+            if self._connection.poll(seconds):
+                return Answer(**self._connection.recv())
+        except (EOFError, OSError):
+            return Answer(failed=self._death())
+        self._process.send_signal(signal.SIGUSR1)  # it writes down where it hangs, for the detail
+        time.sleep(HANG_SECONDS)
+        return Answer(failed=f"{NO_ANSWER} {seconds:g} s")
 
     def _death(self) -> str:
         try:
@@ -161,16 +150,8 @@ class Children:
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(KILLED_SECONDS)
-        with contextlib.suppress(OSError):  # what it never read
-            self._process.stdin.close()
+        self._connection.close()
         self._process = None
-
-
-def _read(stream, lines: queue.SimpleQueue) -> None:
-    with stream:
-        for line in stream:
-            lines.put(line)
-    lines.put(None)
 
 
 def try_check(children: Children, function: str, arguments: dict, seconds: float = SECONDS) -> Outcome:

@@ -1,7 +1,6 @@
 """One check in a child process: whatever becomes of it costs no other check, and is told in a line."""
 
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 
 from benchmarks.process import python_path
 from fastdpo.doctor import trials
-from fastdpo.doctor.trials import Answer, Children, NotStarted, try_check
+from fastdpo.doctor.trials import Children, NotStarted, try_check
 
 PLANTS = "tests.doctor.doctor_plants"
 
@@ -64,14 +63,6 @@ def test_a_hang_ends_at_its_limit_and_says_where():
     assert outcomes["hangs"].verdict == "failed" and outcomes["hangs"].why == "no answer within 2 s"
     assert "in hangs" in outcomes["hangs"].detail
     assert outcomes["right"].verdict == "right" and started == 2
-
-
-def test_lines_that_are_no_answers_are_passed_over():
-    children = Children("cpu")
-    children._number, children._lines = 2, queue.SimpleQueue()
-    for line in ("rubbish\n", "[2]\n", "7\n", '{"number": 1, "answer": 0}\n', '{"number": 2, "answer": 5}\n'):
-        children._lines.put(line)
-    assert children._answer(1) == Answer(5)
 
 
 def test_a_child_that_does_not_start_is_no_verdict():
