@@ -46,7 +46,7 @@ class Step:
         mode, self.tracker = FakeTensorMode(allow_non_fake_inputs=True), Tracker(block)
         self.mode, self.policy = mode, fake_policy(config, model_config, target, mode, self.tracker)
         batch = pack(load.groups, self.policy.share) if load.batch is None else load.batch
-        self.batch = batch._with(mode.from_tensor(t, static_shapes=True) for t in batch._tensors())
+        self.batch = batch._with(partial(mode.from_tensor, static_shapes=True))
         self.kept: list = []  # what lives throughout
         backward = torch.ops.torch_attn._varlen_attn_backward.default
         self.tracker.inside[backward] = stand_ins.varlen_backward_bytes
