@@ -43,12 +43,10 @@ def choose(config: Config, model_config, groups, console: Console, target: Targe
         found = found and planner.checked(stage, found, budget)
         if found is None:
             raise ConfigError(_nothing_fits(planner, stage, now, budget))
-        text = (
-            f"memory: as configured {show.verdict(now, budget)} (peak in the {now.peak.where}, predicted). "
-        )
+        why = f"as configured {show.verdict(now, budget)} (peak in the {now.peak.where}, predicted)"
         left, total = budget - found.prediction.total, gigabytes(found.prediction.total)
-        text += f"Chosen: [bold]{show.words(found.changes)}[/]: {total} predicted, {gigabytes(left)} left"
-        say(text)
+        words = f"[bold]{show.words(found.changes)}[/]: {total} predicted, {gigabytes(left)} left"
+        say(f"memory: {why}. Chosen: {words}")
         chosen |= found.changes
     return replace(config, **chosen) if chosen else config
 

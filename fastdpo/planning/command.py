@@ -41,8 +41,10 @@ def plan_stage(config: Config, model_config, groups, target: Target, budget, con
     now = planner.option(config, {})
     if budget is None or abs(now.prediction.total / budget - 1) < SURE:  # else a few layers tell enough
         now = planner.option(config, {}, exact=True)
+    console.print(show.owners_table(now.prediction, target))
     lines = [show.load_line(config, loads, assumed), show.verdict(now.prediction, budget)]
-    show.print_plan(console, now.prediction, target, [*lines, show.time_line(now.time, target)])
+    for line in (*lines, show.time_line(now.time, target)):
+        console.print(line, highlight=False, soft_wrap=True)
     if budget is None or now.prediction.total <= budget:
         return
     options = list(planner.singles(config))
@@ -54,33 +56,29 @@ def plan_stage(config: Config, model_config, groups, target: Target, budget, con
     options += [found] if found else planner.offloaded(config, budget)
     options += planner.other_learning(config, budget)
     console.print(show.options_table(options, now.time, budget, target))
-    console.print(_advice(options, found, budget, config.memory), highlight=False, soft_wrap=True)
+    advice = _advice(options, found, budget, config.memory)
+    console.print(f"[bold]next:[/] {advice}", highlight=False, soft_wrap=True)
 
 
 def _advice(options: list[Option], found: Option | None, budget: int, memory: str | None) -> str:
     if found is not None and memory is not None:
-        return f"[bold]next:[/] train: by memory: {memory} a run takes {show.words(found.changes)} by itself"
+        return f"train: by memory: {memory} a run takes {show.words(found.changes)} by itself"
     if found is not None:
-        return f"[bold]next:[/] {show.words(found.changes)} (memory: in the config lets a run choose it)"
+        return f"{show.words(found.changes)} (memory: in the config lets a run choose it)"
     fitting = [option for option in options if option.prediction.total <= budget]
-    if fitting:
-        best = min(fitting, key=show.order)
-        if best.same_learning:
-            return f"[bold]next:[/] {show.words(best.changes)}"
-        text = "nothing that leaves the learning as it is fits; at the cost of another result"
-        return f"[bold]next:[/] {text}: {show.words(best.changes)}"
-    return "[bold]next:[/] nothing tried fits: a shorter max_length, a smaller model or a larger card"
+    if not fitting:
+        return "nothing tried fits: a shorter max_length, a smaller model or a larger card"
+    best = min(fitting, key=show.order)
+    cost = "nothing that leaves the learning as it is fits; at the cost of another result: "
+    return f"{'' if best.same_learning else cost}{show.words(best.changes)}"
 
 
 def _target(card: str | None, device: str) -> Target:
     if device == "cpu":
         return Target(is_cpu=True)
-    if card is None:
-        return Target.here()
-    target = Target.of_card(card)
-    if target is None:
-        raise ConfigError(f"--card: {card!r} is not one of {', '.join(CARDS)}")
-    return target
+    if target := Target.here() if card is None else Target.of_card(card):
+        return target
+    raise ConfigError(f"--card: {card!r} is not one of {', '.join(CARDS)}")
 
 
 def _groups(config: Config, console: Console):

@@ -29,19 +29,15 @@ _NEXT = (
 def explain(config: Config, model_config, batch: PackedGroups) -> str:
     """Some lines: the plan's view of the microbatch, the measured view, and the next thing to try."""
     try:
-        return _explanation(config, model_config, batch)
+        load = Load((), several=True, batch=batch.to("cpu"))
+        target = Target.here() if torch.cuda.is_available() else Target(is_cpu=True)
+        predicted = lambda keys: predict(keys, model_config, [load], target, exact=False)
+        plan = predicted(config)
+        next_ = _next_to_try(config, batch, plan, predicted)
     except Exception as error:  # whatever a plan may fail by, the run's own error is the one to tell
         return f"{measured()}\n(no plan of this microbatch: {type(error).__name__}: {error})"
-
-
-def _explanation(config: Config, model_config, batch: PackedGroups) -> str:
-    target = Target.here() if torch.cuda.is_available() else Target(is_cpu=True)
-    load = Load((), several=True, batch=batch.to("cpu"))
-    predicted = lambda keys: predict(keys, model_config, [load], target, exact=False)
-    plan = predicted(config)
     sizes = plan.peak.bytes | {"allocator slack": plan.slack, "CUDA context": plan.context}
     by_owner = ", ".join(f"{name} {gigabytes(size)}" for name, size in sizes.items() if size > 5e5)
-    next_ = _next_to_try(config, batch, plan, predicted)
     text = f"predicted for this microbatch: {gigabytes(plan.total)}, in the {plan.peak.where}:\n  {by_owner}"
     return f"{text}\n{measured()}\nnext: {next_}"
 

@@ -99,13 +99,12 @@ def _from_few_layers(config: Config, model_config, load: Load, target: Target) -
     n, layers = few * step, model_config.get_text_config().num_hidden_layers
     if n + step >= layers:
         return simulate(config, model_config, load, target)
-    less, more = (
-        {
-            _place(p.where, count): p.bytes
-            for p in simulate(config, with_layers(model_config, count), load, target)
-        }
-        for count in (n, n + step)
-    )
+
+    def by_place(count: int) -> dict[str | None, dict[str, int]]:
+        peaks = simulate(config, with_layers(model_config, count), load, target)
+        return {_place(peak.where, count): peak.bytes for peak in peaks}
+
+    less, more = by_place(n), by_place(n + step)
     times = (layers - n) / step
     line = lambda a, b: max(0, round(a + times * (b - a)))
     return [

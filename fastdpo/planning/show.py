@@ -1,6 +1,5 @@
 """A plan as a person reads it."""
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from fastdpo.config.keys import Config
@@ -91,9 +90,3 @@ def load_line(config: Config, loads, assumed: bool) -> str:
     whose = "assumed (the data was not read)" if assumed else "of this data"
     size = f"{counted(len(groups), 'group')}, {tokens:,} tokens, {scored:,} scored"
     return f"largest microbatch, {whose}: {size}{', in a step of several' if several else ''}"
-
-
-def print_plan(console: Console, prediction: Prediction, target: Target, lines: list[str]) -> None:
-    console.print(owners_table(prediction, target))
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
