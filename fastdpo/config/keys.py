@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fastdpo.config.checks import check
-from fastdpo.config.stages import stages_of
 from fastdpo.errors import ConfigError
 from fastdpo.values import as_type, nearest
 
@@ -190,10 +189,33 @@ class Config:
         return [name for name in names if name != "none"]
 
     def per_stage(self) -> list["Config"]:
-        """One config a stage; without `stages`, this one."""
-        return stages_of(self)
+        """One config a stage; without `stages`, this one. Raises ConfigError."""
+        if not self.stages:
+            return [self]
+        out = []
+        for number, own in enumerate(self.stages, 1):
+            if not isinstance(own, dict) or not own:
+                raise ConfigError(f"stages: stage {number} is not a set of keys: {own!r}")
+            for name in own:
+                if name not in STAGE_KEYS:
+                    raise ConfigError(
+                        f"stages: stage {number} sets {name!r}. {nearest(name, STAGE_KEYS)}"
+                        f"A stage can set: {', '.join(STAGE_KEYS)}"
+                    )
+            try:
+                own = {name: coerce(name, value) for name, value in own.items()}
+                out.append(dataclasses.replace(self, stages=None, **_inherited(self, own)))
+            except ConfigError as error:
+                raise ConfigError(f"stages: stage {number}: {error}") from None
+        _check_options_reach(self, out)
+        return out
 
 
+STAGE_KEYS = (
+    "objective objective_args beta label_smoothing pairs learning_rate warmup_steps lr_scheduler_type "
+    "weight_decay max_grad_norm batch_size max_tokens num_epochs max_steps eval_steps logging_steps "
+    "save_steps"
+).split()
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 GROUPS = {  # of the help and of the README's tables: each key once
     "Data": "model adapter data data_format eval_data chat_template pairs pair_gap flip_pairs max_length "
@@ -219,3 +241,26 @@ def coerce(name, value):
 def from_values(values: dict) -> Config:
     """The config of a YAML file's values and flags' strings. Raises ConfigError."""
     return Config(**{name: coerce(name, value) for name, value in values.items()})
+
+
+def _inherited(above, own: dict) -> dict:
+    """A stage's own keys, and what is not as it stands above: objective_args go option by option, and options
+    that its objective does not read are for the other stages."""
+    from fastdpo.objectives.make import options_read  # late: it imports torch
+
+    own_args = own.get("objective_args") or {}
+    args = (above.objective_args or {}) | own_args
+    read = options_read(own.get("objective", above.objective), args.get("base_loss"))
+    dropped = {name: None for name in ("beta", "label_smoothing") if name not in read}
+    args = {name: value for name, value in args.items() if name in read or name in own_args}
+    return dropped | own | {"objective_args": args or None}
+
+
+def _check_options_reach(config, stages: list) -> None:
+    """Raises ConfigError for an option above the stages that none of them reads."""
+    for name in ("beta", "label_smoothing"):
+        if getattr(config, name) is not None and all(getattr(stage, name) is None for stage in stages):
+            raise ConfigError(f"{name}: no stage's objective reads it")
+    for name in config.objective_args or {}:
+        if not any(name in (stage.objective_args or {}) for stage in stages):
+            raise ConfigError(f"objective_args: no stage's objective reads {name!r}")

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from fastdpo.cli import main
-from fastdpo.config.keys import FIELDS, GROUPS, Config
+from fastdpo.config.keys import FIELDS, GROUPS, STAGE_KEYS, Config
 from fastdpo.config.reading import keys_table, to_yaml
-from fastdpo.config.stages import STAGE_KEYS
 from fastdpo.errors import ConfigError
 from fastdpo.objectives import objectives_table
 from tests.config.command_line import load_config
