@@ -120,19 +120,11 @@ def _weights(weights, field: str) -> tuple[float, ...]:
 # ---- to the text that the model reads
 
 
-def mark_text(relevance: Relevance | None, start: int, end: int) -> Marks | None:
-    """The marks of a plain response that is text[start:end]."""
-    if relevance is None:
-        return None
-    spans = relevance.spans and tuple((start + a, start + b) for _, a, b in relevance.spans)
-    return Marks(relevance.field, spans, relevance.weights, end)
-
-
-def mark_turns(
+def mark(
     relevance: Relevance | None, contents: dict[int, str], stretches: dict[int, tuple[int, int]], text: str
 ) -> Marks | None:
-    """The marks of a conversation printed as `text`: per assistant turn its content, and the stretch of the
-    text that is scored for it. Raises RowProblem where the template changed a turn that has spans."""
+    """The marks of a response in `text`: per assistant turn its content (a plain response is turn 0), and the
+    stretch of the text that is scored for it. Raises RowProblem where the template changed a turn with spans."""
     if relevance is None:
         return None
     at = {turn: _find(text, contents[turn], *stretches[turn]) for turn in contents}

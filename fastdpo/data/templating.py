@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import Messages, Row
-from fastdpo.data.spans import Marks, Relevance, mark_text, mark_turns, shared_start
+from fastdpo.data.spans import Marks, Relevance, mark, shared_start
 from fastdpo.errors import DataError
 
 
@@ -44,7 +44,8 @@ def write(row: Row, tokenizer) -> Draft:
     if isinstance(row.prompt, str):
         texts = [row.prompt + response for response in row.responses]
         spans = [((len(row.prompt), len(text)),) for text in texts]
-        marks = [mark_text(one, *span) for one, (span,) in zip(row.relevance, spans)]
+        told = zip(row.relevance, row.responses, spans, texts)
+        marks = [mark(one, {0: response}, {0: span}, text) for one, response, (span,), text in told]
         return Draft(row, tuple(map(Script, texts, spans, marks)), True, notes)
     if not tokenizer.chat_template:
         raise DataError(
@@ -90,7 +91,7 @@ def _script(
         notes["template_not_prefix"] += 1
     spans = tuple((start, end) for start, end in stretches.values() if start < end)
     contents = {i: turns[i]["content"] for i in answers}
-    return Script(text, spans, mark_turns(relevance, contents, stretches, text))
+    return Script(text, spans, mark(relevance, contents, stretches, text))
 
 
 def _render(row: Row, tokenizer, messages: Messages, to_answer: bool = False) -> str:
