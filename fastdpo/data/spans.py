@@ -124,7 +124,7 @@ def mark(
     relevance: Relevance | None, contents: dict[int, str], stretches: dict[int, tuple[int, int]], text: str
 ) -> Marks | None:
     """The marks of a response in `text`: per assistant turn its content (a plain response is turn 0), and the
-    stretch of the text that is scored for it. Raises RowProblem where the template changed a turn with spans."""
+    stretch of the text scored for it. Raises RowProblem where the template changed one with spans."""
     if relevance is None:
         return None
     at = {turn: _find(text, contents[turn], *stretches[turn]) for turn in contents}
