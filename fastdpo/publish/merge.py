@@ -46,10 +46,8 @@ def merge(
     console.print(escape(named), highlight=False, soft_wrap=True)
     run = run_of(adapter)
     if run and read_yaml(run / "config.yaml").get("load_in_4bit"):
-        text = (
-            "load_in_4bit: the run trained on this base in 4 bits. The merged model has its whole weights, "
-        )
-        text += "so its log-probs differ from the run's by what 4 bits lost"
+        text = "load_in_4bit: the run trained on this base in 4 bits. The merged model has its whole "
+        text += "weights, so its log-probs differ from the run's by what 4 bits lost"
         console.print(f"[yellow]{text}", soft_wrap=True)
     tokenizer = _tokenizer(adapter, settings)
     model = _with_adapter(adapter, settings, model_config, wanted)
@@ -170,10 +168,9 @@ def _merged(model, dtype: torch.dtype, console: Console):
         if tied:
             core.tie_weights()
         else:
-            text = (
-                "the base ties its lm_head to its embeddings, and the adapter changes them apart: the merged"
-            )
-            console.print(f"{text} model has both (tie_word_embeddings: false)", soft_wrap=True)
+            text = "the base ties its lm_head to its embeddings, and the adapter changes them apart: the "
+            text += "merged model has both (tie_word_embeddings: false)"
+            console.print(text, soft_wrap=True)
     units = _units_of_rounding(inside.shape[1], dtype)
     _check(merged(ids).logits.float(), expected, moved, units, dtype, console)
     return merged

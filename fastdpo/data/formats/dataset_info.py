@@ -84,11 +84,9 @@ def _layout(entry: dict, where: str) -> Layout:
         raise DataError(f"{where}: it has {' and '.join(media)}; fastdpo trains on text only")
     ranking, kto = bool(entry.get("ranking")), bool(theirs.get("kto_tag"))
     if ranking == kto:
-        neither, both = (
-            "neither ranking: true nor a kto_tag column",
-            "both ranking and a kto_tag column; keep one",
-        )
-        what = f"{both if kto else neither} (these are what makes it preference data)"
+        has = "both ranking and" if kto else "neither ranking: true nor"
+        way_out = "; keep one" if kto else ""
+        what = f"{has} a kto_tag column{way_out} (these are what makes it preference data)"
         raise DataError(f"{where}: it has {what}")
     format, own = _FORMATS[formatting]
     if ranking:

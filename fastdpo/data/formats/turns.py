@@ -51,8 +51,7 @@ def turns(value, field: str, tags: Tags) -> list[dict]:
         role_key, content_key = _keys(message, where, tags)
         theirs = message[role_key]
         if theirs not in tags.roles:
-            known = ", ".join(tags.roles)
-            message = f"unknown role {theirs!r}; known are {known}"
+            message = f"unknown role {theirs!r}; known are {', '.join(tags.roles)}"
             raise RowProblem("unknown_role", f"{where}.{role_key}", message)
         role, content = tags.roles[theirs], message.get(content_key)
         rest = {k: v for k, v in message.items() if k not in (role_key, content_key) and v is not None}
