@@ -46,12 +46,9 @@ class Library:
         _, block = QUANTISED[self.name] if self.library == "torchao" else (None, 1)
         return self.elementwise and numel % block == 0
 
-    def step(self, tensors: Sequence[torch.nn.Parameter], weight_decay: float, rate: float) -> None:
-        """Updates the tensors that have a gradient; leaves the gradients as they are."""
-        self.step_groups([(tensors, weight_decay)], rate)
-
-    def step_groups(self, groups: Sequence[tuple], rate: float) -> None:
-        """The same for several (tensors, weight decay) at once."""
+    def step(self, groups: Sequence[tuple[Sequence[torch.nn.Parameter], float]], rate: float) -> None:
+        """Updates the tensors that have a gradient, of several (tensors, weight decay); leaves the gradients
+        as they are."""
         lr = torch.tensor(rate, dtype=torch.float32) if self.library == "torchao" else rate
         own = lambda tensors, decay: {"params": list(tensors), "weight_decay": decay, "lr": lr}
         self.optimizer.param_groups = [self.optimizer.defaults | own(*group) for group in groups]

@@ -51,7 +51,7 @@ class Whole:
 
     def update(self, gradient: Tensor, rate: float, seed: int) -> None:
         self.weight.grad = gradient
-        self.library.step([self.weight], self.weight_decay, rate)
+        self.library.step([([self.weight], self.weight_decay)], rate)
         self.weight.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ class Pieces:
     def step_piece(self, piece: torch.nn.Parameter, values: Tensor, gradient: Tensor, rate: float) -> None:
         """Updates `values` in place; nothing but states stays in memory."""
         piece.data, piece.grad = self.shaped(values), self.shaped(gradient)
-        self.library.step([piece], self.weight_decay, rate)
+        self.library.step([([piece], self.weight_decay)], rate)
         piece.data, piece.grad = torch.empty(0, device=self.device), None
 
     def put_back(self, place: Tensor, values: Tensor, generator: torch.Generator) -> None:

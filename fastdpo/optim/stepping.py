@@ -39,7 +39,7 @@ class WeightOptimizer(torch.optim.Optimizer):
         """Updates every weight that has a gradient."""
         if all(isinstance(way, Whole) for way in self.ways.values()):
             groups = [(group["params"], group["weight_decay"]) for group in self.param_groups]
-            self.library.step_groups(groups, self.param_groups[0]["lr"])
+            self.library.step(groups, self.param_groups[0]["lr"])
         else:
             for p in self.weights:
                 if p.grad is not None:

@@ -50,15 +50,15 @@ def ends(inputs, tmp_path, **keys):
 )
 def test_no_memory_for_an_update_says_what_to_try(inputs, tmp_path, monkeypatch, keys):
     """In the third step, wherever it is: the checkpoint of the second stays, and is named."""
-    real, rates = Library.step_groups, set()
+    real, rates = Library.step, set()
 
-    def step_groups(self, groups, rate):
+    def step(self, groups, rate):
         rates.add(rate)  # each step has its own
         if len(rates) == 3:
             no_memory()
         real(self, groups, rate)
 
-    monkeypatch.setattr(Library, "step_groups", step_groups)
+    monkeypatch.setattr(Library, "step", step)
     text = ends(inputs, tmp_path, **keys)
     assert "step 3: out of GPU memory in the optimizer's update. " in text
     assert ("offload_optimizer: true" in text) == (not keys)  # not where it is in use

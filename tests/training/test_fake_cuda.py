@@ -39,7 +39,7 @@ BEFORE = {("accumulate.Accumulator._before_backward", "read"): STEPS}
 # Each evaluation's sums, before the first step and after each.
 HELD_OUT = {("metrics.Sums.means", "read"): STEPS + STEPS + 1}
 # transformers' Adafactor makes a weight's states on the host, when it first steps it.
-MADE = {("library.Library.step_groups", "blocking copy"): 18}
+MADE = {("library.Library.step", "blocking copy"): 18}
 # transformers' own: GPT-2 looks for padding in ids that come without a mask; a mask of padded rows is looked
 # at for whether it masks anything.
 UNMASKED = {("policy.Policy.hidden", what): 2 * STEPS for what in ("read", "index on the host")}
