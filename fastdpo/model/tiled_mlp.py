@@ -10,6 +10,7 @@ that a tile is then computed twice, as the layer's MLP would be, and not three t
 import inspect
 import math
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 
 import torch
@@ -143,16 +144,12 @@ def _summed(mlp: nn.Module):
     wide = lambda p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
     sums = [wide(p) for p in leaves.values()]
 
-    def adds_to(total):
-        def add(leaf):
-            total.add_(leaf.grad)
-            leaf.grad = None
+    def add(total, leaf):
+        total.add_(leaf.grad)
+        leaf.grad = None
 
-        return add
-
-    handles = [
-        leaf.register_post_accumulate_grad_hook(adds_to(total)) for leaf, total in zip(leaves.values(), sums)
-    ]
+    hooked = zip(leaves.values(), sums)
+    handles = [leaf.register_post_accumulate_grad_hook(partial(add, total)) for leaf, total in hooked]
     try:
         yield leaves, sums
     finally:
