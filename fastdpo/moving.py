@@ -34,11 +34,7 @@ def to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
     """(a GPU's tensor in pinned memory, under way on the current stream; what waits until it is there). A
     tensor of the host's own is copied at once."""
     if not tensor.is_cuda:
-        return tensor.clone(), no_wait
+        return tensor.clone(), lambda: None
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     copy.copy_(tensor, non_blocking=True)
     return copy, torch.cuda.current_stream(tensor.device).record_event().synchronize
-
-
-def no_wait() -> None:
-    """For what is there already."""

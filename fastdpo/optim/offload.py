@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from fastdpo.moving import no_wait, to_host
+from fastdpo.moving import to_host
 from fastdpo.optim.pieces import Pieces
 
 
@@ -88,7 +88,7 @@ class HostPieces(Pieces):
     def _fetched(self, flat: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each piece's (weights, gradient) on the host, fp32; the next is asked for before one is used."""
         gradient, coming = gradient.reshape(-1), None
-        sent = to_host if gradient.is_cuda else lambda part: (part, no_wait)
+        sent = to_host if gradient.is_cuda else lambda part: (part, lambda: None)
         for span in [*self.spans, None]:
             here, coming = coming, span and (to_host(flat[span]), sent(gradient[span]))
             if here:
