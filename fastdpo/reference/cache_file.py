@@ -40,15 +40,12 @@ class _Damaged(Exception):
     """The file is not, or no longer, what was written."""
 
 
-class CacheFile:
+class CacheFile(contextlib.AbstractContextManager):
     """A cache file, opened when there is work on it, all of which goes through `run`. Use it in `with`."""
 
     def __init__(self, path: Path | None, console):
         self.path, self._console = path, console
         self._db: sqlite3.Connection | None = None
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()
