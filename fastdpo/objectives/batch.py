@@ -5,6 +5,7 @@ loser (undesirable); a response in several pairs is judged in each, and pair wei
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -93,10 +94,8 @@ def apo_zero_unpaired(
 ) -> Tensor:
     """APO-zero of judged responses: KTO with z0 = 0. D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7, in
     TRL's form; one value a judged response, the desirable ones first."""
-    good, bad = judged_ratios(logps)
-    return torch.cat(
-        [desirable_weight * torch.sigmoid(-beta * good), undesirable_weight * torch.sigmoid(beta * bad)]
-    )
+    at_0 = replace(logps, context={"z0": 0.0})
+    return kto(at_0, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
 
 
 def bco(logps: ResponseLogps, *, beta: Above0 = 0.1) -> Tensor:
