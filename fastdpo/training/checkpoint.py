@@ -114,8 +114,8 @@ def newest(folder: Path) -> tuple[Checkpoint | None, dict[str, str]]:
 
 def found(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    steps = {int(p.name[5:]): p for p in folder.glob("step-*") if p.name[5:].isdigit()}
-    return [steps[step] for step in sorted(steps)]
+    numbered = (path for path in folder.glob("step-*") if path.name[5:].isdigit())
+    return sorted(numbered, key=lambda path: int(path.name[5:]))
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> None:

@@ -99,10 +99,8 @@ def add_token_metrics(sums: Sums, batch: PackedGroups, stats: dict[str, Tensor])
     """TRL's vocabulary-wide metrics, one value a scored token. They cost passes over the vocabulary
     that training does not need, so only evaluation reports them. `batch` as it was packed, on the host, so
     that nothing is counted on the device."""
-    response = torch.repeat_interleave(
-        torch.arange(len(batch.cu_resp) - 1, device=batch.cu_resp.device), batch.cu_resp.diff()
-    )
-    chosen = torch.isin(response, batch.chosen)
+    lengths = batch.cu_resp.diff()
+    chosen = torch.isin(torch.arange(len(lengths)), batch.chosen).repeat_interleave(lengths)
     places = [mask.nonzero()[:, 0] for mask in (chosen, ~chosen)]
     good, bad = to_device(places, stats["mean_logit"].device)
     sums.add("entropy", stats["entropy"])
