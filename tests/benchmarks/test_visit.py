@@ -11,9 +11,10 @@ from fastdpo_kernels import MEMORY_BUDGET
 
 from benchmarks import figures, process, results
 from benchmarks.gpu import steps as gpu_steps
-from benchmarks.head import other_heads, our_heads, tracing
+from benchmarks.head import other_heads, our_heads
 from benchmarks.head import run as head
 from benchmarks.lengths import PairLengths
+from benchmarks.peers import tracing
 from benchmarks.steps.contenders import fastdpo
 from benchmarks.steps.race import Entry, Race
 from benchmarks.steps.steps import Plan, record_of, told

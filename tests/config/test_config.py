@@ -1,5 +1,8 @@
 """The config: one source for YAML keys, flags and help; wrong keys and values say what to do."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,10 +122,17 @@ def test_stages_override_and_inherit():
     assert (second.objective, second.beta) == ("sigmoid", 1.0)
 
 
-def test_help_names_every_key(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
-    assert main(["train", "--help"]) == 0
-    text = capsys.readouterr().out
+def test_help_names_every_key():
+    command = [
+        sys.executable,
+        "-m",
+        "fastdpo.cli",
+        "train",
+        "--help",
+    ]  # the width is looked up once a process
+    text = subprocess.run(
+        command, env=os.environ | {"COLUMNS": "1000"}, capture_output=True, text=True
+    ).stdout
     assert "[default: 1e-06]" in text
     for name, field in FIELDS.items():
         assert f" --{name} VALUE " in text and field.metadata["doc"] in text
