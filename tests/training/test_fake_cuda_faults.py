@@ -69,7 +69,7 @@ FAULTS = {
     ),
     "item in the head's backward": (head, "backward_pass", lambda grads, args: grads[0].sum().item()),
     "isfinite in the optimizer": (
-        *(Library, "step_groups"),
+        *(Library, "step"),
         lambda none, args: [bool(p.isfinite().all()) for p in args[1][0][0]],
     ),
     "the batch once more": (
