@@ -1,4 +1,4 @@
-"""A run's config, resolved once: what each room needs of it, as that room's own record."""
+"""A run's config in parts: what each room needs of it, as that room's own record."""
 
 import dataclasses
 import math
@@ -73,7 +73,7 @@ class Around:
     """What other rooms do around a run: `fastdpo.api` hands it to the trainer, which imports none of them."""
 
     settle_backends: Callable[[Console], None]  # which kernels are right on this machine
-    choose: Callable[..., Config]  # (config, model_config, groups, console): with what `memory` leaves open
+    choose: Callable[..., Config]  # (config, model_config, groups, console): with what `memory` chooses
     explain: Callable[..., str]  # (config, model_config, batch): of a microbatch that took too much memory
     write_report: Callable[[Path, bool], None]  # (run folder, whether the run has ended)
     add_card: Callable[[Path, Path, Console], None]  # (run folder, model folder, console)
@@ -108,7 +108,7 @@ def check_stepping(stage: StageJob) -> None:
 
 
 def job_of(config: Config) -> Job:
-    """The config in parts, as `resolve` checks it."""
+    """The config in parts; only its objectives are checked, the rest by `resolve`."""
     stages = tuple(stage_job(stage) for stage in config.per_stage())
     data, model = _part(DataSpec, config), _part(ModelSpec, config)
     return _part(Job, config, data=data, model=model, stages=stages, config=config)
@@ -135,6 +135,6 @@ def total_steps(stage: StageJob | Config, n_groups: int) -> int:
 
 
 def _part(kind, config: Config, /, **own):
-    """A record of the keys that it names, and of its own."""
+    """A `kind` whose fields are the config's keys of the same names, but for those in `own`."""
     names = [f.name for f in dataclasses.fields(kind) if f.name not in own]
     return kind(**{name: getattr(config, name) for name in names}, **own)

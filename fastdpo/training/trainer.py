@@ -33,7 +33,7 @@ from fastdpo.training.trackers import check_trackers, open_trackers
 
 
 def train(config: Config, console: Console, around: Around) -> Path:
-    """As fastdpo.api.train, which says what is done around a run."""
+    """As fastdpo.api.train; around: what the other rooms do around a run."""
     job = resolve(config)  # what is wrong shows before any work
     check_trackers(job.trackers)
     around.check_hub(job.push_to_hub)
@@ -67,7 +67,7 @@ def train(config: Config, console: Console, around: Around) -> Path:
 
 
 def read(job: Job, console: Console, around: Around):
-    """(the job with what `memory` leaves open, the tokenizer, the rows, the held-out rows, their account)."""
+    """(the job with what `memory` chose, the tokenizer, the rows, the held-out rows, their account)."""
     tokenizer = load_tokenizer(job.model)
     model_config = load_model_config(job.model)  # what is wrong with it shows before the data is read
     groups, eval_groups, reports = load_data(job.data, tokenizer, console)
