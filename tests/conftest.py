@@ -13,6 +13,15 @@ import torch
 
 
 @pytest.fixture(autouse=True)
+def all_allowed_again():
+    """What a test had its process avoid is no business of the next one."""
+    yield
+    for name in ("fastdpo_kernels", "fastdpo.model.attention"):
+        if name in sys.modules:
+            sys.modules[name].avoid()
+
+
+@pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
 
@@ -68,11 +77,3 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-@pytest.fixture(autouse=True)
-def no_attention_is_left_out():
-    """What an earlier test of this process had attention avoid is no business of this one."""
-    attention = sys.modules.get("fastdpo.model.attention")
-    if attention is not None:
-        attention.avoid()

@@ -29,13 +29,6 @@ from tests.tiny import rows, save_model, write_jsonl
 KEY = {"gpu": "Fake 100", "capability": "9.0", "torch": "2.13.0", "sources": "abc"}
 
 
-@pytest.fixture(autouse=True)
-def all_allowed_again():
-    yield
-    fastdpo_kernels.avoid()
-    attention.avoid()
-
-
 # ---- which rung
 
 

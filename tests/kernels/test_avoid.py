@@ -8,12 +8,6 @@ import torch
 from fastdpo_kernels import tiles
 
 
-@pytest.fixture(autouse=True)
-def all_allowed_again():
-    yield
-    fastdpo_kernels.avoid()
-
-
 def backends(monkeypatch, lora=False):
     """What a bf16 head takes on a chip with a tile."""
     monkeypatch.setattr(tiles, "tile", lambda device, dtype: tiles.Tile(64, 64, 16, 2, 4, 1, True))

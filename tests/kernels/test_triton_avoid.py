@@ -17,12 +17,6 @@ if not interpreted:
 ALL = ("hidden", "weight", "bias")
 
 
-@pytest.fixture(autouse=True)
-def all_allowed_again():
-    yield
-    avoid()
-
-
 @pytest.fixture
 def ran(monkeypatch):
     """The tiles that ran."""

@@ -128,14 +128,7 @@ def test_attention_on_a_gpu_gathers_what_shared_prompts_need():
     assert end[ATTENTION] == 2 * 2 * in_blocks(2 * keys * 64, block=512)
 
 
-@pytest.fixture
-def all_allowed_again():
-    yield
-    fastdpo_kernels.avoid()
-    attention.avoid()
-
-
-def test_a_plan_is_of_what_this_process_does_not_avoid(monkeypatch, all_allowed_again):
+def test_a_plan_is_of_what_this_process_does_not_avoid(monkeypatch):
     hopper = Target(capability=(9, 0))
     on_head = head_policy(config(lora_rank=4, lora_target_modules=["lm_head"]), llama(), hopper)
     heads = lambda: (hopper.head_backend(torch.bfloat16), on_head.head_backend)
