@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -64,8 +64,8 @@ def load_reference(
     """
     start = time.perf_counter()
     fingerprint = reference_fingerprint(policy, fresh_lora)
-    keys_of = lambda groups: [key for group in groups for key in response_keys(group)]
-    wanted = {key for groups in groups_sets for key in keys_of(groups)}
+    keys = [[response_keys(group) for group in groups] for groups in groups_sets]
+    wanted = {key for of_set in keys for of_group in of_set for key in of_group}
     with RefCache(path, fingerprint, wanted, console) as cache:
         if expected_namespace not in (None, fingerprint.namespace):
             raise _other_weights(fingerprint, cache.parts_of(expected_namespace))
@@ -76,7 +76,8 @@ def load_reference(
             # no cap on scored tokens: that one is for the backward, and would make other packs of full
             # fine-tuning than of a LoRA
             parts = [part for g in groups_sets for part in in_row_order(g, max_tokens, share=policy.share)]
-            all_packs = [(part, keys_of(part)) for part in parts]
+            in_order = chain.from_iterable(keys)
+            all_packs = [(part, [key for _ in part for key in next(in_order)]) for part in parts]
             # a fresh LoRA's start is the base model; otherwise the policy as it stands
             with policy.model.disable_adapter() if fresh_lora else contextlib.nullcontext():
                 packs, tokens = _fill(policy, all_packs, cache, console, check)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ class Accumulator:
         pairs = sum(len(group.pairs) for group in groups)
         size = objective.within or len(groups)
 
-        def whole(logps: ResponseLogps) -> Tensor:
+        def whole(share: float, logps: ResponseLogps) -> Tensor:
             if objective.remember is not None:  # the running memory has this batch's part too
                 self.memory = objective.remember(logps.detached(), self.memory)
             return share * objective.whole(replace(logps, context=step.context | self.memory))
@@ -103,9 +104,10 @@ class Accumulator:
             share = sum(len(group.pairs) for group in some) / pairs if objective.within else 1.0
             batches = self.microbatches(some)
             if len(batches) == 1:
-                loss = self._at_once(*batches, whole, step, is_last)
+                (batch,) = batches
+                loss = self._at_once(batch, partial(whole, share), step, is_last)
             else:
-                loss = self._in_two_passes(batches, whole, step, is_last)
+                loss = self._in_two_passes(batches, partial(whole, share), step, is_last)
             step.loss = step.loss + loss.double()
 
     def _in_two_passes(self, batches, loss_of: LossOf, step: StepLoss, is_last: bool) -> Tensor:

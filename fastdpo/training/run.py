@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -138,9 +139,14 @@ class Run:
         elif drift > 0:
             self.console.print(f"{text} at most (of {bound:g} that rounding explains)", highlight=False)
 
+    @cached_property
+    def shown(self) -> Groups:
+        """Whose prompts are completed for the report."""
+        return spread(self.eval_groups or self.groups, self.job.samples)
+
     def sample(self, when: str) -> None:
         """Completes some prompts, for the report: `when` is "start" or "end"."""
-        groups = spread(self.eval_groups or self.groups, self.job.samples)
+        groups = self.shown
         where = {"when": when, "stage": self.place.stage, "step": self.place.first}
         rows = complete(self.policy, self.tokenizer, groups, console=self.console) if groups else []
         durable.add_lines(self.folder / "samples.jsonl", *(where | row for row in rows))

@@ -130,9 +130,15 @@ class Stage:
             window.count(batch)
 
         parameters, in_backward = self.policy.trained(), self.job.optim.optimizer_in_backward
-        guard, memory = partial(memory_guard, step, explain=self.explain), dict(progress.memory)
-        accumulator = Accumulator(parameters, self.microbatches, self.score, guard, see, memory)
-        accumulator.in_backward = optimizer if in_backward else None
+        accumulator = Accumulator(
+            parameters=parameters,
+            microbatches=self.microbatches,
+            score=self.score,
+            guard=partial(memory_guard, step, explain=self.explain),
+            see=see,
+            memory=dict(progress.memory),
+            in_backward=optimizer if in_backward else None,
+        )
         try:
             done = accumulator.run(self.objective, groups, self.aside(groups))
         except NotFinite as stop:

@@ -50,8 +50,19 @@ def train(config: Config, console: Console, around: Around) -> Path:
             open_run(folder, job, reports, found, passed, console)
             trackers = open_trackers(job.trackers, folder, job.settings, found and found.step, console)
             with contextlib.closing(trackers):
-                ready = policy, tokenizer, groups, eval_groups, data
-                run = Run(folder, job, console, stopping, around, trackers, *ready)
+                run = Run(
+                    folder=folder,
+                    job=job,
+                    console=console,
+                    stopping=stopping,
+                    around=around,
+                    trackers=trackers,
+                    policy=policy,
+                    tokenizer=tokenizer,
+                    groups=groups,
+                    eval_groups=eval_groups,
+                    data=data,
+                )
                 stopping.saves = True
                 with run.told(found, passed):
                     run_stages(run, found)
