@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastdpo.objectives import batch, dpo, make, reference_free, shifted, tokens
+from fastdpo.objectives.catalogue import CATALOGUE
 from tests.data.shared_data import SHARED, needs_shared
 from tests.objectives.losses import of_sums, of_tokens
 
@@ -130,6 +131,14 @@ def test_drdpo(name):
 
 def test_no_vector_is_left_out():
     assert vectors()["sequence_losses"].keys() == LOSSES.keys() | DRDPO.keys()
+
+
+def test_no_loss_is_without_values():
+    """Each has vectors, or is named here: Dr. DPO and WPO have theirs below, the others are compared with
+    TRL's code (test_trl_losses.py) or, BCO, with bco_pair (test_losses_limits.py)."""
+    elsewhere = {"drdpo", "wpo", "kto", "apo_zero_unpaired", "bco", "sft"}
+    with_vectors = {loss for loss, _ in LOSSES.values()}
+    assert {name for name, entry in CATALOGUE.items() if entry.losses not in with_vectors} == elsewhere
 
 
 def test_drdpo_of_microbatches_is_the_authors_form():
