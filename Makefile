@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test lint bench bench-cpu aot gpu-rehearsal clean
+.PHONY: venv demo test lint docs bench bench-cpu aot gpu-rehearsal clean
 
 venv: .venv/installed
 
@@ -22,6 +22,12 @@ test: venv
 lint: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# README and docs/ as a site that can be searched
+docs: venv
+	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m sphinx -qWn --keep-going docs docs/_build
+	@echo docs/_build/index.html
 
 # the gate first: what is red is not timed
 bench-cpu: venv

@@ -95,6 +95,17 @@ def gate_passed(git: str | None, machine: str, folder: Path = RESULTS) -> bool |
     return next((gate["passed"] for gate in gates if gate["git"] == git), None)
 
 
+def newest_shown(what: str, machine: str, folder: Path = RESULTS) -> tuple[dict | None, Path | None]:
+    """The newest result and where it is: (None, path) on a red gate, (None, None) where there is none."""
+    path = newest_path(what, machine, folder)
+    if path is None:
+        return None, None
+    record = json.loads(path.read_text())
+    passed = gate_passed(record.get("git"), machine_of(path), folder)  # run again since, it may say otherwise
+    red = (record.get("gate_passed") if passed is None else passed) is False
+    return None if red else record, path
+
+
 def machine_of(path: Path) -> str:
     """The machine that a result's file name tells."""
     return _NAME.fullmatch(path.stem)["machine"]

@@ -1,4 +1,4 @@
-"""Old import paths that the README named: they work for one more version, and say where things are now."""
+"""Old import paths that were documented: they work for one more version, and say where things are now."""
 
 import importlib
 import importlib.abc

@@ -1,55 +1,65 @@
-"""Writes the README's numbers from the newest results, between `<!-- table: NAME -->` and `<!-- end -->`.
+"""Writes what is generated in README.md and docs/, between `<!-- table: NAME -->` and `<!-- end -->`: numbers
+from the newest results, and the tables of keys, objectives and formats.
 
-    python -m benchmarks.tables [--check]      --check changes nothing, and exits 1 where the README differs
+    python -m benchmarks.tables [--check]      --check changes nothing, and exits 1 where a page differs
 
 A block without a result says what waits for one; a result measured on a red gate gives no numbers.
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 
 from benchmarks.process import ROOT
-from benchmarks.results import RESULTS, gate_passed, machine_of, newest_path
+from benchmarks.results import RESULTS, newest_shown
 from benchmarks.tables.blocks import BLOCKS
+from benchmarks.tables.markdown import link
+from benchmarks.tables.standing import standing
+from fastdpo.config.reading import keys_table
+from fastdpo.data.formats.known import formats_table
+from fastdpo.objectives.catalogue import objectives_table
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WAITING = "Not measured yet: {} (`{}`)."
+TABLES = {"keys": keys_table, "objectives": objectives_table, "formats": formats_table}
 
 
-def block(name: str, folder: Path = RESULTS) -> str:
-    """The text of a block, from the newest result there is."""
+def block(name: str, folder: Path = RESULTS, up: str = "") -> str:
+    """The text of a block; of results, from the newest. up: from its page to the root, as in "../"."""
+    if name in TABLES:
+        return TABLES[name]().strip()
+    if name == "standing":
+        return standing(folder, up)
     what, machine, text, missing, command = BLOCKS[name]
-    path = newest_path(what, machine, folder)
+    record, path = newest_shown(what, machine, folder)
     if path is None:
         return WAITING.format(missing, command)
-    record = json.loads(path.read_text())
-    passed = gate_passed(record.get("git"), machine_of(path), folder)  # run again since, it may say otherwise
-    if (record.get("gate_passed") if passed is None else passed) is False:
+    if record is None:
         return f"No numbers, for the gate was red: {missing} (`{command}`)."
-    return text(record, f"[results](benchmarks/results/{path.name})")
+    return text(record, link(path, up))
 
 
-def rendered(readme: str, folder: Path = RESULTS) -> str:
-    """The README with every block written anew. KeyError for a name that BLOCKS does not have."""
-    return BLOCK.sub(lambda found: found[1] + block(found["name"], folder) + "\n" + found[3], readme)
+def rendered(page: Path) -> str:
+    """The page with every block written anew. KeyError for a name that is no block's."""
+    up = "../" * (len(page.relative_to(ROOT).parts) - 1)
+    written = lambda found: f"{found[1]}{block(found['name'], up=up)}\n{found[3]}"
+    return BLOCK.sub(written, page.read_text(encoding="utf-8"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only tell whether the README is up to date")
+    parser.add_argument("--check", action="store_true", help="only tell whether the pages are up to date")
     args = parser.parse_args()
-    old = README.read_text(encoding="utf-8")
-    new = rendered(old)
-    if args.check:
-        print("README.md: up to date" if old == new else "README.md differs: python -m benchmarks.tables")
-        return int(old != new)
-    README.write_text(new, encoding="utf-8")
-    print(f"README.md: {'unchanged' if old == new else 'written'}")
-    return 0
+    changed = {page: new for page in PAGES if (new := rendered(page)) != page.read_text(encoding="utf-8")}
+    for page, new in changed.items():
+        name = page.relative_to(ROOT)
+        if not args.check:
+            page.write_text(new, encoding="utf-8")
+        print(f"{name} differs: python -m benchmarks.tables" if args.check else f"{name}: written")
+    print(f"{len(PAGES) - len(changed)} of {len(PAGES)} pages were up to date")
+    return int(args.check and bool(changed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's tables and sentences of results: a function a block, from a record to Markdown."""
+"""Tables and sentences of results for README and docs: a function a block, from a record to Markdown."""
 
 from collections.abc import Iterator
 

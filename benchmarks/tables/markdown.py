@@ -1,6 +1,7 @@
-"""What the README's blocks are made of."""
+"""What the blocks of README and docs are made of."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from fastdpo.console.formatting import significant
 
@@ -20,3 +21,8 @@ def where(record: dict) -> str:
     n, cpu = record["threads"], record["cpu"]
     cores = f"{n} core{'s' if n > 1 else ''} of {'an' if cpu[:1] in 'AEIOU' else 'a'} {cpu}"
     return f"one {record['gpu']}" if record["gpu"] else cores
+
+
+def link(path: Path, up: str = "") -> str:
+    """To a result, from a page that lies `up` of the repository's root."""
+    return f"[results]({up}benchmarks/results/{path.name})"

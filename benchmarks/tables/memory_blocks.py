@@ -1,4 +1,4 @@
-"""The README's blocks on memory-limited training, from a record to Markdown; blocks.py lists them."""
+"""The blocks on memory-limited training, from a record to Markdown; blocks.py lists them."""
 
 from benchmarks.tables.markdown import markdown, number, where
 

@@ -1,4 +1,4 @@
-"""One flat config: YAML keys, flags, `--help` and the README's tables all come from the fields below."""
+"""One flat config: YAML keys, flags, `--help` and docs/keys.md all come from the fields below."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ class Config:
     )
     data_format: str | dict | None = _key(
         None,
-        "how rows are read where their columns do not tell: a format's name (see the README's table), or "
+        "how rows are read where their columns do not tell: a format's name (docs/data.md lists them), or "
         "{our column: the rows' own name, ...}, as in {prompt: question, chosen: better, rejected: worse}",
     )
     eval_data: str | float | None = _key(
@@ -217,7 +217,7 @@ STAGE_KEYS = (
     "save_steps"
 ).split()
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-GROUPS = {  # of the help and of the README's tables: each key once
+GROUPS = {  # of the help and of docs/keys.md: each key once
     "Data": "model adapter data data_format eval_data chat_template pairs pair_gap flip_pairs max_length "
     "truncation strict".split(),
     "Objective": "objective objective_args beta label_smoothing reference_cache stages".split(),

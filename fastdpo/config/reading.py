@@ -1,4 +1,4 @@
-"""The config as people write it: a YAML file, values as words, the README's tables of keys."""
+"""The config as people write it: a YAML file, values as words, the documentation's table of keys."""
 
 import dataclasses
 from pathlib import Path
@@ -36,7 +36,7 @@ def read_yaml(path: Path) -> dict:
 
 
 def keys_table() -> str:
-    """The README's tables of keys, a group each, as Markdown."""
+    """The documentation's tables of keys, a group each, as Markdown."""
     lines = []
     for group, names in GROUPS.items():
         lines += ["", f"**{group}**", "", "| key | default | |", "|---|---|---|"]

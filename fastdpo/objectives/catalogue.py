@@ -202,7 +202,7 @@ NOTES = (
 
 
 def objectives_table() -> str:
-    """The README's table of objectives, in Markdown."""
+    """docs/objectives.md's table of objectives, in Markdown."""
     lines = ["| objective | what it is | options | paper |", "|---|---|---|---|"]
     for name, about, options, source in rows():
         paper = f"[{source}](https://arxiv.org/abs/{source})" if source else ""

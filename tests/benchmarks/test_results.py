@@ -1,4 +1,4 @@
-"""Results are found by their names, the README holds their numbers and no others, the stages run on."""
+"""Results are found by their names, the pages hold their numbers and no others, the stages run on."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from benchmarks.learning import parity
 from benchmarks.tables import __main__ as tables
 from benchmarks.tables import blocks
 
-README = tables.README.read_text(encoding="utf-8")
+PAGES = {page: page.read_text(encoding="utf-8") for page in tables.PAGES}
 
 
 def test_a_gpus_short_name():
@@ -77,9 +77,10 @@ def test_a_dry_run_names_its_folder(monkeypatch, tmp_path, capsys):
     assert (args.dry_run, args.out, args.minutes) == (True, tmp_path, 2)
 
 
-def test_readme_holds_the_newest_results():
-    assert tables.rendered(README) == README, "python -m benchmarks.tables"
-    assert {found["name"] for found in tables.BLOCK.finditer(README)} == set(blocks.BLOCKS)
+def test_the_pages_hold_the_newest_results_and_every_block():
+    assert {page: tables.rendered(page) for page in PAGES} == PAGES, "python -m benchmarks.tables"
+    named = [found["name"] for text in PAGES.values() for found in tables.BLOCK.finditer(text)]
+    assert sorted(named) == sorted({*blocks.BLOCKS, *tables.TABLES, "standing"})
 
 
 # a number and a unit of speed or memory; k, M, G and μ before the bytes, seconds and FLOPs
@@ -88,9 +89,9 @@ FASTER = r"(?:x|×|times)[ -](?:faster|slower|less|more|the|as|memory|smaller|la
 CLAIM = re.compile(rf"\d[\d,.]*\s?(?:{UNIT}|%|{FASTER})")
 
 
-def test_no_number_of_speed_or_memory_outside_the_blocks():
-    prose = re.sub(r"```.*?```|`[^`\n]*`", "", tables.BLOCK.sub("", README), flags=re.DOTALL)
-    prose = prose.partition("## Every key")[0]  # sizes there are values of keys
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_number_of_speed_or_memory_outside_the_blocks(page):
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", tables.BLOCK.sub("", PAGES[page]), flags=re.DOTALL)
     assert [found[0] for found in CLAIM.finditer(prose)] == []
 
 

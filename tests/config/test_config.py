@@ -9,9 +9,8 @@ import pytest
 
 from fastdpo.cli import main
 from fastdpo.config.keys import FIELDS, GROUPS, STAGE_KEYS, Config
-from fastdpo.config.reading import keys_table, to_yaml
+from fastdpo.config.reading import to_yaml
 from fastdpo.errors import ConfigError
-from fastdpo.objectives import objectives_table
 from tests.config.command_line import load_config
 
 
@@ -155,12 +154,6 @@ def test_resolved_config_reads_back(file):
 )
 def test_examples_are_valid(path):
     assert load_config([str(path)]).per_stage()
-
-
-def test_the_readme_has_every_key():
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    assert keys_table() in readme, "make the README's table anew: it is what keys_table() returns"
-    assert objectives_table() in readme, "make the README's table anew: it is what objectives_table() returns"
 
 
 def test_options_above_the_stages_reach_those_that_read_them():

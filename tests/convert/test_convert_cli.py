@@ -102,12 +102,3 @@ def test_a_share_of_warm_up_steps():
 
     steps = lambda value, total: warmup(Config(model="m", data="d", warmup_steps=value), total)
     assert [steps(0.1, 25), steps(0.5, 3), steps(0, 9), steps(1, 9), steps(7.0, 9)] == [3, 2, 0, 1, 7]
-
-
-def test_the_readme_has_every_format():
-    from pathlib import Path
-
-    from fastdpo.data.formats.known import formats_table
-
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    assert formats_table() in readme, "make the README's table anew: it is what formats_table() returns"

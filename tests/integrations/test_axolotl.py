@@ -23,7 +23,6 @@ import importlib.util
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -34,9 +33,9 @@ from transformers import AutoModelForCausalLM
 
 from fastdpo.errors import ConfigError
 from fastdpo.integrations import trl_forward
+from tests.docs.snippets import block
 from tests.tiny import rows, save_model, write_jsonl
 
-README = Path(__file__).resolve().parents[2] / "README.md"
 pytestmark = [
     pytest.mark.peer,
     pytest.mark.skipif(
@@ -51,12 +50,9 @@ def folder(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("llama"))
 
 
-def readme_lines() -> dict:
-    """The YAML that the README tells Axolotl's users to add."""
-    section = re.search(r"^## Inside your trainer\n(.*?)^## ", README.read_text(), re.S | re.M)[1]
-    found = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", section, re.S)]
-    (lines,) = [lines for lines in found if "trainer_cls" in lines]
-    return lines
+def documented_lines() -> dict:
+    """The YAML that Axolotl's users are told to add."""
+    return yaml.safe_load(block("drop_ins.md", "Axolotl 0.19", "yaml"))
 
 
 @pytest.fixture
@@ -108,7 +104,7 @@ def test_axolotl(name, train, folder, monkeypatch):
     monkeypatch.setattr(trl_forward.FusedForward, "shared", lambda *a: shared.append(1) or real(*a))
     stock, _, emptied = train("stock", **CASES[name])
     assert not shared
-    ours, output, still_emptied = train("ours", **CASES[name], **readme_lines())
+    ours, output, still_emptied = train("ours", **CASES[name], **documented_lines())
     assert len(made) == 1 and len(shared) >= 6
     assert emptied - still_emptied == 6  # once a micro-step; what is left is done while models load
     assert (made[0].ref_model is None) == (name != "full")

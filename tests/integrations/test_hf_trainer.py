@@ -1,17 +1,14 @@
-"""The README's compute_loss for transformers' Trainer: its whole training beside plain logits in fp64."""
-
-import re
-from pathlib import Path
+"""docs/own_loop.md's compute_loss for Hugging Face's Trainer: its training beside plain logits in fp64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.docs.snippets import block
 from tests.tiny import rows, save_model, write_jsonl
 
 pytestmark = pytest.mark.peer
-README = Path(__file__).resolve().parents[2] / "README.md"
 STEPS, RATE, BETA = 4, 0.05, 0.1
 ON_A_CPU = {
     '"path/or/hub-name"': "FOLDER",
@@ -24,8 +21,7 @@ ON_A_CPU = {
 
 def snippet() -> str:
     """As written, but for names of files and what a CPU needs."""
-    section = re.search(r"^## In Hugging Face's Trainer\n(.*?)^## ", README.read_text(), re.S | re.M)[1]
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    code = block("own_loop.md", "In Hugging Face's Trainer", "python")
     for written, here in ON_A_CPU.items():
         assert code.count(written) == 1, written
         code = code.replace(written, here)

@@ -1,8 +1,6 @@
 """trl.DPOTrainer with and without `fastdpo.integrations.trl.patch()`: the same numbers, step by step."""
 
 import inspect
-import re
-from pathlib import Path
 
 import datasets
 import pytest
@@ -17,6 +15,7 @@ from benchmarks.peers.trl_dpo import run_training
 from fastdpo.errors import ConfigError
 from fastdpo.integrations import trl_forward
 from fastdpo.integrations.versions import check_version
+from tests.docs.snippets import block
 from tests.integrations.test_trl_rows import batch
 from tests.integrations.trl_runs import MOE, SOFTCAP, compare, make, patched, run, same
 from tests.tiny import rows, save_model
@@ -227,13 +226,12 @@ def test_other_trl_versions():
         check_version("trl", version)
 
 
-def test_the_readme_s_snippet(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [0, 1], ids=["patch", "FastDPOTrainer"])
+def test_the_documented_snippets(folder, tmp_path, monkeypatch, number):
     """As written, but for what a CPU needs in DPOConfig."""
     seen, real = [], trl_forward.FusedForward.shared
     monkeypatch.setattr(trl_forward.FusedForward, "shared", lambda *a: seen.append(1) or real(*a))
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    section = re.search(r"^## Inside your trainer\n(.*?)^## ", readme, re.S | re.M)[1]
-    code = re.findall(r"```python\n(.*?)```", section, re.S)[0]
+    code = block("drop_ins.md", "TRL 1.15 and 1.16", "python", number)
     short = dict(use_cpu=True, bf16=False, report_to="none", max_steps=1, save_strategy="no")
     config = trl.DPOConfig(str(tmp_path), **short)
     names = {"model": AutoModelForCausalLM.from_pretrained(folder), "config": config}

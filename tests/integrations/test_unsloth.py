@@ -34,6 +34,8 @@ import torch
 
 from benchmarks.process import python_path
 from fastdpo.errors import ConfigError
+from tests.docs.snippets import block
+from tests.tiny import rows
 
 needs_it = pytest.mark.skipif(
     importlib.util.find_spec("unsloth") is None, reason="needs Unsloth, whose pins exclude this environment's"
@@ -108,7 +110,6 @@ def train(folder, on, fast=False, lora=False, **more):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import fastdpo.integrations.unsloth as ours
-    from tests.tiny import rows
 
     if fast:
         make_llama_fast()
@@ -244,6 +245,34 @@ def test_a_generated_trainer(folder, generated, monkeypatch, lora):
     same(stock, ours)
     assert not told and len(seen) == 6  # 3 steps, of policy and reference
     assert generated.add_fused_lm_head is before
+
+
+def test_the_documented_snippet(folder, generated, monkeypatch):
+    """As written, on what Unsloth would generate, but for what a CPU needs in DPOConfig."""
+    import datasets
+    import trl
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import fastdpo.integrations.unsloth as ours
+    from fastdpo.integrations.trl_forward import FusedForward
+
+    seen, shared = [], FusedForward.shared
+    monkeypatch.setattr(FusedForward, "shared", lambda *args: seen.append(1) or shared(*args))
+    code = block("drop_ins.md", "Unsloth 2026.10.9 with TRL 1.15", "python")
+    assert 'trl.DPOConfig("run")' in code
+    short = dict(use_cpu=True, bf16=False, report_to="none", max_steps=1, save_strategy="no")
+    names = {"config": trl.DPOConfig(str(Path(folder) / "out"), **short)}
+    names |= {
+        "model": AutoModelForCausalLM.from_pretrained(folder),
+        "dataset": datasets.Dataset.from_list(rows(8)),
+    }
+    names["tokenizer"] = AutoTokenizer.from_pretrained(folder)
+    try:
+        exec(code.replace('trl.DPOConfig("run")', "config"), names)
+        names["trainer"].train()
+    finally:
+        ours.unpatch()
+    assert seen
 
 
 def test_a_head_that_is_asked_for_logits_is_left_alone(folder, generated):

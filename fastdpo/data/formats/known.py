@@ -284,7 +284,7 @@ FORMATS: dict[str, Format] = {
 
 
 def formats_table() -> str:
-    """The README's table of formats, in Markdown."""
+    """docs/data.md's table of formats, in Markdown."""
     lines = ["| format | of | its rows |", "|---|---|---|"]
     lines += [f"| `{name}` | {f.tool} | `{f.looks}` |" for name, f in FORMATS.items()]
     return "\n".join(lines) + "\n"

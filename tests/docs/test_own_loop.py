@@ -1,19 +1,15 @@
-"""The README's own loop: its three losses agree, step after step, and so do their gradients."""
-
-import re
-from pathlib import Path
+"""The loop of docs/own_loop.md: its three losses agree, step after step, and so do their gradients."""
 
 import pytest
 import torch
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+from tests.docs.snippets import block
 
 
 def snippet():
-    """The names that the python blocks under "In your own loop" define."""
-    section = re.search(r"^## In your own loop\n(.*?)^## ", README.read_text(), re.S | re.M)[1]
+    """The names that its block defines."""
     names = {}
-    exec("\n".join(re.findall(r"```python\n(.*?)```", section, re.S)), names)
+    exec(block("own_loop.md", "The loss alone", "python"), names)
     return names
 
 

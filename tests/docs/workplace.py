@@ -1,0 +1,21 @@
+"""A folder in which the pages' code runs as it is written: what it names is there, but small."""
+
+from pathlib import Path
+
+from tests.tiny import rows, save_model, write_jsonl
+
+MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "runs/demo/sft/model")
+DATA = (
+    "trl-lib/ultrafeedback_binarized/train.jsonl",
+    "runs/demo/data/train.jsonl",
+    "runs/demo/data/held_out.jsonl",
+    "train.jsonl",
+)
+
+
+def furnish(folder: Path) -> None:
+    for name in MODELS:
+        save_model(folder / name, max_position_embeddings=4096)
+    for name in DATA:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder / name, rows(100))
