@@ -45,8 +45,8 @@ def test_every_link_leads_somewhere(site):
             if link.scheme or link.netloc:
                 continue
             target = (path.parent / unquote(link.path)).resolve() if link.path else path
-            known = site.get(target)
-            if not target.is_file() or (link.fragment and known and unquote(link.fragment) not in known.anchors):
+            anchors = site[target].anchors if target in site else ()
+            if not target.is_file() or (link.fragment and unquote(link.fragment) not in anchors):
                 broken.append(f"{path.name}: {link.geturl()}")
     assert not broken
 
