@@ -27,8 +27,10 @@ def dropin(record: dict) -> str:
 
 def parity(record: dict) -> str:
     """The largest difference of a step's loss in each dtype."""
-    found = [f"{r['largest_difference']:.0e} in {r['dtype']}" for r in record["results"].values()]
-    return f"at most {', '.join(found)} apart, {where(record)}"
+    found = [
+        f"at most {r['largest_difference']:.0e} apart in {r['dtype']}" for r in record["results"].values()
+    ]
+    return f"{', '.join(found)}, {where(record)}"
 
 
 def _beside(faster: list[float], memory: list[float]) -> str:

@@ -39,7 +39,7 @@ def keys_table() -> str:
     """The documentation's tables of keys, a group each, as Markdown."""
     lines = []
     for group, names in GROUPS.items():
-        lines += ["", f"**{group}**", "", "| key | default | |", "|---|---|---|"]
+        lines += ["", f"## {group}", "", "| key | default | |", "|---|---|---|"]
         for name in names:
             default = f"`{word}`" if (word := default_word(name)) else ""
             doc = FIELDS[name].metadata["doc"].replace("|", chr(92) + "|")
