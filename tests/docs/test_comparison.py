@@ -8,7 +8,8 @@ from fastdpo.integrations import unsloth, versions
 from fastdpo.objectives.catalogue import NAMES
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "comparison.md").read_text(encoding="utf-8")
-LETTERS = {"TRL": "T", "Axolotl": "A", "LLaMA-Factory": "L", "Unsloth": "U", "ms-swift": "S", "transformers": "H"}
+TOOLS = ("TRL", "Axolotl", "LLaMA-Factory", "Unsloth", "ms-swift", "transformers")
+LETTERS = dict(zip(TOOLS, "TALUSH", strict=True))
 CITED = re.compile(r"\[([A-Z]\d+)\]\(#([\w-]+)\)")
 
 
@@ -23,7 +24,8 @@ def cells():
         elif set(line) - set("|-"):
             row = line.strip("|").split("|")
             assert len(row) == len(head) == 7, line
-            yield from ((row[0].strip(), tool.strip(), cell) for tool, cell in zip(head[1:], row[1:], strict=True))
+            for tool, cell in zip(head[1:], row[1:], strict=True):
+                yield row[0].strip(), tool.strip(), cell
 
 
 def test_every_cell_has_a_source():
