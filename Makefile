@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test lint docs bench bench-cpu aot gpu-rehearsal clean
+.PHONY: venv demo test lint docs pictures bench bench-cpu aot gpu-rehearsal clean
 
 venv: .venv/installed
 
@@ -28,6 +28,10 @@ docs: venv
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m sphinx -qWn --keep-going docs docs/_build
 	@echo docs/_build/index.html
+
+# those of docs/pictures; a test tells when they are old
+pictures: venv
+	$(BIN)/python -m docs.pictures
 
 # the gate first: what is red is not timed
 bench-cpu: venv

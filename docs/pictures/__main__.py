@@ -1,6 +1,6 @@
 """Draws the documentation's pictures anew, each as an SVG beside its script.
 
-    python -m docs.pictures
+python -m docs.pictures
 """
 
 from pathlib import Path

@@ -1,13 +1,13 @@
-"""A canvas of boxes, dots, lines and words, and the SVG they become."""
+"""A canvas of boxes, dots and words, and the SVG they become."""
 
 from html import escape
 
 from fastdpo.report.plots import COLOURS
 
-WIDTH = 540  # units; on 360 pixels the smallest words are 8 pixels high
+WIDTH = 480  # units; on 360 pixels the smallest words are 9 pixels high
 MARGIN = 16
 RIGHT = WIDTH - MARGIN
-LARGE, MEDIUM, SMALL = 17, 14, 12.5  # sizes of words
+LARGE, MEDIUM, SMALL = 16, 13.5, 12.5  # sizes of words
 INK = COLOURS["ink"]
 SOFT = "#5d6671"  # words that say more
 PALE = "#e6e9ed"
@@ -22,29 +22,24 @@ class Canvas:
         self._parts: list[str] = []
         self.words(MARGIN, 30, title, LARGE, bold=True)
 
-    def words(self, x, y, text: str, size=MEDIUM, colour=INK, bold=False, right=False) -> None:
-        """y is the base line, x where the words begin, or (right) end."""
-        look = f' font-weight="bold"' * bold + ' text-anchor="end"' * right
-        self._parts.append(
-            f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{colour}"{look}>{escape(text)}</text>'
-        )
+    def words(self, x, y, text: str, size=MEDIUM, colour=INK, bold=False, anchor="start") -> None:
+        """y is the base line; x where the words start, or their middle or end."""
+        look = f'font-size="{size}" font-weight="{"bold" if bold else "normal"}" text-anchor="{anchor}"'
+        place = f'x="{x:.5g}" y="{y:g}"'
+        self._parts.append(f'<text {place} {look} fill="{colour}">{escape(text)}</text>')
 
     def notes(self, x, y, lines: list[str]) -> None:
         """Lines in small print, from the base line y downwards."""
         for number, line in enumerate(lines):
-            self.words(x, y + 17 * number, line, SMALL, SOFT)
+            if line:
+                self.words(x, y + 17 * number, line, SMALL, SOFT)
 
     def box(self, x, y, width, height, colour: str) -> None:
-        place = f'x="{x:g}" y="{y:g}" width="{width:.5g}" height="{height:g}"'
+        place = f'x="{x:.5g}" y="{y:g}" width="{width:.5g}" height="{height:g}"'
         self._parts.append(f'<rect {place} fill="{colour}"/>')
 
     def dot(self, x, y, colour: str) -> None:
         self._parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="2" fill="{colour}"/>')
-
-    def line(self, start, end, colour: str, more: str = "") -> None:
-        (x, y), (to_x, to_y) = start, end
-        place = f'x1="{x:.5g}" y1="{y:g}" x2="{to_x:.5g}" y2="{to_y:g}"'
-        self._parts.append(f'<line {place} stroke="{colour}" {more}/>')
 
     def legend(self, y, entries: dict[str, str], columns: int) -> None:
         """{word: its colour} in so many columns; y is the first base line."""

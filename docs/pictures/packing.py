@@ -11,7 +11,7 @@ LENGTHS = ((6, (5, 3)), (4, (6, 3, 2)), (3, (2, 8)), (7, (3, 2)))  # tokens of a
 MAX_TOKENS = 24
 PROMPT = "#77808c"
 COLOUR_OF = {"prompt": PROMPT, "best response": COLOURS["train"], "other response": COLOURS["held-out"]}
-LEFT, CELL, ROW = MARGIN + 18, 20, 14
+LEFT, CELL, ROW = MARGIN + 16, 18, 14
 
 
 def groups() -> list[PreferenceGroup]:
@@ -37,17 +37,17 @@ def draw() -> str:
     canvas = Canvas("Each prompt once, and no padding", 510)
     canvas.legend(54, COLOUR_OF | {"padding": PALE}, columns=4)
     canvas.words(MARGIN, 88, "A padded row for each response", bold=True)
-    canvas.words(RIGHT, 88, f"{places} places computed", bold=True, right=True)
+    canvas.words(RIGHT, 88, f"{places} places computed", bold=True, anchor="end")
     draw_padded(canvas, 100, padded)
     canvas.words(MARGIN, 266, "fastdpo", bold=True)
     canvas.words(MARGIN + 68, 266, f"{len(packed)} microbatches, max_tokens: {MAX_TOKENS}", SMALL, SOFT)
-    canvas.words(RIGHT, 266, f"{tokens} tokens computed", bold=True, right=True)
+    canvas.words(RIGHT, 266, f"{tokens} tokens computed", bold=True, anchor="end")
     for number, batch in enumerate(packed):
         draw_packed(canvas, 278 + 82 * number, batch)
     notes = [
         f"Dots: what reaches the lm_head, {scored} predictions of response tokens.",
-        "Bars: positions. Each response goes on from the end of its prompt,",
-        "and attends to its prompt and to itself alone.",
+        "Bars: positions. A response goes on where its prompt ends, and",
+        "attends to its prompt and itself alone.",
     ]
     canvas.notes(MARGIN, 458, notes)
     return canvas.svg(
@@ -68,15 +68,15 @@ def draw_padded(canvas: Canvas, y: float, batch: PackedGroups) -> None:
             canvas.box(LEFT + CELL * place, top, CELL - 1.5, ROW - 1.5, colour(token) if here else PALE)
     prompts = int((ids % 10 == 0)[mask].sum())
     notes = [
-        "A prompt goes through the model",
-        "again with each further response:",
-        f"{prompts - sum(n for n, _ in LENGTHS)} tokens.",
-        "Rows are as long as the longest:",
+        "A prompt again with each response:",
+        f"{prompts - sum(n for n, _ in LENGTHS)} tokens more.",
+        "",
+        "Rows as long as the longest:",
         f"{int((~mask).sum())} places of padding.",
-        "Plain transformers computes the",
-        f"logits of all {ids.numel()} places.",
+        "",
+        f"Plain transformers: {ids.numel()} rows of logits.",
     ]
-    canvas.notes(LEFT + CELL * ids.shape[1] + 18, y + 11, notes)
+    canvas.notes(LEFT + CELL * ids.shape[1] + 14, y + 11, notes)
 
 
 def draw_packed(canvas: Canvas, y: float, batch: PackedGroups) -> None:
@@ -84,7 +84,7 @@ def draw_packed(canvas: Canvas, y: float, batch: PackedGroups) -> None:
     tokens, positions = batch.input_ids[0].tolist(), batch.position_ids[0].tolist()
     times = np.bincount(batch.score_row, minlength=len(tokens))
     for place, (token, before) in enumerate(zip(tokens, [-1, *tokens])):
-        x, gap = LEFT + CELL * place, 3 if token != before else 0
+        x, gap = LEFT + CELL * place, 3 if place and token != before else 0
         if token // 10 != before // 10:
             canvas.words(x + gap, y + 11, letter(token), SMALL, SOFT)
         canvas.box(x + gap, y + 16, CELL - 1.5 - gap, 20, colour(token))
