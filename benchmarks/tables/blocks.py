@@ -33,7 +33,8 @@ def steps_on_a_cpu(record: dict, link: str) -> str:
     _, mix, race = next(races(record))
     text = (
         f"Optimizer steps of {race['plan']['pairs']} pairs on {where(record)}, fp32, reference precomputed "
-        "but on the ladder (which computes it in each step), a random Qwen2-shaped model (hidden 256, 4 layers, vocabulary 151,936, tied), row lengths "
+        "but on the ladder (which computes it in each step), a random Qwen2-shaped model (hidden 256, 4 "
+        "layers, vocabulary 151,936, tied), row lengths "
         f"of {mix}, each in its own process, medians and quartiles over interleaved turns ({link}):"
     )
     rows = []
