@@ -1,4 +1,4 @@
-"""The demo: what a newcomer runs first must learn what it says it learns."""
+"""The demo stopped; that it learns is seen where it is installed, in test_wheel.py."""
 
 import signal
 
@@ -6,13 +6,6 @@ import pytest
 
 from fastdpo.demo import demo
 from fastdpo.errors import Stopped
-
-
-def test_demo_learns(tmp_path):
-    result = demo(tmp_path)
-    assert result["accuracy_before"] < 0.75
-    assert result["accuracy_after"] > 0.95
-    assert result["polite_before"] < 0.8 and result["polite_after"] > 0.95
 
 
 def test_a_stopped_demo_says_how_to_go_on(tmp_path, monkeypatch):
