@@ -169,7 +169,8 @@ def _read_array(text: str, file: Path) -> Iterator[tuple[object, int]]:
             row, at = decoder.raw_decode(text, at)
             yield row, line
     except (ValueError, IndexError) as error:
-        raise DataError(f"data: {file} is not JSON from line {line} on: {error}") from None
+        why = "the array has no end" if isinstance(error, IndexError) else error
+        raise DataError(f"data: {file} is not JSON from line {line} on: {why}") from None
 
 
 def _read_lines(text: str, file: Path) -> Iterator[tuple[object, int]]:

@@ -35,22 +35,28 @@ def prepare(policy: Policy, groups: list[PreferenceGroup], console) -> None:
     """Switches shared prompts on where they are exact and says aloud where they are not.
 
     Compares the log-probs of two real groups, packed together, with the model's own logits on separate
-    rows. Raises ModelError when even separate rows disagree: the head or the logits are then of a kind
-    that fastdpo does not know, and nothing it computes could be trusted.
+    rows. Raises ModelError when the model's own are no numbers, and when even separate rows disagree: the
+    head or the logits are then of a kind that fastdpo does not know, and nothing computed could be trusted.
     """
     probe = _probe(groups)
     with torch.no_grad():
         truth, limit = _stock(policy, probe)
+    name, rows = type(policy.core).__name__, " and ".join(str(g.row) for g in probe)
+    if not truth.isfinite().all():
+        raise ModelError(
+            f"{name}: the model's own log-probs are not numbers (rows {rows}); its weights may be broken, "
+            "or try dtype: fp32"
+        )
     reason = sharing_refusal(policy.core.config) or _try_sharing(policy, probe, truth, limit, console)
     if reason is None:
         return
     policy.set_sharing(False)
-    (difference, _), name = _difference(policy, probe, truth), type(policy.core).__name__
+    difference, _ = _difference(policy, probe, truth)
     if not difference <= limit:
-        rows = " and ".join(str(g.row) for g in probe)
         raise ModelError(
             f"{name}: our log-probs differ from the model's own by {difference:.2g} nats a token "
-            f"(rows {rows}); its head or logits are of an unknown kind"
+            f"(rows {rows}); its head or logits are of an unknown kind: if dtype: fp32 does not help, "
+            "fastdpo cannot train this model yet"
         )
     console.print(
         f"[yellow]prompts are not shared: {name} cannot ({escape(reason)}). "

@@ -60,7 +60,8 @@ def only_run_in(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"output_dir: another process is training into {run}") from None
+            text = f"output_dir: another process is training into {run}; wait for it, or name another folder"
+            raise ConfigError(text) from None
         for place in (run, run / "checkpoints"):
             durable.recover(place)
         yield

@@ -107,7 +107,8 @@ def check_same_run(found: checkpoint.Checkpoint | None, job: Job, data: str, n_g
     total = total_steps(now[stage], n_groups)
     if total < found.steps:
         raise ConfigError(
-            f"max_steps: {total}, but {found.name} is already {found.steps} steps into its stage"
+            f"max_steps: {total}, but {found.name} is already {found.steps} steps into its stage; train that "
+            "long at least, or name another output_dir"
         )
 
 

@@ -51,11 +51,19 @@ def test_json_array(tmp_path):
     assert "(line 7 of d.json)" in rows.where(1)
 
 
-@pytest.mark.parametrize("text", ["[1, 2", "hello\nworld\n", '{\n "data": []\n}\n'])
-def test_not_json(tmp_path, text):
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("[1, 2", "line 1 on: the array has no end"),
+        ("[1,\n oops]", "line 2 on: Expecting value"),
+        ("hello\nworld\n", "line 1: not JSON"),
+        ('{\n "data": []\n}\n', "line 1: not JSON"),
+    ],
+)
+def test_not_json(tmp_path, text, why):
     path = tmp_path / "d.json"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=r"d\.json .*line [12]"):
+    with pytest.raises(DataError, match=rf"d\.json .*{why}"):
         load_rows(str(path))
 
 

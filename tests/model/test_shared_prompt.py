@@ -232,6 +232,14 @@ def test_an_unknown_logit_transform_is_an_error():
         support.prepare(p, groups(), Console())
 
 
+def test_broken_weights_are_no_unknown_head():
+    p = policy("llama")
+    with torch.no_grad():
+        p.model.lm_head.weight[5, 0] = torch.nan
+    with pytest.raises(support.ModelError, match=r"are not numbers \(rows 1 and 2\); its weights"):
+        support.prepare(p, groups(), Console())
+
+
 def test_a_call_without_layout_raises():
     p = policy("llama")
     p.set_sharing(True)
