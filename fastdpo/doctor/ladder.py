@@ -123,8 +123,11 @@ def _tried(path: Path, key: dict, device: str, console: Console, say) -> Choice 
 
             choice = choose(ladders_of(device), trial)
     except NotStarted as error:
-        text = f"the kernels could not be tried ({error}): they are taken as they are. `fastdpo doctor` tries"
-        say(f"[yellow]{escape(text)} them too")
+        text = (
+            f"the kernels could not be tried ({error}): they are taken as they are. "
+            "`fastdpo doctor` tries them too"
+        )
+        say(f"[yellow]{escape(text)}")
         return None
     if nothing := [name for name, rung in choice.taken.items() if rung is None]:
         why = "; ".join(f"{rung} {why}" for rung, why in choice.left_out.items())

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("fastdpo", "kernels/fastdpo_kernels")
-STYLE = re.compile(r"\[/?((bold|yellow|red|green|dim)\b ?)*\]")  # rich's markup, which is not printed
+STYLE = re.compile(r"\[(/|/?((bold|yellow|red|green|dim)\b ?)+)\]")  # rich's markup, which is not printed
 COLOURED = re.compile(r"\[(bold )?(yellow|red)\]")
 # Functions that make a message of what their callers give them, by the folder where they are called: which
 # argument it is, by number or by keyword.
@@ -103,8 +103,8 @@ class Source:
         elif isinstance(node, ast.IfExp):
             parts = [node.body, node.orelse]
         elif isinstance(node, ast.Call):
-            parts = [*node.args, node.func]
-        elif isinstance(node, ast.Attribute | ast.FormattedValue):
+            parts = [*node.args, *([node.func.value] if isinstance(node.func, ast.Attribute) else [])]
+        elif isinstance(node, ast.FormattedValue):
             parts = [node.value]
         elif isinstance(node, ast.JoinedStr):
             parts = node.values
@@ -141,9 +141,9 @@ def _begins(node) -> str:
 
 def pieces(node) -> tuple[str, ...]:
     """The literal text of a string, cut at its values; empty for what is no string."""
-    if isinstance(node, ast.JoinedStr):
-        return tuple(printed(value.value) for value in node.values if isinstance(value, ast.Constant))
-    return (printed(node.value),) if isinstance(node, ast.Constant) and isinstance(node.value, str) else ()
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    texts = (part.value for part in parts if isinstance(part, ast.Constant))
+    return tuple(filter(None, (printed(text) for text in texts if isinstance(text, str))))
 
 
 def printed(text: str) -> str:
