@@ -19,15 +19,19 @@ Letters: M scored rows, D hidden, V vocab.
 """
 
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Generic, TypeVar
 
 import torch
 
+from .head import Head
 from .ops import empty
 from .tiles import takes_triton
 
 # of the operators for torch.compile
 HEAD_SCHEMA = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, Tensor target"
 OPTIONS_SCHEMA = "float lora_scale, float scale, float? softcap"
+T = TypeVar("T")
 
 
 @dataclass
@@ -49,30 +53,34 @@ class State:
 
 
 @dataclass
-class Gradients:
+class Gradients(Generic[T]):
     """Of hidden, weight, bias, and the LoRA's A and B; None where nobody asked."""
 
-    hidden: torch.Tensor | None = None
-    weight: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    lora_a: torch.Tensor | None = None
-    lora_b: torch.Tensor | None = None
+    hidden: T | None = None
+    weight: T | None = None
+    bias: T | None = None
+    lora_a: T | None = None
+    lora_b: T | None = None
 
-    @classmethod
-    def like(cls, head, need, dtype=None):
+    @staticmethod
+    def like(
+        head: Head, need: "Gradients[bool]", dtype: torch.dtype | None = None
+    ) -> "Gradients[torch.Tensor]":
         """Uninitialised, for the head's parameters of `need`, in their dtypes or in `dtype`."""
         new = lambda p: empty(*p.shape, dtype=dtype or p.dtype, device=p.device)
         names = ("weight", "bias", "lora_a", "lora_b")
-        return cls(**{name: new(getattr(head, name)) for name in names if getattr(need, name)})
+        return Gradients(**{name: new(getattr(head, name)) for name in names if getattr(need, name)})
 
 
-def backend_for(head, hidden):
+def backend_for(head: Head, hidden: torch.Tensor) -> ModuleType:
     """The module that takes these tensors."""
     if takes_triton(head, hidden):
-        from . import triton_head as backend  # needs triton
-    else:
-        from . import chunked as backend
-    return backend
+        from . import triton_head  # needs triton
+
+        return triton_head
+    from . import chunked
+
+    return chunked
 
 
 def factors(head, state, d_logp, d_entropy):

@@ -4,6 +4,7 @@ that a pass would run (benchmarks/head/aot.py).
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +17,7 @@ REGISTERS = 65536  # of a multiprocessor, on every chip that Triton knows; a thr
 
 @dataclass(frozen=True)
 class Launch:
-    kernel: object
+    kernel: Any
     arguments: dict  # tensors, numbers, None; and the kernel's constants
     programs: int
     warps: int = 4
@@ -53,8 +54,8 @@ def processors(device) -> int:
 
 def run(kernel, programs, *arguments, warps=4, stages=1, fuse=True, registers=None, **named):
     """Launches the kernel with its arguments in order, or by name; constants by name. See Launch."""
-    arguments = dict(zip(kernel.arg_names, arguments)) | named
-    Launch(kernel, arguments, programs, warps, stages, fuse, registers).run()
+    by_name = dict(zip(kernel.arg_names, arguments)) | named
+    Launch(kernel, by_name, programs, warps, stages, fuse, registers).run()
 
 
 def tile_pass(tile, head, x, target, span, state, *, out=None, partial=None, sums=False, profile=False,

@@ -8,40 +8,42 @@ Letters: M scored rows, D hidden, V vocab, R responses, P pairs, r the LoRA rank
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .checks import check_head, check_pair_values, check_pairs, check_softcap, check_target_values, told
 from .head import Head
 from .head_pass import HEAD_SCHEMA, OPTIONS_SCHEMA, Gradients, backend_for
 from .ops import empty, exact_on, scale_
 from .pair_losses import LOSSES, PairLoss, groups_of
-from .plan import plan
+from .plan import Plan, plan
 from .reference import DPOStats
 from .tiles import backend_of
 
 
 def linear_dpo(
-    hidden: torch.Tensor,  # [M, D]
-    weight: torch.Tensor,  # [V, D]
-    target: torch.Tensor,  # i64[M]
-    cu_resp: torch.Tensor,  # i[R+1]
-    pairs: torch.Tensor,  # i[P, 2]
-    ref_token_logp: torch.Tensor | None = None,  # [M]
+    hidden: Tensor,  # [M, D]
+    weight: Tensor,  # [V, D]
+    target: Tensor,  # i64[M]
+    cu_resp: Tensor,  # i[R+1]
+    pairs: Tensor,  # i[P, 2]
+    ref_token_logp: Tensor | None = None,  # [M]
     *,
-    loss: str | Callable[[torch.Tensor], torch.Tensor] = "sigmoid",
+    loss: str | Callable[[Tensor], Tensor] = "sigmoid",
     beta: float = 0.1,
     label_smoothing: float = 0.0,
-    offset: torch.Tensor | None = None,  # [P]
-    pair_weight: torch.Tensor | None = None,  # [P]
-    token_weight: torch.Tensor | None = None,  # [M]
-    bias: torch.Tensor | None = None,  # [V]
+    offset: Tensor | None = None,  # [P]
+    pair_weight: Tensor | None = None,  # [P]
+    token_weight: Tensor | None = None,  # [M]
+    bias: Tensor | None = None,  # [V]
     scale: float = 1.0,
     softcap: float | None = None,
-    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,  # (A [r, D], B [V, r], s)
-    groups: Sequence[int] | torch.Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,  # (A [r, D], B [V, r], s)
+    groups: Sequence[int] | Tensor | None = None,
     memory_budget: int | None = None,
-) -> tuple[torch.Tensor, DPOStats]:
+) -> tuple[Tensor, DPOStats]:
     """(sum over pairs of pair_weight x loss(margin), DPOStats): divide by your own number of pairs.
 
     Rows [cu_resp[i], cu_resp[i+1]) are response i's; pairs hold (winner, loser) response numbers.
@@ -82,7 +84,7 @@ def linear_dpo(
     return total, DPOStats(*stats)
 
 
-def _op(loss):
+def _op(loss: str | Callable[[Tensor], Tensor]) -> Any:
     if callable(loss) and torch.compiler.is_compiling():
         return torch.compiler.disable(_LinearDPO.apply)  # the caller's function is not for an opaque op
     return _LinearDPO.apply
@@ -92,7 +94,7 @@ class _LinearDPO(torch.autograd.Function):
     """Gradients come out of the forward as saved tensors, for a loss whose upstream gradient is 1."""
 
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         # the compiler sees one opaque op; without it nothing stands between autograd and the work
         run = compiled_forward if torch.compiler.is_compiling() else forward_and_gradients
         total, token_logp, logratio, margin, *grads = run(*args)
@@ -103,7 +105,7 @@ class _LinearDPO(torch.autograd.Function):
         return total, token_logp, logratio, margin
 
     @staticmethod
-    def backward(ctx, d_total, *d_stats):
+    def backward(ctx: Any, d_total: Any, *d_stats: Any) -> Any:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("linear_dpo is differentiable once: no create_graph=True over it")
         if d_total is None:
@@ -114,9 +116,12 @@ class _LinearDPO(torch.autograd.Function):
 
 
 def forward_and_gradients(
-    hidden, weight, bias, a, b, target, cu_resp, pairs, ref_token_logp, offset, pair_weight, token_weight,
-    groups, loss, beta, label_smoothing, lora_scale, scale, softcap, memory_budget, train_head, need
-):  # fmt: skip
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, target: Tensor,
+    cu_resp: Tensor, pairs: Tensor, ref_token_logp: Tensor | None, offset: Tensor | None,
+    pair_weight: Tensor | None, token_weight: Tensor | None, groups: Tensor | None,
+    loss: str | Callable[[Tensor], Tensor], beta: float, label_smoothing: float, lora_scale: float,
+    scale: float, softcap: float | None, memory_budget: int | None, train_head: bool, need: list[bool]
+) -> list[Tensor]:  # fmt: skip
     """[loss, token_logp [M], logratio [R], margin [P], then the gradients of hidden, weight, bias, A and B
     that are in need]."""
     how = plan(
@@ -150,7 +155,10 @@ compiled_forward = torch.library.custom_op(
 
 
 @compiled_forward.register_fake
-def _(hidden, weight, bias, a, b, target, cu_resp, pairs, *rest):
+def _(
+    hidden: Tensor, weight: Tensor, bias: Any, a: Any, b: Any, target: Tensor, cu_resp: Tensor,
+    pairs: Tensor, *rest: Any
+) -> list[Tensor]:  # fmt: skip
     wide = torch.promote_types(hidden.dtype, torch.float32)
     new = lambda *shape: hidden.new_empty(shape, dtype=wide)
     stats = new(len(hidden)), new(cu_resp.shape[0] - 1), new(len(pairs))
@@ -158,12 +166,15 @@ def _(hidden, weight, bias, a, b, target, cu_resp, pairs, *rest):
     return [new(), *stats, *(t.new_empty(t.shape) for t, need in zip(leaves, rest[-1]) if need)]
 
 
-def _by_parts(head, hidden, target, pair_loss, parts, need):
+def _by_parts(
+    head: Head, hidden: Tensor, target: Tensor, pair_loss: PairLoss, parts: Sequence[Plan],
+    need: Gradients[bool]
+) -> tuple[Tensor, Tensor | float, list[Tensor]]:  # fmt: skip
     """(log-probs [M], a factor of the loss: NaN where the parts cut what belongs together, the gradients of
     what is in need, in the dtypes of their tensors)."""
     several, run = len(parts) > 1, backend_for(head, hidden)
     stops = list(accumulate(part.rows for part in parts))
-    poison = 1.0
+    poison: Tensor | float = 1.0
     if hidden.device.type != "cpu":
         poison = torch.where(pair_loss.unsound(stops[:-1]), torch.nan, 1.0)
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -171,7 +182,8 @@ def _by_parts(head, hidden, target, pair_loss, parts, need):
     token_logp = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
     if pair_loss.ref_token_logp is not None:
         token_logp.copy_(pair_loss.ref_token_logp)
-    d_hidden = out = None
+    d_hidden: Tensor | None = None
+    out: Any = None  # Gradients, if there is a need
     if several and need.hidden:
         d_hidden = empty(*hidden.shape, dtype=hidden.dtype, device=hidden.device)
     for part, stop in zip(parts, stops):
@@ -187,7 +199,8 @@ def _by_parts(head, hidden, target, pair_loss, parts, need):
         del state  # what it keeps of width V goes before the next part comes
     if d_hidden is not None:
         out.hidden = d_hidden
-    leaves = dict(hidden=hidden, weight=head.weight, bias=head.bias, lora_a=head.lora_a, lora_b=head.lora_b)
+    leaves: dict[str, Any] = dict(hidden=hidden, weight=head.weight, bias=head.bias)
+    leaves |= dict(lora_a=head.lora_a, lora_b=head.lora_b)
     grads = []
     for name, leaf in leaves.items():
         if getattr(need, name):
@@ -196,15 +209,15 @@ def _by_parts(head, hidden, target, pair_loss, parts, need):
     return token_logp, poison, grads
 
 
-def _as_tensor(groups):
-    if groups is None or (isinstance(groups, torch.Tensor) and groups.device.type == "cpu"):
+def _as_tensor(groups: Sequence[int] | Tensor | None) -> Tensor | None:
+    if groups is None or (isinstance(groups, Tensor) and groups.device.type == "cpu"):
         return groups
-    if isinstance(groups, torch.Tensor):
+    if isinstance(groups, Tensor):
         raise ValueError(f"groups must be Python ints or a CPU tensor, got {told(groups=groups)}")
     return torch.tensor(groups, dtype=torch.int64, device="cpu")
 
 
-def _groups(groups, target, cu_resp, pairs, V):
+def _groups(groups: Tensor | None, target: Tensor, cu_resp: Tensor, pairs: Tensor, V: int) -> list[int]:
     """Rows of each group as a list. On a CPU checks every value first."""
     M = len(target)
     given = None if groups is None else groups.tolist()
@@ -222,7 +235,9 @@ def _groups(groups, target, cu_resp, pairs, V):
     return given
 
 
-def _check_options(loss, beta, label_smoothing, softcap):
+def _check_options(
+    loss: str | Callable[[Tensor], Tensor], beta: float, label_smoothing: float, softcap: float | None
+) -> None:
     if not callable(loss) and loss not in LOSSES:
         raise ValueError(f"linear_dpo has the losses {', '.join(LOSSES)}, or takes a function, got {loss!r}")
     if not beta > 0:

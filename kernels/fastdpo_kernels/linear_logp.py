@@ -3,7 +3,11 @@
 Letters: M scored rows, D hidden, V vocab, r the LoRA rank.
 """
 
+from collections.abc import Callable
+from typing import Any, overload
+
 import torch
+from torch import Tensor
 
 from .checks import check_head, check_softcap, check_target_values
 from .head import Head
@@ -16,21 +20,40 @@ STATS = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
 ROWS = ("peak", "total", "target_logit")
 # What the backward needs of a forward's State beside logp and entropy, by the plan's name. Triton's kernels
 # have no peaks.
+SAVED: dict[str, tuple[str, ...]]
 SAVED = {"forward": (), "frozen": ROWS, "keep": (*ROWS, "kept", "peaks"), "recompute": ROWS}
 
 
+@overload
 def linear_logp(
-    hidden: torch.Tensor,  # [M, D]
-    weight: torch.Tensor,  # [V, D]
-    target: torch.Tensor,  # i64[M]
-    bias: torch.Tensor | None = None,  # [V]
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
+    softcap: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None, stats: tuple[()] = (),
+    memory_budget: int | None = None,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_logp(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
+    softcap: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None,
+    stats: tuple[str, *tuple[str, ...]], memory_budget: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
+@overload
+def linear_logp(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
+    softcap: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None, stats: tuple[str, ...],
+    memory_budget: int | None = None,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
+def linear_logp(
+    hidden: Tensor,  # [M, D]
+    weight: Tensor,  # [V, D]
+    target: Tensor,  # i64[M]
+    bias: Tensor | None = None,  # [V]
     *,
     scale: float = 1.0,
     softcap: float | None = None,
-    lora: tuple[torch.Tensor, torch.Tensor, float] | None = None,  # (A [r, D], B [V, r], s)
+    lora: tuple[Tensor, Tensor, float] | None = None,  # (A [r, D], B [V, r], s)
     stats: tuple[str, ...] = (),
     memory_budget: int | None = None,
-):
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """log softmax(z)[target] for every row, z = softcap(scale * (h W^T + bias + s (h A^T) B^T)),
     without [M, V] logits.
 
@@ -84,7 +107,7 @@ class _LinearLogp(torch.autograd.Function):
     """Runs a Plan by name: gradients of logp and entropy in hidden and the head's parameters."""
 
     @staticmethod
-    def forward(ctx, *args):
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         # the compiler sees one opaque op; without it nothing stands between autograd and the work
         run = compiled_forward if torch.compiler.is_compiling() else forward_pass
         *inputs, lora_scale, scale, softcap, stats, name, width = args
@@ -104,7 +127,7 @@ class _LinearLogp(torch.autograd.Function):
         return logp, *values
 
     @staticmethod
-    def backward(ctx, d_logp, *d_stats):
+    def backward(ctx: Any, d_logp: Any, *d_stats: Any) -> tuple[Tensor | None, ...]:
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() and not compiling:
             raise RuntimeError("linear_logp is differentiable once: no create_graph=True over it")
@@ -115,23 +138,26 @@ class _LinearLogp(torch.autograd.Function):
             return *(None,) * 5, *nothing
         if unit is not None and d_entropy is None:
             return (unit * d_logp[:, None]).to(unit.dtype), *(None,) * 4, *nothing
-        run = compiled_backward if compiling else backward_pass
+        run: Callable[..., list[Tensor]] = compiled_backward if compiling else backward_pass
         (*inputs, logp, entropy), saved = again[:8], again[8:]
         d_logp = torch.zeros_like(logp) if d_logp is None else d_logp
         grads = iter(run(d_logp, d_entropy, *inputs, logp, entropy, saved, *ctx.options, need))
         return *(next(grads) if wanted else None for wanted in need), *nothing
 
 
-def forward_pass(hidden, weight, bias, a, b, target, lora_scale, scale, softcap, stats, name, width):
+def forward_pass(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, target: Tensor,
+    lora_scale: float, scale: float, softcap: float | None, stats: str, name: str, width: int
+) -> list[Tensor]:  # fmt: skip
     """[logp [M], the stats in order, the tensors of SAVED[name] that there are, and if frozen the unit
     gradient, d logp / d hidden [M, D]]. stats: their names with a comma between (an operator takes no list of
     names)."""
-    stats = tuple(stats.split(",")) if stats else ()
+    names = tuple(stats.split(",")) if stats else ()
     head, how = Head(weight, bias, a, b, lora_scale, scale, softcap), Plan(name, 0, 0, 0, len(hidden), width)
     run = backend_for(head, hidden)
     with exact_on(hidden):
-        state, values = run.forward(head, hidden, target, how, stats)
-        out = [state.logp, *(values[stat] for stat in stats)]
+        state, values = run.forward(head, hidden, target, how, names)
+        out = [state.logp, *(values[stat] for stat in names)]
         out += [getattr(state, field) for field in SAVED[name]]
         if name == "frozen":
             unit = run.gradients(head, hidden, target, how, state, Gradients(hidden=True), 1.0)
@@ -142,9 +168,11 @@ def forward_pass(hidden, weight, bias, a, b, target, lora_scale, scale, softcap,
 
 
 def backward_pass(
-    d_logp, d_entropy, hidden, weight, bias, a, b, target, logp, entropy, saved,
-    lora_scale, scale, softcap, name, width, need
-):  # fmt: skip
+    d_logp: Tensor, d_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    a: Tensor | None, b: Tensor | None, target: Tensor, logp: Tensor, entropy: Tensor | None,
+    saved: list[Tensor], lora_scale: float, scale: float, softcap: float | None, name: str, width: int,
+    need: list[bool]
+) -> list[Tensor]:  # fmt: skip
     """The gradients of hidden, weight, bias, A and B that are in need; saved: what forward_pass returned of
     SAVED[name]."""
     head, how = Head(weight, bias, a, b, lora_scale, scale, softcap), Plan(name, 0, 0, 0, len(hidden), width)
@@ -172,7 +200,10 @@ compiled_backward = torch.library.custom_op(
 
 
 @compiled_forward.register_fake
-def _(hidden, weight, bias, a, b, target, lora_scale, scale, softcap, stats, name, width):
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, target: Tensor,
+    lora_scale: float, scale: float, softcap: float | None, stats: str, name: str, width: int
+) -> list[Tensor]:  # fmt: skip
     wide = torch.promote_types(hidden.dtype, torch.float32)
     M, V = len(hidden), len(weight)
     new = lambda *shape, dtype=wide: hidden.new_empty(shape, dtype=dtype)
@@ -191,5 +222,7 @@ def _(hidden, weight, bias, a, b, target, lora_scale, scale, softcap, stats, nam
 
 
 @compiled_backward.register_fake
-def _(d_logp, d_entropy, hidden, weight, bias, a, b, *rest):
+def _(
+    d_logp: Tensor, d_entropy: Any, hidden: Tensor, weight: Tensor, bias: Any, a: Any, b: Any, *rest: Any
+) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, wanted in zip((hidden, weight, bias, a, b), rest[-1]) if wanted]

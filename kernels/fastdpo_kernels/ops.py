@@ -14,7 +14,7 @@ _libc = ctypes.CDLL(None) if hasattr(mmap, "MADV_HUGEPAGE") else None
 def exact_on(like: torch.Tensor):
     """GEMMs of float32 in float32, whatever the caller allows: autocast, TF32, or bfloat16 on a CPU. And
     like's device is the current one, where Triton launches."""
-    matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     allowed = [(matmul, matmul.fp32_precision) for matmul in matmuls]
     lowered = [(matmul, precision) for matmul, precision in allowed if precision in ("tf32", "bf16")]
     with torch.autocast(like.device.type, enabled=False), torch.cuda.device_of(like):

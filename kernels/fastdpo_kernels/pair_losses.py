@@ -121,6 +121,7 @@ class PairLoss:
         return cut
 
     def _call(self, margin):
+        assert callable(self.loss)
         each = self.loss(margin)
         if not isinstance(each, torch.Tensor) or each.shape != margin.shape:
             got = tuple(each.shape) if isinstance(each, torch.Tensor) else type(each).__name__

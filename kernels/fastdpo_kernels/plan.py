@@ -8,7 +8,7 @@ others: each part keeps its own matrix, and dW is summed over the parts in fp32.
 Letters: M scored rows, D hidden, V vocab.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -112,7 +112,9 @@ def plan(
     )
 
 
-def _whole(M, V, D, dtype, budget, backend, train_weight, need_grad) -> Plan:
+def _whole(
+    M: int, V: int, D: int, dtype: torch.dtype, budget: int, backend: str, train_weight: bool, need_grad: bool
+) -> Plan:
     """The Plan that sends all rows through the head at once."""
     wide = max(4, dtype.itemsize)  # logits are float32, or float64 for float64
     half = dtype.itemsize < wide
@@ -158,7 +160,7 @@ def _whole(M, V, D, dtype, budget, backend, train_weight, need_grad) -> Plan:
     return Plan(name, gemms * 2 * M * V * D, peak_bytes, -(-V // width), M, width)
 
 
-def _triton_blocks(M, V, dtype, name, chunk):
+def _triton_blocks(M: int, V: int, dtype: torch.dtype, name: str, chunk: int) -> int:
     """Bytes of width V or of a chunk that the Triton kernels hold."""
     tiles, narrowest = M * -(-V // TILE), M * min(V + ALIGNED, NARROWEST) * dtype.itemsize
     sums = tiles * (SETTLE_BYTES + PROFILE_BYTES)
@@ -169,18 +171,19 @@ def _triton_blocks(M, V, dtype, name, chunk):
     return max(chunk, narrowest + SETTLE_BYTES * M * NARROWEST // TILE) + tiles * PROFILE_BYTES
 
 
-def _whole_merges(width):
+def _whole_merges(width: int) -> int:
     return max(NARROWEST, width // NARROWEST * NARROWEST)
 
 
-def spare_width(V, dtype):
+def spare_width(V: int, dtype: torch.dtype) -> int:
     """Columns of a chunk as large as the sums of all tiles that the Triton kernels hold in the forward."""
     return _whole_merges(-(-V // TILE) * (SETTLE_BYTES + PROFILE_BYTES) // dtype.itemsize)
 
 
-def _whole_groups(groups: Iterable[int], keeps) -> list[int]:
+def _whole_groups(groups: Iterable[int], keeps: Callable[[int], bool]) -> list[int]:
     """Rows of each part: consecutive groups together while `keeps(rows)`, at least one group."""
-    parts, room = [], False
+    parts: list[int] = []
+    room = False
     for rows in groups:
         if room and keeps(parts[-1] + rows):
             parts[-1] += rows

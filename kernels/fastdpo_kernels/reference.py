@@ -4,19 +4,48 @@ it is the truth.
 Letters: M scored rows, D hidden, V vocab, R responses, P pairs, r the LoRA rank.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypedDict, Unpack, overload
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 class DPOStats(NamedTuple):
-    token_logp: torch.Tensor  # [M]
-    logratio: torch.Tensor  # [R] policy minus reference, summed over the response with token_weight
-    margin: torch.Tensor  # [P] what the loss sees: beta * (winner's - loser's log-ratio) - offset
+    token_logp: Tensor  # [M]
+    logratio: Tensor  # [R] policy minus reference, summed over the response with token_weight
+    margin: Tensor  # [P] what the loss sees: beta * (winner's - loser's log-ratio) - offset
 
 
-def linear_logp(hidden, weight, target, bias=None, *, scale=1.0, softcap=None, lora=None, stats=()):
+class HeadOptions(TypedDict, total=False):
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+    lora: tuple[Tensor, Tensor, float] | None
+
+
+@overload
+def linear_logp(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
+    softcap: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None, stats: tuple[()] = (),
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_logp(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
+    softcap: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None,
+    stats: tuple[str, *tuple[str, ...]],
+) -> tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
+@overload
+def linear_logp(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
+    softcap: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None, stats: tuple[str, ...],
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
+def linear_logp(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
+    softcap: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None,
+    stats: tuple[str, ...] = (),
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """logp[t] = log softmax(z[t])[target[t]], z = softcap(scale * (h W^T + bias + s (h A^T) B^T)).
 
     hidden [M, D], weight [V, D], target i64[M], bias [V], lora = (A [r, D], B [V, r], s), in one
@@ -47,21 +76,21 @@ def linear_logp(hidden, weight, target, bias=None, *, scale=1.0, softcap=None, l
 
 
 def linear_dpo(
-    hidden,
-    weight,
-    target,
-    cu_resp,
-    pairs,
-    ref_token_logp=None,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    cu_resp: Tensor,
+    pairs: Tensor,
+    ref_token_logp: Tensor | None = None,
     *,
-    loss="sigmoid",
-    beta=0.1,
-    label_smoothing=0.0,
-    offset=None,
-    pair_weight=None,
-    token_weight=None,
-    **head,
-):
+    loss: str | Callable[[Tensor], Tensor] = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    offset: Tensor | None = None,
+    pair_weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    **head: Unpack[HeadOptions],
+) -> tuple[Tensor, DPOStats]:
     """The SUM over pairs of pair_weight x loss(margin); the caller divides by its own pair count.
 
     cu_resp i[R+1] bounds each response's rows, pairs i[P, 2] holds (winner, loser) response

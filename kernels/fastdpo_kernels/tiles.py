@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from .head import Head
+
 
 class Tile(NamedTuple):
     rows: int
@@ -100,7 +102,7 @@ def backend(device: torch.device | str, dtype: torch.dtype, *, lora: bool = Fals
     return _backend(torch.device(device), dtype, not lora)
 
 
-def _backend(device, dtype, plain):
+def _backend(device: torch.device, dtype: torch.dtype, plain: bool) -> str:
     if plain and "plain_triton" not in _avoided and tile(device, dtype) is not None:
         return "triton"
     return "cublas" if dtype.itemsize <= 4 and takes_row_kernels(device) else "torch"
@@ -108,7 +110,7 @@ def _backend(device, dtype, plain):
 
 # The compiler shall not look for a chip. This is torch.compiler.assume_constant_result(_backend), which
 # would import the whole of dynamo, and numpy, with this package.
-_backend._dynamo_marked_constant = True
+_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def backend_of(x: torch.Tensor, weight: torch.Tensor, lora: bool) -> str:
@@ -116,6 +118,6 @@ def backend_of(x: torch.Tensor, weight: torch.Tensor, lora: bool) -> str:
     return _backend(x.device, x.dtype, not lora and weight.stride(1) == 1)
 
 
-def takes_triton(head, x: torch.Tensor) -> bool:
+def takes_triton(head: Head, x: torch.Tensor) -> bool:
     """Whether this call's tensors go to the Triton kernels that make no logits."""
     return backend_of(x, head.weight, head.lora_a is not None) == "triton"
