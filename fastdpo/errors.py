@@ -1,5 +1,7 @@
 """Errors that a person can act on: the CLI prints them without a traceback."""
 
+from signal import Signals
+
 
 class FastDPOError(Exception):
     """Something in the user's hands is wrong (a config, a row, a model); the message says what to do."""
@@ -25,6 +27,6 @@ class Stopped(BaseException):
     """A signal ended the run; the exit code is the shell's 128 + its number. Like KeyboardInterrupt no
     Exception, so that nothing takes it for a failure and goes on."""
 
-    def __init__(self, signal, message: str = ""):
+    def __init__(self, signal: Signals, message: str = "") -> None:
         super().__init__(message or f"stopped by {signal.name}")
         self.signal = signal

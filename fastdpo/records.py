@@ -7,7 +7,7 @@ P pairs, G groups, S attention segments, K gathered keys.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -76,24 +76,25 @@ class PreferenceGroup:
 Groups = list[PreferenceGroup]
 
 
+@dataclass(frozen=True, eq=False)
 class Movable:
     """A frozen record of tensors (and of records of tensors) that can move to a device."""
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> Self:
         """The same record there; see `moving.to_device` for what a GPU gets."""
         moved = iter(to_device(self._tensors(), device))
         return self._with(lambda tensor: next(moved))
 
     def _tensors(self) -> list[Tensor]:
         """All tensors, those of records inside too, in the order of the fields."""
-        found = []
-        self._with(lambda tensor: found.append(tensor) or tensor)
+        found: list[Tensor] = []
+        self._with(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
         return found
 
-    def _with(self, change: Callable[[Tensor], Tensor]):
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Self:
         """With change(tensor) in the place of each."""
 
-        def changed(value):
+        def changed(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return change(value)
             if isinstance(value, Movable):
@@ -124,8 +125,9 @@ class PrefixLayout(Movable):
     more_places: tuple[Tensor, ...]  # ... and where in kv_index those copies are, i64
     seen_until: Tensor  # i64[T]: query q sees key k exactly when k <= q < seen_until[k]
     segments: tuple[tuple[int, int, int, int], ...]  # (q start, q end, k start, k end), on the CPU
-    masks: dict = field(default_factory=dict)  # what the segments backend has built for this layout
-    seen: list | None = None  # where given, each attention call appends its (backend, window)
+    # what the segments backend has built for this layout, by window
+    masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    seen: list[tuple[str, int | None]] | None = None  # where given, attention calls append (backend, window)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,8 +182,14 @@ class ResponseLogps(Responses):
     context: dict[str, Tensor] = field(default_factory=dict)  # what the objective knows of the whole step
 
     @classmethod
-    def of(cls, batch: PackedGroups, token_logp, ref_token_logp=None, token_stats=None):
-        shared = {f.name: getattr(batch, f.name) for f in fields(Responses)}
+    def of(
+        cls,
+        batch: PackedGroups,
+        token_logp: Tensor,
+        ref_token_logp: Tensor | None = None,
+        token_stats: dict[str, Tensor] | None = None,
+    ) -> "ResponseLogps":
+        shared: dict[str, Any] = {f.name: getattr(batch, f.name) for f in fields(Responses)}
         shared["ref_token_logp"] = ref_token_logp
         return cls(token_logp=token_logp, token_stats=token_stats or {}, **shared)
 
@@ -190,7 +198,7 @@ class ResponseLogps(Responses):
         """Several microbatches as one, response after response."""
         first, starts = parts[0], list(accumulate((len(p.cu_resp) - 1 for p in parts), initial=0))
         of = lambda name: [getattr(p, name) for p in parts]
-        together = {}
+        together: dict[str, Any] = {}
         for name in ("token_logp", "ref_token_logp", "offset", "weight", "score"):
             together[name] = None if getattr(first, name) is None else torch.cat(of(name))
         for name in ("pairs", "chosen", "desirable", "undesirable"):
@@ -206,7 +214,8 @@ class ResponseLogps(Responses):
         """The same values in memory of their own, for whoever keeps them: what a microbatch brought are views
         of all that went to the GPU with it."""
         values = {f.name: getattr(self, f.name) for f in fields(Responses)}
-        return replace(self, **{name: v.clone() for name, v in values.items() if isinstance(v, Tensor)})
+        copies: dict[str, Any] = {name: v.clone() for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **copies)
 
     def detached(self) -> "ResponseLogps":
         """The same values without gradient."""
@@ -241,6 +250,7 @@ class ResponseLogps(Responses):
     @property
     def ref_logp(self) -> Tensor:
         """The reference's log pi(response | prompt), f32[R]."""
+        assert self.ref_token_logp is not None
         return self.per_response(self.ref_token_logp)
 
     @property

@@ -30,8 +30,8 @@ def as_type(name: str, value, kind):
             kind is bool or not isinstance(value, bool)
         ):
             return value
-    words = {type(None): "nothing", dict: "{option: value, ...}", str: "text"}
-    wanted = " or ".join(words.get(k) or getattr(k, "__name__", str(k)) for k in allowed)
+    words: dict[object, str] = {type(None): "nothing", dict: "{option: value, ...}", str: "text"}
+    wanted = " or ".join(words.get(k, getattr(k, "__name__", str(k))) for k in allowed)
     raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
 
 
@@ -48,7 +48,7 @@ def as_bytes(name: str, text: str) -> int:
     """ "24GB" (24e9), "512MiB" (512 * 2^20) -> bytes. Raises ConfigError."""
     found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?B)\s*", text.upper())
     try:
-        size = int(float(found[1]) * _UNITS[found[2]])
+        size = int(float(found[1]) * _UNITS[found[2]])  # type: ignore[index]  # None is a TypeError
     except (TypeError, ValueError, KeyError):
         size = 0
     if size <= 0:

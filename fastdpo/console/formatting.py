@@ -39,7 +39,8 @@ def duration(seconds: float) -> str:
     """0.4 s, 36 s, 5 min 12 s, 3 h 5 min, 2 d 4 h."""
     if seconds < 10:
         return f"{seconds:.1f} s"
-    rest, parts = round(seconds), []
+    rest = round(seconds)
+    parts: list[str] = []
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         count, rest = divmod(rest, length)
         if count or parts:

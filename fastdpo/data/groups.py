@@ -1,11 +1,13 @@
 """From rows to PreferenceGroups: token ids, what is scored, the shared prompt, truncation."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Console
 
 from fastdpo.console.progress import make_progress
 from fastdpo.data.formats.layouts import Layout
@@ -16,6 +18,9 @@ from fastdpo.data.templating import Draft, write
 from fastdpo.data.tokenizing import Encoder, Tokens, shared_length, tokenize
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.records import Pair, PreferenceGroup, Response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CHUNK = 256  # rows a tokenizer call: one call a row is slower, more than this gains nothing
 _SERIOUS = {  # notes on kept rows that stop a strict run
@@ -34,14 +39,19 @@ class Limits:
     max_length: int
     truncation: str = "keep_start"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ConfigError(f"max_length: 2 at least (a prompt and a response), not {self.max_length}")
         if self.truncation not in ("keep_start", "keep_end", "drop"):
             raise ConfigError(f"truncation: one of keep_start, keep_end, drop, not {self.truncation!r}")
 
 
-def to_group(row: dict | Row, number: int, tokenizer, limits: Limits) -> tuple[PreferenceGroup, Counter]:
+Outcome = tuple[PreferenceGroup, Counter[str]] | RowProblem
+
+
+def to_group(
+    row: dict[str, Any] | Row, number: int, tokenizer: "PreTrainedTokenizerBase", limits: Limits
+) -> tuple[PreferenceGroup, Counter[str]]:
     """One row -> (PreferenceGroup, notes); notes count what was worth saying about it.
 
     Raises RowProblem when the row cannot be used.
@@ -53,7 +63,13 @@ def to_group(row: dict | Row, number: int, tokenizer, limits: Limits) -> tuple[P
 
 
 def load_groups(
-    spec: str, tokenizer, limits: Limits, *, strict: bool, console, data_format: str | dict | None = None
+    spec: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    limits: Limits,
+    *,
+    strict: bool,
+    console: Console,
+    data_format: str | dict[str, str] | None = None,
 ) -> tuple[list[PreferenceGroup], DataReport]:
     """All usable rows of a data source (see load_rows) as groups, and the account of every row. `data_format`
     says how to read the rows, where their columns do not.
@@ -63,7 +79,8 @@ def load_groups(
     """
     rows = load_rows(spec, data_format)
     encoder, report = Encoder(tokenizer), DataReport(spec)
-    groups, numbered = [], enumerate(rows)
+    groups: list[PreferenceGroup] = []
+    numbered = enumerate(rows)
     with make_progress(console) as bar:
         task = bar.add_task("reading rows", total=len(rows), info="")
         while chunk := list(islice(numbered, _CHUNK)):
@@ -82,9 +99,9 @@ def load_groups(
     return groups, report
 
 
-def _refuse(outcome, rows: Rows, number: int) -> None:
+def _refuse(outcome: Outcome, rows: Rows, number: int) -> None:
     """Raises DataError for what `strict` does not let pass."""
-    problem = outcome
+    problem: object = outcome
     if not isinstance(outcome, RowProblem):
         notes = outcome[1]
         found = [text.format(notes[name]) for name, text in _SERIOUS.items() if notes[name]]
@@ -96,14 +113,14 @@ def _refuse(outcome, rows: Rows, number: int) -> None:
 
 
 def _outcomes(
-    chunk: list[tuple[int, dict | Row]],
+    chunk: Sequence[tuple[int, dict[str, Any] | Row | RowProblem]],
     encoder: Encoder,
     limits: Limits,
     layout: Layout | None,
-    formats: Counter,
-) -> Iterator:
+    formats: Counter[str],
+) -> Iterator[Outcome]:
     """Per numbered row its (group, notes) or its RowProblem, in order; counts the rows' formats."""
-    drafts = []
+    drafts: list[Draft | RowProblem] = []
     for number, row in chunk:
         try:
             parsed = row if isinstance(row, Row) else parse_row(row, number, layout)
@@ -120,7 +137,9 @@ def _outcomes(
             yield problem
 
 
-def _group(draft: Draft, ids: dict[str, np.ndarray], encoder: Encoder, limits: Limits):
+def _group(
+    draft: Draft, ids: dict[str, np.ndarray], encoder: Encoder, limits: Limits
+) -> tuple[PreferenceGroup, Counter[str]]:
     """(group, notes) of a row whose texts are tokenised."""
     row, notes = draft.row, Counter(draft.notes)
     sequences = [tokenize(script, draft.plain, ids, encoder, notes) for script in draft.scripts]
@@ -144,7 +163,7 @@ def _group(draft: Draft, ids: dict[str, np.ndarray], encoder: Encoder, limits: L
 
 
 def _cut(
-    sequences: list[Tokens], shared: int, limits: Limits, bos: int | None, notes: Counter
+    sequences: list[Tokens], shared: int, limits: Limits, bos: int | None, notes: Counter[str]
 ) -> tuple[np.ndarray, list[Tokens]]:
     """(the shared prompt, per response what follows it), within the limits."""
     longest, limit = max(len(tokens.ids) for tokens in sequences), limits.max_length
@@ -177,7 +196,7 @@ def _prompt_end(prompt: np.ndarray, excess: int, bos: int | None, limit: int) ->
     return np.concatenate([kept, prompt[len(kept) + excess :]])
 
 
-def _differing_pairs(row: Row, tails: list[Tokens], notes: Counter) -> tuple[Pair, ...]:
+def _differing_pairs(row: Row, tails: list[Tokens], notes: Counter[str]) -> tuple[Pair, ...]:
     """The pairs whose responses differ as tokens; equal ones have margin 0 whatever is learnt. None of an
     unpaired row."""
     pairs = tuple(Pair(i, j) for i, j in row.pairs if not np.array_equal(tails[i].ids, tails[j].ids))
@@ -191,7 +210,7 @@ def _differing_pairs(row: Row, tails: list[Tokens], notes: Counter) -> tuple[Pai
     return pairs
 
 
-def _whole_ref_logps(row: Row, tails: list[Tokens], notes: Counter) -> tuple[float | None, ...]:
+def _whole_ref_logps(row: Row, tails: list[Tokens], notes: Counter[str]) -> tuple[float | None, ...]:
     """The row's reference log-probs, which are sums over all tokens of whole responses after the whole
     prompt: None where that is not what we score."""
     if row.ref_logps[0] is None:

@@ -25,8 +25,8 @@ def mismatched(groups: Sequence[PreferenceGroup], max_length: int) -> dict[int, 
         scored = np.flatnonzero(response.target_mask[: max(0, max_length - len(group.prompt))])
         if len(scored):
             end = int(scored[-1]) + 1
-            other = Response(response.ids[:end], response.target_mask[:end], label=response.label)
-            found[group.row] = replace(group, responses=(other,), pairs=())
+            response = Response(response.ids[:end], response.target_mask[:end], label=response.label)
+            found[group.row] = replace(group, responses=(response,), pairs=())
     return found
 
 

@@ -5,14 +5,15 @@ of groups, whatever the cap: packing never changes what an optimizer step sees, 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
 
-from fastdpo.records import Groups, PackedGroups, PreferenceGroup, PrefixLayout
+from fastdpo.records import Groups, PackedGroups, PreferenceGroup, PrefixLayout, Response
 
 
 def epoch_order(n_groups: int, seed: int, epoch: int) -> np.ndarray:
@@ -24,7 +25,7 @@ def epoch_order(n_groups: int, seed: int, epoch: int) -> np.ndarray:
 class _Bin:
     """A microbatch being filled."""
 
-    groups: list = field(default_factory=list)
+    groups: Groups = field(default_factory=list)
     tokens: int = 0
     rows: int = 0  # responses
     width: int = 0  # of the longest separate row
@@ -73,7 +74,9 @@ def in_row_order(
     return _fill(groups, lambda b: b.places(share) <= max_tokens, only_last=True)
 
 
-def _fill(groups, fits: Callable[[_Bin], bool], only_last: bool = False) -> list[list[PreferenceGroup]]:
+def _fill(
+    groups: Iterable[PreferenceGroup], fits: Callable[[_Bin], bool], only_last: bool = False
+) -> list[list[PreferenceGroup]]:
     """Each group into the first microbatch (or the last one) that still fits with it, or into a new one."""
     bins: list[_Bin] = []
     for group in groups:
@@ -138,7 +141,7 @@ def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
     )
 
 
-def _token_weight(responses) -> torch.Tensor | None:
+def _token_weight(responses: Sequence[Response]) -> torch.Tensor | None:
     """f32[M]; None where no response has weights, NaN in those without."""
     if all(r.token_weight is None for r in responses):
         return None
@@ -147,7 +150,7 @@ def _token_weight(responses) -> torch.Tensor | None:
     return torch.from_numpy(np.concatenate(weights))
 
 
-def _shared_rows(groups) -> dict:
+def _shared_rows(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
     """Flat order of a group: prompt, R1 without its last token, R2 without its last token, ...
     The last prompt row predicts the first token of every response."""
     ids, positions, score_row, seen_until, kv_index, segments = [], [], [], [], [], []
@@ -181,7 +184,9 @@ def _shared_rows(groups) -> dict:
     }
 
 
-def _layout(kv_index: np.ndarray, seen_until: np.ndarray, segments: list) -> PrefixLayout:
+def _layout(
+    kv_index: np.ndarray, seen_until: np.ndarray, segments: list[tuple[int, int, int, int]]
+) -> PrefixLayout:
     n_rows = len(seen_until)
     place = np.argsort(kv_index, kind="stable")
     copies = np.bincount(kv_index, minlength=n_rows)  # every row is a key of at least one segment
@@ -204,7 +209,7 @@ def _layout(kv_index: np.ndarray, seen_until: np.ndarray, segments: list) -> Pre
     )
 
 
-def _separate_rows(groups) -> dict:
+def _separate_rows(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
     rows = [(g.prompt, r) for g in groups for r in g.responses]
     width = max(len(prompt) + len(r.ids) - 1 for prompt, r in rows)
     ids, mask = np.zeros((2, len(rows), width), dtype=np.int64)

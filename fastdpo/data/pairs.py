@@ -37,7 +37,8 @@ def select_pairs(
         raise ValueError(f"rule {rule!r} is not one of {', '.join(RULES)}")
     if rule == "all":
         return list(groups), Counter()
-    selected, notes = [], Counter()
+    selected: list[PreferenceGroup] = []
+    notes: Counter[str] = Counter()
     for i, group in enumerate(groups):
         if group.pairs:
             by = None if ref_logps is None or rule == "best_worst" else ref_logps[i]
@@ -57,9 +58,11 @@ def _from_hard_to_easy(group: PreferenceGroup, ref_logps: np.ndarray | None) -> 
     """The pairs that R1 wins, by rank of the loser, or by how far the reference has them apart."""
     if len(group.pairs) == 1:  # the row says which is better, whatever the scores beside it
         return list(group.pairs)
-    scores = [response.score for response in group.responses]
-    if None in scores:
-        raise DataError(f"row {group.row}: {len(scores)} responses and no scores, so they have no order")
+    scores = [response.score for response in group.responses if response.score is not None]
+    if len(scores) < len(group.responses):
+        raise DataError(
+            f"row {group.row}: {len(group.responses)} responses and no scores, so they have no order"
+        )
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     best = min((pair.winner for pair in group.pairs), key=order.index)
     won = sorted((pair for pair in group.pairs if pair.winner == best), key=lambda p: order.index(p.loser))

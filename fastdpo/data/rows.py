@@ -9,6 +9,7 @@ spans.py.
 import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from fastdpo.data.formats.columns import Columns
 from fastdpo.data.formats.layouts import Layout
@@ -26,8 +27,8 @@ class Row:
 
     number: int
     format: str  # the name of what the row was read as, see formats/known.py
-    prompt: str | Messages
-    responses: tuple[str | Messages, ...]
+    prompt: Any  # str or Messages; a union would not tell that all of a row is of one kind
+    responses: tuple[Any, ...]
     scores: tuple[float | None, ...]
     ref_logps: tuple[float | None, ...]  # of whole responses, from ref_chosen_logps and ref_rejected_logps
     pairs: tuple[tuple[int, int], ...]  # (winner, loser) as indices of responses
@@ -38,7 +39,7 @@ class Row:
     relevance: tuple[Relevance | None, ...]
 
 
-def parse_row(row: dict, number: int, layout: Layout | None = None) -> Row:
+def parse_row(row: dict | RowProblem, number: int, layout: Layout | None = None) -> Row:
     """One row of any known format as a Row; `layout` says how to read it, where its columns do not. Raises
     RowProblem."""
     if isinstance(row, RowProblem):  # a line that could not be read as JSON
@@ -80,7 +81,7 @@ def _parse(given: dict, number: int, layout: Layout) -> Row:
 def _relevance(columns: Columns, responses: tuple) -> tuple[Relevance | None, ...]:
     found = []
     for (source, prefix, where), value, response in zip(columns.marks, columns.values, responses):
-        before = len(value) - len(response) if isinstance(value, list) else 0
+        before: int | None = len(value) - len(response) if isinstance(value, list) else 0
         if isinstance(response, str) and columns.prompt is None:
             before = None
         found.append(read_relevance(source, prefix, where, response, before))
@@ -147,8 +148,8 @@ def _common(a, b) -> int:
 def _messages(value, field: str) -> Messages:
     """Checked messages, without the nulls with which Arrow fills absent keys."""
     if not isinstance(value, list):
-        message = f"a list of messages, not {kind(value)} (a row is all text or all messages)"
-        raise RowProblem("wrong_type", field, message)
+        problem = f"a list of messages, not {kind(value)} (a row is all text or all messages)"
+        raise RowProblem("wrong_type", field, problem)
     messages = []
     for i, message in enumerate(value):
         where = f"{field}[{i}]"

@@ -26,7 +26,7 @@ def show(groups: list[PreferenceGroup], report: DataReport, tokenizer, console) 
     weights or without), its scored and its relevant tokens told by colour and by marks."""
     report.print(console)
     report.print_lengths(console)
-    first = {}
+    first: dict[tuple[bool, bool], PreferenceGroup] = {}
     for group in groups:
         first.setdefault((len(group.pairs) > 0, _weighted(group)), group)
     for group in first.values():

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fastdpo.data.formats.dataset_info import data_sets, listed
 from fastdpo.data.formats.layouts import Layout, layout_of
@@ -97,7 +98,7 @@ def _load_path(path: Path, split: str, spec: str) -> Rows:
     if kind == "json":
         taken = _take({name: _read_json(some) for name, some in named.items()}, split, spec)
         return Rows(spec, [row for row, _ in taken], [place for _, place in taken])
-    options = {"keep_default_na": False} if kind == "csv" else {}  # a response may be "None"
+    options: dict[str, Any] = {"keep_default_na": False} if kind == "csv" else {}  # a response may be "None"
     options["data_files"] = {name: [str(file) for file in some] for name, some in named.items()}
     way_out = "Check that the file is what its name says"
     return Rows(spec, _take(_with_datasets("load_dataset", spec, way_out, kind, **options), split, spec))
@@ -164,7 +165,7 @@ def _read_array(text: str, file: Path) -> Iterator[tuple[object, int]]:
     decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
     at, line, seen = text.index("[") + 1, 1, 0
     try:
-        while text[at := space.match(text, at).end()] != "]":
+        while text[at := space.match(text, at).end()] != "]":  # type: ignore[union-attr]  # it matches ""
             line, seen = line + text.count("\n", seen, at), at
             row, at = decoder.raw_decode(text, at)
             yield row, line

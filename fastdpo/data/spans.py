@@ -130,11 +130,11 @@ def mark(
     at = {turn: _find(text, contents[turn], *stretches[turn]) for turn in contents}
     last, placed = at[max(contents)], []
     for turn, start, stop in relevance.spans or ():
-        if at[turn] is None:
+        if (found := at[turn]) is None:
             way_out = "give token_weights"
             message = f"the chat template does not print the turn's content as it stands, once: {way_out}"
             raise RowProblem("spans_not_found", relevance.field, message)
-        first, after, stripped = at[turn]
+        first, after, stripped = found
         shift = first - stripped
         placed.append((max(start + shift, first), min(stop + shift, after)))
     spans = None if relevance.spans is None else tuple(placed)
@@ -176,8 +176,8 @@ def weigh(
     if given is not None:  # all but the end of turn, or a mistake
         before_end = scored[own] & (starts < marks.end)
         if len(given) != (count := int(before_end.sum())):
-            end = f" (or {count}, without the end of turn)" if count < total else ""
-            message = f"{len(given)} numbers, where the response has {total} scored tokens{end}"
+            fewer = f" (or {count}, without the end of turn)" if count < total else ""
+            message = f"{len(given)} numbers, where the response has {total} scored tokens{fewer}"
             raise RowProblem("token_weights_length", marks.field, message)
         weight[own][before_end] = given
     for start, end in marks.spans or ():

@@ -24,7 +24,8 @@ class Tokens(NamedTuple):
         scored = np.flatnonzero(self.scored[:length])
         kept = slice(start, scored[-1] + 1 if len(scored) else start)
         # copies, so that a group of a long data set does not keep its prompt once a response
-        return Tokens(*(None if values is None else values[kept].copy() for values in self))
+        weight = None if self.weight is None else self.weight[kept].copy()
+        return Tokens(self.ids[kept].copy(), self.scored[kept].copy(), weight)
 
 
 class Encoder:
@@ -58,7 +59,8 @@ class Encoder:
             if self.tokenizer.is_fast:
                 (told,) = self.tokenizer.backend_tokenizer.encode_batch([part], add_special_tokens=False)
                 if np.array_equal(told.ids, ids):
-                    places = closed(*np.array(told.offsets, np.int64).reshape(-1, 2).T, part)
+                    starts, ends = np.array(told.offsets, np.int64).reshape(-1, 2).T
+                    places = closed(starts, ends, part)
             places = places or places_by_decoding(ids, part, self.decode)
             if places is None:
                 return None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastdpo.data.formats.turns import Tags, text_or_turns, turns
 from fastdpo.data.report import RowProblem, expect, is_number, kind
@@ -159,14 +159,14 @@ def answers(row: dict, name: str, said: str, rating: str, check=None) -> list[tu
     found = []
     for i, item in enumerate(items(row, name, (said, rating))):
         field = f"{name}[{i}].{rating}"
-        value = score(item[rating], field)
+        value: Any = score(item[rating], field)  # which `items` knows not to be null
         if check:
             check(value, item, field)
         found.append((f"{name}[{i}].{said}", item[said], value))
     return found
 
 
-def _ref_logps(row: dict) -> tuple[float | None, float | None]:
+def _ref_logps(row: dict) -> tuple[float | None, ...]:
     """What a reference model gave (chosen, rejected): both sums, or None twice where the row has neither."""
     old = lambda name: name.replace("ref_", "reference_", 1)  # TRL's name for it until 0.11
     names = ("ref_chosen_logps", "ref_rejected_logps")

@@ -77,7 +77,7 @@ def _swift(row: dict, tags: Tags) -> Columns:
         raise RowProblem("ambiguous_row", "rejected_messages", message)
     if "rejected_messages" in row:
         prompt, field = None, "rejected_messages"  # what the two have in common
-        values = whole, turns(row[field], field, tags)
+        values: tuple = whole, turns(row[field], field, tags)
     else:
         prompt, chosen = columns.last_answer(whole, "messages")
         field = "rejected_response"
@@ -176,7 +176,7 @@ FORMATS: dict[str, Format] = {
         "TRL; Axolotl's argilla_chat; OpenRLHF",
         "{prompt, chosen, rejected} or {chosen, rejected}, text or messages",
         lambda row, asked: (
-            not row.get("history") and "system" not in row and asked & {"prompt", WHOLE, NOWHERE}
+            not row.get("history") and "system" not in row and bool(asked & {"prompt", WHOLE, NOWHERE})
         ),
         columns.paired(
             "prompt", lambda row: row.get("prompt"), about=lambda row: {"tools": row.get("tools")}

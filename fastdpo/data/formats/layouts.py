@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastdpo.data.formats.columns import Columns
 from fastdpo.data.formats.known import COLUMNS, FORMATS, detect
@@ -74,7 +75,7 @@ def _as_text(columns: Columns, texts: dict[str, str]) -> Columns:
     if "{system}" in texts.get("prompt_format", "") and columns.system is None:
         raise RowProblem("missing_column", "system", "missing or empty, and prompt_format has {system} in it")
 
-    def around(name: str, **values: str) -> str:
+    def around(name: str, **values: Any) -> str:
         frame = texts.get(f"{name}_format", f"{{{name}}}")
         return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), frame)
 
