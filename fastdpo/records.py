@@ -179,7 +179,7 @@ class ResponseLogps(Responses):
 
     token_logp: Tensor  # f32[M], the policy's, with gradient
     token_stats: dict[str, Tensor]  # f32[M] each; only those the objective named
-    context: dict[str, Tensor] = field(default_factory=dict)  # what the objective knows of the whole step
+    context: dict[str, Tensor | float] = field(default_factory=dict)  # what the objective knows of the step
 
     @classmethod
     def of(

@@ -31,7 +31,8 @@ def as_type(name: str, value, kind):
         ):
             return value
     words: dict[object, str] = {type(None): "nothing", dict: "{option: value, ...}", str: "text"}
-    wanted = " or ".join(words.get(k, getattr(k, "__name__", str(k))) for k in allowed)
+    plain = [typing.get_origin(kind) or kind for kind in allowed]
+    wanted = " or ".join(words.get(k, getattr(k, "__name__", str(k))) for k in plain)
     raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
 
 

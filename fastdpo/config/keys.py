@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fastdpo.config.checks import check
 from fastdpo.errors import ConfigError
@@ -20,7 +20,7 @@ Optimizer = Literal[
 ]
 
 
-def _key(default, doc, low=None):
+def _key(default: Any, doc: str, low: int | None = None) -> Any:
     """A field. low: the least that its number may be."""
     return field(default=default, metadata={"doc": doc, "low": low})
 
@@ -39,7 +39,7 @@ class Config:
         "NAME:CONFIG picks a hub configuration, FOLDER:NAME a data set of FOLDER/dataset_info.json, #SPLIT a "
         "split, as in data.jsonl#train[:100]",
     )
-    data_format: str | dict | None = _key(
+    data_format: str | dict[str, Any] | None = _key(
         None,
         "how rows are read where their columns do not tell: a format's name (docs/data.md lists them), or "
         "{our column: the rows' own name, ...}, as in {prompt: question, chosen: better, rejected: worse}",
@@ -54,12 +54,14 @@ class Config:
         "where it does not exist; the log-in is checked before training",
     )
     chat_template: str | None = _key(None, "a Jinja file that replaces the tokenizer's chat template")
-    objective: str | dict | list = _key(
+    objective: str | dict[str, Any] | list[Any] = _key(
         "sigmoid",
         "the loss: sigmoid is DPO, sft trains on the chosen responses, `fastdpo objectives` lists all; "
         "or several with their weights: {sigmoid: 0.8, sft: 0.2}",
     )
-    objective_args: dict | None = _key(None, "the objective's options, as `fastdpo objectives` lists them")
+    objective_args: dict[str, Any] | None = _key(
+        None, "the objective's options, as `fastdpo objectives` lists them"
+    )
     beta: float | None = _key(
         None, "strength of the pull towards the reference (default: the objective's own, mostly 0.1)", low=0
     )
@@ -172,13 +174,13 @@ class Config:
     overwrite: bool = _key(
         False, "replace the run that output_dir already holds (with resume: only where it cannot go on)"
     )
-    stages: list[dict] | None = _key(
+    stages: list[dict[str, Any]] | None = _key(
         None,
         "runs one after the other, each a set of keys that override these (objective, beta, "
         "learning_rate, num_epochs, ...); each starts from, and refers to, the one before",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check(self)
         self.per_stage()  # a bad stage shows before any work
 
@@ -231,19 +233,19 @@ GROUPS = {  # of the help and of docs/keys.md: each key once
 }
 
 
-def coerce(name, value):
+def coerce(name: str, value: Any) -> Any:
     """Checks one key and brings its value (a YAML value or a flag's string) to the field's type."""
     if name not in FIELDS:
         raise ConfigError(f"unknown key {name!r}. {nearest(name, FIELDS)}`--help` lists all keys.")
     return as_type(name, value, FIELDS[name].type)
 
 
-def from_values(values: dict) -> Config:
+def from_values(values: dict[str, Any]) -> Config:
     """The config of a YAML file's values and flags' strings. Raises ConfigError."""
     return Config(**{name: coerce(name, value) for name, value in values.items()})
 
 
-def _inherited(above, own: dict) -> dict:
+def _inherited(above: Config, own: dict[str, Any]) -> dict[str, Any]:
     """A stage's own keys, and what is not as it stands above: objective_args go option by option, and options
     that its objective does not read are for the other stages."""
     from fastdpo.objectives.make import options_read  # late: it imports torch
@@ -256,7 +258,7 @@ def _inherited(above, own: dict) -> dict:
     return dropped | own | {"objective_args": args or None}
 
 
-def _check_options_reach(config, stages: list) -> None:
+def _check_options_reach(config: Config, stages: list[Config]) -> None:
     """Raises ConfigError for an option above the stages that none of them reads."""
     for name in ("beta", "label_smoothing"):
         if getattr(config, name) is not None and all(getattr(stage, name) is None for stage in stages):

@@ -35,6 +35,7 @@ def aot(logps: ResponseLogps, *, beta: Above0 = 0.1, label_smoothing: Smoothing 
     Melnyk et al. 2024, arXiv 2406.05882, section 3, with the logistic loss. Sorted over the whole
     step; pair weights are not read, for a sorted place has no pair of its own.
     """
+    assert logps.ref_token_logp is not None
     sums = logps.per_response(logps.token_logp.double())
     ref_sums = logps.per_response(logps.ref_token_logp.double())
     policy, reference = (s[logps.winner] - s[logps.loser] for s in (sums, ref_sums))

@@ -44,9 +44,11 @@ def _problems(group: PreferenceGroup, needs: frozenset[str]) -> Iterator[str]:
             )
     for pair in group.pairs if "ordered scores" in needs else ():
         good, bad = (group.responses[index].score for index in (pair.winner, pair.loser))
+        assert good is not None and bad is not None  # or "scores" has said so
         if not good >= bad:
             yield f"the winner's score {good:g} is below the loser's {bad:g}; swap them or leave the row out"
     for _, _, response in _in_pairs(group) if "positive scores" in needs else ():
+        assert response.score is not None
         if response.score <= 0:
             yield f"score {response.score:g} is not above 0, as scaling: log_difference needs"
     for index, side, response in _in_pairs(group) if "token weights" in needs else ():

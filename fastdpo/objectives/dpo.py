@@ -54,7 +54,8 @@ def scores(
         return math.log(2) + F.logsigmoid(a), math.log(2) + F.logsigmoid(b)
     power = f_alpha_divergence_coef - 1
     if f_divergence_type == "alpha_divergence" and abs(power) >= 1e-6:
-        return tuple(((power * r).clamp(max=80).exp() - 1) / power for r in (a, b))
+        score = lambda r: ((power * r).clamp(max=80).exp() - 1) / power
+        return score(a), score(b)
     return a, b
 
 

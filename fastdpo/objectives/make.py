@@ -38,9 +38,8 @@ def make_objective(objective: str | dict | list, given: dict[str, Any]) -> Objec
     ]
     if list(parts.values()) == [1.0]:
         return made[0]
-    is_preset = isinstance(objective, str)
-    name = objective if is_preset else " + ".join(f"{weight:g} {part}" for part, weight in parts.items())
-    return _sum(name, made, list(parts.values()))
+    together = " + ".join(f"{weight:g} {part}" for part, weight in parts.items())
+    return _sum(objective if isinstance(objective, str) else together, made, list(parts.values()))
 
 
 def options_read(objective: str | dict | list, base_loss: str | None = None) -> set[str]:
@@ -107,12 +106,12 @@ def _one(name: str, options: dict[str, Any]) -> Objective:
     entry = CATALOGUE[name]
     if entry.kind == "rescaled":
         return _drdpo(name, options)
-    beta, seen = options.get("beta"), _bound(transformed, options)
+    beta, reward, seen = options.get("beta"), entry.reward, _bound(transformed, options)
     plain, losses = _bound(entry.losses, options), lambda logps: plain(seen(logps))
     if weighted := options.get("use_weighting"):
         weight = _bound(on_policy_weight, options)
         losses = lambda logps: weight(logps) * plain(seen(logps))
-    common = dict(
+    common: dict[str, Any] = dict(
         name=name,
         beta=beta,
         needs_reference=entry.reference,
@@ -120,7 +119,7 @@ def _one(name: str, options: dict[str, Any]) -> Objective:
         stats=("log_sum_sq_probs",) if weighted else entry.stats,
         needs=_needs(entry, options),
         seen=seen,
-        reward=entry.reward and (lambda logps: (1.0 if beta is None else beta) * entry.reward(logps)),
+        reward=reward and (lambda logps: (1.0 if beta is None else beta) * reward(logps)),
     )
     if entry.kind == "coupled":
         remember = entry.remember and partial(entry.remember, beta=beta)
@@ -141,7 +140,8 @@ def _drdpo(name: str, options: dict[str, Any]) -> Objective:
     """Dr. DPO over its base loss: of the whole step, or the authors' form, of every `scope` groups."""
     base_loss, scope, temperature = options["base_loss"], options["scope"], options["beta_prime"]
     base = _one(base_loss, {option: options[option] for option in options_of(base_loss)})
-    common = {f.name: getattr(base, f.name) for f in fields(Objective)} | {"name": name}
+    common: dict[str, Any] = {f.name: getattr(base, f.name) for f in fields(Objective)} | {"name": name}
+    assert isinstance(base, Decomposable)
     (term,) = base.terms
     if scope == "batch":
         return Rescaled(term=term, temperature=temperature, **common)
@@ -155,7 +155,7 @@ def _sum(name: str, made: list[Objective], weights: list[float]) -> Objective:
     if any(part.within for part in coupled):
         raise ConfigError("objective_args: scope: a number of groups needs drdpo alone; use scope: batch")
     shown = next((part for part in made if part.reward), made[0])  # the metrics are of one part
-    common = dict(
+    common: dict[str, Any] = dict(
         name=name,
         beta=next((part.beta for part in made if part.beta is not None), None),
         needs_reference=any(part.needs_reference for part in made),
@@ -165,14 +165,15 @@ def _sum(name: str, made: list[Objective], weights: list[float]) -> Objective:
         seen=shown.seen,
         reward=shown.reward,
     )
-    if all(isinstance(part, Decomposable) for part in made):
+    plain = [part for part in made if isinstance(part, Decomposable)]
+    if len(plain) == len(made):
         terms = [
             replace(term, weight=weight * term.weight)
-            for part, weight in zip(made, weights)
+            for part, weight in zip(plain, weights)
             for term in part.terms
         ]
         return Decomposable(terms=tuple(terms), only_chosen=all(part.only_chosen for part in made), **common)
-    loss = lambda logps: sum(weight * part.whole(logps) for part, weight in zip(made, weights))
+    loss: Any = lambda logps: sum(weight * part.whole(logps) for part, weight in zip(made, weights))
     remember = next((part.remember for part in coupled if part.remember), None)
     return Coupled(loss=loss, remember=remember, **common)
 

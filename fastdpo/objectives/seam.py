@@ -87,7 +87,8 @@ class Decomposable(Objective):
 
     def part(self, logps: ResponseLogps, counts: Sequence[int]) -> Tensor:
         """What one microbatch adds to the loss of a step with these counts."""
-        return sum(term.sum(logps) / max(count, 1) for term, count in zip(self.terms, counts))
+        parts = (term.sum(logps) / max(count, 1) for term, count in zip(self.terms, counts))
+        return sum(parts)  # type: ignore[return-value]  # there is a term
 
     def whole(self, logps: ResponseLogps) -> Tensor:
         return self.part(logps, [UNITS[term.unit].of_logps(logps) for term in self.terms])
