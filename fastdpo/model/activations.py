@@ -1,6 +1,7 @@
 """What the backward finds of the forward: recomputed, kept, or kept in the host's memory."""
 
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -54,7 +55,7 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
     return [layer for child in module.children() for layer in decoder_layers(child)]
 
 
-def _set_recompute(core, layers: list[nn.Module], level: bool | int | str) -> str:
+def _set_recompute(core, layers: list[Any], level: bool | int | str) -> str:
     if level and not layers:
         raise ConfigError(
             f"gradient_checkpointing: {type(core).__name__} has no layers that can be recomputed; "

@@ -18,9 +18,9 @@ TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 _OF_A_FRESH_LORA = ("lora_rank", "lora_alpha", "lora_target_modules")
 # What these do depends on more than a module's input (the tokens around it, other adapters), or
 # changes layers that the head or the reference would not know of.
-_UNSUPPORTED = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication")
-_UNSUPPORTED += ("megatron_config", "monteclora_config", "trainable_token_indices", "use_bdlora")
-_UNSUPPORTED += ("use_qalora", "velora_config")
+_UNSUPPORTED: tuple[str, ...] = ("alora_invocation_tokens", "arrow_config", "kasa_config")
+_UNSUPPORTED += ("layer_replication", "megatron_config", "monteclora_config", "trainable_token_indices")
+_UNSUPPORTED += ("use_bdlora", "use_qalora", "velora_config")
 
 
 class Start(NamedTuple):
@@ -49,7 +49,7 @@ def find_start(spec: ModelSpec) -> Start:
         return Start(spec.model, None, {})
     if spec.pure_bf16:
         raise ConfigError("pure_bf16: a LoRA's weights stay in fp32 (they are few); leave the key out")
-    folder = Path(spec.model if model_is_adapter else spec.adapter)
+    folder = Path(spec.model if spec.adapter is None else spec.adapter)
     settings = _read_settings(folder)
     for key in _OF_A_FRESH_LORA:
         if getattr(spec, key) != getattr(ModelSpec, key):
@@ -103,6 +103,7 @@ def _with_lora(model, lora):
 
 def add_lora(model, spec: ModelSpec):
     """A fresh LoRA on a model: it starts as no change at all."""
+    assert spec.lora_rank is not None
     torch.manual_seed(spec.seed)
     lora = _peft().LoraConfig(
         r=spec.lora_rank,
@@ -194,6 +195,7 @@ def tell_tied(model, console) -> None:
 
 def load_adapter(model, start: Start, console):
     """The adapter of a folder on its base, to train on; says what it changes. Raises ModelError."""
+    assert start.adapter is not None
     fields = _peft().LoraConfig.__dataclass_fields__
     unknown = [name for name, value in start.settings.items() if value and name not in fields]
     if unknown:

@@ -178,9 +178,11 @@ def _segments(q, kg, vg, layout, scale, window, softcap):
             stop = n_k - n_q + start + rows  # of the keys that the block's last query sees
             first = 0 if window is None else max(0, stop - rows - window + 1)
             corner = mask[len(mask) - rows :, mask.shape[1] - (stop - first) :]
-            queries, kv = q_[:, :, start : start + rows], (x[:, :, first:stop] for x in (k_, v_))
+            queries = q_[:, :, start : start + rows]
+            keys, values = (x[:, :, first:stop] for x in (k_, v_))
             # CUDA kernels want the mask aligned
-            piece = _masked(queries, *kv, corner.contiguous() if q.is_cuda else corner, scale, softcap)
+            corner = corner.contiguous() if q.is_cuda else corner
+            piece = _masked(queries, keys, values, corner, scale, softcap)
             out.append(piece[0].transpose(0, 1))
     return torch.cat(out)
 
@@ -196,8 +198,8 @@ def _dense(q, k, v, layout, scale, window, softcap):
             position[q0:q1] = torch.arange(k1 - k0 - (q1 - q0), k1 - k0, device=q.device)
         mask &= position[:, None] - position[None] < window
     mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    args = (x[None].transpose(1, 2) for x in (q, k, v))
-    return _masked(*args, mask, scale, softcap)[0].transpose(0, 1)
+    queries, keys, values = (x[None].transpose(1, 2) for x in (q, k, v))
+    return _masked(queries, keys, values, mask, scale, softcap)[0].transpose(0, 1)
 
 
 def _block_mask(layout, window, like):

@@ -14,7 +14,7 @@ import contextlib
 import weakref
 from collections import deque
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +55,10 @@ class _Moved:
     """A storage as a flat tensor: on the device, in the host's memory, or both while it is copied."""
 
     def __init__(self, number: int, device: Tensor):
-        self.number, self.device, self.host = number, device, None
-        self.event = None  # of a copy to the device that nobody has waited for
+        self.number = number
+        self.device: Any = device
+        self.host: Any = None
+        self.event: Any = None  # of a copy to the device that nobody has waited for
 
     def arrive(self) -> None:
         """The computing stream waits for the copy to the device."""
@@ -81,7 +83,7 @@ class _View(NamedTuple):
     of: _Moved | _Cast
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 class Moves:
@@ -92,7 +94,8 @@ class Moves:
         self.device = next(module.parameters()).device
         self.resident = {_storage_key(t) for t in (*module.parameters(), *module.buffers())}
         self.stream = _side_stream(self.device) if self.device.type == "cuda" else None
-        self.known = weakref.WeakValueDictionary()  # (storage, dtype, version) -> _Moved
+        # (storage, dtype, version) -> _Moved
+        self.known: weakref.WeakValueDictionary[tuple, _Moved] = weakref.WeakValueDictionary()
         self.order: list[weakref.ref] = []
         self.leaving: deque = deque()  # (event, the device's tensor, its version, weakref of its _Moved)
 
@@ -126,11 +129,11 @@ class Moves:
 
     def _cast(self, tensor: Tensor) -> _Cast | None:
         """How to make a weight's copy in the autocast dtype again, where the tensor is (a view of) one."""
-        source = tensor._base if tensor._is_view() else tensor
+        source: Any = tensor._base if tensor._is_view() else tensor
         made_by = source.grad_fn
         if made_by is None or made_by.name() != "ToCopyBackward0":
             return None
-        parameter = getattr(made_by.next_functions[0][0], "variable", None)
+        parameter: Any = getattr(made_by.next_functions[0][0], "variable", None)
         if id(parameter) not in self.parameters:
             return None
         return _Cast(parameter, tensor.dtype)

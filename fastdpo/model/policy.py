@@ -2,13 +2,19 @@
 
 import contextlib
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any, cast, overload
 
 import torch
 from fastdpo_kernels import MEMORY_BUDGET, Plan, backend, linear_logp, plan
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model import attention
@@ -19,6 +25,7 @@ from fastdpo.model.spec import ModelSpec
 from fastdpo.records import PackedGroups
 from fastdpo.values import as_bytes
 
+WithStats = tuple[Tensor, dict[str, Tensor]]
 # How configs name a factor on the logits: (attribute, model types where it means that or None, power).
 _LOGIT_FACTORS = (
     ("logit_scale", ("cohere", "cohere2"), 1),
@@ -33,20 +40,20 @@ _LOGIT_FACTORS = (
 class Head:
     """The lm_head: its module, and what the model does to the logits after it."""
 
-    module: torch.nn.Module
+    module: Any  # torch.nn.Module
     scale: float
     softcap: float | None
 
-    def tensors(self, dtype: torch.dtype) -> dict:
+    def tensors(self, dtype: torch.dtype) -> dict[str, Any]:
         """weight [V, D], bias [V] and lora (A, B, scale) as linear_logp takes them."""
         base = getattr(self.module, "base_layer", self.module)
-        cast = lambda t: None if t is None else t.to(dtype)
+        in_dtype = lambda t: None if t is None else t.to(dtype)
         lora = None
         if base is not self.module and not self.module.disable_adapters:
             (name,) = self.module.active_adapters
             a, b = self.module.lora_A[name].weight, self.module.lora_B[name].weight
-            lora = (cast(a), cast(b), float(self.module.scaling[name]))
-        return {"weight": cast(base.weight), "bias": cast(base.bias), "lora": lora}
+            lora = (in_dtype(a), in_dtype(b), float(self.module.scaling[name]))
+        return {"weight": in_dtype(base.weight), "bias": in_dtype(base.bias), "lora": lora}
 
     @property
     def trained(self) -> bool:
@@ -56,14 +63,17 @@ class Head:
 class Policy:
     """A model and how to score packed groups with it. Policy and reference share this one path."""
 
-    def __init__(self, model, dtype: torch.dtype, dropout=None, head_budget: int = MEMORY_BUDGET):
-        self.model = model
+    def __init__(
+        self, model: torch.nn.Module, dtype: torch.dtype, dropout: dict[str, float] | None = None,
+        head_budget: int = MEMORY_BUDGET,
+    ) -> None:  # fmt: skip
+        self.model = cast(Any, model)  # transformers' or peft's, with what only these have
         self.head_budget = head_budget  # bytes that the lm_head may take, see fastdpo_kernels.plan
         self.dtype = dtype  # of the computation; trained weights are fp32
-        self.core = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.core = self.model.get_base_model() if hasattr(model, "peft_config") else self.model
         self.head = Head(self.core.get_output_embeddings(), *logit_transform(self.core.config))
         self.device = next(model.parameters()).device
-        self.dropout: dict[str, float] = dropout or {}  # what training switched off; saved models get it back
+        self.dropout = dropout or {}  # what training switched off; saved models get it back
         self.stock_attention = attention.stock_attention(self.core.config)
         self.share = False  # fastdpo.model.support.prepare switches it on where it is exact
 
@@ -78,7 +88,7 @@ class Policy:
         self.share = share
 
     @contextlib.contextmanager
-    def stock(self):
+    def stock(self) -> Iterator[Any]:
         """Inside, the model is as transformers loaded it: for generation, and to compare with."""
         shared = self.share
         self.set_sharing(False)
@@ -87,7 +97,7 @@ class Policy:
         finally:
             self.set_sharing(shared)
 
-    def autocast(self):
+    def autocast(self) -> torch.autocast:
         return torch.autocast(
             self.device.type,
             dtype=self.dtype,
@@ -98,14 +108,20 @@ class Policy:
     def hidden(self, batch: PackedGroups) -> Tensor:
         """Final hidden states [T, D] of a packed batch (on separate rows: [R * L, D])."""
         if batch.layout is None:
-            arguments = {"attention_mask": batch.attention_mask}
+            arguments: dict[str, Any] = {"attention_mask": batch.attention_mask}
         else:
             arguments = {"position_ids": batch.position_ids, "fastdpo_layout": batch.layout}
         with self.autocast():
             out = self.core.base_model(input_ids=batch.input_ids, use_cache=False, **arguments)
-        return out.last_hidden_state.flatten(0, 1)
+        return cast(Tensor, out.last_hidden_state).flatten(0, 1)
 
-    def token_logp(self, batch: PackedGroups, stats: tuple[str, ...] = ()):
+    @overload
+    def token_logp(self, batch: PackedGroups, stats: tuple[()] = ()) -> Tensor: ...
+    @overload
+    def token_logp(self, batch: PackedGroups, stats: tuple[str, *tuple[str, ...]]) -> WithStats: ...
+    @overload
+    def token_logp(self, batch: PackedGroups, stats: tuple[str, ...]) -> Tensor | WithStats: ...
+    def token_logp(self, batch: PackedGroups, stats: tuple[str, ...] = ()) -> Tensor | WithStats:
         """log pi(target | context) of each scored token, f32[M]; with stats named, (that, dict)."""
         hidden = self.hidden(batch)[batch.score_row].to(self.dtype)
         return linear_logp(
@@ -155,7 +171,7 @@ class Policy:
         return f"{p.name} by {self.head_backend}, {cost}"
 
 
-def logit_transform(config) -> tuple[float, float | None]:
+def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
     """(scale, softcap) that this model applies to lm_head's output, in this order."""
     scale = 1.0
     for name, model_types, power in _LOGIT_FACTORS:
@@ -174,11 +190,11 @@ def resolve_dtype(name: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
-def load_model_config(spec: ModelSpec):
+def load_model_config(spec: ModelSpec) -> PreTrainedConfig:
     """The model's transformers config. Raises ModelError, or ConfigError for a max_length beyond it."""
     start = find_start(spec)
     try:
-        model_config = AutoConfig.from_pretrained(start.model)
+        model_config: PreTrainedConfig = AutoConfig.from_pretrained(start.model)
     except Exception as error:  # whatever a broken folder makes transformers raise
         whose = f", the base of the adapter {start.adapter}," if start.adapter else ""
         raise ModelError(f"model: cannot load {start.model!r}{whose}: {error}") from None
@@ -198,7 +214,7 @@ def load_model_config(spec: ModelSpec):
     return model_config
 
 
-def load_policy(spec: ModelSpec, console) -> Policy:
+def load_policy(spec: ModelSpec, console: Console) -> Policy:
     """Loads the model, freezes what is not trained, adds a LoRA (a fresh one, or one to start from)
     where asked. Raises ModelError."""
     start = find_start(spec)
@@ -208,7 +224,7 @@ def load_policy(spec: ModelSpec, console) -> Policy:
     in_4bit = spec.load_in_4bit or bool(getattr(model_config, "quantization_config", None))
     dropped = switch_off_dropout(model_config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             start.model,
             config=model_config,
             dtype=dtype if start.adapter or spec.lora_rank or spec.pure_bf16 else torch.float32,
@@ -233,7 +249,7 @@ def load_policy(spec: ModelSpec, console) -> Policy:
     return Policy(model, dtype, dropped, head_budget=as_bytes("head_memory", spec.head_memory))
 
 
-def load_tokenizer(spec: ModelSpec):
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The tokenizer of the model, or of the adapter to start from where that has one, with the
     spec's chat template where it names one."""
     where = find_start(spec).tokenizer
@@ -250,7 +266,7 @@ def load_tokenizer(spec: ModelSpec):
     return tokenizer
 
 
-def switch_off_dropout(model_config) -> dict[str, float]:
+def switch_off_dropout(model_config: PreTrainedConfig) -> dict[str, float]:
     """Sets every dropout probability (and layerdrop, and router noise) of a transformers config to 0;
     returns what they were.
 
@@ -266,7 +282,7 @@ def switch_off_dropout(model_config) -> dict[str, float]:
     return changed
 
 
-def save_model(policy: Policy, tokenizer, folder) -> None:
+def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
     """Writes a folder that `from_pretrained` loads: the model, or the LoRA adapter, and the tokenizer.
 
     A model is saved in the compute dtype (after dtype: bf16 its fp32 master weights are rounded), an

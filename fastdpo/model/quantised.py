@@ -8,6 +8,7 @@ residual stream too, twice the memory for weights that have no more digits than 
 
 import importlib.util
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -100,7 +101,8 @@ def set_up_4bit(model, dtype: torch.dtype, console) -> None:
     short = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype, str(dtype).removeprefix("torch."))
     head = model.get_output_embeddings()
     if isinstance(head, bnb.nn.Linear4bit):  # linear_logp takes its weight as a matrix
-        weight = bnb.functional.dequantize_4bit(head.weight.data, head.weight.quant_state).to(dtype)
+        stored: Any = head.weight
+        weight = bnb.functional.dequantize_4bit(stored.data, stored.quant_state).to(dtype)
         whole = nn.Linear(head.in_features, head.out_features, head.bias is not None, device="meta")
         whole.weight, whole.bias = nn.Parameter(weight, requires_grad=False), head.bias
         model.set_output_embeddings(whole)
@@ -122,6 +124,7 @@ def _account(model, linears: list, dtype: str) -> str:
     text = f"{kinds}: {len(linears)} matrices, {weights:,} weights in 4 bits; the other {kept:,} "
     text += f"(embeddings, lm_head, norms, biases) stay in {dtype}"
     if (many := sum(stacked.values())) > weights / 10:
-        text = f"[yellow]{text}. {many:,} of these are in tensors as {max(stacked, key=stacked.get)}, which "
+        largest = max(stacked, key=stacked.__getitem__)
+        text = f"[yellow]{text}. {many:,} of these are in tensors as {largest}, which "
         text += "no linear layer holds (stacked experts, most often): bitsandbytes cannot quantise them"
     return text

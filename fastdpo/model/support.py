@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from fastdpo.data.packing import pack
 from fastdpo.errors import ModelError
@@ -18,7 +20,7 @@ _PROBE_ROWS, _PROBE_TOKENS = 200, 256  # groups looked at, and the longest row t
 _PROBE_RESPONSES = 8  # of a group that is cut
 
 
-def sharing_refusal(config) -> str | None:
+def sharing_refusal(config: PreTrainedConfig) -> str | None:
     """Why a model of this transformers config cannot share prompts, as far as its config tells."""
     text = config.get_text_config()
     if getattr(text, "attention_chunk_size", None):
@@ -31,7 +33,7 @@ def sharing_refusal(config) -> str | None:
     return None
 
 
-def prepare(policy: Policy, groups: list[PreferenceGroup], console) -> None:
+def prepare(policy: Policy, groups: list[PreferenceGroup], console: Console) -> None:
     """Switches shared prompts on where they are exact and says aloud where they are not.
 
     Compares the log-probs of two real groups, packed together, with the model's own logits on separate
@@ -64,7 +66,9 @@ def prepare(policy: Policy, groups: list[PreferenceGroup], console) -> None:
     )
 
 
-def _try_sharing(policy, probe, truth, limit, console) -> str | None:
+def _try_sharing(
+    policy: Policy, probe: list[PreferenceGroup], truth: Tensor, limit: float, console: Console
+) -> str | None:
     """Switches sharing on; the reason where it would be wrong."""
     config = policy.core.config.get_text_config()
     try:
@@ -89,12 +93,13 @@ def _try_sharing(policy, probe, truth, limit, console) -> str | None:
     return None
 
 
-def _windowed_layers(config) -> int:
+def _windowed_layers(config: PreTrainedConfig) -> int:
     """How many layers of a text model have a sliding window."""
     if not getattr(config, "sliding_window", None) or not getattr(config, "use_sliding_window", True):
         return 0
     types = getattr(config, "layer_types", None)
-    return types.count("sliding_attention") if types else config.num_hidden_layers
+    count: int = types.count("sliding_attention") if types else config.num_hidden_layers
+    return count
 
 
 def _probe(groups: list[PreferenceGroup]) -> list[PreferenceGroup]:
@@ -119,15 +124,18 @@ def _cut(group: PreferenceGroup) -> PreferenceGroup:
     half, responses = _PROBE_TOKENS // 2, []
     for response in group.responses[:_PROBE_RESPONSES]:
         scored = np.flatnonzero(response.target_mask)
-        last = scored[max(0, np.searchsorted(scored, half) - 1)]
+        last = scored[max(0, int(np.searchsorted(scored, half)) - 1)]
         kept = slice(max(0, last + 1 - half), last + 1)
         responses.append(Response(response.ids[kept], response.target_mask[kept]))
     return PreferenceGroup(group.row, group.prompt[-half:], tuple(responses), ())
 
 
-def _difference(policy, probe, truth) -> tuple[float, list]:
+def _difference(
+    policy: Policy, probe: list[PreferenceGroup], truth: Tensor
+) -> tuple[float, list[tuple[str, int | None]]]:
     """(the largest mean difference a token of any response, the attention calls with a layout)."""
-    batch, seen = pack(probe, policy.share), []
+    batch = pack(probe, policy.share)
+    seen: list[tuple[str, int | None]] = []
     if batch.layout is not None:
         batch = replace(batch, layout=replace(batch.layout, seen=seen))
     with torch.no_grad():

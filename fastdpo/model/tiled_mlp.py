@@ -12,6 +12,7 @@ import math
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def is_inside() -> bool:
 def tile_mlps(layers: list[nn.Module]) -> tuple[int, int]:
     """Makes the dense MLPs of decoder layers compute in tiles; returns how many, and how many layers have
     none that can: a mixture of experts, or no `mlp` that takes hidden states and nothing else."""
-    dense = [layer.mlp for layer in layers if _is_dense(getattr(layer, "mlp", None))]
+    dense: list[Any] = [layer.mlp for layer in layers if _is_dense(getattr(layer, "mlp", None))]
     for mlp in dense:
         mlp.untiled = mlp.forward
         mlp.forward = MethodType(_forward, mlp)
@@ -45,7 +46,7 @@ def tile_mlps(layers: list[nn.Module]) -> tuple[int, int]:
 def untile_mlps(layers: list[nn.Module]) -> None:
     """Undoes `tile_mlps`."""
     for layer in layers:
-        mlp = getattr(layer, "mlp", None)
+        mlp: Any = getattr(layer, "mlp", None)
         if mlp is not None and hasattr(mlp, "untiled"):
             mlp.forward = mlp.untiled
             del mlp.untiled
@@ -58,7 +59,7 @@ def _is_dense(mlp: nn.Module | None) -> bool:
     return not names.intersection(_MIXTURE)
 
 
-def _forward(mlp: nn.Module, x: Tensor) -> Tensor:
+def _forward(mlp: Any, x: Tensor) -> Tensor:
     """mlp(x), x [..., D]: as it stands up to TILE tokens, in tiles beyond."""
     if x.shape[:-1].numel() <= TILE:
         return mlp.untiled(x)
@@ -75,7 +76,7 @@ def _tiles(x: Tensor) -> tuple[Tensor, ...]:
     return rows.chunk(math.ceil(rows.shape[1] / TILE), dim=1)
 
 
-def _in_tiles(mlp: nn.Module, x: Tensor) -> Tensor:
+def _in_tiles(mlp: Any, x: Tensor) -> Tensor:
     global _inside
     before, _inside = _inside, True
     try:
@@ -119,8 +120,8 @@ class _Tiled(torch.autograd.Function):
         ctx.kept = None
         mlp, needs_x = ctx.mlp, ctx.needs_input_grad[2]
         enabled, dtype = ctx.autocast
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
-        places = _tiles(grad_x) if needs_x else None
+        grad_x: Any = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_x else None
+        places: Any = _tiles(grad_x) if needs_x else None
         with (
             _summed(mlp) as (leaves, sums),
             torch.enable_grad(),

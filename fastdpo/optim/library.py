@@ -4,6 +4,7 @@ their states as plain tensors, for checkpoints.
 
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Library:
     def __init__(self, spec: OptimSpec):
         self.name = spec.optim
         self.library, _ = _OTHERS.get(spec.optim, ("torch", None))
-        self.optimizer = _make(spec.optim, torch.nn.Parameter(torch.zeros(1)))
+        self.optimizer: Any = _make(spec.optim, torch.nn.Parameter(torch.zeros(1)))
         self.optimizer.param_groups = []
         self.state = self.optimizer.state
 
@@ -56,7 +57,7 @@ class Library:
 
     def tensors(self, tensor: torch.nn.Parameter) -> dict[str, Tensor]:
         """A tensor's states: numbers as 0-dim tensors, torchao's quantised ones as their parts."""
-        out = {}
+        out: dict[str, Tensor] = {}
         for key, value in self.state.get(tensor, {}).items():
             if hasattr(value, "tensor_attrs"):  # torchao's subclasses
                 out |= {f"{key}.{part}": getattr(value, part) for part in value.tensor_attrs}

@@ -8,6 +8,7 @@ each piece comes over, is stepped, and goes back.
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ class Host:
     def __init__(self, device: torch.device):
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="fastdpo-host")
         self.jobs: list[Future] = []
-        self.leaving = None  # (event, the device's tensor) of the newest gradient on its way
+        # (event, the device's tensor) of the newest gradient on its way
+        self.leaving: tuple[torch.cuda.Event, Tensor] | None = None
         self.cuda = device.type == "cuda"
-        self.stream, self.copies = (torch.cuda.Stream(device) if self.cuda else None for _ in range(2))
+        streams: Any = (torch.cuda.Stream(device) if self.cuda else None for _ in range(2))
+        self.stream, self.copies = streams
 
     def submit(self, job: Callable[[Tensor], None], tensor: Tensor, copy: bool) -> None:
         """job(tensor) in the thread, after the device's work so far and the earlier jobs; with copy,

@@ -64,7 +64,7 @@ class Whole:
 class Pieces:
     """A weight that is stepped in fp32 copies of one piece after the other, `where` or on its own device."""
 
-    where = None
+    where: str | None = None
 
     def __init__(self, weight: torch.nn.Parameter, library: Library, weight_decay: float):
         weight.data = weight.data.contiguous()

@@ -35,7 +35,7 @@ class WeightOptimizer(torch.optim.Optimizer):
         self.host = Host(self.weights[0].device) if self.offloads or self.in_backward else None
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # without a closure
         """Updates every weight that has a gradient."""
         if all(isinstance(way, Whole) for way in self.ways.values()):
             groups = [(group["params"], group["weight_decay"]) for group in self.param_groups]
@@ -51,6 +51,7 @@ class WeightOptimizer(torch.optim.Optimizer):
         seed = noise_seed(self.seed, self.steps, self.numbers[p])
         update = partial(self.ways[p].update, rate=self.param_groups[0]["lr"], seed=seed)
         if self.offloads:
+            assert self.host
             self.host.submit(update, gradient, copy=self.in_backward)
         else:
             update(gradient)
@@ -67,10 +68,10 @@ class WeightOptimizer(torch.optim.Optimizer):
 
     def load(self, tensors: dict[str, Tensor], steps: int) -> None:
         """Puts back what `tensors` gave after so many steps."""
-        saved = defaultdict(dict)
+        saved: dict[int, dict[str, Tensor]] = defaultdict(dict)
         for name, tensor in tensors.items():
-            number, key = name.split(".", 1)
-            saved[int(number)][key] = tensor
+            place, key = name.split(".", 1)
+            saved[int(place)][key] = tensor
         for number, state in saved.items():
             self.ways[self.weights[number]].load(state)
         self.steps = steps
@@ -83,6 +84,8 @@ class WeightOptimizer(torch.optim.Optimizer):
 class InBackward(WeightOptimizer):
     """Updates each weight in the backward of a step's last microbatch, which `last_microbatch` announces.
     Weights that only earlier microbatches reached are updated by `end_backward`."""
+
+    host: Host
 
     def __init__(self, groups: list[dict], spec: OptimSpec):
         super().__init__(groups, spec)
@@ -99,6 +102,7 @@ class InBackward(WeightOptimizer):
     @torch.no_grad()
     def _arrived(self, p: torch.nn.Parameter) -> None:
         gradient, p.grad = p.grad, None
+        assert gradient is not None
         if self.updates:
             self._finish(p, gradient)
         else:
@@ -114,6 +118,7 @@ class InBackward(WeightOptimizer):
         if earlier is not None:
             earlier = earlier.to(p.device, non_blocking=True)
             gradient = earlier if gradient is None else earlier.add_(gradient)
+        assert gradient is not None
         self.squares.append(torch.linalg.vector_norm(gradient, dtype=_sum_dtype(gradient)) ** 2)
         self._update(p, gradient)
 
@@ -128,7 +133,7 @@ class InBackward(WeightOptimizer):
         self.updates, self.squares = False, []
         return norm
 
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # without a closure
         """Ends a step, all of whose updates are under way."""
         self.end_backward()
         self._end_step()

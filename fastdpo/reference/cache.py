@@ -70,7 +70,7 @@ class RefCache(CacheFile):
 
     def parts_of(self, namespace: str) -> dict | None:
         """The recorded parts of another fingerprint, where they are there."""
-        found = []
+        found: list[tuple[bytes]] = []
         query = "SELECT parts FROM namespaces WHERE id = ?"
         self.run(lambda db: found.extend(db.execute(query, (bytes.fromhex(namespace),))))
         try:

@@ -72,6 +72,7 @@ class CacheFile(contextlib.AbstractContextManager):
         self._console.print(f"[yellow]reference_cache: {escape(message)}", highlight=False, soft_wrap=True)
 
     def _try(self, work) -> None:
+        assert self.path is not None
         try:
             if self._db is None:
                 self._open()
@@ -84,6 +85,7 @@ class CacheFile(contextlib.AbstractContextManager):
             raise ConfigError(f"reference_cache: {self.path}: {error.strerror}. {WAY_OUT}") from None
 
     def _open(self) -> None:
+        assert self.path is not None
         if self.path.is_dir():
             raise ConfigError(f"reference_cache: {self.path} is a folder; name a file in it")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +121,7 @@ class CacheFile(contextlib.AbstractContextManager):
             raise _Damaged("its tables are not those of a reference cache")
 
     def _move_aside(self, damage: _Damaged) -> None:
+        assert self.path is not None
         self.close()
         if not self.path.exists() or os.stat(self.path).st_ino != self._inode:
             return  # another process has done so

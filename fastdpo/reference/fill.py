@@ -120,7 +120,8 @@ def _in_turn(policy, packs, cache: RefCache) -> Iterator[tuple[list[bytes], "_Co
     """(its keys, what was computed) of each pack, in order; None where an earlier pack, or another process,
     had all of it. A GPU has begun with the next pack by then: that one is packed, and this one stored, while
     the GPU computes."""
-    ahead, waiting = int(policy.device.type == "cuda"), deque()
+    ahead = int(policy.device.type == "cuda")
+    waiting: deque[tuple[list[bytes], _Computed | None]] = deque()
     for groups, keys in packs:
         coming = {key for earlier, _ in waiting for key in earlier}
         missing = any(key not in cache.values and key not in coming for key in keys)

@@ -58,7 +58,8 @@ def reference_fingerprint(policy: Policy, fresh_lora: bool) -> Fingerprint:
     the weights are kept in the same dtype.
     """
     prefix = policy.model.base_model.prefix if policy.core is not policy.model else None
-    weights, adapter = {}, {}
+    weights: dict[str, Tensor] = {}
+    adapter: dict[str, Tensor] = {}
     for name, tensor in policy.core.state_dict().items():
         where, name = _place(name, prefix, weights, adapter)
         where[name] = tensor
