@@ -17,7 +17,7 @@ RULES = ("all", "best_worst", *BY_GAP)
 
 
 def select_pairs(
-    groups: Sequence[PreferenceGroup], rule: str, ref_logps: Sequence[np.ndarray] | None = None
+    groups: Sequence[PreferenceGroup], rule: str, ref_logps: Sequence[Sequence[float]] | None = None
 ) -> tuple[list[PreferenceGroup], Counter]:
     """The groups with the pairs that `rule` names, and what it left out: pairs and responses (those that no
     kept pair needs are not computed), and `one_loser`, rows whose pair is the same under every rule.
@@ -54,7 +54,7 @@ def select_pairs(
     return selected, +notes
 
 
-def _from_hard_to_easy(group: PreferenceGroup, ref_logps: np.ndarray | None) -> list[Pair]:
+def _from_hard_to_easy(group: PreferenceGroup, ref_logps: Sequence[float] | None) -> list[Pair]:
     """The pairs that R1 wins, by rank of the loser, or by how far the reference has them apart."""
     if len(group.pairs) == 1:  # the row says which is better, whatever the scores beside it
         return list(group.pairs)

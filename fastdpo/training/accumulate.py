@@ -1,13 +1,15 @@
 """The gradients of one optimizer step: exact over the whole step, however it is cut into microbatches."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdpo.data.packing import Packing
 from fastdpo.objectives.batch import kto_z0
 from fastdpo.objectives.seam import Coupled, Decomposable, Rescaled
 from fastdpo.optim.stepping import InBackward
@@ -36,8 +38,8 @@ class NotFinite(Exception):
 class Accumulator:
     """How to go through a step, by the kind of its objective."""
 
-    parameters: list[Tensor]
-    microbatches: Callable[[Groups], Collection[PackedGroups]]  # each packed when it is asked for
+    parameters: Sequence[Tensor]
+    microbatches: Callable[[Groups], Packing]  # each packed when it is asked for
     score: Callable[[PackedGroups], ResponseLogps]
     guard: Callable[[PackedGroups], AbstractContextManager]  # around a microbatch's work
     see: Callable[[PackedGroups, ResponseLogps], None]  # what else is done with each microbatch's log-probs
@@ -52,6 +54,7 @@ class Accumulator:
             with torch.no_grad():
                 first = [self._first(batch, step) for batch in self.microbatches(aside)]
                 step.context = context_of(first, self.parameters[0].device)
+        kinds: dict[type, Callable]
         kinds = {Decomposable: self._decomposable, Rescaled: self._rescaled, Coupled: self._coupled}
         kinds[type(objective)](objective, groups, step)
         return step
@@ -155,13 +158,13 @@ class Accumulator:
     def _scale_gradients(self, factor: Tensor) -> None:
         # bf16 gradients would round a tensor without dimensions to bf16 first, as _foreach_mul_ on the CPU
         # would; a number is not rounded, but a GPU's has to be waited for
-        factor = factor.float()[None] if factor.is_cuda else float(factor)
+        by = factor.float()[None] if factor.is_cuda else float(factor)
         for p in self.parameters:
             if p.grad is not None:
-                torch.atleast_1d(p.grad).mul_(factor)
+                torch.atleast_1d(p.grad).mul_(by)
 
 
-def ending(items: Collection) -> Iterator[tuple]:
+def ending(items: Packing | list) -> Iterator[tuple]:
     """(item, whether it is the last) of each; none is made before it is due."""
     for number, item in enumerate(items, 1):
         yield item, number == len(items)
@@ -177,7 +180,10 @@ class _RunningWeights:
     """exp((shift - loss) / T) of pairs that come a microbatch at a time, and their sum."""
 
     def __init__(self, temperature: float):
-        self.temperature, self.shift = temperature, None
+        self.temperature = temperature
+        self.shift: Any = None  # tensors all three, once there is a pair
+        self.total: Any
+        self.count: Any
 
     def add(self, losses: Tensor, pair_weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """(the weights f32[P], None or what everything so far must be multiplied by)."""

@@ -98,7 +98,7 @@ def load(folder: Path) -> Checkpoint:
 def newest(folder: Path) -> tuple[Checkpoint | None, dict[str, str]]:
     """(the newest whole checkpoint, the newer ones that were passed over and why). Inside a later stage it
     needs the weights that the stage started from, so the checkpoint with those must be whole too."""
-    passed = {}
+    passed: dict[str, str] = {}
     for path in reversed(found(folder)):
         why = ""
         try:

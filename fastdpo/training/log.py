@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -71,7 +72,7 @@ class RunLog:
         """Says what a stage will do, before it does it; returns the same as numbers."""
         name, first = stage.objective.name, next(step_groups(stage.groups, stage.job, 1))
         batches = list(stage.microbatches(first))
-        facts = {
+        facts: dict[str, Any] = {
             "objective": name,
             "steps": stage.total,
             "groups": len(stage.groups),

@@ -90,6 +90,7 @@ def add_kl(sums: Sums, logps: ResponseLogps) -> None:
     but not the KL of the policy's own text. (k3 is unbiased on the policy's samples; on rejected tokens,
     which training makes rare, its exp(log reference - log policy) grows past all sense.)
     """
+    assert logps.ref_token_logp is not None
     log_ratio = (logps.token_logp - logps.ref_token_logp).double()
     sums.add("kl", log_ratio.square() / 2)
 

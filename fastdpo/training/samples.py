@@ -34,7 +34,7 @@ def complete(
     model.generation_config = GenerationConfig(
         do_sample=False, use_cache=True, eos_token_id=ends or None, pad_token_id=pad
     )
-    completions = {}
+    completions: dict[int, list[int]] = {}
     try:
         with policy.stock(), policy.autocast():
             for batch, room in batches(policy, groups, max_new_tokens):

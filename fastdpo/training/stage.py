@@ -16,6 +16,8 @@ from fastdpo.errors import TrainingError
 from fastdpo.model.policy import Policy
 from fastdpo.optim.optimizers import make_optimizer, set_schedule
 from fastdpo.records import Groups, PackedGroups, ResponseLogps
+from fastdpo.reference.columns import ReferenceColumns
+from fastdpo.reference.fill import ReferenceTable
 from fastdpo.training.accumulate import Accumulator, NotFinite, context_of
 from fastdpo.training.failures import WAY_OUT, Explain, memory_guard, not_finite, update_guard
 from fastdpo.training.job import StageJob, total_steps
@@ -49,7 +51,8 @@ class Stage:
     """
 
     def __init__(self, job: StageJob, policy: Policy, groups, eval_groups, explain: Explain | None = None):
-        self.job, self.policy, self.reference, self.explain = job, policy, None, explain
+        self.job, self.policy, self.explain = job, policy, explain
+        self.reference: ReferenceTable | ReferenceColumns | None = None
         self.objective = job.objective
         self.groups = [self.objective.select(g) for g in groups]
         self.eval_groups = [self.objective.select(g) for g in eval_groups]
@@ -57,7 +60,7 @@ class Stage:
         self.mismatched, self.eval_mismatched = aside(self.groups), aside(self.eval_groups)
         self.per_epoch = math.ceil(len(self.groups) / job.batch_size)
         self.total = total_steps(job, len(self.groups))
-        self.drifts = None  # of the first step's microbatches, while it runs
+        self.drifts: list[Tensor] | None = None  # of the first step's microbatches, while it runs
         self.ahead: tuple = (None, None)  # (groups, the same packed) of a microbatch that is to come
 
     def run(self, run, resumed=None) -> Progress:
@@ -77,7 +80,7 @@ class Stage:
                 settle()
             self.drifts = [] if self.reference and progress.steps == 0 else None
             steps = step_groups(self.groups, self.job, self.total, progress.steps)
-            for groups, following in itertools.pairwise(itertools.chain(steps, [None])):
+            for groups, following in itertools.pairwise(itertools.chain(steps, [[]])):
                 step = run.place.first + progress.steps + 1
                 norm = self.step(groups, progress, step, optimizer, following)
                 if self.drifts is not None:
@@ -165,6 +168,7 @@ class Stage:
     @torch.no_grad()
     def drift(self, logps: ResponseLogps) -> Tensor:
         """How far policy and reference are apart: the largest mean over a response's tokens."""
+        assert self.reference is not None and logps.ref_token_logp is not None
         if not self.reference.per_token:
             return (logps.log_ratio.abs() / logps.lengths).max()
         apart = (logps.token_logp - logps.ref_token_logp).abs()
@@ -244,7 +248,7 @@ class Stage:
         progress.evaluated = not (batches and run.stopping.requested)
         if not batches or not progress.evaluated:
             return
-        context = dict(progress.memory)
+        context: dict[str, Tensor | float] = {**progress.memory}
         if self.objective.mismatched:
             context |= context_of(seen[len(batches) :], self.policy.device)
         logps = replace(ResponseLogps.joined(seen[: len(batches)]), context=context)

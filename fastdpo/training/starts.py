@@ -1,6 +1,7 @@
 """What a stage starts with: its pairs, and the reference's log-probs, those of its start weights."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ Fill = Callable[[list[Groups]], ReferenceTable]  # looks up and computes, under 
 def stage_groups(run: Run, job: StageJob, fill: Fill) -> Groups:
     """A stage's training rows with the pairs that it selects, and the noise that it asks for."""
     groups, left_out = pairs_of_stage(job, run.groups, fill)
-    facts = {}
+    facts: dict[str, Any] = {}
     if left_out:
         facts["left_out"] = dict(left_out)
         by = f" (by {job.pair_gap})" if job.pairs in BY_GAP else ""

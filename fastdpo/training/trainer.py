@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,7 +28,7 @@ from fastdpo.training.job import Around, Job, StageJob, job_of, resolve
 from fastdpo.training.resume import check_same_run, check_start, find_checkpoint, rows_digest
 from fastdpo.training.run import Place, Run
 from fastdpo.training.stage import Progress, Stage
-from fastdpo.training.starts import make_reference, pairs_of_stage, stage_groups
+from fastdpo.training.starts import Fill, make_reference, pairs_of_stage, stage_groups
 from fastdpo.training.stopping import Stopping
 from fastdpo.training.trackers import check_trackers, open_trackers
 
@@ -48,7 +49,8 @@ def train(config: Config, console: Console, around: Around) -> Path:
         check_cache(job, console)
         with undone_if_refused(folder):
             open_run(folder, job, reports, found, passed, console)
-            trackers = open_trackers(job.trackers, folder, job.settings, found and found.step, console)
+            resumed_at = found.step if found else None
+            trackers = open_trackers(job.trackers, folder, job.settings, resumed_at, console)
             with contextlib.closing(trackers):
                 run = Run(
                     folder=folder,
@@ -143,9 +145,9 @@ def run_stage(run: Run, resumed: checkpoint.Checkpoint | None) -> Progress:
     place, policy, expected = run.place, run.policy, resumed.state["namespace"] if resumed else None
     job = run.job.stages[place.stage]
     run.log.stage = place.stage
-    options = dict(path=cache_path(run.job.reference_cache), max_tokens=job.max_tokens, console=run.console)
-    options |= dict(fresh_lora=run.fresh_lora, check=run.stopping.check, expected_namespace=expected)
-    fill = partial(load_reference, policy, **options)
+    options: dict[str, Any] = dict(path=cache_path(run.job.reference_cache), fresh_lora=run.fresh_lora)
+    options |= dict(max_tokens=job.max_tokens, console=run.console, check=run.stopping.check)
+    fill = partial(load_reference, policy, **options, expected_namespace=expected)
     explain = partial(run.around.explain, run.job.config.per_stage()[place.stage], policy.core.config)
     stage = Stage(job, policy, stage_groups(run, job, fill), run.eval_groups, explain)
     place.total, place.namespace = stage.total, None
@@ -175,7 +177,8 @@ def fill_reference(config: Config, console: Console, around: Around) -> None:
         check_rows(first.objective, eval_groups, "eval_data")
         policy = ready_policy(job, groups, eval_groups, console)
         stopping.saves = True
-        options = dict(path=path, max_tokens=first.max_tokens, console=console, check=stopping.check)
-        fill = partial(load_reference, policy, **options, fresh_lora=job.model.lora_rank is not None)
+        options: dict[str, Any] = dict(path=path, max_tokens=first.max_tokens, check=stopping.check)
+        options |= dict(console=console, fresh_lora=job.model.lora_rank is not None)
+        fill: Fill = partial(load_reference, policy, **options)
         groups, _ = pairs_of_stage(first, groups, fill)
         fill(Stage(first, policy, groups, eval_groups).reference_sets())
