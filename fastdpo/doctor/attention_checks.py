@@ -67,7 +67,9 @@ def layout_of(shapes) -> PrefixLayout:
     ids = lambda n: np.ones(n, np.int64)
     response = lambda n: Response(ids(n), ids(n) > 0)
     groups = [(ids(prompt), tuple(map(response, responses))) for prompt, responses in shapes]
-    return pack([PreferenceGroup(row, *group, ()) for row, group in enumerate(groups)]).layout
+    layout = pack([PreferenceGroup(row, *group, ()) for row, group in enumerate(groups)]).layout
+    assert layout is not None
+    return layout
 
 
 def inputs(case: Case, tokens: int, device: str, dtype) -> tuple[torch.Tensor, ...]:

@@ -76,7 +76,8 @@ def _refuse_another(rung: str, c: HeadCase, dtype) -> None:
     backend = tiles.backend(device, dtype, lora=c.a is not None)
     if backend != ("cublas" if rung == "cublas" else "triton"):
         raise NotHere(f"no kernel of this kind for {short(dtype)} on this chip: {backend} is taken")
-    if rung == "triton" and not tiles.tile(device, dtype).descriptors:
+    tile = tiles.tile(device, dtype)
+    if rung == "triton" and tile is not None and not tile.descriptors:
         raise NotHere("this chip has no tensor descriptors")
 
 

@@ -96,7 +96,7 @@ def dpo_slopes(c: HeadCase) -> Tensor:
     """d linear_dpo's loss / d each log-prob, f64[M]."""
     leaves = c.leaves(torch.float64, True)
     args = (leaves["hidden"], leaves["weight"], c.target, c.cu_resp, c.pairs)
-    loss, stats = reference.linear_dpo(*args, **c.rows, **c.options(leaves))
+    loss, stats = reference.linear_dpo(*args, **(c.rows | c.options(leaves)))
     return torch.autograd.grad(loss, stats.token_logp)[0]
 
 

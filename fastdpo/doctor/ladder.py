@@ -143,7 +143,9 @@ def _tried(path: Path, key: dict, device: str, console: Console, say) -> Choice 
 def verdict_path(key: dict) -> Path:
     """Where the verdict for a `machine.key` is kept: in one folder, whatever cache a run has, so that all
     look where the doctor keeps it."""
-    return cache_path("auto").parent / f"kernels-{_digest(key)[:16]}.json"
+    cache = cache_path("auto")
+    assert cache is not None
+    return cache.parent / f"kernels-{_digest(key)[:16]}.json"
 
 
 def read_verdict(path: Path, key: dict) -> Choice | None:

@@ -31,7 +31,7 @@ def versions(packages: tuple[str, ...]) -> dict[str, str | None]:
 def processor() -> str:
     """The CPU by name."""
     with suppress(OSError, TypeError):
-        return re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())[1]
+        return re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())[1]  # type: ignore[index]
     return platform.processor() or platform.machine()
 
 
@@ -39,7 +39,7 @@ def processor() -> str:
 def driver() -> str:
     """The NVIDIA driver's version, or "unknown"."""
     with suppress(OSError, TypeError):
-        return re.search(r"\b\d+\.\d+(\.\d+)?\b", _DRIVER_FILE.read_text())[0]
+        return re.search(r"\b\d+\.\d+(\.\d+)?\b", _DRIVER_FILE.read_text())[0]  # type: ignore[index]
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     with suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)

@@ -59,7 +59,7 @@ def all_beside(names, leaves, got, truth, baseline, dtype: torch.dtype) -> list[
     given them in fp64."""
     wide = [leaf.double() for leaf in leaves]
     results = (_results(got, leaves), _results(truth, wide), _results(baseline, leaves))
-    return [beside(name, *one, dtype) for name, *one in zip(names, *results)]
+    return [beside(*one, dtype=dtype) for one in zip(names, *results)]
 
 
 def _results(function: Callable[..., Tensor], leaves) -> tuple[Tensor, ...]:

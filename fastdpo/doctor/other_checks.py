@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import itertools
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ def check_offloading(device: str) -> list[Measured]:
     module = nn.Sequential(*layers).to(device)
     x = torch.randn(2 * MIN_BYTES // (4 * min(sizes)), min(sizes)).to(device)
 
-    def gradients(hooks) -> list[torch.Tensor]:
+    def gradients(hooks) -> list[Any]:
         module.zero_grad(set_to_none=True)
         with hooks:
             loss = module(x).sin().sum()
@@ -59,10 +60,11 @@ def check_4bit(device: str) -> list[Measured]:
         layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
         layer = layer.to(device)
         layer.support_avx512bf16_for_cpu = False  # as quantised.set_up_4bit does
-        held = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        dense = (partial(F.linear, weight=held.to(kind)) for kind in (torch.float64, dtype))
+        stored: Any = layer.weight
+        held = bnb.functional.dequantize_4bit(stored.data, stored.quant_state)
+        truth, baseline = (partial(F.linear, weight=held.to(kind)) for kind in (torch.float64, dtype))
         names, x = (f"output ({short(dtype)})", f"d input ({short(dtype)})"), torch.randn(37, 320)
-        found += all_beside(names, [x.to(device, dtype)], layer, *dense, dtype)
+        found += all_beside(names, [x.to(device, dtype)], layer, truth, baseline, dtype)
         far = ((weight - held.cpu()).double().norm() / weight.double().norm()).item()
         found.append(Measured(f"weights, by rounding to 4 bits ({short(dtype)})", far, NF4_LOSS))
     return found

@@ -9,7 +9,7 @@ from fastdpo.doctor.ladder import Choice
 from fastdpo.doctor.trials import Outcome
 
 _STYLES = {"right": "green", "inexact": "red", "failed": "red", "unknown": "yellow", "not here": "dim"}
-_SHOWN = {"plain_triton": "triton, plain", "flash_attn": "flash-attn"}
+_SHOWN: dict[str | None, str] = {"plain_triton": "triton, plain", "flash_attn": "flash-attn"}
 
 Outcomes = dict[tuple[str, str], Outcome]  # (what, its rung, or "" where there is one way only) -> ...
 
@@ -47,6 +47,7 @@ def _words(outcome: Outcome, brief: bool = False) -> str:
     worst = outcome.worst
     if outcome.verdict != "right":
         return outcome.why
+    assert worst is not None
     if not worst.allowed:
         return "the same bits"
     sizes = f"{worst.error:.1e}, {worst.allowed:.1e}"
@@ -59,8 +60,8 @@ def speed_table(speed: dict[str, dict]) -> Table:
     table = Table("what", "by", *numbers, title=title, title_justify="left")
     for name, run in speed.items():
         share = run["tflops"] / speed["GEMM"]["tflops"]
-        numbers = (f"{run['milliseconds']:.2f}", f"{run['tflops']:.1f}", f"{share:.0%}")
-        table.add_row(name, _SHOWN.get(run["how"], run["how"]), *numbers)
+        cells = (f"{run['milliseconds']:.2f}", f"{run['tflops']:.1f}", f"{share:.0%}")
+        table.add_row(name, _SHOWN.get(run["how"], run["how"]), *cells)
     return table
 
 

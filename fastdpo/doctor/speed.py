@@ -69,16 +69,17 @@ def _head(x, weight, target, where) -> dict:
     leaves = [t.detach().requires_grad_() for t in (x, weight)]
     by = backend(where, x.dtype)
     how = plan(*(len(x), *weight.shape), dtype=x.dtype, train_weight=True, backend=by)
-    run = lambda: torch.autograd.grad(linear_logp(*leaves, target).sum(), leaves)
+    run = lambda: torch.autograd.grad(linear_logp(leaves[0], leaves[1], target).sum(), leaves)
     return _timed(f"{how.name} by {by}", run, how.flops, where)
 
 
 def _attention(where, dtype) -> dict:
     layout = layout_of(SHAPES).to(where)
     leaves = inputs(CASE, len(layout.seen_until), where, dtype)
-    by = attention.pick_backend(leaves[0], leaves[2])
-    grad = torch.randn_like(leaves[0])
-    run = lambda: torch.autograd.grad(attention.attend(*leaves, layout), leaves, grad)
+    q, k, v = leaves
+    by = attention.pick_backend(q, v)
+    grad = torch.randn_like(q)
+    run = lambda: torch.autograd.grad(attention.attend(q, k, v, layout), leaves, grad)
     return _timed(by, run, 3 * 4 * CASE.heads * CASE.size * attended(layout), where)
 
 

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import Pipe
+from typing import Any
 
 from fastdpo.doctor.measuring import Measured
 
@@ -49,7 +50,7 @@ class Outcome:
 class Answer:
     """Of a child: a value, or why the check is not for this machine, or why there is neither."""
 
-    value: object = None
+    value: Any = None
     not_here: str | None = None
     failed: str | None = None
     detail: str = ""
@@ -65,7 +66,9 @@ class Children:
         self.device = device
         self.started = 0  # processes, so far
         self._no_more = ""  # why no further one starts
-        self._process = self._log = self._connection = None
+        self._process: Any = None
+        self._log: Any = None
+        self._connection: Any = None
 
     def __enter__(self):
         return self

@@ -26,6 +26,7 @@ def choose(config: Config, model_config, groups, console: Console, target: Targe
         return config
     target = target or (Target.here() if torch.cuda.is_available() else Target(is_cpu=True))
     budget = budget_of(config, target, console)
+    assert budget is not None  # for config.memory is not
     say = partial(console.print, highlight=False, soft_wrap=True)
     chosen: dict = {}
     for own, stage in zip(config.stages or [{}], config.per_stage()):

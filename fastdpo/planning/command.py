@@ -6,12 +6,13 @@ from fastdpo.config.keys import Config
 from fastdpo.data.load import load_data
 from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.model.policy import load_model_config, load_tokenizer
+from fastdpo.model.spec import ModelSpec
 from fastdpo.planning import show
 from fastdpo.planning.choose import budget_of
 from fastdpo.planning.prediction import assumed_groups, selected, step_loads
 from fastdpo.planning.search import SURE, Option, Planner
 from fastdpo.planning.target import CARDS, Target
-from fastdpo.training.job import check_stepping, job_of, stage_job
+from fastdpo.training.job import check_stepping, job_of, part, stage_job
 
 WIDTH = 100
 
@@ -20,7 +21,7 @@ def plan(config: Config, card: str | None, device: str, console: Console | None 
     """Prints the plan of each stage. Raises ConfigError and ModelError."""
     console = console or Console(width=WIDTH)
     target = _target(card, device)
-    model_config = load_model_config(config)
+    model_config = load_model_config(part(ModelSpec, config))
     groups = _groups(config, console)
     budget = budget_of(config, target, console)
     stages = config.per_stage()
@@ -84,7 +85,8 @@ def _target(card: str | None, device: str) -> Target:
 def _groups(config: Config, console: Console):
     """The training rows, or None, said aloud, where they or the tokenizer cannot be read."""
     try:
-        return load_data(job_of(config).data, load_tokenizer(config), console)[0]
+        job = job_of(config)
+        return load_data(job.data, load_tokenizer(job.model), console)[0]
     except (DataError, ModelError) as error:
         text = f"[yellow]the data was not read ({error}): rows of max_length are assumed"
         console.print(text, highlight=False, soft_wrap=True)

@@ -12,10 +12,12 @@ from fastdpo.model.activations import set_up_activations
 from fastdpo.model.adapters import add_lora, find_start, steady_dora
 from fastdpo.model.policy import Policy, switch_off_dropout
 from fastdpo.model.quantised import quantised_linears
+from fastdpo.model.spec import ModelSpec
 from fastdpo.model.support import sharing_refusal
 from fastdpo.planning import stand_ins
 from fastdpo.planning.allocations import Tracker
 from fastdpo.planning.target import Target
+from fastdpo.training.job import part
 from fastdpo.values import as_bytes
 
 
@@ -33,7 +35,7 @@ class FakePolicy(Policy):
 
 
 def trains_all(config: Config) -> bool:
-    return config.lora_rank is None and find_start(config).adapter is None
+    return config.lora_rank is None and find_start(part(ModelSpec, config)).adapter is None
 
 
 def fake_policy(
@@ -59,7 +61,7 @@ def fake_policy(
             base.set_submodule(name, stand_ins.Linear4bit(plain, out, inside, dtype, tracker, device))
         _materialise(model, device)
         model.train()
-        set_up_activations(model, config)
+        set_up_activations(model, part(ModelSpec, config))
         policy = FakePolicy(model, config, target)
         if sharing_refusal(model_config) is None:
             policy.set_sharing(True)
@@ -81,7 +83,7 @@ def head_policy(config: Config, model_config, target: Target) -> FakePolicy:
 def _lora_on_head(model, config: Config) -> bool:
     """Whether a LoRA, or a whole copy in an adapter, trains the lm_head. peft's rule: a text is a pattern of
     the whole name, a list holds its ends."""
-    start = find_start(config)
+    start = find_start(part(ModelSpec, config))
     targets = config.lora_target_modules if start.adapter is None else start.settings.get("target_modules")
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     if isinstance(targets, str):
@@ -102,12 +104,13 @@ def with_layers(model_config, layers: int):
 
 def _with_lora(model, config: Config):
     """A fresh LoRA, or one as that of the adapter to start from."""
-    start = find_start(config)
+    spec = part(ModelSpec, config)
+    start = find_start(spec)
     if start.adapter is None:
-        return add_lora(model, config)
+        return add_lora(model, spec)
     import peft
 
-    lora = peft.PeftConfig.from_pretrained(start.adapter)
+    lora = peft.PeftConfig.from_pretrained(str(start.adapter))
     lora.inference_mode = False
     model = peft.get_peft_model(model, lora)
     for parameter in model.parameters():

@@ -3,6 +3,9 @@
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
 
 from fastdpo.config.keys import FIELDS, Config
 from fastdpo.data.packing import places
@@ -18,8 +21,8 @@ CHOSEN = ("max_tokens", "head_memory", "gradient_checkpointing", "activation_off
 SURE = 0.05  # of a budget: how near a prediction from a few layers must not be for it to decide
 _TIMED = 64  # groups that the step time is estimated over
 # Ways to hold less of the forward, from quick to slow; none changes what is learnt.
-_RECOMPUTED = {"gradient_checkpointing": True}
-_LEVELS = (
+_RECOMPUTED: dict[str, Any] = {"gradient_checkpointing": True}
+_LEVELS: tuple[dict[str, Any], ...] = (
     {},
     {"gradient_checkpointing": "selective"},
     _RECOMPUTED,
@@ -58,7 +61,7 @@ class Option:
 class Planner:
     """A model, its rows and a target; `groups` as the objective sees them."""
 
-    model_config: object
+    model_config: PreTrainedConfig
     groups: Groups
     target: Target
     free: frozenset[str] | None = None  # of CHOSEN, what may be chosen; None: what is at its default
@@ -100,7 +103,7 @@ class Planner:
     def singles(self, config: Config) -> Iterator[Option]:
         """One change at a time, of those that leave the learning as it is."""
         lower = max(self.longest, config.max_tokens // 4)
-        changes = [{"max_tokens": lower}] if lower < config.max_tokens else []
+        changes: list[dict] = [{"max_tokens": lower}] if lower < config.max_tokens else []
         changes += [_SMALL_HEAD] if "head" in self.predict(config).peak.where else []
         changes += [*_LEVELS[1:3], _LEVELS[4]]
         changes += [_ON_HOST] if trains_all(config) else []

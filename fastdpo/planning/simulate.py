@@ -18,11 +18,13 @@ from fastdpo.errors import FastDPOError, ModelError
 from fastdpo.model import offloading
 from fastdpo.model.activations import decoder_layers
 from fastdpo.optim.bytes import state_bytes, step_bytes
+from fastdpo.optim.spec import OptimSpec
 from fastdpo.planning import allocations, stand_ins
 from fastdpo.planning.allocations import Peak, Tracker
 from fastdpo.planning.fake_model import fake_policy
 from fastdpo.planning.target import CUBLAS, Target
 from fastdpo.records import PackedGroups, PreferenceGroup
+from fastdpo.training.job import part
 
 # the function hides the module of that name
 head = importlib.import_module("fastdpo_kernels.linear_logp")
@@ -42,6 +44,7 @@ class Step:
 
     def __init__(self, config: Config, model_config, load: Load, target: Target):
         self.config, self.target, self.several = config, target, load.several
+        self.optim = part(OptimSpec, config)
         block = allocations.CPU_BLOCK if target.is_cpu else allocations.CUDA_BLOCK
         mode, self.tracker = FakeTensorMode(allow_non_fake_inputs=True), Tracker(block)
         self.mode, self.policy = mode, fake_policy(config, model_config, target, mode, self.tracker)
@@ -71,7 +74,7 @@ class Step:
                 logp.backward(grad)
             tracker.where = "optimizer step"
             largest = max(p.numel() for p in policy.trained())
-            torch.empty(max(1, step_bytes(self.config, largest)), dtype=torch.uint8)
+            torch.empty(max(1, step_bytes(self.optim, largest)), dtype=torch.uint8)
         return tracker.peaks()
 
     def _settle_in(self) -> None:
@@ -86,7 +89,7 @@ class Step:
         if not self.target.is_cpu:
             self._keep(CUBLAS[self.target.capability >= (9, 0)], allocations.LAYER)
         for weight in policy.trained():
-            states = state_bytes(config, weight.numel(), weight.dtype.itemsize, tuple(weight.shape))
+            states = state_bytes(self.optim, weight.numel(), weight.dtype.itemsize, tuple(weight.shape))
             self._keep(states, allocations.STATES)
             if self.several and not config.optimizer_in_backward:  # that one adds up on the host
                 with tracker.owned_by(allocations.GRADIENTS):
@@ -106,7 +109,7 @@ class Step:
                     earlier = torch.empty(parameter.shape, dtype=torch.float32)
                     gradient = earlier.add_(gradient)
                     del earlier
-            torch.empty(step_bytes(self.config, parameter.numel()), dtype=torch.uint8)
+            torch.empty(step_bytes(self.optim, parameter.numel()), dtype=torch.uint8)
 
     def _head(self, hidden) -> torch.Tensor:
         """Policy.token_logp from the hidden states on."""

@@ -16,9 +16,11 @@ from fastdpo.data.packing import places, split_step
 from fastdpo.model.quantised import quantised_linears
 from fastdpo.model.support import sharing_refusal
 from fastdpo.optim.bytes import host_state_bytes, state_bytes
+from fastdpo.optim.spec import OptimSpec
 from fastdpo.planning.fake_model import head_policy, trains_all, with_layers
 from fastdpo.planning.target import Card, Target
 from fastdpo.records import Groups, PreferenceGroup
+from fastdpo.training.job import part
 
 # The share of a card's dense bf16 rate that a step's matrix products reach: an assumption, not measured yet.
 SHARE = 0.4
@@ -81,7 +83,8 @@ def step_time(config: Config, model_config, groups: Groups, target: Target, shap
     # weights are read, or cast, once a pass whatever the tokens: small microbatches pay it more often
     compute += len(parts) / len(steps) * passes * weights / card.bandwidth
     compute = max(compute, 2 * moved / len(steps) / HOST_BYTES_PER_SECOND)
-    on_device, on_host = state_bytes(config, trained, size), host_state_bytes(config, trained, size)
+    optim = part(OptimSpec, config)
+    on_device, on_host = state_bytes(optim, trained, size), host_state_bytes(optim, trained, size)
     update = (2 * on_device + 4 * trained * size) / card.bandwidth
     if config.offload_optimizer:  # 3 passes over the states in the host's RAM
         update = update + 2 * trained * 4 / HOST_BYTES_PER_SECOND + 3 * on_host / 50e9

@@ -75,7 +75,7 @@ class Target:
         """A card by its name, or by enough of it: "4090"."""
         short = [known for known in CARDS if name.upper() in known]
         card = card_named(name) or (CARDS[short[0]] if len(short) == 1 else None)
-        return card and cls(False, card, card.capability, card.memory)
+        return cls(False, card, card.capability, card.memory) if card else None
 
     def dtype(self, config: Config) -> torch.dtype:
         """The compute dtype as model.load_policy takes it, for the target."""

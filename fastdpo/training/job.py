@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -17,6 +18,8 @@ from fastdpo.objectives import Objective, Rescaled, make_objective
 from fastdpo.optim.library import check_library
 from fastdpo.optim.optimizers import check_schedule
 from fastdpo.optim.spec import OptimSpec
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,13 @@ def check_stepping(stage: StageJob) -> None:
 def job_of(config: Config) -> Job:
     """The config in parts; only its objectives are checked, the rest by `resolve`."""
     stages = tuple(stage_job(stage) for stage in config.per_stage())
-    data, model = _part(DataSpec, config), _part(ModelSpec, config)
-    return _part(Job, config, data=data, model=model, stages=stages, config=config)
+    data, model = part(DataSpec, config), part(ModelSpec, config)
+    return part(Job, config, data=data, model=model, stages=stages, config=config)
 
 
 def stage_job(config: Config) -> StageJob:
     """One stage's config (of Config.per_stage) as a StageJob. Raises ConfigError for its objective."""
-    return _part(StageJob, config, objective=objective_of(config), optim=_part(OptimSpec, config))
+    return part(StageJob, config, objective=objective_of(config), optim=part(OptimSpec, config))
 
 
 def objective_of(config: Config) -> Objective:
@@ -134,7 +137,7 @@ def total_steps(stage: StageJob | Config, n_groups: int) -> int:
     return stage.max_steps or math.ceil(stage.num_epochs * math.ceil(n_groups / stage.batch_size))
 
 
-def _part(kind, config: Config, /, **own):
+def part(kind: type[T], config: Config, /, **own: Any) -> T:
     """A `kind` whose fields are the config's keys of the same names, but for those in `own`."""
-    names = [f.name for f in dataclasses.fields(kind) if f.name not in own]
+    names = [f.name for f in dataclasses.fields(kind) if f.name not in own]  # type: ignore[arg-type]
     return kind(**{name: getattr(config, name) for name in names}, **own)

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastdpo.config.keys import Config
 from fastdpo.data.mismatched import mismatched
 from fastdpo.data.packing import Packing, epoch_order, in_row_order, pack, split_step
 from fastdpo.errors import TrainingError
@@ -261,7 +262,7 @@ class Stage:
             raise TrainingError(f"step {step}: the held-out loss is {progress.eval_loss}; {WAY_OUT}")
 
 
-def step_groups(groups, job: StageJob, n_steps: int, skip: int = 0) -> Iterator[Groups]:
+def step_groups(groups, job: StageJob | Config, n_steps: int, skip: int = 0) -> Iterator[Groups]:
     """The groups of each optimizer step after the first `skip`, epoch after epoch: a function of seed
     and epoch alone."""
     size, orders = job.batch_size, (epoch_order(len(groups), job.seed, epoch) for epoch in itertools.count())
