@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import yaml
 
@@ -115,7 +116,7 @@ class Tool:
     only_here: str
     defaults: dict
     parts: tuple[Callable[..., None], ...]
-    rows: dict[str, str | Rule]
+    rows: dict[str, Any]  # str | Rule
     names: dict[str, str] = field(default_factory=dict)
 
     @cached_property

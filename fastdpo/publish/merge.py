@@ -126,7 +126,7 @@ def _with_adapter(adapter: Path, settings: dict, model_config, dtype: torch.dtyp
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's, on embeddings: what they fear is checked below
-            model = peft.get_peft_model(base, peft.PeftConfig.from_pretrained(adapter))
+            model = peft.get_peft_model(base, peft.PeftConfig.from_pretrained(str(adapter)))
             result = model.load_adapter(adapter, "default")
         odd = [f"{key} is not in the base" for key in result.unexpected_keys]
         odd += [f"{key} is not in the adapter" for key in result.missing_keys]

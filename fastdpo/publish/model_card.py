@@ -108,7 +108,7 @@ def _data_set(spec) -> str | None:
     name = str(spec or "").partition("#")[0]
     found = re.fullmatch(r"(?!\.)([\w.-]+/[\w.-]+)(:[\w.-]+)?", name)
     local = not found or Path(found[1]).exists() or Path(name).exists() or name.endswith(_FILES)
-    return None if local else found[1]
+    return None if local or not found else found[1]
 
 
 def _public(path) -> str:
@@ -157,8 +157,8 @@ def _tables(history: RunHistory) -> list[dict]:
     """Each stage's metrics by TRL's names, before and after, and at the best held-out loss."""
     out = []
     for table in stage_tables(history):
-        columns = zip(("before", "best", "after"), table["steps"])
-        columns = {name: f"step {int(step)}" for name, step in columns if step is not None}
+        steps = zip(("before", "best", "after"), table["steps"])
+        columns = {name: f"step {int(step)}" for name, step in steps if step is not None}
         rows = [(row["metric"], [row[name] for name in columns]) for row in table["rows"]]
         out.append(table | {"heads": columns.values(), "rows": rows})
     return out

@@ -152,7 +152,8 @@ _KL = (
     "not on text that the policy wrote."
 )
 _ONCE = _median("tokens/s, prompts counted once where they are shared")
-_CHARTS = (  # (file name, title, unit, metric, levels to compare with, note or what writes it)
+_CHARTS: tuple[tuple, ...] = (
+    # (file name, title, unit, metric, levels to compare with, note or what writes it)
     ("loss", "Loss", "loss", "loss", [], _loss),
     ("margin", "Reward margin", "chosen − rejected", "rewards/margins", _REFERENCE, _MARGIN),
     ("accuracy", "Accuracy", "share of pairs", "rewards/accuracies", [(0.5, "chance")], _accuracy),

@@ -168,7 +168,7 @@ def _lines(history: RunHistory, name: str):
 
 def _columns(history: RunHistory) -> dict[str, Series]:
     """metrics.jsonl by name: columns, since a long run's lines as dicts would take hundreds of MB."""
-    columns = defaultdict(lambda: [array("d") for _ in range(3)])
+    columns: dict[str, list[array]] = defaultdict(lambda: [array("d") for _ in range(3)])
     for record in _lines(history, "metrics.jsonl"):
         stage, step = record.pop("stage", 0), record.pop("step", None)
         if not isinstance(step, int) or not isinstance(stage, int):

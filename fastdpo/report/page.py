@@ -3,6 +3,7 @@
 import functools
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
@@ -50,7 +51,7 @@ def render(history: RunHistory) -> str:
         "timeline": lambda h: timeline(h, _CHECKPOINTS),
         "environment": _environment,
     }
-    parts = {}
+    parts: dict[str, Any] = {}
     for name, build in sections.items():
         try:
             parts[name] = build(history)
@@ -119,7 +120,7 @@ def _lengths(history: RunHistory) -> dict | None:
 
 def _samples(history: RunHistory) -> list[dict]:
     """One entry a prompt: its first completion and, where there is a later one, its last."""
-    found = {}
+    found: dict[tuple, dict] = {}
     for sample in history.samples:
         entry = found.setdefault((sample.get("row"), sample.get("prompt")), {"before": None, "after": None})
         entry |= {name: sample.get(name) for name in ("row", "prompt", "chosen")}
@@ -146,7 +147,7 @@ def _data(history: RunHistory) -> list[dict]:
 
 def _environment(history: RunHistory) -> list[dict]:
     """What the run ran on; again where a resumed run found something else."""
-    out = []
+    out: list[dict] = []
     for event in history.happened("start", "resume"):
         ran = {key: event[key] for key in ("versions", "device", "git_sha", "command") if event.get(key)}
         if ran and (not out or ran != out[-1]["ran"]):

@@ -30,8 +30,8 @@ COLOURS = {
 }
 _MOST_POINTS = 400  # of a curve: more than its pixels show nothing, and only make the page heavy
 _DASHED = (0, (4, 2))
-_SMALL_PRINT = dict(textcoords="offset points", color=COLOURS["muted"], size=8.5)
-_STYLE = {
+_SMALL_PRINT: dict = dict(textcoords="offset points", color=COLOURS["muted"], size=8.5)
+_STYLE: dict = {
     "svg.fonttype": "none",  # text stays text: readable by machines, in the page's own font
     "svg.hashsalt": "fastdpo",
     "font.family": "sans-serif",
@@ -87,7 +87,7 @@ def draw(chart: Chart, marks: list[Mark], folder: Path | None) -> Markup:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         for value, label in chart.levels:
             axes.axhline(value, color=COLOURS["muted"], lw=1, ls=(0, (1, 2)))
-            at_the_right = dict(xycoords=axes.get_yaxis_transform(), xytext=(0, 2), ha="right")
+            at_the_right: dict = dict(xycoords=axes.get_yaxis_transform(), xytext=(0, 2), ha="right")
             axes.annotate(label, (0.998, value), **at_the_right, **_SMALL_PRINT)
         first = min(curve.series.step[0] for curve in chart.curves)
         _mark(axes, [mark for mark in marks if mark.step >= first or (mark.is_stage and first <= 1)])
@@ -121,12 +121,13 @@ def _axes(x_label: str, y_label: str) -> Axes:
 
 
 def _plot(axes: Axes, curve: Curve) -> None:
-    colour, label = COLOURS[curve.colour], curve.label
+    colour = COLOURS[curve.colour]
+    label: str | None = curve.label
     for stage in np.unique(curve.series.stage):
         part = curve.series.of_stage(stage)
         if curve.dots or len(part) < 20:
             part = thinned(part)
-            marker = dict(marker="o", ms=4 if len(part) <= 40 else 0, ls=_DASHED if curve.dots else "-")
+            marker: dict = dict(marker="o", ms=4 if len(part) <= 40 else 0, ls=_DASHED if curve.dots else "-")
             axes.plot(part.step, part.value, color=colour, lw=1.6, label=label, **marker)
         else:
             raw = thinned(part)
@@ -145,7 +146,7 @@ def _mark(axes: Axes, marks: list[Mark]) -> None:
     for mark in marks:
         if mark.label:
             late = mark.step > left + 0.8 * (right - left)
-            side = dict(xytext=(-3, 0), ha="right") if late else dict(xytext=(3, 0), ha="left")
+            side: dict = dict(xytext=(-3, 0), ha="right") if late else dict(xytext=(3, 0), ha="left")
             axes.annotate(mark.label, (mark.step, 0.985), xycoords=x_axis, va="top", **side, **_SMALL_PRINT)
 
 
@@ -158,13 +159,14 @@ def _legend(axes: Axes, curves: list[Curve]) -> None:
     if len(curves) > 2:
         handles = {curve.label: handles[curve.label] for curve in curves if not curve.dots}
         handles["held-out"] = Line2D([], [], color=COLOURS["ink"], lw=1.6, ls=_DASHED, marker="o", ms=4)
-    place = dict(loc="lower left", bbox_to_anchor=(-0.02, 0.985), ncols=4, columnspacing=1.2, borderpad=0.1)
-    look = dict(frameon=False, labelcolor=COLOURS["ink"], handlelength=1.8, handletextpad=0.5)
-    axes.legend(handles.values(), handles.keys(), **place, **look)
+    place: dict = dict(loc="lower left", bbox_to_anchor=(-0.02, 0.985), ncols=4, columnspacing=1.2)
+    look: dict = dict(frameon=False, labelcolor=COLOURS["ink"], handlelength=1.8, handletextpad=0.5)
+    axes.legend(handles.values(), handles.keys(), borderpad=0.1, **place, **look)
 
 
 def _render(axes: Axes, name: str, title: str, folder: Path | None) -> Markup:
     svg, figure = io.StringIO(), axes.figure
+    assert isinstance(figure, Figure)
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     if folder:
         figure.set_figheight(3.2)

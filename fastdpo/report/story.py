@@ -55,11 +55,10 @@ def ending(history: RunHistory) -> dict:
 def _which_weights(history: RunHistory, state: str) -> str:
     """Which step's weights model/ holds, and whether others did better on the held-out rows."""
     stages = history.stages()
-    loss = history.series("eval_loss", stages[-1]["stage"]) if stages else ()
-    if len(loss) < 2:
+    if not stages or len(loss := history.series("eval_loss", stages[-1]["stage"])) < 2:
         return ""
     best = int(np.argmin(loss.value))
-    at = lambda i: f"{significant(loss.value[i])} at step {loss.step[i]:,.0f}"
+    at = lambda i: f"{significant(float(loss.value[i]))} at step {loss.step[i]:,.0f}"
     if best == len(loss) - 1:
         return f"The last held-out loss is also the lowest: {at(best)}."
     text = f"The lowest held-out loss was {at(best)}, the last {at(-1)}."
@@ -70,11 +69,12 @@ def _which_weights(history: RunHistory, state: str) -> str:
 
 def seconds_spent(history: RunHistory) -> float:
     """Between the first and the last event of each process that worked on the run."""
-    processes = [[]]
-    for event in filter(moment, history.events):
-        if event.get("event") in ("start", "resume"):
-            processes.append([])
-        processes[-1].append(moment(event))
+    processes: list[list[datetime]] = [[]]
+    for event in history.events:
+        if at := moment(event):
+            if event.get("event") in ("start", "resume"):
+                processes.append([])
+            processes[-1].append(at)
     return sum((times[-1] - times[0]).total_seconds() for times in processes if times)
 
 
@@ -141,7 +141,7 @@ def timeline(history: RunHistory, most_checkpoints: int) -> dict:
         if id(event) not in hidden:
             time, kind = moment(event), event.get("event", "")
             row = {"time": time.strftime("%Y-%m-%d %H:%M:%S") if time else ""}
-            row |= {"since": duration((time - start).total_seconds()) if time else ""}
+            row |= {"since": duration((time - start).total_seconds()) if time and start else ""}
             rows.append(row | {"event": kind, "text": _TEXT.get(kind, _plain)(event)})
     return {"rows": rows, "hidden": len(hidden)}
 
