@@ -5,6 +5,7 @@ What a trainer author needs is importable from here; each name is loaded when fi
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 import fastdpo.moved  # noqa: F401 (old import paths)
 from fastdpo.console.quiet import leave_out_noise
@@ -23,11 +24,22 @@ _HOME = {
     "to_group": "data.groups",
     "train": "api",
 }
-__all__ = list(_HOME)
+__all__ = ["Config", "FastDPOError", "Limits", "Policy", "PreferenceGroup", "ResponseLogps", "load_groups"]
+__all__ += ["pack", "prepare", "split_step", "to_group", "train"]
 leave_out_noise()
 
+if TYPE_CHECKING:  # the same in words that a type checker reads
+    from fastdpo.api import train
+    from fastdpo.config.keys import Config
+    from fastdpo.data.groups import Limits, load_groups, to_group
+    from fastdpo.data.packing import pack, split_step
+    from fastdpo.errors import FastDPOError
+    from fastdpo.model.policy import Policy
+    from fastdpo.model.support import prepare
+    from fastdpo.records import PreferenceGroup, ResponseLogps
 
-def __getattr__(name: str):
+
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'fastdpo' has no attribute {name!r}")
     return getattr(importlib.import_module(f"fastdpo.{_HOME[name]}"), name)

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except UnusedCliTokensError as error:
-        print(f"error: {_UNEXPECTED.format(error.unused_tokens[0])}", file=sys.stderr)
+        print(f"error: {_UNEXPECTED.format(error.unused_tokens[0])}", file=sys.stderr)  # type: ignore[index]
         return 2
     except (FastDPOError, CycloptsError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def with_values(argv: list[str]) -> list[str]:
     """`--key -x` as `--key=-x`: a value may start with a dash."""
-    out = []
+    out: list[str] = []
     for word in argv:
         if out and re.fullmatch("--[^=]+", out[-1]) and re.match("-[^-]", word) and word != "-h":
             out[-1] += f"={word}"
@@ -109,7 +109,7 @@ def _takes_keys(command):
         return command(config_of(config_yaml, flags), **options)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__signature__ = inspect.Signature([first, *own, *_key_flags()])
+    run.__signature__ = inspect.Signature([first, *own, *_key_flags()])  # type: ignore[attr-defined]
     return run
 
 
@@ -200,9 +200,9 @@ def push(folder: str, /, *, to: str):
     from fastdpo.publish.hub import check_hub, push
     from fastdpo.publish.model_card import model_folder
 
-    folder = model_folder(folder, "push")
+    model = model_folder(folder, "push")
     check_hub(to, "--to")
-    push(folder, to, Console())
+    push(model, to, Console())
 
 
 def convert(theirs: Path, /, *, output: Path | None = None):

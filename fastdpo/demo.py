@@ -87,20 +87,20 @@ def demo(folder: str | Path) -> dict[str, float]:
 def _train_both(folder: Path, console: Console) -> None:
     """SFT, then DPO from what it made."""
     at = lambda name: str(folder / name)
-    shared = dict(max_length=128, batch_size=32, dtype="fp32")
+    shared: dict = dict(max_length=128, batch_size=32, dtype="fp32")
     console.rule("1/2  SFT: the model learns to answer, politely or not")
-    paths = dict(model=at("start"), data=at("data/sft.jsonl"), output_dir=at("sft"))
-    how = dict(objective="sft", learning_rate=3e-3, warmup_steps=20, num_epochs=8, logging_steps=50)
+    paths: dict = dict(model=at("start"), data=at("data/sft.jsonl"), output_dir=at("sft"))
+    how: dict = dict(objective="sft", learning_rate=3e-3, warmup_steps=20, num_epochs=8, logging_steps=50)
     train(Config(**paths, **how, **shared), console)
     console.rule("2/2  DPO: pairs say which answers are wanted")
-    data = dict(data=at("data/train.jsonl"), eval_data=at("data/held_out.jsonl"))
+    data: dict = dict(data=at("data/train.jsonl"), eval_data=at("data/held_out.jsonl"))
     how = dict(learning_rate=1e-4, num_epochs=2, logging_steps=5)
     train(Config(model=at("sft/model"), output_dir=at("dpo"), **data, **how, **shared), console)
 
 
 def write_data(folder: Path) -> None:
     """sft.jsonl (all dishes, each answer chosen once), train.jsonl and held_out.jsonl (pairs)."""
-    files = {"sft": [], "train": [], "held_out": []}
+    files: dict[str, list[dict]] = {"sft": [], "train": [], "held_out": []}
     for (dish, (a, b, c)), question in itertools.product(DISHES.items(), QUESTIONS):
         values = {"dish": dish, "a": a, "b": b, "c": c}
         for helpful, rude in itertools.product(HELPFUL, RUDE):
@@ -132,8 +132,8 @@ def make_model(folder: Path) -> None:
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options = dict(vocab_size=640, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(**options))
+    options: dict = dict(vocab_size=640, special_tokens=special, initial_alphabet=alphabet)
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(show_progress=False, **options))
     ends = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **ends)
     tokenizer.chat_template = TEMPLATE

@@ -7,6 +7,8 @@ lm_head. Axolotl's optimizers, schedules, LoRA, saving and callbacks stay, and s
 Written against axolotl 0.19 (TRL 1.9).
 """
 
+from typing import Any
+
 import trl
 from axolotl.core.trainers.dpo.trainer import AxolotlDPOTrainer
 
@@ -22,7 +24,7 @@ class FastDPOTrainer(AxolotlDPOTrainer, trl_older.FastDPOTrainer):
     the second copy of the model, which Axolotl loads for full fine-tuning, goes before the training begins.
     """
 
-    def __init__(self, model, ref_model=None, args=None, **kwargs):
+    def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
         if not isinstance(args, trl.DPOConfig):
             raise ConfigError("trainer_cls: fastdpo's FastDPOTrainer is for rl: dpo and rl: ipo")
         cache = "auto" if args.precompute_ref_log_probs else None
@@ -30,5 +32,5 @@ class FastDPOTrainer(AxolotlDPOTrainer, trl_older.FastDPOTrainer):
         if self.precompute_ref_logps:
             self.ref_model = None
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
         return super(AxolotlDPOTrainer, self).training_step(*args, **kwargs)

@@ -13,7 +13,9 @@ def one_dtype(hidden: Tensor, *parameters: Tensor | None) -> list[Tensor | None]
     return [None if t is None else t.to(dtype) for t in (hidden, *parameters)]
 
 
-def token_logp(hidden, weight, bias, target, *, scale=1.0, softcap=None, temperature=1.0, stats=()):
+def token_logp(
+    hidden, weight, bias, target, *, scale=1.0, softcap=None, temperature=1.0, stats=()
+) -> tuple[Tensor, dict[str, Tensor]]:
     """linear_logp of softcap(scale * (h W^T + bias)) / temperature: (f32[M], dict of f32[M])."""
     hidden, weight, bias = one_dtype(hidden, weight, bias)
     # softcap(x) = c tanh(x / c), so dividing by T is the same cap with c / T on x / T

@@ -36,7 +36,7 @@ class Sealed:
 
 def _attention(*args, fastdpo_layout: Sealed, output_router_logits=None, **kwargs):
     """prefix_attention. A mixture of experts hands its layers a wish that is none of the attention's."""
-    return prefix_attention(*args, fastdpo_layout=fastdpo_layout.layout, **kwargs)
+    return prefix_attention(*args, fastdpo_layout=fastdpo_layout.layout, **kwargs)  # type: ignore[misc]
 
 
 AttentionInterface.register(NAME, _attention)
@@ -115,7 +115,8 @@ def can_share(model, forward, groups, tell, around=None) -> bool:
     if random := random_module(model):
         tell(f"{random} drops out at random, and a shared prompt would share it: rows stay padded")
         return False
-    console, policy = Console(file=io.StringIO(), width=1000), Inner(model, forward)
+    told = io.StringIO()
+    console, policy = Console(file=told, width=1000), Inner(model, forward)
     if policy.stock_attention != model.config._attn_implementation:
         tell(
             f"{type(model).__name__} runs by eager attention from now on: sdpa, with which it was loaded, "
@@ -127,7 +128,7 @@ def can_share(model, forward, groups, tell, around=None) -> bool:
         shared = policy.share
     finally:
         policy.set_sharing(False)
-    if said := console.file.getvalue().strip():
+    if said := told.getvalue().strip():
         tell(said)
     return shared
 

@@ -8,6 +8,8 @@ computed once, in place of its hidden states and weights. Needs no liger-kernel;
 Shapes: B pairs, T tokens of a row, H hidden, V vocabulary. The first B rows are chosen, then B rejected.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,16 +17,16 @@ from torch import Tensor, nn
 from fastdpo.integrations.head import token_logp
 
 
-def _robust(d, e):
+def _robust(d: Tensor, e: float) -> Tensor:
     return (-(1 - e) * F.logsigmoid(d) + e * F.logsigmoid(-d)) / (1 - 2 * e)
 
 
-def _exo(d, e):
+def _exo(d: Tensor, e: float) -> Tensor:
     log_p = torch.tensor([1 - e, e], device=d.device).log()
     return d.sigmoid() * (F.logsigmoid(d) - log_p[0]) + (-d).sigmoid() * (F.logsigmoid(-d) - log_p[1])
 
 
-def _discopop(d, tau):
+def _discopop(d: Tensor, tau: float) -> Tensor:
     m = torch.sigmoid(d / tau)
     return -F.logsigmoid(d) * (1 - m) + torch.exp(-d) * m
 
@@ -85,7 +87,7 @@ class FusedLinearDPOLoss(nn.Module):
         ref_bias: Tensor | None = None,
         ref_chosen_logps: Tensor | None = None,  # f32[B]: the reference's, in place of the three above;
         ref_rejected_logps: Tensor | None = None,  # averages over tokens where average_log_prob is set
-    ):
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(loss, (chosen_logps [B], rejected_logps [B], chosen_logits_mean, rejected_logits_mean, nll_loss,
         chosen_rewards [B], rejected_rewards [B])). Only the loss has a gradient."""
         logp = self._row_sums(_input, lin_weight, bias, target)
@@ -107,14 +109,21 @@ class FusedLinearDPOLoss(nn.Module):
         stats = (*logp.split(n_pairs), *means, nll, chosen, rejected)
         return loss, tuple(stat.detach() for stat in stats)
 
-    def _row_sums(self, hidden, weight, bias, target) -> Tensor:
+    def _row_sums(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
         """log pi of each row's scored tokens, f32[2B]."""
         scored = target != self.ignore_index
         logp, _ = token_logp(hidden[scored], weight, bias, target[scored])
         return logp.new_zeros(target.shape).masked_scatter(scored, logp).sum(1)
 
     @torch.no_grad()
-    def _reference(self, hidden, weight, bias, target, given) -> Tensor:
+    def _reference(
+        self,
+        hidden: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        target: Tensor,
+        given: tuple[Any, Any],
+    ) -> Tensor:
         if all(logps is not None for logps in given):
             return torch.cat(given)
         if hidden is None or weight is None:
@@ -125,7 +134,7 @@ class FusedLinearDPOLoss(nn.Module):
         return logp / (target != self.ignore_index).sum(1) if self.average_log_prob else logp
 
     @torch.no_grad()
-    def _mean_logits(self, hidden, weight, bias) -> tuple[Tensor, Tensor]:
+    def _mean_logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         """The mean of all logits of the chosen rows and of the rejected ones, padding included as Liger's:
         the mean hidden state meets the mean row of the head, with no logits made."""
         means = hidden.unflatten(0, (2, -1)).mean((1, 2), dtype=torch.float32)

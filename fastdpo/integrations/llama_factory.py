@@ -19,6 +19,7 @@ LLaMA-Factory pins versions below ours of datasets and transformers, on which wh
 
 import os
 import sys
+from typing import Any
 
 import torch
 
@@ -55,12 +56,14 @@ def trainer_class(stock: type) -> type:
     class CustomDPOTrainer(stock):
         fastdpo_stock = stock
 
-        def __init__(self, model, ref_model, *args, **kwargs):
+        def __init__(self, model: Any, ref_model: Any, *args: Any, **kwargs: Any) -> None:
             for one in {id(m): m for m in (model, ref_model) if m is not None}.values():
                 PackedForward(one.get_base_model() if hasattr(one, "get_base_model") else one)
             super().__init__(model, ref_model, *args, **kwargs)
 
-        def concatenated_forward(self, model, batch, is_ref_model=False):
+        def concatenated_forward(
+            self, model: Any, batch: dict[str, torch.Tensor], is_ref_model: bool = False
+        ) -> dict[str, torch.Tensor]:
             """LLaMA-Factory's dict, with the logits [B, S, V] given as one mean logit a scored token."""
             if self.is_fsdp_enabled:
                 raise ConfigError(
@@ -98,11 +101,11 @@ def row_sums(logp: torch.Tensor, scored: torch.Tensor, ld_alpha: float | None) -
     return torch.where(beyond, ld_alpha * logp, logp).sum(-1)
 
 
-def _module():
+def _module() -> Any:
     try:
         from llamafactory.extras.env import VERSION
     except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] != "llamafactory":
+        if (error.name or "").partition(".")[0] != "llamafactory":
             raise
         raise ConfigError(
             f"fastdpo.integrations.llama_factory: LLaMA-Factory is not installed here: {LLAMA_FACTORY}"

@@ -43,7 +43,7 @@ class Packed:
 
     def __init__(self, model: nn.Module):
         self.own = model.forward
-        self.way = None  # once a batch has shown it
+        self.way: str | None = None  # once a batch has shown it
         self.told: set[str] = set()
         self.hooks = switch_attention(model)
 
@@ -80,6 +80,7 @@ class Packed:
 
     def shared(self, model, rows: PackedRows, router: bool):
         batch = rows.batch
+        assert batch.layout is not None
         out = model.base_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -124,7 +125,8 @@ class PackedForward(Packed):
 
     understood = frozenset({"input_ids", "attention_mask", "use_cache", "return_dict"})
     slower = ": the model's own logits are used, right but slower"
-    say = staticmethod(logging.getLogger("fastdpo").warning)  # LLaMA-Factory switches Python's warnings off
+    # not by Python's warnings, which LLaMA-Factory switches off
+    say = staticmethod(logging.getLogger("fastdpo").warning)  # type: ignore[assignment]
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -153,8 +155,8 @@ class PackedForward(Packed):
         parts = head.tensors(hidden.dtype)
         device = parts["weight"].device
         hidden, target = hidden.to(device), target.to(device)
-        options = {"scale": head.scale, "softcap": head.softcap, "stats": ("mean_logit",)}
-        logp, stats = linear_logp(hidden, target=target, **parts, **options)
+        parts |= {"scale": head.scale, "softcap": head.softcap}
+        logp, stats = linear_logp(hidden, target=target, stats=("mean_logit",), **parts)
         return {"logp": logp, **stats}
 
     def logits(self, model, labels: Tensor, kwargs: dict) -> dict[str, Tensor]:
@@ -167,7 +169,7 @@ class PackedForward(Packed):
         return {name: value.where(mask, 0.0) for name, value in values.items()}
 
 
-def head_refusal(head: nn.Module) -> str | None:
+def head_refusal(head) -> str | None:
     """Why linear_logp cannot take this lm_head's place: only a linear layer's weights, and those of one
     plain LoRA on it, are what it knows."""
     base = getattr(head, "base_layer", head)

@@ -13,9 +13,15 @@ and TPO make full logits in their own code, and are not touched.
 `FastDPOTrainer` is trl.DPOTrainer with all that (it needs no patch()) and our reference cache.
 """
 
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 import trl
 
 from fastdpo.integrations.versions import check_version
+
+if TYPE_CHECKING:  # what __getattr__ gives
+    from fastdpo.integrations.trl_trainer import FastDPOTrainer as FastDPOTrainer
 
 
 def patch() -> None:
@@ -29,14 +35,14 @@ def unpatch() -> None:
     _ours().unpatch()
 
 
-def _ours():
+def _ours() -> ModuleType:
     check_version("trl", trl.__version__)
     import fastdpo.integrations.trl_forward as ours
 
     return ours
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name != "FastDPOTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     check_version("trl", trl.__version__)

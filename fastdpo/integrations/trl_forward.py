@@ -4,6 +4,7 @@ lm_head. Takes the place of TRL's `add_fused_lm_head` and gives what that gives,
 
 import warnings
 import weakref
+from typing import Any
 
 import trl.trainer.dpo_trainer as dpo_trainer
 import trl.trainer.utils as trl_utils
@@ -17,7 +18,7 @@ from fastdpo.integrations.packed_forward import Packed, bind
 from fastdpo.integrations.trl_rows import IGNORED
 from fastdpo.model.policy import logit_transform
 
-STOCK_ADD = getattr(trl_utils, "add_fused_lm_head", None)  # TRL before 1.15: see trl_older.py
+STOCK_ADD: Any = getattr(trl_utils, "add_fused_lm_head", None)  # TRL before 1.15: see trl_older.py
 STOCK_KERNEL = trl_utils._ChunkedLogProbFunction
 _STATS = {
     "entropy": "entropy",
@@ -26,7 +27,7 @@ _STATS = {
     "is_top1": "is_top1",
 }
 FIELDS = ("log_probs", *_STATS)
-_LIVE = weakref.WeakSet()  # what unpatch() switches off
+_LIVE: "weakref.WeakSet[FusedForward]" = weakref.WeakSet()  # what unpatch() switches off
 
 
 class FusedLogProb:
@@ -148,7 +149,7 @@ class FusedForward(Packed):
             fields = FusedLogProb.apply(hidden, weight, bias, target, *options)
         return {name: value for name, value in zip(FIELDS, fields) if value is not None}
 
-    def decide(self, model, rows):
+    def decide(self, model, rows):  # type: ignore[override]  # it has its own context
         head = model.get_output_embeddings()
         return super().decide(model, rows, trl_utils.maybe_gather_lm_head_ctx(head.weight, head.bias))
 

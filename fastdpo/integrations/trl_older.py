@@ -10,6 +10,7 @@ Letters: N rows (2B), S padded length, V vocabulary.
 import contextlib
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -37,7 +38,7 @@ class FastDPOTrainer(trl_trainer.FastDPOTrainer):
 
     _made_with = ()
 
-    def __init__(self, model, ref_model=None, args=None, **kwargs):
+    def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
         check_version("trl_older", trl.__version__)
         if getattr(args, "use_liger_kernel", False):
             raise ConfigError("use_liger_kernel: Liger's loss takes the place of ours; leave it out")
@@ -47,7 +48,8 @@ class FastDPOTrainer(trl_trainer.FastDPOTrainer):
         read = tuple(name for name in FIELDS if weighted or name != "log_sum_sq_probs")
         for given, outputs in ((model, read), (ref_model, ("log_probs",))):
             if isinstance(given, torch.nn.Module):
-                add_scores(given.get_base_model() if hasattr(given, "peft_config") else given, outputs)
+                core = given.get_base_model() if hasattr(given, "peft_config") else given  # type: ignore[operator]
+                add_scores(core, outputs)
         super().__init__(model, ref_model, args, **kwargs)
 
     def _compute_loss(self, model, inputs, return_outputs):
@@ -97,7 +99,7 @@ class ScoringForward(FusedForward):
         """The model's own logits."""
         return self.own(*args, **kwargs)
 
-    def decide(self, model, rows):
+    def decide(self, model, rows):  # type: ignore[override]  # as FusedForward's
         if hasattr(model.get_output_embeddings(), "base_layer"):
             self.tell("the lm_head has an adapter, so the model makes its logits itself: right, but slower")
             return "own"

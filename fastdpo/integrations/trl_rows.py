@@ -37,20 +37,22 @@ class PackedRows(Movable):
         return values.new_zeros(self.shape).index_put(where, values)
 
 
-def pack_rows(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, whole: bool):
+def pack_rows(
+    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, whole: bool
+) -> PackedRows | str:
     """PackedRows on the CPU, or (why these rows cannot be packed) a str.
 
     `whole` keeps what no scored token sees: rows without any, and what follows the last one.
     """
-    ids, labels = input_ids.cpu().numpy(), labels.cpu().numpy()
+    ids, targets = input_ids.cpu().numpy(), labels.cpu().numpy()
     mask = np.ones(ids.shape, bool) if attention_mask is None else attention_mask.cpu().numpy().astype(bool)
-    scored = labels != IGNORED
+    scored = targets != IGNORED
     scored[:, 0] = False  # nothing predicts a row's first token
     if len(ids) % 2:
         return "the rows are no pairs"
     if (mask[:, 1:] > mask[:, :-1]).any() or not mask[:, 0].all():
         return "the rows are not padded on the right"
-    if (scored & ~mask).any() or (labels != ids)[scored].any():
+    if (scored & ~mask).any() or (targets != ids)[scored].any():
         return "the labels are not the rows' own tokens"
     if not scored.any():
         return "nothing is scored"
@@ -61,20 +63,21 @@ def pack_rows(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, 
 
 def _packed(ids, lengths, ends, scored, whole: bool) -> PackedRows:
     """`ends`: where each row's last token that is of use ends."""
-    groups, rows_of, copies = [], [], []
+    groups: list[PreferenceGroup] = []
+    rows_of, copies = [], []
     for prefix, by_response in _grouped(ids, lengths, ends, scored, whole):
         groups.append(_group(len(groups), ids, ends, scored, prefix, by_response, whole))
         rows_of += by_response
         copies.append((len(groups[-1].prompt), sum(map(len, by_response))))
         copies += [(len(r.ids) - 1, len(rows)) for r, rows in zip(groups[-1].responses, by_response)]
     batch = pack(groups)
-    place, source = [], []
+    places, sources = [], []
     for rows, start in zip(rows_of, batch.cu_resp.tolist()):
         for row in rows:
             positions = np.flatnonzero(scored[row])
-            place.append(row * (ids.shape[1] - 1) + positions - 1)
-            source.append(start + np.arange(len(positions)))
-    place, source = np.concatenate(place), np.concatenate(source)
+            places.append(row * (ids.shape[1] - 1) + positions - 1)
+            sources.append(start + np.arange(len(positions)))
+    place, source = np.concatenate(places), np.concatenate(sources)
     order = np.argsort(source, kind="stable")
     tokens, times = np.array(copies).T
     return PackedRows(
@@ -91,7 +94,7 @@ def _grouped(ids, lengths, ends, scored, whole) -> list[tuple[int, list[list[int
     """Per prompt its length, and per distinct response the rows that hold it."""
     pairs = len(ids) // 2
     first = np.where(scored.any(1), scored.argmax(1), lengths)
-    groups = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[bytes, int], dict[bytes, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i in range(pairs):
         pair = [row for row in (i, i + pairs) if whole or scored[row].any()]
         alike = _common(ids, lengths, pair) if pair else 0

@@ -1,6 +1,7 @@
 """`FastDPOTrainer`: trl.DPOTrainer with packed, shared rows and our reference cache."""
 
 import contextlib
+from typing import Any
 from unittest import mock
 
 import datasets
@@ -40,9 +41,9 @@ class FastDPOTrainer(trl.DPOTrainer):
     Rows of the same prompt follow each other in a random order of prompts, so that a batch shares them.
     """
 
-    _made_with = (("add_fused_lm_head", add_fused_lm_head),)  # in TRL's module, while a trainer is made
+    _made_with: tuple = (("add_fused_lm_head", add_fused_lm_head),)  # in TRL's module, while one is made
 
-    def __init__(self, *args, reference_cache: str | None = "auto", **kwargs):
+    def __init__(self, *args: Any, reference_cache: str | None = "auto", **kwargs: Any) -> None:
         self._reference_cache = reference_cache
         config = kwargs.get("args") or (args[2] if len(args) > 2 else None)
         if reference_cache is not None:
@@ -98,12 +99,13 @@ class FastDPOTrainer(trl.DPOTrainer):
 
     def _reference(self, groups: list[PreferenceGroup], batch_size: int) -> ReferenceTable:
         """The token log-probs of all responses."""
+        assert self._reference_cache is not None
         args, model = self.args, self.ref_model or self.model
         policy = Policy(model, _compute_dtype(args, model))
         console = Console(stderr=True, quiet=not self.accelerator.is_main_process)
         own_adapter = is_peft_model(model) and "ref" in model.peft_config
         adapter = use_adapter(model, "ref") if own_adapter else contextlib.nullcontext()
-        options = {
+        options: dict[str, Any] = {
             "path": cache_path(self._reference_cache),
             "fresh_lora": is_peft_model(model) and not own_adapter,
             "max_tokens": batch_size * max(group.input_tokens for group in groups),

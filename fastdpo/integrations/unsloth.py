@@ -21,6 +21,7 @@ Written against 2026.10.9 with TRL 1.15.
 import os
 import sys
 import warnings
+from typing import Any
 
 from fastdpo.errors import ConfigError
 from fastdpo.integrations.versions import check_version
@@ -44,7 +45,7 @@ def unpatch() -> None:
     module.add_fused_lm_head = ours.STOCK_ADD
 
 
-def add_fused_lm_head(model, *args, **kwargs) -> None:
+def add_fused_lm_head(model: Any, *args: Any, **kwargs: Any) -> None:
     """trl_forward.add_fused_lm_head, for models as Unsloth makes and calls them."""
     from fastdpo.integrations import trl_forward as ours
     from fastdpo.integrations.packed_forward import bind
@@ -58,7 +59,7 @@ def add_fused_lm_head(model, *args, **kwargs) -> None:
     ours.add_fused_lm_head(model, *args, **kwargs)
     fused = model.forward
 
-    def forward(model, *args, fused_lm_head=False, **kwargs):
+    def forward(model: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if fused_lm_head:
             unsaid = lambda value: value is None or (isinstance(value, int) and value == 0)
             kwargs = {k: v for k, v in kwargs.items() if k not in _ALWAYS_GIVEN or not unsaid(v)}
@@ -67,7 +68,7 @@ def add_fused_lm_head(model, *args, **kwargs) -> None:
     bind(model, forward)
 
 
-def _modules():
+def _modules() -> tuple[Any, Any]:
     """Where trl.DPOTrainer looks add_fused_lm_head up (the module that Unsloth generated, or on a machine
     without a GPU, where it generates none, TRL's own), and trl_forward."""
     if "unsloth" not in sys.modules:

@@ -78,10 +78,10 @@ class Around:
     settle_backends: Callable[[Console], None]  # which kernels are right on this machine
     choose: Callable[..., Config]  # (config, model_config, groups, console): with what `memory` chooses
     explain: Callable[..., str]  # (config, model_config, batch): of a microbatch that took too much memory
-    write_report: Callable[[Path, bool], None]  # (run folder, whether the run has ended)
+    write_report: Callable[[Path, bool], object]  # (run folder, whether the run has ended)
     add_card: Callable[[Path, Path, Console], None]  # (run folder, model folder, console)
     check_hub: Callable[[str | None], None]  # whether that repository can be pushed to
-    push: Callable[[Path, str, Console], None]  # (model folder, repository, console)
+    push: Callable[[Path, str, Console], object]  # (model folder, repository, console)
 
 
 def resolve(config: Config) -> Job:
