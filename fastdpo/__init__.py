@@ -5,7 +5,7 @@ What a trainer author needs is importable from here; each name is loaded when fi
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import fastdpo.moved  # noqa: F401 (old import paths)
 from fastdpo.console.quiet import leave_out_noise
@@ -37,9 +37,9 @@ if TYPE_CHECKING:  # the same in words that a type checker reads
     from fastdpo.model.policy import Policy
     from fastdpo.model.support import prepare
     from fastdpo.records import PreferenceGroup, ResponseLogps
+else:
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'fastdpo' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"fastdpo.{_HOME[name]}"), name)
+    def __getattr__(name: str):
+        if name not in _HOME:
+            raise AttributeError(f"module 'fastdpo' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"fastdpo.{_HOME[name]}"), name)

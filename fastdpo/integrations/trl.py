@@ -14,14 +14,11 @@ and TPO make full logits in their own code, and are not touched.
 """
 
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import trl
 
 from fastdpo.integrations.versions import check_version
-
-if TYPE_CHECKING:  # what __getattr__ gives
-    from fastdpo.integrations.trl_trainer import FastDPOTrainer as FastDPOTrainer
 
 
 def patch() -> None:
@@ -42,10 +39,14 @@ def _ours() -> ModuleType:
     return ours
 
 
-def __getattr__(name: str) -> Any:
-    if name != "FastDPOTrainer":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    check_version("trl", trl.__version__)
-    from fastdpo.integrations.trl_trainer import FastDPOTrainer
+if TYPE_CHECKING:  # the same in words that a type checker reads
+    from fastdpo.integrations.trl_trainer import FastDPOTrainer as FastDPOTrainer
+else:
 
-    return FastDPOTrainer
+    def __getattr__(name: str):
+        if name != "FastDPOTrainer":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        check_version("trl", trl.__version__)
+        from fastdpo.integrations.trl_trainer import FastDPOTrainer
+
+        return FastDPOTrainer
