@@ -26,6 +26,7 @@ exclude_patterns = ["_build"]
 autodoc_typehints = "none"  # of results; arguments' shapes are in the text
 html_theme = "furo"
 html_show_sourcelink = False
+html_static_path, html_css_files = ["static"], ["site.css"]
 nitpicky = True  # a link into nothing is a warning, and `make docs` takes none
 
 
