@@ -7,6 +7,7 @@ import warnings
 _LOGGED = {  # by logger: all of it when they are imported
     "torchao": ("Failed to load ", "Skipping import of cpp extensions"),  # built for other GPUs and torches
     "torch.utils._pytree": (" is an Enum subclass and is now natively supported",),  # torchao registers two
+    "torch.utils.cpp_extension": ("No CUDA runtime is found",),  # torch.compile, given nvcc and no GPU
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # the hub's, for generating
 }
 _WARNED = (

@@ -255,7 +255,8 @@ def _torch_varlen():
 
 
 def _varlen(q, kg, vg, layout, scale, window, softcap):
-    """torch's own varlen attention (torch >= 2.11, CUDA, half precision)."""
+    """torch's own varlen attention (torch >= 2.11, CUDA, half precision): FlashAttention 2. Torch 2.15 would
+    take cuDNN where one tensor is the ends of queries and of keys; a layout has two."""
     varlen_attn, gqa = _torch_varlen()
     arguments, reach = _varlen_arguments(q, kg, vg, layout, window)
     return varlen_attn(*arguments, scale=scale, window_size=reach, **gqa)

@@ -10,6 +10,7 @@ from fastdpo_kernels import launch, tiles
 from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention import varlen
 from transformers.utils import import_utils
 
 from fastdpo.optim import offload as optim_offload
@@ -26,10 +27,15 @@ def fake_cuda(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeCuda]:
         for where, names in _replaced(device, capability):
             for name, value in names.items():
                 stack.enter_context(mock.patch.object(where, name, value))
-        for known in (tiles.tile, tiles.row_kernels):
+        for known in (tiles.tile, tiles.row_kernels, *_known_to_torch()):
             known.cache_clear()
             stack.callback(known.cache_clear)
         yield device
+
+
+def _known_to_torch() -> list:
+    """What varlen attention keeps of a device: which of its kernels run there."""
+    return [function for function in vars(varlen).values() if hasattr(function, "cache_clear")]
 
 
 def _replaced(device: FakeCuda, capability) -> list[tuple]:
@@ -68,9 +74,11 @@ def _replaced(device: FakeCuda, capability) -> list[tuple]:
     )
     return [
         (torch.cuda, cuda),
+        (torch.accelerator, dict(current_stream=cuda["current_stream"])),  # Adam asks it of a CUDA build
         (torch.autograd, dict(_engine_run_backward=device.autocast.backward)),
         (optim_pieces.Pieces, dict(generator=lambda self, seed: None)),  # it would be the device's
         (torch.version, dict(cuda="13.0")),
+        (torch.backends.cudnn, dict(version=lambda: 92400)),  # varlen attention asks, from torch 2.15 on
         (fake_tensor, inside),
         (import_utils, dict(is_fake_tensor=lambda value: False)),  # or transformers would take another way
         (FakeTensor, tensor),
@@ -98,6 +106,9 @@ class _Stream(SimpleNamespace):
         pass
 
     wait_event = wait_stream
+
+    def is_capturing(self) -> bool:
+        return False
 
     def record_event(self, event=None) -> "_Stream":
         return _Stream(self.device)
