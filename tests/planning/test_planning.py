@@ -241,13 +241,13 @@ def test_gradients_of_a_smaller_microbatch_may_make_the_peak():
     assert [load.several for load in more] == [True]
 
 
-def test_a_model_that_no_fake_step_runs_is_refused_in_words(capfd):
+def test_a_model_that_no_fake_step_runs_is_refused_in_words(caplog):
     """Torch's fake grouped products want rows of whole 16 bytes (and before torch 2.15 bf16)."""
     experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=33, head_dim=16)
     c = model_config("qwen3_moe", **experts)
     with pytest.raises(ModelError, match=r"qwen3_moe cannot be planned.*leave memory out"):
         simulate(config(), c, Load((group(0, 30, [20, 9]),), several=False), CPU)
-    assert "fake_tensor.py" not in capfd.readouterr().err
+    assert not caplog.records
 
 
 def test_pairs_that_do_not_train_are_not_counted():
