@@ -48,7 +48,8 @@ def installed(wheel, tmp_path_factory):
     home = tmp_path_factory.mktemp("environment") / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home.parent)
     pip = (sys.executable, "-m", "pip", "--quiet", "--python", home / "bin/python")
-    run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=home.parent)
+    new = ("--no-deps", "--no-index", "--ignore-installed")  # an egg-info that PYTHONPATH leads to is not it
+    run(*pip, "install", *new, wheel, cwd=home.parent)
     others = [path for path in sys.path if path and not any(Path(path).glob("fastdpo*/__init__.py"))]
     site = sysconfig.get_path("purelib", vars={"base": str(home)})
     Path(site, "others.pth").write_text("\n".join(others))  # whose own .pth files are not read then
