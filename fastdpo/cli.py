@@ -16,9 +16,9 @@ from fastdpo.errors import ConfigError, FastDPOError, Stopped
 
 
 def _version() -> str:
-    from importlib.metadata import version  # late: email and socket come with it
+    from fastdpo.files.installed import versions  # late: email and socket come with it
 
-    return f"fastdpo {version('fastdpo')}"
+    return f"fastdpo {versions('fastdpo').get('fastdpo', 'from its sources, not installed')}"
 
 
 app = App(

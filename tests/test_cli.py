@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.process import ROOT
 from fastdpo.cli import app, main
+from fastdpo.files import installed
 from tests.tiny import rows, save_model, write_jsonl
 
 TURN = {"role": "user", "content": "the cat"}
@@ -231,8 +232,15 @@ def test_help_and_unknown_commands(capsys):
     assert said.startswith("error: ") and "trian" in said and "'train'" in said.replace('"', "'")
     assert main(["merge", "x", "--ouput", "y"]) == 2 and "--output?" in capsys.readouterr().err
     assert main(["objectives", "now"]) == 2 and "unexpected argument 'now'" in capsys.readouterr().err
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"fastdpo {metadata.version('fastdpo')}\n"
+
+
+def test_the_version_installed_and_carried(capsys, monkeypatch):
+    def nothing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    for found, said in ((str.upper, "FASTDPO"), (nothing, "from its sources, not installed")):
+        monkeypatch.setattr(installed, "version", found)
+        assert main(["--version"]) == 0 and capsys.readouterr().out == f"fastdpo {said}\n"
 
 
 @pytest.mark.parametrize("command", [name for name in app if not name.startswith("-")])
