@@ -59,8 +59,9 @@ class Source:
         self.parent = {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
 
     def strings(self) -> Iterator[tuple[str, ...]]:
-        """The pieces of every string."""
-        yield from filter(None, map(pieces, ast.walk(self.tree)))
+        """The pieces of every string that is no docstring."""
+        nodes = (node for node in ast.walk(self.tree) if not isinstance(self.parent.get(node), ast.Expr))
+        yield from filter(None, map(pieces, nodes))
 
     def messages(self) -> Iterator[Message]:
         for node in ast.walk(self.tree):
@@ -68,7 +69,7 @@ class Source:
                 function = getattr(self._function(node), "name", "")
                 found = [pieces(one) for one in self._texts(text)]
                 if not found and maker.endswith(("Error", "Problem")):
-                    found = [()]
+                    found = [pieces(text) if letters(pieces(text)) else ()]
                 yield from (Message(self.file, node.lineno, maker, function, one) for one in found)
 
     def _made(self, node) -> Iterator[tuple[str, ast.expr]]:
@@ -151,8 +152,12 @@ def printed(text: str) -> str:
 
 
 def says_something(text: tuple[str, ...]) -> bool:
-    """Whether a text has two words or more."""
-    return len(re.findall(r"[^\W\d_]+", " ".join(text))) > 1
+    """Whether a text has two words or more; `KEY: ` alone is what all messages of a key begin with."""
+    return len(re.findall(r"[^\W\d]\w*", " ".join(text))) > 1
+
+
+def letters(text) -> int:
+    return len(re.findall(r"[^\W\d_]", "".join(text)))
 
 
 def sources() -> list[Source]:

@@ -4,7 +4,7 @@ import ast
 import re
 
 from fastdpo.data.report import MEANING
-from tests.docs.messages import ROOT, Source, printed, sources
+from tests.docs.messages import ROOT, Source, letters, printed, sources
 
 PAGE = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
 QUOTES = [printed(found[2].strip()) for found in re.finditer(r"\*\*(`+)(.+?)\1\*\*", PAGE)]
@@ -21,17 +21,10 @@ PASSED_ON = {  # (file, function) whose errors say what they were given: where t
     ("fastdpo/convert/rules.py", "refuse"): "its callers",
     ("fastdpo/data/formats/columns.py", "_ref_logps"): "calls of its `problem`",
     ("fastdpo/data/formats/layouts.py", "problem"): "a RowProblem once more",
-    ("fastdpo/data/report.py", "expect"): "its callers",
     ("fastdpo/data/spans.py", "_bad_spans"): "its callers",
-    ("fastdpo/objectives/checks.py", "check_rows"): "_problems",
     ("fastdpo/planning/choose.py", "choose"): "_nothing_fits",
-    ("fastdpo/publish/merge.py", "_merged"): "peft's own words",
     ("fastdpo/training/checkpoint.py", "load"): "Python's own words",
 }
-
-
-def letters(text) -> int:
-    return len(re.findall(r"[^\W\d_]", "".join(text)))
 
 
 def holds(text: tuple[str, ...], quote: str) -> bool:
