@@ -6,9 +6,9 @@ from pathlib import Path
 from fastdpo.console.formatting import significant
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True) -> str:
+    """A table whose first column is text; the others are numbers, or text too."""
+    lines = [header, ["---"] + ["--:" if numbers else "---"] * (len(header) - 1), *rows]
     return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)
 
 

@@ -53,7 +53,7 @@ def standing(folder: Path = RESULTS, up: str = "") -> str:
     """The table. A cell of what nobody measured says so."""
     cells = [[_cell(what, on, say, folder, up) for on in ("cpu", "gpu")] for _, what, say in ROWS]
     rows = [[label, *found] for (label, _, _), found in zip(ROWS, cells)]
-    return markdown(("fastdpo and TRL 1.16", "on a CPU", "on a GPU"), rows)
+    return markdown(("fastdpo and TRL 1.16", "on a CPU", "on a GPU"), rows, numbers=False)
 
 
 def _cell(what: str, machine: str, say, folder: Path, up: str) -> str:
