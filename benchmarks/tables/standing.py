@@ -50,10 +50,12 @@ ROWS = (
 
 
 def standing(folder: Path = RESULTS, up: str = "") -> str:
-    """The table. A cell of what nobody measured says so."""
+    """The table, and above it whether a GPU was there at all. A cell of what nobody measured says so."""
     cells = [[_cell(what, on, say, folder, up) for on in ("cpu", "gpu")] for _, what, say in ROWS]
     rows = [[label, *found] for (label, _, _), found in zip(ROWS, cells)]
-    return markdown(("fastdpo and TRL 1.16", "on a CPU", "on a GPU"), rows, numbers=False)
+    none = all(newest_shown(what, "gpu", folder)[1] is None for _, what, _ in ROWS)
+    above = "**Nothing has been measured on a GPU yet.**\n\n" if none else ""
+    return above + markdown(("fastdpo and TRL 1.16", "on a CPU", "on a GPU"), rows, numbers=False)
 
 
 def _cell(what: str, machine: str, say, folder: Path, up: str) -> str:
