@@ -205,6 +205,18 @@ def test_a_block_says_what_the_record_says(what, tmp_path):
     assert not CLAIM.search(tables.block(name, tmp_path)) and "red" in tables.block(name, tmp_path)
 
 
+def test_where_it_stands_says_what_was_measured_and_what_not(tmp_path):
+    said = tables.block("standing", tmp_path)
+    assert "Nothing has been measured on a GPU yet" in said and said.count("not measured yet") == 6
+    put(tmp_path, "steps_h200_2026-11-22", GPU_RECORDS["steps"] | MACHINE)
+    said = tables.block("standing", tmp_path, up="../")
+    assert "Nothing" not in said and said.count("not measured yet") == 5
+    assert "3.2x faster, 0.45x memory, one NVIDIA H200 ([results](../benchmarks/results/steps_h200_" in said
+    put(tmp_path, "steps_h200_2026-11-23", GPU_RECORDS["steps"] | MACHINE | {"gate_passed": False})
+    said = tables.block("standing", tmp_path)
+    assert not CLAIM.search(said) and "no numbers: the gate was red" in said
+
+
 @pytest.mark.parametrize("stored", [None, True, False])
 def test_the_newest_gate_of_the_commit_counts(tmp_path, stored):
     """Whatever the gate said when the numbers were written; another commit's or machine's says nothing."""
