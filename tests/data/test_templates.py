@@ -1,0 +1,85 @@
+"""Every template of the corpus, with every conversation of its table: the text that is scored, by hand."""
+
+import importlib
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fastdpo.data.groups import to_group
+from fastdpo.data.report import RowProblem
+from tests.data.shared_data import WIDE, check, decode, sequence
+from tests.data.templates.case import CONVERSATIONS, FOLDER, Expected, Template
+
+FAMILIES = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "case"))
+TEMPLATES: dict[str, Template] = {}
+for family in FAMILIES:
+    found = importlib.import_module(f"tests.data.templates.{family}").TEMPLATES
+    assert not TEMPLATES.keys() & found.keys()
+    TEMPLATES |= found
+
+
+def tokenizer_of(name: str):
+    """Bytes are tokens, and the special tokens: a text's ids spell exactly its characters."""
+    template = TEMPLATES[name]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, normalized=False) for text in template.special])
+    named = {"eos_token": template.eos, "additional_special_tokens": list(template.special)}
+    named |= {"bos_token": template.bos} if template.bos else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+    file = FOLDER / f"{template.file or name}.jinja"
+    tokenizer.chat_template = file.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def row_of(name: str, conversation: str) -> dict:
+    return CONVERSATIONS[conversation] | {"chat_template_kwargs": TEMPLATES[name].kwargs}
+
+
+def scored_turns(tokenizer, response) -> tuple[str, ...]:
+    """The runs of scored tokens, as text."""
+    runs, ids, mask = [], response.ids, response.target_mask
+    for i in range(len(ids)):
+        if mask[i]:
+            if i == 0 or not mask[i - 1]:
+                runs.append([])
+            runs[-1].append(ids[i])
+    return tuple(decode(tokenizer, run) for run in runs)
+
+
+@pytest.mark.parametrize("name, conversation", [(n, c) for n, t in TEMPLATES.items() for c in t.table])
+def test_what_is_scored(name, conversation):
+    row, tokenizer = row_of(name, conversation), tokenizer_of(name)
+    expected = TEMPLATES[name].table[conversation]
+    expected = expected if isinstance(expected, Expected) else Expected(expected)
+    if isinstance(expected.scored, str):
+        with pytest.raises(RowProblem) as problem:
+            to_group(row, 0, tokenizer, WIDE)
+        assert problem.value.reason == expected.scored
+        return
+    group, notes = to_group(row, 0, tokenizer, WIDE)
+    check(group)
+    assert tuple(scored_turns(tokenizer, response) for response in group.responses) == expected.scored
+    assert dict(notes) == expected.notes
+    for i, side in enumerate(("chosen", "rejected")):
+        ids, whole = sequence(group, i), template_ids(tokenizer, row, side)
+        if "prompt_as_for_generation" not in notes:  # a prompt that the template prints so only before an answer
+            assert ids == whole[: len(ids)]
+
+
+def template_ids(tokenizer, row: dict, side: str) -> list[int]:
+    """The template's own ids of the whole conversation."""
+    return tokenizer.apply_chat_template(
+        row["prompt"] + row[side],
+        tools=row.get("tools"),
+        return_dict=False,
+        **row["chat_template_kwargs"],
+    )
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_template_is_tried_with_every_conversation(name):
+    assert TEMPLATES[name].table.keys() == CONVERSATIONS.keys()
