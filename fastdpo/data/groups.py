@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fastdpo.console.progress import make_progress
 from fastdpo.data.formats.layouts import Layout
-from fastdpo.data.report import DataReport, RowProblem
+from fastdpo.data.report import NOT_PRINTED, DataReport, RowProblem
 from fastdpo.data.rows import Row, parse_row
 from fastdpo.data.sources import Rows, load_rows
 from fastdpo.data.templating import Draft, write
@@ -28,7 +28,8 @@ _SERIOUS = {  # notes on kept rows that stop a strict run
     "truncated": "{} response(s) cut at max_length; raise max_length, or shorten the row",
     "identical_pair": "{} pair(s) of responses with the same tokens; remove the duplicate",
     "span_unscored": "{} span(s) without a scored token; correct them",
-}
+} | {name: f"{{}} {meaning}; use another template, or remove them" for name, meaning in NOT_PRINTED.items()}
+_NOT_AS_GIVEN = ("truncated", "trailing_turns", "merged_boundary", "prompt_as_for_generation", *NOT_PRINTED)
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _outcomes(
     for number, row in chunk:
         try:
             parsed = row if isinstance(row, Row) else parse_row(row, number, layout)
-            drafts.append(write(parsed, encoder.tokenizer))
+            drafts.append(write(parsed, encoder.tokenizer, encoder.special))
         except RowProblem as problem:
             drafts.append(problem)
     written = [draft for draft in drafts if isinstance(draft, Draft)]
@@ -143,9 +144,6 @@ def _group(
     """(group, notes) of a row whose texts are tokenised."""
     row, notes = draft.row, Counter(draft.notes)
     sequences = [tokenize(script, draft.plain, ids, encoder, notes) for script in draft.scripts]
-    if not all(tokens.scored.any() for tokens in sequences):
-        message = "a response has no token of its own to score (see the note on merged boundaries)"
-        raise RowProblem("nothing_scored", "responses", message)
     shared = min(int(tokens.scored.argmax()) for tokens in sequences)
     for tokens in sequences[1:]:
         shared = shared_length(sequences[0].ids[:shared], tokens.ids[:shared])
@@ -197,9 +195,10 @@ def _prompt_end(prompt: np.ndarray, excess: int, bos: int | None, limit: int) ->
 
 
 def _differing_pairs(row: Row, tails: list[Tokens], notes: Counter[str]) -> tuple[Pair, ...]:
-    """The pairs whose responses differ as tokens; equal ones have margin 0 whatever is learnt. None of an
-    unpaired row."""
-    pairs = tuple(Pair(i, j) for i, j in row.pairs if not np.array_equal(tails[i].ids, tails[j].ids))
+    """The pairs whose responses differ as tokens; equal ones have margin 0 whatever is learnt. So have those
+    that differ only in a token merged with the prompt, which is not scored. None of an unpaired row."""
+    said = [tail.ids[tail.scored] if notes["merged_boundary"] else tail.ids for tail in tails]
+    pairs = tuple(Pair(i, j) for i, j in row.pairs if not np.array_equal(said[i], said[j]))
     if row.pairs and not pairs:
         if notes["truncated"]:
             message = "within max_length the responses have the same tokens; raise max_length"
@@ -215,7 +214,7 @@ def _whole_ref_logps(row: Row, tails: list[Tokens], notes: Counter[str]) -> tupl
     prompt: None where that is not what we score."""
     if row.ref_logps[0] is None:
         return row.ref_logps
-    lost = any(notes[name] for name in ("truncated", "trailing_turns", "merged_boundary"))
+    lost = any(notes[name] for name in _NOT_AS_GIVEN)
     if lost or not all(tail.scored.all() for tail in tails):
         notes["ref_columns_unusable"] = len(row.ref_logps)
         return (None,) * len(row.ref_logps)

@@ -11,15 +11,27 @@ if TYPE_CHECKING:  # torch, which reading a config does not need
 
 _EXAMPLES = 5
 _BINS = 12
-MEANING = {  # of the notes
+_PRINTS_NOT = "that the chat template does not print, so no token holds them"
+NOT_PRINTED = {  # notes on what a row says and its text does not
+    "system_not_printed": f"system prompts {_PRINTS_NOT}",
+    "message_not_printed": f"user's or assistant's messages {_PRINTS_NOT}",
+    "reasoning_not_printed": f"messages with reasoning {_PRINTS_NOT}",
+    "tool_call_not_printed": f"messages with tool calls {_PRINTS_NOT}",
+    "tool_result_not_printed": f"tool results {_PRINTS_NOT}",
+    "tools_not_printed": f"tools {_PRINTS_NOT}",
+}
+MEANING = NOT_PRINTED | {  # of the notes
     "truncated": "responses whose sequence was cut to max_length",
     "tie_pair": "pairs skipped, their scores being equal",
     "identical_pair": "pairs skipped, their responses having the same tokens",
-    "merged_boundary": "responses whose first token also ends the prompt, so it is not scored",
+    "merged_boundary": "responses whose first token holds text of the prompt too, so it is not scored",
+    "merged_white_space": "responses whose first token holds the prompt's last white space too; it is scored",
     "trailing_turns": "turns cut that follow a response's last assistant turn",
     "span_unscored": "spans without a scored token, so nothing is weighted by them",
     "no_end_of_turn": "responses that the chat template ends with no token of its own",
     "template_not_prefix": "responses whose prompt the template prints otherwise when alone",
+    "prompt_as_for_generation": "responses behind the prompt as printed for generation: before an answer the "
+    "template leaves some of it out",
     "ref_columns": "responses with a reference log-prob in the row's columns",
     "ref_columns_white_space": "of them count white space after the end of turn too, if TRL computed them",
     "ref_columns_unusable": "responses not scored as the row's reference log-probs are: cut or in part",
@@ -35,7 +47,10 @@ class RowProblem(DataError):
                     nan_score, faulty_score, malformed_label, malformed_ref_logps, too_few_responses, no_pair
     rows.py         messages_as_text, prompt_mismatch, empty_prompt, empty_response, response_start, identical
     spans.py        malformed_spans, malformed_token_weights, spans_not_found, token_weights_length
-    templating.py   template_error
+    rendering.py    template_error
+    stretches.py    no_rendering
+    printed.py      content_not_printed
+    tokenizing.py   nothing_scored
     groups.py       too_long, prompt_too_long, response_too_long, nothing_scored, identical_after_truncation
     """
 

@@ -1,16 +1,21 @@
 """From a Row to text: what the model reads of each response, and which stretches of it are scored.
 
-A completion ends with the template's end-of-turn text (<|im_end|>), which is scored. White space
-that a template prints after it (Qwen's newline) is cut: generation stops before it, so no model
-ever produces it. TRL scores that token; ours are one token shorter there.
+A response's text is what the chat template prints for the whole conversation, up to the end of its last
+assistant turn. That end is scored; white space that a template prints after it (Qwen's newline) is cut, as
+generation stops before it and no model ever produces it. TRL scores that token; ours are one token shorter
+there. Where the template prints a prompt with all that it says only for generation (Mistral's public rule: the
+system prompt only if the user's turn is the last), the text is that prompt and the answer after it.
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 
-from fastdpo.data.report import RowProblem
+from fastdpo.data.printed import unprinted_of_prompt, unprinted_of_response
+from fastdpo.data.rendering import Renderer
 from fastdpo.data.rows import Messages, Row
-from fastdpo.data.spans import Marks, Relevance, mark, shared_start
+from fastdpo.data.spans import Marks, Relevance, mark
+from fastdpo.data.stretches import lay_out
 from fastdpo.errors import DataError
 
 
@@ -38,8 +43,9 @@ class Draft:
         return beginnings | {s.text for s in self.scripts}
 
 
-def write(row: Row, tokenizer) -> Draft:
-    """Raises RowProblem where the chat template refuses the row."""
+def write(row: Row, tokenizer, special: re.Pattern) -> Draft:
+    """`special` matches the tokenizer's special tokens. Raises RowProblem where the chat template refuses the row
+    or prints nothing of a response."""
     notes = Counter(tie_pair=row.ties) if row.ties else Counter()
     if isinstance(row.prompt, str):
         texts = [row.prompt + response for response in row.responses]
@@ -52,57 +58,37 @@ def write(row: Row, tokenizer) -> Draft:
             f"row {row.number} is a conversation, and the tokenizer has no chat template.\n"
             "Name one in the config (chat_template: FILE.jinja), or give rows of plain text."
         )
-    prompt = _render(row, tokenizer, row.prompt, to_answer=True)
+    template = Renderer(row, tokenizer, special)
+    prompt = template(row.prompt, to_answer=True)
+    lost: set[tuple[str, int]] = set()  # what the prompt says and a text does not: its kind, the turn's or tool's place
     scripts = tuple(
-        _script(row, tokenizer, prompt, turns, relevance, notes)
+        _script(template, prompt, turns, relevance, lost, notes)
         for turns, relevance in zip(row.responses, row.relevance)
     )
+    notes.update(f"{kind}_not_printed" for kind, _ in lost)
     return Draft(row, scripts, False, notes)
 
 
 def _script(
-    row: Row, tokenizer, prompt: str, turns: Messages, relevance: Relevance | None, notes: Counter
+    template: Renderer, prompt: str, turns: Messages, relevance: Relevance | None, lost: set, notes: Counter
 ) -> Script:
-    """The text up to the end of the last assistant turn. Each assistant turn is scored from where
-    the template would let the model answer to its end of turn; headers and other turns are not."""
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if answers[-1] + 1 < len(turns):
-        notes["trailing_turns"] += len(turns) - answers[-1] - 1
-    printed = _render(row, tokenizer, row.prompt + turns[: answers[-1] + 1])
-    text = printed.rstrip()
-    if text != printed and row.ref_logps[0] is not None:
+    """A response's text and what is scored of it; adds to `lost` what the prompt says and the text does not."""
+    last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    if last + 1 < len(turns):
+        notes["trailing_turns"] += len(turns) - last - 1
+    page = lay_out(template, prompt, turns[: last + 1])
+    if page.cut and template.row.ref_logps[0] is not None:
         notes["ref_columns_white_space"] += 1
-    content = turns[answers[-1]]["content"].rstrip()
-    if content and text.endswith(content):
-        notes["no_end_of_turn"] += 1  # the model is never shown where to stop
-    stretches, faithful = {}, True
-    for i in answers:
-        before = row.prompt + turns[:i]
-        opening = prompt if i == 0 else _render(row, tokenizer, before, to_answer=True)
-        closing = text
-        if i != answers[-1]:
-            closing = _render(row, tokenizer, [*before, turns[i]]).rstrip()
-        start, end = shared_start(opening, text), shared_start(closing, text)
-        faithful &= (start, end) == (len(opening), len(closing))
-        stretches[i] = start, end
-    if not faithful:
-        # The template prints a beginning otherwise when it stands alone (it drops old reasoning, or
-        # ends generation prompts in a newline): what the two have in common is what is known.
+    if page.for_generation:
+        notes["prompt_as_for_generation"] += 1
+    elif not page.begins_as_generated:
         notes["template_not_prefix"] += 1
-    spans = tuple((start, end) for start, end in stretches.values() if start < end)
-    contents = {i: turns[i]["content"] for i in answers}
-    return Script(text, spans, mark(relevance, contents, stretches, text))
-
-
-def _render(row: Row, tokenizer, messages: Messages, to_answer: bool = False) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            messages,
-            tools=row.tools,
-            tokenize=False,
-            add_generation_prompt=to_answer,
-            **row.chat_template_kwargs,
-        )
-    except Exception as error:  # a template is a program, and fails like one
-        message = f"the chat template refuses these turns: {error}"
-        raise RowProblem("template_error", "messages", message) from None
+    said = turns[last]["content"].rpartition("</think>")[2].strip()
+    if said and page.text.endswith(said):
+        notes["no_end_of_turn"] += 1  # the model is never shown where to stop
+    lost |= unprinted_of_prompt(template, page)
+    unprinted, said = unprinted_of_response(template, page)
+    notes.update(f"{kind}_not_printed" for kind, _ in unprinted)
+    spans = tuple(stretch for turn, stretch in page.stretches.items() if turn in said)
+    contents = {i: turns[i]["content"] for i in page.stretches}
+    return Script(page.text, spans, mark(relevance, contents, page.stretches, page.text))

@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastdpo.data.report import RowProblem
 from fastdpo.data.spans import Places, closed, places_by_decoding, weigh
 from fastdpo.data.templating import Script
 from fastdpo.errors import ModelError
+
+_MERGED = 8  # tokens that a merge across a boundary may concern
 
 
 class Tokens(NamedTuple):
@@ -37,6 +40,7 @@ class Encoder:
         full = tokenizer("a")["input_ids"]
         starts = [i for i in range(len(full)) if full[i : i + len(bare)] == bare]
         self.lead = np.array(full[: starts[0]] if starts else [], np.int64)
+        self.special = _any_of(tokenizer)
         self.seams = self._find_seams()
 
     def encode(self, texts: Iterable[str]) -> dict[str, np.ndarray]:
@@ -50,9 +54,9 @@ class Encoder:
         empty = np.zeros(0, np.int64)
         return {text: np.concatenate([empty, *(ids[p] for p in some)]) for text, some in parts.items()}
 
-    def places(self, text: str) -> Places | None:
+    def places(self, text: str, by_decoding: bool = True) -> Places | None:
         """The characters that each token of `encode` spells; a piece of a character counts as all of it. None
-        where the tokenizer does not tell."""
+        where the tokenizer does not tell, `by_decoding` neither, which is slow."""
         found, before = [np.zeros((2, 0), np.int64)], 0
         for part in self._parts(text):
             ids, places = self._encode_parts([part])[part], None
@@ -61,7 +65,8 @@ class Encoder:
                 if np.array_equal(told.ids, ids):
                     starts, ends = np.array(told.offsets, np.int64).reshape(-1, 2).T
                     places = closed(starts, ends, part)
-            places = places or places_by_decoding(ids, part, self.decode)
+            if places is None and by_decoding:
+                places = places_by_decoding(ids, part, self.decode)
             if places is None:
                 return None
             found.append(np.stack(places) + before)
@@ -89,7 +94,7 @@ class Encoder:
     def _find_seams(self) -> re.Pattern | None:
         """The special tokens, if the text around each is tokenised as if it stood alone. It is not
         where a token takes white space along, or the first word of a text is spelt another way."""
-        special = {str(token) for token in self.tokenizer.all_special_tokens if str(token)}
+        special = _special_tokens(self.tokenizer)
         if not special:
             return None
         probes = {token: ["a b ", token, " c\n", token, token, "\nd e", token] for token in special}
@@ -98,8 +103,17 @@ class Encoder:
         for token, parts in probes.items():
             if ids[wholes[token]].tolist() != np.concatenate([ids[p] for p in parts]).tolist():
                 return None
-        longest_first = sorted(special, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        return re.compile(f"({self.special.pattern})")
+
+
+def _special_tokens(tokenizer) -> set[str]:
+    return {str(token) for token in tokenizer.all_special_tokens if str(token)}
+
+
+def _any_of(tokenizer) -> re.Pattern:
+    """Matches each special token; nothing, where there are none."""
+    longest_first = sorted(_special_tokens(tokenizer), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def tokenize(
@@ -110,14 +124,18 @@ def tokenize(
     text = script.text
     full = ids[text]
     scored = np.zeros(len(full), bool)
-    merged = False
+    merged: set[str] = set()
     for start, end in script.spans:
-        first, holds_both = _first_after(ids[text[:start]], full, encoder)
+        first = shared_length(ids[text[:start]], full)
+        if first < len(ids[text[:start]]):
+            first, note = _first_of_response(script, start, first, full, encoder)
+            merged.add(note)
         # an end of turn that merged with what follows says more than the turn: not scored either
         scored[first : shared_length(ids[text[:end]], full)] = True
-        merged |= holds_both
-    if merged:
-        notes["merged_boundary"] += 1
+    notes.update(note for note in merged if note)
+    if not scored.any():
+        message = "a response has no token of its own to score (see the note on merged boundaries)"
+        raise RowProblem("nothing_scored", "responses", message)
     lead = 0  # ids in front that the text does not hold
     if plain:
         full, scored, lead = _with_specials(full, scored, encoder)
@@ -143,22 +161,38 @@ def _with_specials(full: np.ndarray, scored: np.ndarray, encoder: Encoder):
     return ids, scored, len(lead)
 
 
-def _first_after(prefix: np.ndarray, full: np.ndarray, encoder: Encoder) -> tuple[int, bool]:
-    """The first token of `full` that holds nothing of the text that `prefix` spells, and whether
-    the one before holds text of both sides.
+def _first_of_response(
+    script: Script, start: int, first: int, full: np.ndarray, encoder: Encoder
+) -> tuple[int, str]:
+    """The first scored token of the response that starts at character `start`, where the tokenizer merged across
+    that boundary in tokens from `first` on, and a note on it.
 
-    Usually that is len(prefix). Where the tokenizer merged across the boundary ("wor" + "ld"), the
-    merged token says something of the prompt as well, and is left out of the score.
+    A token that holds white space of the prompt and the response's beginning (" " + "blue") is the response's: the
+    prompt's own tokens do not have it. One that holds text of the prompt too ("wor" + "ld") is not scored.
     """
-    shared = shared_length(prefix, full)
-    if shared == len(prefix):
-        return shared, False
-    text = encoder.decode(prefix)
-    for end in range(shared, len(full) + 1):
+    text = script.text
+    if (places := encoder.places(text, by_decoding=False)) is None:
+        return _first_by_decoding(text[:start], first, full, encoder)
+    starts, ends = places
+    first = int(np.searchsorted(starts, start))
+    if not first or ends[first - 1] <= start:
+        return first, ""
+    if text[starts[first - 1] : start].isspace():
+        return first - 1, "merged_white_space"
+    return first, "merged_boundary"
+
+
+def _first_by_decoding(prompt: str, first: int, full: np.ndarray, encoder: Encoder) -> tuple[int, str]:
+    """The same where the tokenizer tells no places: by decoding, a few tokens on."""
+    for end in range(first, min(first + _MERGED, len(full)) + 1):
         spelt = encoder.decode(full[:end])
-        if spelt.startswith(text):
-            return end, spelt != text
-    return len(full), True
+        if spelt.startswith(prompt):
+            if spelt == prompt:
+                return end, ""
+            before = encoder.decode(full[: end - 1])
+            white = prompt.startswith(before) and prompt[len(before) :].isspace()
+            return (end - 1, "merged_white_space") if white else (end, "merged_boundary")
+    raise RowProblem("nothing_scored", "responses", "no token begins where a response begins")
 
 
 def shared_length(a: np.ndarray, b: np.ndarray) -> int:

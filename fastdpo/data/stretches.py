@@ -1,0 +1,128 @@
+"""Where each assistant turn of a response stands in the text of the whole conversation.
+
+A turn is scored from where the model would begin to write (after the generation prompt, as far as the whole
+conversation repeats it) to its own end of turn. With most templates the conversation up to a turn is printed as
+the beginning of the whole, and both places are the lengths of such beginnings. A template may print a turn
+otherwise where it is last, though (Qwen 3 an empty thought, gpt-oss another end token), or the prompt otherwise
+where an answer follows (Mistral's system prompt): then both places are found from what the messages around them
+say, which `Renderer.said` tells whatever the template.
+"""
+
+from dataclasses import dataclass
+
+from fastdpo.data.pieces import holds, pieces, tool_names
+from fastdpo.data.rendering import Renderer, unused
+from fastdpo.data.report import RowProblem
+from fastdpo.data.rows import Messages
+from fastdpo.data.spans import shared_start
+
+
+@dataclass(frozen=True)
+class Page:
+    """A response, from its first assistant turn to its last one, behind its prompt in text."""
+
+    messages: Messages  # the prompt's and the response's
+    text: str  # up to the last turn's own end
+    stretches: dict[int, tuple[int, int]]  # what is scored of each assistant turn, by its place in the response
+    cut: bool  # the template prints more: white space, an end of text
+    begins_as_generated: bool  # every answer stands where the model would write it, behind the same text
+    for_generation: bool = False  # only the prompt does: the text is the prompt as for generation, then the answer
+
+
+def lay_out(template: Renderer, prompt: str, turns: Messages) -> Page:
+    """The response `turns`, which ends with an assistant turn; `prompt` is the row's with the generation prompt.
+    Raises RowProblem where the template refuses the turns, or no text has them as the model would write them."""
+    asked = template.row.prompt
+    whole = asked + turns
+    printed = template(whole)
+    end, stretches, begins = end_of_last_turn(template, whole, printed), {}, True
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    for i in answers:
+        place = len(asked) + i
+        opened = prompt if i == 0 else template(whole[:place], to_answer=True)
+        start = start_of_turn(template, whole, place, printed, opened)
+        stop = end if i == answers[-1] else end_of_turn(template, whole, place, printed)
+        stretches[i] = start, max(start, stop)
+        if printed.startswith(opened):
+            continue
+        begins = False
+        if only := _only_for_generation(template, whole[:place], opened, printed[:start]):
+            if len(answers) > 1:
+                message = f"the chat template prints the {only} only before an answer to write, and here are several"
+                raise RowProblem("no_rendering", "messages", f"{message}: make it a row an answer")
+            text = opened + printed[start:end]
+            return Page(whole, text, {i: (len(opened), len(text))}, end < len(printed), False, True)
+    return Page(whole, printed[:end], stretches, end < len(printed), begins)
+
+
+def _only_for_generation(template: Renderer, before: Messages, opened: str, printed: str) -> str:
+    """The kind of what others than the assistant say in `opened`, the turns `before` with the generation prompt,
+    and not in `printed`, the same turns as the whole conversation has them; "" where there is none."""
+    said = [piece for turn in before if turn["role"] != "assistant" for piece in pieces(turn)]
+    for kind, found in [(piece.kind, piece.texts) for piece in said] + tool_names(template.row.tools):
+        if holds(opened, found) and not holds(printed, found):
+            return kind.replace("_", " ")
+    return ""
+
+
+def start_of_turn(template: Renderer, whole: Messages, place: int, text: str, opened: str) -> int:
+    """Where whole[place] starts in `text`, the rendering of `whole`; `opened` is the rendering of the turns before
+    it with the generation prompt. Raises RowProblem where the two have nothing to compare."""
+    if text.startswith(opened):
+        return len(opened)
+    for before in reversed(range(place)):
+        here, there = (
+            template.said(whole, before, text),
+            template.said(whole[:place], before, opened, to_answer=True),
+        )
+        if here and there:
+            start = here[1] + _shared_header(template, opened[there[1] :], text[here[1] :])
+            own = template.said(whole, place, text)
+            return min(start, own[0]) if own else start  # what it says may go on like the generation prompt
+    message = "the chat template prints no turn before a response both before it and for generation"
+    raise RowProblem("no_rendering", "messages", message)
+
+
+def _shared_header(template: Renderer, header: str, rest: str) -> int:
+    """How much of a generation prompt the text repeats, in whole special tokens."""
+    shared = shared_start(header, rest)
+    for text in (header, rest):
+        cut = (m.start() for m in template.special.finditer(text) if m.start() < shared < m.end())
+        shared = next(cut, shared)
+    return shared
+
+
+def end_of_last_turn(template: Renderer, whole: Messages, text: str) -> int:
+    """Where the last turn ends in `text`, the rendering of `whole`: after its end of turn, before the white space
+    that templates print there, and before an end of text that follows it (Phi-3 prints <|end|>, a newline, EOS)."""
+    end = len(text.rstrip())
+    *head, last = text[:end].rsplit(None, 1)
+    if head and template.special.fullmatch(last) and _ends_in_special(template, head[0]):
+        longer = template.differs([*whole, {"role": "user", "content": unused(text)}])
+        if longer is not None and not longer.startswith(text[:end]):
+            return len(head[0])
+    return end
+
+
+def _ends_in_special(template: Renderer, text: str) -> bool:
+    tail = text[-200:]  # no special token is longer
+    return any(match.end() == len(tail) for match in template.special.finditer(tail))
+
+
+def end_of_turn(template: Renderer, whole: Messages, place: int, text: str) -> int:
+    """Where whole[place], which others follow, ends in `text`: after the end of turn that it has there."""
+    beginning = whole[: place + 1]
+    alone = template(beginning)
+    end = end_of_last_turn(template, beginning, alone)
+    if text.startswith(alone[:end]):
+        return end
+    here, there = template.said(whole, place, text), template.said(beginning, place, alone)
+    if here is None or there is None:
+        return 0  # nothing of it is printed
+    closing, rest = alone[there[1] : end], text[here[1] :]
+    if rest.startswith(closing):
+        return here[1] + len(closing)
+    # another end token where others follow: as many as it has when it is the last
+    count = sum(1 for _ in template.special.finditer(closing))
+    ends = [match.end() for match, _ in zip(template.special.finditer(rest), range(count))]
+    return here[1] + (ends[-1] if ends else 0)
