@@ -4,16 +4,24 @@ import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the keys by which templates know a turn's reasoning
-_KINDS = {"system": "system", "developer": "system", "tool": "tool_result"}  # of a message's content, by its role
+THOUGHTS = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)  # keys of a message
+_KINDS = {
+    "system": "system",
+    "developer": "system",
+    "tool": "tool_result",
+}  # by role
 
 
 class Piece(NamedTuple):
-    """Something that a message says: its kind, the texts it is made of, and the message saying `mark` instead."""
+    """Something that a message says."""
 
     kind: str
-    texts: tuple[str, ...]
-    other: Callable[[str], dict]
+    texts: tuple[str, ...]  # what it is made of
+    other: Callable[[str], dict]  # mark -> the message that says `mark` instead
 
 
 def pieces(message: dict) -> Iterator[Piece]:
@@ -34,23 +42,24 @@ def pieces(message: dict) -> Iterator[Piece]:
             yield Piece("reasoning", (message[key],), lambda mark, key=key: {**message, key: mark})
     for i, call in enumerate(message.get("tool_calls") or ()):
         function = call.get("function", call)
+        texts = (function["name"], *_leaves(function.get("arguments")))
+        yield Piece("tool_call", texts, lambda mark, i=i: saying_in_call(mark, message, i))
 
-        def other(mark, i=i, call=call, function=function):
-            changed = {**call, "function": {**function, "arguments": {mark: mark}}}
-            calls = message["tool_calls"]
-            return {**message, "tool_calls": [*calls[:i], changed, *calls[i + 1 :]]}
 
-        yield Piece("tool_call", (function["name"], *_leaves(function["arguments"])), other)
+def saying_in_call(mark: str, message: dict, number: int) -> dict:
+    """The message with `mark` in place of all arguments of one of its calls. The function's name stays: some
+    templates print it again before the result."""
+    calls = list(message["tool_calls"])
+    function = calls[number].get("function", calls[number])
+    other = {**function, "arguments": _filled(function.get("arguments"), mark)}
+    calls[number] = {**calls[number], "function": other} if "function" in calls[number] else other
+    return {**message, "tool_calls": calls}
 
 
 def _leaves(value) -> Iterator[str]:
-    """The texts and numbers in nested arguments, and their names."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key)
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
+    """The texts and numbers in nested arguments."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _leaves(item)
     elif isinstance(value, str):
         yield value
@@ -58,11 +67,23 @@ def _leaves(value) -> Iterator[str]:
         yield json.dumps(value)
 
 
-def tool_names(tools: list | None) -> list[tuple[str, tuple[str, ...]]]:
-    """Per tool its kind and its name, as a piece has them."""
-    functions = (tool.get("function", tool) if isinstance(tool, dict) else {} for tool in tools or ())
-    names = (function.get("name") if isinstance(function, dict) else None for function in functions)
-    return [("tools", (name,) if isinstance(name, str) else ()) for name in names]
+def _filled(value, mark: str):
+    """The same structure with `mark` in each place, and in one at least."""
+    if isinstance(value, dict):
+        return {key: _filled(item, mark) for key, item in value.items()} or {mark: mark}
+    if isinstance(value, list):
+        return [_filled(item, mark) for item in value] or [mark]
+    return mark
+
+
+def tool_texts(tools: list | None) -> list[tuple[str, tuple[str, ...]]]:
+    """Per tool its kind and what it is known by, its name and description, as a piece has them."""
+    found = []
+    for tool in tools or ():
+        function = tool.get("function", tool) if isinstance(tool, dict) else {}
+        said = [function.get(key) for key in ("name", "description")] if isinstance(function, dict) else []
+        found.append(("tools", tuple(text for text in said if isinstance(text, str))))
+    return found
 
 
 def holds(text: str, texts: tuple[str, ...]) -> bool:

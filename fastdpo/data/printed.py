@@ -1,14 +1,14 @@
 """Whether the text that the chat template made of a row says all that the row says."""
 
-from fastdpo.data.pieces import Piece, holds, pieces, tool_names
+from fastdpo.data.pieces import Piece, holds, pieces, tool_texts
 from fastdpo.data.rendering import Renderer, unused
 from fastdpo.data.report import RowProblem
 from fastdpo.data.stretches import Page
 
 
 def unprinted_of_prompt(template: Renderer, page: Page) -> set[tuple[str, int]]:
-    """(kind, place of the message or the tool) of all that the prompt says and the text before the response does
-    not: the kinds of `pieces`, and tools."""
+    """(kind, place of the message or the tool) of all that the prompt says and the text before the response
+    does not: the kinds of `pieces`, and tools."""
     row, before = template.row, page.text[: min(start for start, _ in page.stretches.values())]
     lost = {
         (piece.kind, place)
@@ -16,15 +16,15 @@ def unprinted_of_prompt(template: Renderer, page: Page) -> set[tuple[str, int]]:
         for piece in pieces(message)
         if not (holds(before, piece.texts) or _changes(template, page, place, piece))
     }
-    for i, (kind, names) in enumerate(tool_names(row.tools)):
+    for i, (kind, names) in enumerate(tool_texts(row.tools)):
         if not names or not (holds(before, names) or _changes_with_tool(template, page, i)):
             lost.add((kind, i))
     return lost
 
 
 def unprinted_of_response(template: Renderer, page: Page) -> tuple[set[tuple[str, int]], set[int]]:
-    """The same of the response, whose assistant turns must say it where they are scored; and the assistant turns
-    of which something is said. Raises RowProblem where there are none."""
+    """The same of the response, whose assistant turns must say it where they are scored; and the assistant
+    turns of which something is said. Raises RowProblem where there are none."""
     lost, said = set(), set()
     asked = len(template.row.prompt)
     for place, message in enumerate(page.messages[asked:]):
@@ -45,8 +45,8 @@ def unprinted_of_response(template: Renderer, page: Page) -> tuple[set[tuple[str
 
 
 def _changes(template: Renderer, page: Page, place: int, piece: Piece) -> bool:
-    """Whether the template prints something else where the message says something else: it may print the piece
-    in a form of its own."""
+    """Whether the template prints something else where the message says something else: it may print the
+    piece in a form of its own."""
     mark, messages = unused(page.text), page.messages
     other = template.differs([*messages[:place], piece.other(mark), *messages[place + 1 :]])
     return other is not None and mark in other

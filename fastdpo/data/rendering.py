@@ -1,9 +1,12 @@
 """One row's chat template: conversations as text, and which of the text a message says."""
 
+import json
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-from fastdpo.data.pieces import THOUGHTS
+from fastdpo.data.pieces import THOUGHTS, saying_in_call
 from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import Messages, Row
 from fastdpo.data.spans import shared_start
@@ -30,10 +33,11 @@ class Renderer:
             raise RowProblem("template_error", "messages", message) from None
 
     def said(self, messages: Messages, place: int, text: str, to_answer=False) -> tuple[int, int] | None:
-        """(start, end) of what messages[place] says in `text`, the rendering of `messages`: it differs between
-        them where the message says something else. None where nothing does."""
+        """(start, end) of what messages[place] says in `text`, the rendering of `messages`: between them it
+        differs where the message says something else. None where nothing does."""
         mark = unused(text)
-        other = self.differs([*messages[:place], _saying(mark, messages[place]), *messages[place + 1 :]], to_answer)
+        changed = [*messages[:place], _saying(mark, messages[place]), *messages[place + 1 :]]
+        other = self.differs(changed, to_answer)
         if other is None or mark not in other:
             return None
         same = shared_start(text[::-1], other[::-1])
@@ -58,8 +62,33 @@ def _saying(mark: str, message: dict) -> dict:
     for key in ("content", *THOUGHTS):
         if isinstance(message.get(key), str) and message[key].strip():
             other[key] = mark
-    if calls := message.get("tool_calls"):
-        # their names stay: some templates print them again before the result
-        functions = ({**call.get("function", call), "arguments": {mark: mark}} for call in calls)
-        other["tool_calls"] = [{**call, "function": function} for call, function in zip(calls, functions)]
+    for number in range(len(message.get("tool_calls") or ())):
+        other = saying_in_call(mark, other, number)
     return other
+
+
+def call_forms(row: Row) -> Iterator[Row]:
+    """The row, and where it has tool calls the same with the forms in which templates may want them."""
+    turns = [*row.prompt, *(turn for response in row.responses for turn in response)]
+    yield row
+    if any(turn.get("tool_calls") for turn in turns):
+        for no_content, as_text in ((True, False), (False, True), (True, True)):
+            prompt, *responses = (
+                [_with_calls(turn, no_content, as_text) for turn in messages]
+                for messages in (row.prompt, *row.responses)
+            )
+            yield replace(row, prompt=prompt, responses=tuple(responses))
+
+
+def _with_calls(message: dict, no_content: bool, as_text: bool) -> dict:
+    if not message.get("tool_calls"):
+        return message
+    calls = message["tool_calls"]
+    if as_text:
+        functions = [call.get("function", call) for call in calls]
+        texts = [json.dumps(function.get("arguments"), ensure_ascii=False) for function in functions]
+        calls = [
+            {**call, "function": {**function, "arguments": text}}
+            for call, function, text in zip(calls, functions, texts)
+        ]
+    return {**message, "content": message["content"] or (None if no_content else ""), "tool_calls": calls}

@@ -51,7 +51,7 @@ class RowProblem(DataError):
     stretches.py    no_rendering
     printed.py      content_not_printed
     tokenizing.py   nothing_scored
-    groups.py       too_long, prompt_too_long, response_too_long, nothing_scored, identical_after_truncation
+    groups.py       too_long, prompt_too_long, response_too_long, identical_after_truncation
     """
 
     def __init__(self, reason: str, field: str, message: str):

@@ -1,20 +1,24 @@
 """Where each assistant turn of a response stands in the text of the whole conversation.
 
 A turn is scored from where the model would begin to write (after the generation prompt, as far as the whole
-conversation repeats it) to its own end of turn. With most templates the conversation up to a turn is printed as
-the beginning of the whole, and both places are the lengths of such beginnings. A template may print a turn
-otherwise where it is last, though (Qwen 3 an empty thought, gpt-oss another end token), or the prompt otherwise
-where an answer follows (Mistral's system prompt): then both places are found from what the messages around them
-say, which `Renderer.said` tells whatever the template.
+conversation repeats it) to its own end of turn. With most templates the conversation up to a turn is printed
+as the beginning of the whole, and both places are the lengths of such beginnings. A template may print a turn
+otherwise where it is last, though (Qwen 3 an empty thought, gpt-oss another end token), or the prompt
+otherwise where an answer follows (Mistral's system prompt): then both places are found from what the messages
+around them say, which `Renderer.said` tells whatever the template.
 """
 
+import re
 from dataclasses import dataclass
 
-from fastdpo.data.pieces import holds, pieces, tool_names
+from fastdpo.data.pieces import holds, pieces, tool_texts
 from fastdpo.data.rendering import Renderer, unused
 from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import Messages
 from fastdpo.data.spans import shared_start
+
+_TAG = re.compile(r"<[^<>\s]+>")  # <think>, which tokenizers know, but seldom as special
+_LONGEST = 300  # characters of all tokens that end a text
 
 
 @dataclass(frozen=True)
@@ -23,15 +27,15 @@ class Page:
 
     messages: Messages  # the prompt's and the response's
     text: str  # up to the last turn's own end
-    stretches: dict[int, tuple[int, int]]  # what is scored of each assistant turn, by its place in the response
+    stretches: dict[int, tuple[int, int]]  # what is scored, by an assistant turn's place in the response
     cut: bool  # the template prints more: white space, an end of text
-    begins_as_generated: bool  # every answer stands where the model would write it, behind the same text
-    for_generation: bool = False  # only the prompt does: the text is the prompt as for generation, then the answer
+    begins_as_generated: bool  # each answer stands behind the very text that the model would go on from
+    for_generation: bool = False  # the text is the prompt as printed for generation, and the answer after it
 
 
 def lay_out(template: Renderer, prompt: str, turns: Messages) -> Page:
-    """The response `turns`, which ends with an assistant turn; `prompt` is the row's with the generation prompt.
-    Raises RowProblem where the template refuses the turns, or no text has them as the model would write them."""
+    """The response `turns`, whose last one is the assistant's; `prompt` is the row's, with the generation
+    prompt. Raises RowProblem where the template refuses the turns, or no text has them as generated."""
     asked = template.row.prompt
     whole = asked + turns
     printed = template(whole)
@@ -48,7 +52,9 @@ def lay_out(template: Renderer, prompt: str, turns: Messages) -> Page:
         begins = False
         if only := _only_for_generation(template, whole[:place], opened, printed[:start]):
             if len(answers) > 1:
-                message = f"the chat template prints the {only} only before an answer to write, and here are several"
+                message = (
+                    f"the chat template prints the {only} only before the last answer, and here are several"
+                )
                 raise RowProblem("no_rendering", "messages", f"{message}: make it a row an answer")
             text = opened + printed[start:end]
             return Page(whole, text, {i: (len(opened), len(text))}, end < len(printed), False, True)
@@ -56,18 +62,18 @@ def lay_out(template: Renderer, prompt: str, turns: Messages) -> Page:
 
 
 def _only_for_generation(template: Renderer, before: Messages, opened: str, printed: str) -> str:
-    """The kind of what others than the assistant say in `opened`, the turns `before` with the generation prompt,
-    and not in `printed`, the same turns as the whole conversation has them; "" where there is none."""
+    """The kind of what others than the assistant say in `opened`, the turns `before` with the generation
+    prompt, and not in `printed`, the same turns in the whole conversation; "" where there is none."""
     said = [piece for turn in before if turn["role"] != "assistant" for piece in pieces(turn)]
-    for kind, found in [(piece.kind, piece.texts) for piece in said] + tool_names(template.row.tools):
+    for kind, found in [(piece.kind, piece.texts) for piece in said] + tool_texts(template.row.tools):
         if holds(opened, found) and not holds(printed, found):
             return kind.replace("_", " ")
     return ""
 
 
 def start_of_turn(template: Renderer, whole: Messages, place: int, text: str, opened: str) -> int:
-    """Where whole[place] starts in `text`, the rendering of `whole`; `opened` is the rendering of the turns before
-    it with the generation prompt. Raises RowProblem where the two have nothing to compare."""
+    """Where whole[place] starts in `text`, the rendering of `whole`; `opened` is that of the turns before it,
+    with the generation prompt. Raises RowProblem where the two have nothing to compare."""
     if text.startswith(opened):
         return len(opened)
     for before in reversed(range(place)):
@@ -84,29 +90,41 @@ def start_of_turn(template: Renderer, whole: Messages, place: int, text: str, op
 
 
 def _shared_header(template: Renderer, header: str, rest: str) -> int:
-    """How much of a generation prompt the text repeats, in whole special tokens."""
+    """How much of a generation prompt the text repeats, in whole special tokens and tags."""
     shared = shared_start(header, rest)
     for text in (header, rest):
-        cut = (m.start() for m in template.special.finditer(text) if m.start() < shared < m.end())
-        shared = next(cut, shared)
+        for pattern in (template.special, _TAG):
+            cut = (m.start() for m in pattern.finditer(text) if m.start() < shared < m.end())
+            shared = next(cut, shared)
     return shared
 
 
 def end_of_last_turn(template: Renderer, whole: Messages, text: str) -> int:
-    """Where the last turn ends in `text`, the rendering of `whole`: after its end of turn, before the white space
-    that templates print there, and before an end of text that follows it (Phi-3 prints <|end|>, a newline, EOS)."""
-    end = len(text.rstrip())
-    *head, last = text[:end].rsplit(None, 1)
-    if head and template.special.fullmatch(last) and _ends_in_special(template, head[0]):
+    """Where the last turn ends in `text`, the rendering of `whole`: after its end of turn, and before what
+    templates print there in any case: white space, a header after EOS, or EOS after a newline (Phi-3's)."""
+    text = text.rstrip()
+    eos = template.tokenizer.eos_token
+    closing = _closing(template, text)
+    if eos and eos in text[closing:]:
+        after = text.index(eos, closing) + len(eos)
+        if after < len(text):
+            return after
+    *head, last = text.rsplit(None, 1)
+    if head and len(head[0]) > closing and template.special.match(last):
         longer = template.differs([*whole, {"role": "user", "content": unused(text)}])
-        if longer is not None and not longer.startswith(text[:end]):
+        if longer is not None and not longer.startswith(text):
             return len(head[0])
-    return end
+    return len(text)
 
 
-def _ends_in_special(template: Renderer, text: str) -> bool:
-    tail = text[-200:]  # no special token is longer
-    return any(match.end() == len(tail) for match in template.special.finditer(tail))
+def _closing(template: Renderer, text: str) -> int:
+    """Where the special tokens begin that end a text, with nothing but white space between them."""
+    start = len(text)
+    for match in reversed(list(template.special.finditer(text, max(0, start - _LONGEST)))):
+        if text[match.end() : start].strip():
+            break
+        start = match.start()
+    return start
 
 
 def end_of_turn(template: Renderer, whole: Messages, place: int, text: str) -> int:

@@ -3,8 +3,8 @@
 A response's text is what the chat template prints for the whole conversation, up to the end of its last
 assistant turn. That end is scored; white space that a template prints after it (Qwen's newline) is cut, as
 generation stops before it and no model ever produces it. TRL scores that token; ours are one token shorter
-there. Where the template prints a prompt with all that it says only for generation (Mistral's public rule: the
-system prompt only if the user's turn is the last), the text is that prompt and the answer after it.
+there. Where the template prints all that a prompt says only for generation (Mistral's public rule: the system
+prompt only if the user's turn is the last), the text is that prompt and the answer after it.
 """
 
 import re
@@ -12,7 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from fastdpo.data.printed import unprinted_of_prompt, unprinted_of_response
-from fastdpo.data.rendering import Renderer
+from fastdpo.data.rendering import Renderer, call_forms
+from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import Messages, Row
 from fastdpo.data.spans import Marks, Relevance, mark
 from fastdpo.data.stretches import lay_out
@@ -44,8 +45,8 @@ class Draft:
 
 
 def write(row: Row, tokenizer, special: re.Pattern) -> Draft:
-    """`special` matches the tokenizer's special tokens. Raises RowProblem where the chat template refuses the row
-    or prints nothing of a response."""
+    """`special` matches the tokenizer's special tokens. Raises RowProblem where the chat template refuses the
+    row or prints nothing of a response."""
     notes = Counter(tie_pair=row.ties) if row.ties else Counter()
     if isinstance(row.prompt, str):
         texts = [row.prompt + response for response in row.responses]
@@ -58,21 +59,46 @@ def write(row: Row, tokenizer, special: re.Pattern) -> Draft:
             f"row {row.number} is a conversation, and the tokenizer has no chat template.\n"
             "Name one in the config (chat_template: FILE.jinja), or give rows of plain text."
         )
-    template = Renderer(row, tokenizer, special)
+    return _in_the_form_that_says_most(
+        [Renderer(form, tokenizer, special) for form in call_forms(row)], notes
+    )
+
+
+def _in_the_form_that_says_most(templates: list[Renderer], notes: Counter) -> Draft:
+    """Of a row with tool calls in several forms the first whose calls are printed, or else the first that the
+    template takes at all."""
+    drafts, problems = [], []
+    for template in templates:
+        try:
+            drafts.append(_conversation(template, notes))
+        except RowProblem as problem:
+            problems.append(problem)
+            continue
+        if not drafts[-1].notes["tool_call_not_printed"]:
+            return drafts[-1]
+    if not drafts:
+        raise problems[0]
+    return drafts[0]
+
+
+def _conversation(template: Renderer, notes: Counter) -> Draft:
+    row, notes = template.row, Counter(notes)
     prompt = template(row.prompt, to_answer=True)
-    lost: set[tuple[str, int]] = set()  # what the prompt says and a text does not: its kind, the turn's or tool's place
+    lost: set[tuple[str, int]] = (
+        set()
+    )  # what the prompt says and a text does not: its kind, and of which turn or tool
     scripts = tuple(
         _script(template, prompt, turns, relevance, lost, notes)
         for turns, relevance in zip(row.responses, row.relevance)
     )
-    notes.update(f"{kind}_not_printed" for kind, _ in lost)
+    notes.update(f"{kind}_not_printed" for kind, _ in sorted(lost))
     return Draft(row, scripts, False, notes)
 
 
 def _script(
     template: Renderer, prompt: str, turns: Messages, relevance: Relevance | None, lost: set, notes: Counter
 ) -> Script:
-    """A response's text and what is scored of it; adds to `lost` what the prompt says and the text does not."""
+    """A response's text and what is scored of it. Adds to `lost` what the prompt says and the text does not."""
     last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
     if last + 1 < len(turns):
         notes["trailing_turns"] += len(turns) - last - 1
@@ -83,12 +109,12 @@ def _script(
         notes["prompt_as_for_generation"] += 1
     elif not page.begins_as_generated:
         notes["template_not_prefix"] += 1
-    said = turns[last]["content"].rpartition("</think>")[2].strip()
+    said = (turns[last]["content"] or "").rpartition("</think>")[2].strip()
     if said and page.text.endswith(said):
         notes["no_end_of_turn"] += 1  # the model is never shown where to stop
     lost |= unprinted_of_prompt(template, page)
     unprinted, said = unprinted_of_response(template, page)
-    notes.update(f"{kind}_not_printed" for kind, _ in unprinted)
+    notes.update(f"{kind}_not_printed" for kind, _ in sorted(unprinted))
     spans = tuple(stretch for turn, stretch in page.stretches.items() if turn in said)
-    contents = {i: turns[i]["content"] for i in page.stretches}
+    contents = {i: turns[i]["content"] or "" for i in page.stretches}
     return Script(page.text, spans, mark(relevance, contents, page.stretches, page.text))

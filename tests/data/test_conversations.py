@@ -118,15 +118,15 @@ def test_prompt_printed_otherwise_when_alone():
 
 
 def test_an_earlier_turn_printed_otherwise_when_it_is_not_the_last():
-    """Only what is known to be the answer is scored, and it is noted."""
+    """Each turn is scored as the whole conversation has it."""
     thought = "{% if loop.last and m['role'] == 'assistant' %}<think>{% endif %}"
     odd = CHATML.replace("{{ m['content'] }}", thought + "{{ m['content'] }}")
     tokenizer = small_tokenizer(chat_template=odd)
     row = {**chat_row(), "chosen": [assistant("old"), user("more"), assistant("gold")]}
     group, notes = to_group(row, 0, tokenizer, WIDE)
     check(group)
-    assert notes == {"template_not_prefix": 1}
-    assert scored_text(tokenizer, group.responses[0]) == "<think>gold<|im_end|>"
+    assert not notes
+    assert scored_text(tokenizer, group.responses[0]) == "old<|im_end|><think>gold<|im_end|>"
 
 
 def test_template_error_is_the_row_s_problem():

@@ -143,10 +143,10 @@ def test_openrlhf_puts_a_space_before_eos_and_eos_over_the_last_token():
 
 def test_openrlhf_counts_the_prompt_s_tokens_apart():
     """The prompt's length comes from the prompt alone, so a token that merges over the boundary shifts it."""
-    group, notes, tokenizer = group_of(text_row("good wor", "ld", "se"))
+    group, notes, tokenizer = group_of(text_row("good wor", "ld.", "se"))
     assert notes["merged_boundary"] == 1  # "world" is one token
-    assert decode(tokenizer, sequence(group)) == "<s>good world</s>"
-    assert scored_text(tokenizer, group.responses[0]) == "</s>"
+    assert decode(tokenizer, sequence(group)) == "<s>good world.</s>"
+    assert scored_text(tokenizer, group.responses[0]) == ".</s>"
 
 
 def test_nemo_raises_at_ties():

@@ -92,17 +92,27 @@ def test_merge_in_one_response_only():
     assert scored_text(tokenizer, clean) == " old</s>"
 
 
-def test_wholly_merged_response_scores_its_eos():
+def test_a_response_wholly_merged_with_text_of_the_prompt_is_refused():
+    """Only its EOS would be scored: the one token of the other side holds the prompt's text."""
+    with pytest.raises(RowProblem, match="no token of its own") as caught:
+        to_group(text_row("good wor", "ld", " morning"), 0, small_tokenizer(), WIDE)
+    assert caught.value.reason == "nothing_scored"
+
+
+def test_a_token_that_merged_with_the_prompt_s_space_is_the_response_s():
+    """Otherwise both responses of one word would be an EOS alone. The prompt's tokens lack the space."""
     tokenizer = small_tokenizer()
-    group, _ = to_group(text_row("good wor", "ld", " morning"), 0, tokenizer, WIDE)
-    assert scored_text(tokenizer, group.responses[0]) == "</s>"
+    tokenizer.backend_tokenizer.add_tokens([" blue", " red"])
+    group, notes = to_group(text_row("good ", "blue", "red"), 0, tokenizer, WIDE)
+    assert decode(tokenizer, group.prompt) == "<s>good" and notes == {"merged_white_space": 2}
+    assert [scored_text(tokenizer, r) for r in group.responses] == [" blue</s>", " red</s>"]
 
 
 def test_no_token_before_the_response():
     with pytest.raises(RowProblem, match="no token comes before") as caught:
-        to_group(text_row("wor", "ld", " old"), 0, small_tokenizer(bos=False), WIDE)
+        to_group(text_row("wor", "ld good", " old"), 0, small_tokenizer(bos=False), WIDE)
     assert caught.value.reason == "empty_prompt"
-    group, _ = to_group(text_row("wor", "ld", " old"), 0, small_tokenizer(), WIDE)
+    group, _ = to_group(text_row("wor", "ld good", " old"), 0, small_tokenizer(), WIDE)
     assert decode(small_tokenizer(), group.prompt) == "<s>"
 
 
@@ -122,7 +132,7 @@ def test_responses_that_differ_as_text_but_not_as_tokens():
     ("prompt", "chosen", "rejected", "scored"),
     [
         ("Hello", " there", " you", [" there", " you"]),
-        ("Hello ", "there", "you", ["", ""]),  # " there" holds the prompt's space
+        ("Hello ", "there", "you", [" there", " you"]),  # one token, which the prompt does not have
         ("Hello wor", "ld, yes", "king, no", [", yes", ", no"]),
         ("Hello", "\n\nyes", "\n\nno", ["\n\nyes", "\n\nno"]),
         ("Hello\n\n", "yes", "no", ["yes", "no"]),  # two newlines are one token only when alone
@@ -137,7 +147,7 @@ def test_gpt2_boundaries(prompt, chosen, rejected, scored):
     assert [scored_text(tokenizer, r) for r in group.responses] == expected
     for i, response in enumerate((chosen, rejected)):
         assert decode(tokenizer, sequence(group, i)) == prompt + response + "<|endoftext|>"
-    assert notes.get("merged_boundary", 0) == (2 if scored[0] != chosen else 0)
+    assert notes.total() == (2 if scored[0] != chosen else 0)
 
 
 @needs_shared

@@ -66,7 +66,9 @@ def test_what_is_scored(name, conversation):
     assert dict(notes) == expected.notes
     for i, side in enumerate(("chosen", "rejected")):
         ids, whole = sequence(group, i), template_ids(tokenizer, row, side)
-        if "prompt_as_for_generation" not in notes:  # a prompt that the template prints so only before an answer
+        if (
+            "prompt_as_for_generation" not in notes
+        ):  # a prompt that the template prints so only before an answer
             assert ids == whole[: len(ids)]
 
 

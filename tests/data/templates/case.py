@@ -1,10 +1,10 @@
 """What the corpus of chat templates is made of, and the conversations that every template is tried with.
 
-A template is a file of ours, NAME.jinja beside this one, written after the public behaviour of a model family.
-Its entry in a family's file says what the tokenizer has, and by the name of a conversation the exact text that
-must be scored: per response a tuple, per assistant turn of it a string, from where the model would begin to
-write to the turn's own end as it stands in the whole conversation. A str in place of the tuples is the reason
-that the row is dropped for.
+A template is a file of ours, NAME.jinja beside this one, written after the public behaviour of a model
+family. Its entry in a family's file says what the tokenizer has, and by the name of a conversation the exact
+text that must be scored: per response a tuple, per assistant turn of it a string, from where the model would
+begin to write to the turn's own end as it stands in the whole conversation. A str in place of the tuples is
+the reason that the row is dropped for.
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Template:
-    """One chat template, its tokenizer's special tokens (EOS and BOS are among them), and what it must score."""
+    """One chat template, its tokenizer's special tokens (EOS and BOS among them), and what must be scored."""
 
     eos: str
     special: tuple[str, ...]

@@ -14,7 +14,9 @@ TEMPLATES = {
                 ("Paris.<|im_end|>", "Rome.<|im_end|>"),
                 ("London.<|im_end|>", "No.<|im_end|>"),
             ),
-            "call": Expected("content_not_printed"),  # the call vanishes: chosen would be an end of turn alone
+            "call": Expected(
+                "content_not_printed"
+            ),  # the call vanishes: chosen would be an end of turn alone
             "result": Expected(
                 (("It rains.<|im_end|>",), ("It rains.<|im_end|>",)),
                 {"tools_not_printed": 1, "tool_call_not_printed": 1},
@@ -23,9 +25,7 @@ TEMPLATES = {
                 (("It rains.<|im_end|>",), ("The sun shines.<|im_end|>",)),
                 {"tools_not_printed": 1, "tool_call_not_printed": 1},
             ),
-            "reasoning": Expected(
-                (("4.<|im_end|>",), ("5.<|im_end|>",)), {"reasoning_not_printed": 2}
-            ),
+            "reasoning": Expected((("4.<|im_end|>",), ("5.<|im_end|>",)), {"reasoning_not_printed": 2}),
             "thought": (
                 ("<think>\nTwo and two make four.\n</think>\n\n4.<|im_end|>",),
                 ("<think>\nA guess.\n</think>\n\n5.<|im_end|>",),
