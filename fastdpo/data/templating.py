@@ -59,9 +59,8 @@ def write(row: Row, tokenizer, special: re.Pattern) -> Draft:
             f"row {row.number} is a conversation, and the tokenizer has no chat template.\n"
             "Name one in the config (chat_template: FILE.jinja), or give rows of plain text."
         )
-    return _in_the_form_that_says_most(
-        [Renderer(form, tokenizer, special) for form in call_forms(row)], notes
-    )
+    templates = [Renderer(form, tokenizer, special) for form in call_forms(row)]
+    return _in_the_form_that_says_most(templates, notes)
 
 
 def _in_the_form_that_says_most(templates: list[Renderer], notes: Counter) -> Draft:
@@ -84,9 +83,7 @@ def _in_the_form_that_says_most(templates: list[Renderer], notes: Counter) -> Dr
 def _conversation(template: Renderer, notes: Counter) -> Draft:
     row, notes = template.row, Counter(notes)
     prompt = template(row.prompt, to_answer=True)
-    lost: set[tuple[str, int]] = (
-        set()
-    )  # what the prompt says and a text does not: its kind, and of which turn or tool
+    lost: set[tuple[str, int]] = set()  # of the prompt: kinds, with the number of the turn or tool
     scripts = tuple(
         _script(template, prompt, turns, relevance, lost, notes)
         for turns, relevance in zip(row.responses, row.relevance)
@@ -98,7 +95,7 @@ def _conversation(template: Renderer, notes: Counter) -> Draft:
 def _script(
     template: Renderer, prompt: str, turns: Messages, relevance: Relevance | None, lost: set, notes: Counter
 ) -> Script:
-    """A response's text and what is scored of it. Adds to `lost` what the prompt says and the text does not."""
+    """A response's text and what is scored of it; adds to `lost` what of the prompt it does not print."""
     last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
     if last + 1 < len(turns):
         notes["trailing_turns"] += len(turns) - last - 1

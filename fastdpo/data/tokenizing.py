@@ -167,8 +167,8 @@ def _first_of_response(
     """The first scored token of the response that starts at character `start`, where the tokenizer merged
     across that boundary in tokens from `first` on, and a note on it.
 
-    A token that holds white space of the prompt and the response's beginning (" " + "blue") is the response's:
-    the prompt's own tokens do not have it. One that holds text of the prompt ("wor" + "ld") is not scored.
+    A token that holds white space of the prompt and the response's beginning (" " + "blue") is the
+    response's: the prompt's own tokens lack it. One with the prompt's text ("wor" + "ld") is not scored.
     """
     text = script.text
     if (places := encoder.places(text, by_decoding=False)) is None:

@@ -1,7 +1,13 @@
 """Every template of the corpus, with every conversation of its table: the text that is scored, by hand."""
 
+import contextlib
 import importlib
+import json
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
 
+import jinja2
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -19,9 +25,8 @@ for family in FAMILIES:
     TEMPLATES |= found
 
 
-def tokenizer_of(name: str):
+def tokenizer_of(template: Template, name: str = "", text: str | None = None):
     """Bytes are tokens, and the special tokens: a text's ids spell exactly its characters."""
-    template = TEMPLATES[name]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -31,7 +36,7 @@ def tokenizer_of(name: str):
     named |= {"bos_token": template.bos} if template.bos else {}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
     file = FOLDER / f"{template.file or name}.jinja"
-    tokenizer.chat_template = file.read_text(encoding="utf-8")
+    tokenizer.chat_template = text or file.read_text(encoding="utf-8")
     return tokenizer
 
 
@@ -52,7 +57,7 @@ def scored_turns(tokenizer, response) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("name, conversation", [(n, c) for n, t in TEMPLATES.items() for c in t.table])
 def test_what_is_scored(name, conversation):
-    row, tokenizer = row_of(name, conversation), tokenizer_of(name)
+    row, tokenizer = row_of(name, conversation), tokenizer_of(TEMPLATES[name], name)
     expected = TEMPLATES[name].table[conversation]
     expected = expected if isinstance(expected, Expected) else Expected(expected)
     if isinstance(expected.scored, str):
@@ -65,21 +70,31 @@ def test_what_is_scored(name, conversation):
     assert tuple(scored_turns(tokenizer, response) for response in group.responses) == expected.scored
     assert dict(notes) == expected.notes
     for i, side in enumerate(("chosen", "rejected")):
-        ids, whole = sequence(group, i), template_ids(tokenizer, row, side)
-        if (
-            "prompt_as_for_generation" not in notes
-        ):  # a prompt that the template prints so only before an answer
-            assert ids == whole[: len(ids)]
+        if "prompt_as_for_generation" not in notes:
+            ids = sequence(group, i)
+            assert ids in [whole[: len(ids)] for whole in template_ids(tokenizer, row, side)]
 
 
-def template_ids(tokenizer, row: dict, side: str) -> list[int]:
-    """The template's own ids of the whole conversation."""
-    return tokenizer.apply_chat_template(
-        row["prompt"] + row[side],
-        tools=row.get("tools"),
-        return_dict=False,
-        **row["chat_template_kwargs"],
-    )
+def template_ids(tokenizer, row: dict, side: str) -> Iterator[list[int]]:
+    """The template's own ids of the whole conversation, with its tool calls in each form that it takes."""
+    messages, tools = row["prompt"] + row[side], row.get("tools")
+    for form in product((lambda x: x, partial(json.dumps, ensure_ascii=False)), ("", None)):
+        turns = [with_calls(message, *form) for message in messages]
+        with contextlib.suppress(TypeError, jinja2.TemplateError):
+            yield tokenizer.apply_chat_template(
+                turns, tools=tools, return_dict=False, **row["chat_template_kwargs"]
+            )
+
+
+def with_calls(message: dict, form, content: str | None) -> dict:
+    if "tool_calls" not in message:
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    calls = [
+        {**call, "function": {**function, "arguments": form(function["arguments"])}}
+        for call, function in zip(message["tool_calls"], functions)
+    ]
+    return {**message, "content": message["content"] or content, "tool_calls": calls}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
