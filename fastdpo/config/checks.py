@@ -3,6 +3,7 @@
 import math
 import typing
 
+from fastdpo.data.chat import check_kwargs
 from fastdpo.data.formats.layouts import layout_of
 from fastdpo.errors import ConfigError
 from fastdpo.values import as_bytes
@@ -42,6 +43,7 @@ def check(config) -> None:
     if isinstance(held_out, float) and not 0 < held_out < 1:
         raise ConfigError(f"eval_data: {held_out} is neither a data set nor a fraction between 0 and 1")
     layout_of(config.data_format)
+    check_kwargs(config.chat_template_kwargs)
     _check_memory_keys(config)
 
 

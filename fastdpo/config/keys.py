@@ -54,6 +54,11 @@ class Config:
         "where it does not exist; the log-in is checked before training",
     )
     chat_template: str | None = _key(None, "a Jinja file that replaces the tokenizer's chat template")
+    chat_template_kwargs: dict[str, Any] | None = _key(
+        None,
+        "what the chat template is given besides the messages, as in {enable_thinking: false, date_string: "
+        "26 Jul 2024}; a row's own chat_template_kwargs come over these",
+    )
     objective: str | dict[str, Any] | list[Any] = _key(
         "sigmoid",
         "the loss: sigmoid is DPO, sft trains on the chosen responses, `fastdpo objectives` lists all; "
@@ -220,8 +225,8 @@ STAGE_KEYS = (
 ).split()
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 GROUPS = {  # of the help and of docs/keys.md: each key once
-    "Data": "model adapter data data_format eval_data chat_template pairs pair_gap flip_pairs max_length "
-    "truncation strict".split(),
+    "Data": "model adapter data data_format eval_data chat_template chat_template_kwargs pairs pair_gap "
+    "flip_pairs max_length truncation strict".split(),
     "Objective": "objective objective_args beta label_smoothing reference_cache stages".split(),
     "Optimizer": "learning_rate warmup_steps lr_scheduler_type optim weight_decay max_grad_norm batch_size "
     "num_epochs max_steps seed".split(),

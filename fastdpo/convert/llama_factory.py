@@ -85,6 +85,10 @@ def _template(draft: Draft, template=None, cutoff_len=None) -> None:
         draft.check("rows over cutoff_len: LLaMA-Factory cuts prompts at their end too; see truncation")
 
 
+def _thinking(draft: Draft, key: str, value) -> None:
+    draft.set("chat_template_kwargs", {key: value}, draft.word(key, value))
+
+
 LLAMA_FACTORY = Tool(
     "LLaMA-Factory",
     only_here="stage finetuning_type pref_loss pref_beta pref_ftx cutoff_len template dataset dataset_dir "
@@ -120,7 +124,7 @@ LLAMA_FACTORY = Tool(
         "mix_strategy": only("concat", fix=NO_SUCH),
         "tool_format": only(fix="tools are written by the chat template; remove it"),
         "default_system": only(fix="give rows a system column; remove it"),
-        "enable_thinking": unread("the chat template and chat_template_kwargs of a row say it"),
+        "enable_thinking": _thinking,
         "rope_scaling": only(fix="set it in the model's own config"),
         "resize_vocab": only(False, fix=NO_SUCH),
         "pissa_init use_galore use_apollo use_badam use_adam_mini use_muon use_llama_pro fp8 shift_attn "

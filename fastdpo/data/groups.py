@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from fastdpo.console.progress import make_progress
+from fastdpo.data.chat import Chat
 from fastdpo.data.formats.layouts import Layout
 from fastdpo.data.report import NOT_PRINTED, DataReport, RowProblem
 from fastdpo.data.rows import Row, parse_row
@@ -51,13 +52,19 @@ Outcome = tuple[PreferenceGroup, Counter[str]] | RowProblem
 
 
 def to_group(
-    row: dict[str, Any] | Row, number: int, tokenizer: "PreTrainedTokenizerBase", limits: Limits
+    row: dict[str, Any] | Row,
+    number: int,
+    tokenizer: "PreTrainedTokenizerBase",
+    limits: Limits,
+    chat: Chat | None = None,
 ) -> tuple[PreferenceGroup, Counter[str]]:
-    """One row -> (PreferenceGroup, notes); notes count what was worth saying about it.
+    """One row -> (PreferenceGroup, notes); notes count what was worth saying about it. `chat` says what else
+    the chat template is given; without it, the time.
 
     Raises RowProblem when the row cannot be used.
     """
-    (outcome,) = _outcomes([(number, row)], Encoder(tokenizer), limits, None, Counter())
+    one, chat = [(number, row)], chat or Chat()
+    (outcome,) = _outcomes(one, Encoder(tokenizer), limits, chat, None, Counter())
     if isinstance(outcome, RowProblem):
         raise outcome
     return outcome
@@ -71,21 +78,22 @@ def load_groups(
     strict: bool,
     console: Console,
     data_format: str | dict[str, str] | None = None,
+    chat: Chat | None = None,
 ) -> tuple[list[PreferenceGroup], DataReport]:
     """All usable rows of a data source (see load_rows) as groups, and the account of every row. `data_format`
-    says how to read the rows, where their columns do not.
+    says how to read the rows, where their columns do not; `chat`, what the chat template is given besides.
 
     Raises DataError when no row is left, or under `strict` at the first row that was dropped,
     truncated, identical or malformed.
     """
     rows = load_rows(spec, data_format)
-    encoder, report = Encoder(tokenizer), DataReport(spec)
+    encoder, report, chat = Encoder(tokenizer), DataReport(spec), chat or Chat()
     groups: list[PreferenceGroup] = []
     numbered = enumerate(rows)
     with make_progress(console) as bar:
         task = bar.add_task("reading rows", total=len(rows), info="")
         while chunk := list(islice(numbered, _CHUNK)):
-            outcomes = _outcomes(chunk, encoder, limits, rows.layout, report.formats)
+            outcomes = _outcomes(chunk, encoder, limits, chat, rows.layout, report.formats)
             for (number, _), outcome in zip(chunk, outcomes):
                 if strict:
                     _refuse(outcome, rows, number)
@@ -97,6 +105,7 @@ def load_groups(
             bar.update(task, advance=len(chunk))
     if not groups:
         raise DataError(f"data: none of the {len(rows)} rows of {spec!r} can be used.\n{report.losses()}")
+    report.dates = list(chat.dates)
     return groups, report
 
 
@@ -117,6 +126,7 @@ def _outcomes(
     chunk: Sequence[tuple[int, dict[str, Any] | Row | RowProblem]],
     encoder: Encoder,
     limits: Limits,
+    chat: Chat,
     layout: Layout | None,
     formats: Counter[str],
 ) -> Iterator[Outcome]:
@@ -125,7 +135,7 @@ def _outcomes(
     for number, row in chunk:
         try:
             parsed = row if isinstance(row, Row) else parse_row(row, number, layout)
-            drafts.append(write(parsed, encoder.tokenizer, encoder.special))
+            drafts.append(write(parsed, encoder.tokenizer, encoder.special, chat))
         except RowProblem as problem:
             drafts.append(problem)
     written = [draft for draft in drafts if isinstance(draft, Draft)]

@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
 
 from rich.console import Console
 
+from fastdpo.data.chat import Chat
 from fastdpo.data.groups import Limits, load_groups
 from fastdpo.data.packing import epoch_order
 from fastdpo.errors import ConfigError
@@ -20,21 +23,24 @@ class DataSpec:
     data: str
     eval_data: str | float | None
     data_format: str | dict | None
+    chat_template_kwargs: dict[str, Any] | None
     max_length: int
     truncation: str
     strict: bool
     seed: int  # of which rows a fraction holds out
 
 
-def load_data(spec: DataSpec, tokenizer, console: Console) -> tuple[Rows, Rows, dict]:
-    """(training groups, evaluation groups, the account of every row for data_report.json). Raises DataError,
-    or ConfigError where a fraction leaves nothing to train on."""
-    limits = Limits(spec.max_length, spec.truncation)
+def load_data(
+    spec: DataSpec, tokenizer, console: Console, clock: datetime | None = None
+) -> tuple[Rows, Rows, dict]:
+    """(training groups, evaluation groups, the account of every row for data_report.json). `clock` is the time
+    that a chat template is told, or None for now. Raises DataError, or ConfigError where a fraction leaves
+    nothing to train on."""
+    limits, chat = Limits(spec.max_length, spec.truncation), Chat(spec.chat_template_kwargs, clock)
+    how: dict[str, Any] = dict(strict=spec.strict, data_format=spec.data_format, chat=chat)
 
     def load(name: str):
-        groups, report = load_groups(
-            name, tokenizer, limits, strict=spec.strict, console=console, data_format=spec.data_format
-        )
+        groups, report = load_groups(name, tokenizer, limits, console=console, **how)
         report.print(console)
         return groups, report.to_dict()
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from fastdpo.data.chat import Chat
 from fastdpo.data.pieces import THOUGHTS, saying_in_call
 from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import Messages, Row
@@ -15,19 +16,14 @@ from fastdpo.data.spans import shared_start
 class Renderer:
     """The tokenizer's chat template with all that a row gives it besides its messages."""
 
-    def __init__(self, row: Row, tokenizer, special: re.Pattern):
-        self.row, self.tokenizer, self.special = row, tokenizer, special
+    def __init__(self, row: Row, tokenizer, special: re.Pattern, chat: Chat):
+        self.row, self.tokenizer, self.special, self.chat = row, tokenizer, special, chat
 
     def __call__(self, messages: Messages, to_answer: bool = False, tools: list | None = None) -> str:
         """The text of `messages`; `to_answer`: with the generation prompt. Raises RowProblem."""
         try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools or self.row.tools,
-                tokenize=False,
-                add_generation_prompt=to_answer,
-                **self.row.chat_template_kwargs,
-            )
+            settings = {"tools": tools or self.row.tools, "add_generation_prompt": to_answer}
+            return self.chat.render(self.tokenizer, messages, self.row.chat_template_kwargs, **settings)
         except Exception as error:  # a template is a program, and fails like one
             message = f"the chat template refuses these turns: {error}"
             raise RowProblem("template_error", "messages", message) from None

@@ -46,6 +46,7 @@ class RowProblem(DataError):
     formats/        unknown_format, ambiguous_row, missing_column, wrong_type, unknown_role, prompt_end,
                     nan_score, faulty_score, malformed_label, malformed_ref_logps, too_few_responses, no_pair
     rows.py         messages_as_text, prompt_mismatch, empty_prompt, empty_response, response_start, identical
+    chat.py         template_kwargs
     spans.py        malformed_spans, malformed_token_weights, spans_not_found, token_weights_length
     rendering.py    template_error
     stretches.py    no_rendering
@@ -133,6 +134,9 @@ class DataReport:
     formats: Counter = field(default_factory=Counter)  # what rows were read as, see formats/known.py
     counts: Counter = field(default_factory=Counter)  # see _counts
     lengths: list[int] = field(default_factory=list)  # prompt + response, one a response
+    dates: list[str] = field(
+        default_factory=list
+    )  # what the chat template was told where it asked for the time
 
     @property
     def rows(self) -> int:
@@ -175,6 +179,7 @@ class DataReport:
             "dropped": {name: tally.to_dict() for name, tally in self.dropped.items()},
             "notes": {name: tally.to_dict() for name, tally in self.notes.items()},
             **self.counts,
+            "dates": self.dates,
             "lengths": {**self.length_percentiles(), "edges": edges, "counts": counts},
         }
 
@@ -217,6 +222,13 @@ class DataReport:
             relevant = f"{n['relevant_tokens']:,} relevant tokens"
             lines += [f"{n['weighted_responses']:,} responses have token weights: {relevant}"]
         console.print("\n".join(lines), highlight=False)
+        if self.dates:
+            text = (
+                f"the chat template prints the date ({', '.join(self.dates)}): a run keeps it when it resumes, "
+                "a run of another day has other tokens, so the reference cache misses. Where the template "
+                f'reads date_string, chat_template_kwargs: {{date_string: "{self.dates[0]}"}} keeps it for all'
+            )
+            console.print(escape(text), highlight=False, soft_wrap=True)
 
     def print_lengths(self, console) -> None:
         percentiles = ", ".join(f"{n} {v:,}" for n, v in self.length_percentiles().items())

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from fastdpo.data.chat import check_row_kwargs
 from fastdpo.data.formats.columns import Columns
 from fastdpo.data.formats.layouts import Layout
 from fastdpo.data.report import RowProblem, expect, kind
@@ -65,6 +66,7 @@ def _parse(given: dict, number: int, layout: Layout) -> Row:
     if columns.pairs and all(response == responses[0] for response in responses[1:]):
         raise RowProblem("identical", " and ".join(columns.fields), "they are the same: nothing to prefer")
     kwargs = expect(row.get("chat_template_kwargs", {}), dict, "chat_template_kwargs", "an object")
+    check_row_kwargs(kwargs)
     same = ("scores", "ref_logps", "pairs", "ties", "label")
     return Row(
         number=number,

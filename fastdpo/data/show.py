@@ -3,6 +3,7 @@
 import numpy as np
 from rich.text import Text
 
+from fastdpo.data.chat import Chat
 from fastdpo.data.groups import Limits, load_groups
 from fastdpo.data.load import DataSpec
 from fastdpo.data.report import DataReport
@@ -15,7 +16,8 @@ _RELEVANT = ("【", "】", "bold magenta")  # tokens of a response with weights;
 def show_data(spec: DataSpec, tokenizer, console) -> None:
     """Reads a run's data sources and prints what their rows become. Raises DataError, as load_groups does."""
     limits = Limits(spec.max_length, spec.truncation)
-    how = dict(strict=spec.strict, console=console, data_format=spec.data_format)
+    chat = Chat(spec.chat_template_kwargs)
+    how = dict(strict=spec.strict, console=console, data_format=spec.data_format, chat=chat)
     for source in (spec.data, spec.eval_data):
         if isinstance(source, str):
             show(*load_groups(source, tokenizer, limits, **how), tokenizer, console)

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from fastdpo.data.chat import Chat
 from fastdpo.data.printed import unprinted_of_prompt, unprinted_of_response
 from fastdpo.data.rendering import Renderer, call_forms
 from fastdpo.data.report import RowProblem
@@ -44,9 +45,9 @@ class Draft:
         return beginnings | {s.text for s in self.scripts}
 
 
-def write(row: Row, tokenizer, special: re.Pattern) -> Draft:
-    """`special` matches the tokenizer's special tokens. Raises RowProblem where the chat template refuses the
-    row or prints nothing of a response."""
+def write(row: Row, tokenizer, special: re.Pattern, chat: Chat) -> Draft:
+    """`special` matches the tokenizer's special tokens; `chat` says what else its template is given. Raises
+    RowProblem where the chat template refuses the row or prints nothing of a response."""
     notes = Counter(tie_pair=row.ties) if row.ties else Counter()
     if isinstance(row.prompt, str):
         texts = [row.prompt + response for response in row.responses]
@@ -59,7 +60,7 @@ def write(row: Row, tokenizer, special: re.Pattern) -> Draft:
             f"row {row.number} is a conversation, and the tokenizer has no chat template.\n"
             "Name one in the config (chat_template: FILE.jinja), or give rows of plain text."
         )
-    templates = [Renderer(form, tokenizer, special) for form in call_forms(row)]
+    templates = [Renderer(form, tokenizer, special, chat) for form in call_forms(row)]
     return _in_the_form_that_says_most(templates, notes)
 
 

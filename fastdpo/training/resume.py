@@ -1,6 +1,7 @@
 """Going on with a run: which checkpoint, and is it this run's?"""
 
 import hashlib
+from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -86,6 +87,13 @@ def _changed(name, old, new) -> ConfigError:
         f"{name}: the run in output_dir was started with {old!r}, this config says {new!r}. "
         "To resume, keep it; for another run, name another output_dir"
     )
+
+
+def clock_of(found: checkpoint.Checkpoint | None) -> datetime:
+    """What the run's chat templates are told where they ask for the time: of a run that goes on, the time it
+    was started at, so that its rows stay the same."""
+    started = found.state.get("clock") if found else None
+    return datetime.fromisoformat(started) if started else datetime.now()
 
 
 def check_same_run(found: checkpoint.Checkpoint | None, job: Job, data: str, n_groups: int) -> None:

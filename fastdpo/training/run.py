@@ -62,6 +62,7 @@ class Run:
     groups: Groups
     eval_groups: Groups
     data: str  # the fingerprint of both
+    clock: datetime  # what their chat template was told where it asked for the time
     place: Place = field(default_factory=Place)
 
     def __post_init__(self):
@@ -93,6 +94,7 @@ class Run:
             **dataclasses.asdict(self.place),
             "progress": progress.state(),
             "data": self.data,
+            "clock": self.clock.isoformat(),
             "files": growing_sizes(self.folder),
             "config": self.job.settings,
         }
@@ -165,7 +167,12 @@ class Run:
         """Around the training: its start and its end, whichever it is, go to events.jsonl and the report."""
         begun = {"step": found.step, "checkpoint": found.name} if found else {}
         here = {"python": platform.python_version(), **versions(*_PACKAGES)}
-        facts = {"skipped": passed, "versions": here, "device": device_name()}
+        facts = {
+            "skipped": passed,
+            "versions": here,
+            "device": device_name(),
+            "clock": self.clock.isoformat(),
+        }
         self.event("resume" if found else "start", **begun, **facts)
         try:
             yield

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from fastdpo.training import checkpoint
 from fastdpo.training.failures import check_weights
 from fastdpo.training.folder import free_folder, only_run_in, open_run, undone_if_refused
 from fastdpo.training.job import Around, Job, StageJob, job_of, resolve
-from fastdpo.training.resume import check_same_run, check_start, find_checkpoint, rows_digest
+from fastdpo.training.resume import check_same_run, check_start, clock_of, find_checkpoint, rows_digest
 from fastdpo.training.run import Place, Run
 from fastdpo.training.stage import Progress, Stage
 from fastdpo.training.starts import Fill, make_reference, pairs_of_stage, stage_groups
@@ -41,7 +42,8 @@ def train(config: Config, console: Console, around: Around) -> Path:
     folder = free_folder(job)
     with Stopping(console) as stopping, only_run_in(folder):
         found, passed = find_checkpoint(folder, job, console)
-        job, tokenizer, groups, eval_groups, reports = read(job, console, around)
+        clock = clock_of(found)
+        job, tokenizer, groups, eval_groups, reports = read(job, console, around, clock)
         check_stages(job.stages, groups, eval_groups)
         data = rows_digest(groups, eval_groups)
         check_same_run(found, job, data, len(groups))
@@ -64,6 +66,7 @@ def train(config: Config, console: Console, around: Around) -> Path:
                     groups=groups,
                     eval_groups=eval_groups,
                     data=data,
+                    clock=clock,
                 )
                 stopping.saves = True
                 with run.told(found, passed):
@@ -79,11 +82,11 @@ def train(config: Config, console: Console, around: Around) -> Path:
     return folder
 
 
-def read(job: Job, console: Console, around: Around):
+def read(job: Job, console: Console, around: Around, clock: datetime | None = None):
     """(the job with what `memory` chose, the tokenizer, the rows, the held-out rows, their account)."""
     tokenizer = load_tokenizer(job.model)
     model_config = load_model_config(job.model)  # what is wrong with it shows before the data is read
-    groups, eval_groups, reports = load_data(job.data, tokenizer, console)
+    groups, eval_groups, reports = load_data(job.data, tokenizer, console, clock)
     around.settle_backends(console)  # what is left out changes the plan
     job = job_of(around.choose(job.config, model_config, groups, console))
     return job, tokenizer, groups, eval_groups, reports
