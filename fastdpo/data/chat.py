@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from fastdpo.data.report import RowProblem
+from fastdpo.data.report import RowProblem, kind
 from fastdpo.errors import ConfigError
 
 # apply_chat_template's own, but for `documents`, which a template prints; and what transformers adds
@@ -20,15 +20,11 @@ _RESERVED = frozenset(
 
 @dataclass(frozen=True)
 class Chat:
-    """How the rows of a run are written. clock: what a template that asks for the time is told; None is now."""
+    """How the rows of a run are written. clock: the time that a template is told."""
 
     kwargs: dict[str, Any] | None = None  # a row's own come over these
-    clock: datetime | None = None
+    clock: datetime = field(default_factory=lambda: datetime.now())
     dates: dict[str, None] = field(default_factory=dict, init=False)  # what was told, in order
-
-    def __post_init__(self):
-        if self.clock is None:
-            object.__setattr__(self, "clock", datetime.now())
 
     def render(self, tokenizer, messages: list[dict], row_kwargs: dict[str, Any], **settings) -> str:
         """The tokenizer's apply_chat_template, as text. Raises whatever the template does."""
@@ -43,11 +39,11 @@ class Chat:
         from transformers.utils import chat_template_utils  # late: reading a config comes by this file
 
         theirs = chat_template_utils.datetime
-        chat_template_utils.datetime = _Clock(self.clock, self.dates)
+        chat_template_utils.datetime = _Clock(self.clock, self.dates)  # type: ignore[assignment,misc]
         try:
             yield
         finally:
-            chat_template_utils.datetime = theirs
+            chat_template_utils.datetime = theirs  # type: ignore[misc]
 
 
 @dataclass
@@ -84,15 +80,15 @@ def _wrong(kwargs: dict) -> str:
         if not isinstance(name, str):
             return f"{name!r}: a name is text"
         if not _is_plain(value):
-            way_out = (
-                "put it in quotes" if hasattr(value, "isoformat") else "give text, a number, a list, ..."
-            )
-            return f"{name}: a template cannot read {value!r}; {way_out}"
+            way_out = "put it in quotes" if hasattr(value, "isoformat") else "give what JSON can hold"
+            return f"{name}: a template cannot read {kind(value)}; {way_out}"
     return ""
 
 
 def _is_plain(value) -> bool:
-    """Whether a template is given the value as it is, and not its type's name."""
-    if isinstance(value, list | dict):
-        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    """Whether a template is given the value itself, and not its type's name."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(one) for name, one in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
     return value is None or isinstance(value, str | int | float)

@@ -33,10 +33,11 @@ class DataSpec:
 def load_data(
     spec: DataSpec, tokenizer, console: Console, clock: datetime | None = None
 ) -> tuple[Rows, Rows, dict]:
-    """(training groups, evaluation groups, the account of every row for data_report.json). `clock` is the time
-    that a chat template is told, or None for now. Raises DataError, or ConfigError where a fraction leaves
+    """(training groups, evaluation groups, the account of every row for data_report.json). `clock` is the
+    time that a chat template is told, None for now. Raises DataError, or ConfigError where a fraction leaves
     nothing to train on."""
-    limits, chat = Limits(spec.max_length, spec.truncation), Chat(spec.chat_template_kwargs, clock)
+    limits = Limits(spec.max_length, spec.truncation)
+    chat = Chat(spec.chat_template_kwargs, clock or datetime.now())
     how: dict[str, Any] = dict(strict=spec.strict, data_format=spec.data_format, chat=chat)
 
     def load(name: str):

@@ -134,9 +134,7 @@ class DataReport:
     formats: Counter = field(default_factory=Counter)  # what rows were read as, see formats/known.py
     counts: Counter = field(default_factory=Counter)  # see _counts
     lengths: list[int] = field(default_factory=list)  # prompt + response, one a response
-    dates: list[str] = field(
-        default_factory=list
-    )  # what the chat template was told where it asked for the time
+    dates: list[str] = field(default_factory=list)  # what the chat template was told of the time
 
     @property
     def rows(self) -> int:
@@ -224,9 +222,9 @@ class DataReport:
         console.print("\n".join(lines), highlight=False)
         if self.dates:
             text = (
-                f"the chat template prints the date ({', '.join(self.dates)}): a run keeps it when it resumes, "
-                "a run of another day has other tokens, so the reference cache misses. Where the template "
-                f'reads date_string, chat_template_kwargs: {{date_string: "{self.dates[0]}"}} keeps it for all'
+                f"the chat template prints the date ({', '.join(self.dates)}): a run keeps it when it "
+                "resumes, but one of another day has other tokens, so the reference cache misses. Where the "
+                f'template reads it, chat_template_kwargs: {{date_string: "{self.dates[0]}"}} stays for all'
             )
             console.print(escape(text), highlight=False, soft_wrap=True)
 

@@ -261,3 +261,12 @@ REFUSED = [
 def test_what_would_train_otherwise_is_an_error(tool, more, message):
     with pytest.raises(ConfigError, match=message):
         translate(yaml.safe_load(FILES[tool]) | more)
+
+
+def test_what_the_template_is_given():
+    ours, notes = translate({**LLAMA_FACTORY, "enable_thinking": False})
+    assert ours["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "enable_thinking false -> chat_template_kwargs {'enable_thinking': False}" in notes
+    assert "chat_template_kwargs" not in translate(LLAMA_FACTORY)[0]
+    ours, _ = translate({**AXOLOTL, "chat_template_kwargs": {"enable_thinking": False}})
+    assert ours["chat_template_kwargs"] == {"enable_thinking": False}

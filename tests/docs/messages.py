@@ -26,6 +26,7 @@ CARRIERS = {
 }
 # Functions that return the text of a message, or the reason that one gives.
 RETURNED = {
+    ("fastdpo/data/", "_wrong"),
     ("fastdpo/doctor/", "kept"),
     ("fastdpo/doctor/", "no_gpu"),
     ("fastdpo/doctor/", "_speed"),
