@@ -53,9 +53,10 @@ def lay_out(template: Renderer, prompt: str, turns: Messages) -> Page:
         if only := _only_for_generation(template, whole[:place], opened, printed[:start]):
             if len(answers) > 1:
                 message = (
-                    f"the chat template prints the {only} only before the last answer, and here are several"
+                    f"the chat template prints the {only} only before the last answer, and here are several: "
+                    "make it a row an answer"
                 )
-                raise RowProblem("no_rendering", "messages", f"{message}: make it a row an answer")
+                raise RowProblem("no_rendering", "messages", message)
             text = opened + printed[start:end]
             return Page(whole, text, {i: (len(opened), len(text))}, end < len(printed), False, True)
     return Page(whole, printed[:end], stretches, end < len(printed), begins)

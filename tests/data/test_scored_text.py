@@ -193,7 +193,7 @@ def test_markup_on_lines_of_its_own_belongs_to_the_turn():
 # ---- a token that holds the prompt's end and the response's beginning
 
 
-def test_all_after_a_character_composed_across_the_boundary_is_scored_and_nothing_is_searched(monkeypatch):
+def test_all_after_a_character_composed_across_the_boundary_is_scored(monkeypatch):
     """e + combining accent is one character to a tokenizer with NFC; it is the prompt's, what follows is not."""
     tokenizer = small_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
