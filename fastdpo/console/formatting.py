@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and text that a terminal can be sent."""
 
 import math
 from collections.abc import Sequence
@@ -56,3 +56,8 @@ def counted(number: int, noun: str) -> str:
 def first_few(items: Sequence, most: int = 5) -> str:
     """3, 7, 12, ...: no more than people read."""
     return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")
+
+
+def printable(text: str) -> str:
+    """The text with all that is not printable (terminal escapes, controls, lone surrogates) spelt as in Python."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -12,6 +12,7 @@ from rich.console import Console
 from fastdpo.console.progress import make_progress
 from fastdpo.data.chat import Chat
 from fastdpo.data.formats.layouts import Layout
+from fastdpo.data.one_row import problem_of, refuse_lone_surrogates
 from fastdpo.data.report import NOT_PRINTED, DataReport, RowProblem
 from fastdpo.data.rows import Row, parse_row
 from fastdpo.data.sources import Rows, load_rows
@@ -79,14 +80,16 @@ def load_groups(
     console: Console,
     data_format: str | dict[str, str] | None = None,
     chat: Chat | None = None,
+    key: str = "data",
 ) -> tuple[list[PreferenceGroup], DataReport]:
     """All usable rows of a data source (see load_rows) as groups, and the account of every row. `data_format`
-    says how to read the rows, where their columns do not; `chat`, what the chat template is given besides.
+    says how to read the rows, where their columns do not; `chat`, what the chat template is given besides;
+    `key` is the config's, for errors about the source.
 
     Raises DataError when no row is left, or under `strict` at the first row that was dropped,
     truncated, identical or malformed.
     """
-    rows = load_rows(spec, data_format)
+    rows = load_rows(spec, data_format, key)
     encoder, report, chat = Encoder(tokenizer), DataReport(spec), chat or Chat()
     groups: list[PreferenceGroup] = []
     numbered = enumerate(rows)
@@ -104,7 +107,7 @@ def load_groups(
                     report.keep(*outcome)
             bar.update(task, advance=len(chunk))
     if not groups:
-        raise DataError(f"data: none of the {len(rows)} rows of {spec!r} can be used.\n{report.losses()}")
+        raise DataError(f"{key}: none of the {len(rows)} rows of {spec!r} can be used.\n{report.losses()}")
     report.dates = list(chat.dates)
     return groups, report
 
@@ -134,18 +137,36 @@ def _outcomes(
     drafts: list[Draft | RowProblem] = []
     for number, row in chunk:
         try:
+            refuse_lone_surrogates(row)
             parsed = row if isinstance(row, Row) else parse_row(row, number, layout)
             drafts.append(write(parsed, encoder.tokenizer, encoder.special, chat))
-        except RowProblem as problem:
-            drafts.append(problem)
+        except Exception as error:
+            drafts.append(problem_of(error))
     written = [draft for draft in drafts if isinstance(draft, Draft)]
     formats.update(draft.row.format for draft in written)
-    ids = encoder.encode(set().union(*(draft.texts() for draft in written)))
+    ids = _encoded(drafts, encoder)
     for draft in drafts:
         try:
             yield draft if isinstance(draft, RowProblem) else _group(draft, ids, encoder, limits)
-        except RowProblem as problem:
-            yield problem
+        except Exception as error:
+            yield problem_of(error)
+
+
+def _encoded(drafts: list[Draft | RowProblem], encoder: Encoder) -> dict[str, np.ndarray]:
+    """The ids of the drafts' texts. A draft that the tokenizer fails on becomes its row's problem."""
+    written = [draft for draft in drafts if isinstance(draft, Draft)]
+    try:
+        return encoder.encode(set().union(*(draft.texts() for draft in written)))
+    except Exception as error:
+        problem_of(error)  # raises what is no row's
+    ids: dict[str, np.ndarray] = {}
+    for i, draft in enumerate(drafts):
+        if isinstance(draft, Draft):
+            try:
+                ids |= encoder.encode(draft.texts())
+            except Exception as error:
+                drafts[i] = problem_of(error)
+    return ids
 
 
 def _group(

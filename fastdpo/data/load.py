@@ -40,14 +40,14 @@ def load_data(
     chat = Chat(spec.chat_template_kwargs, clock or datetime.now())
     how: dict[str, Any] = dict(strict=spec.strict, data_format=spec.data_format, chat=chat)
 
-    def load(name: str):
-        groups, report = load_groups(name, tokenizer, limits, console=console, **how)
+    def load(name: str, key: str = "data"):
+        groups, report = load_groups(name, tokenizer, limits, console=console, key=key, **how)
         report.print(console)
         return groups, report.to_dict()
 
     groups, report = load(spec.data)
     if isinstance(spec.eval_data, str):
-        eval_groups, eval_report = load(spec.eval_data)
+        eval_groups, eval_report = load(spec.eval_data, "eval_data")
         return groups, eval_groups, {"data": report, "eval_data": eval_report}
     held = math.ceil((spec.eval_data or 0) * len(groups))
     order = epoch_order(len(groups), spec.seed, epoch=2**31)  # a stream that no training reaches

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, TypeGuard
 
+from fastdpo.console.formatting import printable
 from fastdpo.errors import DataError
 
 if TYPE_CHECKING:  # torch, which reading a config does not need
@@ -42,7 +43,9 @@ class RowProblem(DataError):
     """One row cannot be used: `field` says where in the row, `reason` is what reports count by. By the file
     that raises them the reasons are
 
-    sources.py      invalid_json
+    one_row.py      faulty_row, lone_surrogate
+    json_file.py    invalid_json, not_utf8
+    csv_file.py     cell_count
     formats/        unknown_format, ambiguous_row, missing_column, wrong_type, unknown_role, prompt_end,
                     nan_score, faulty_score, malformed_label, malformed_ref_logps, too_few_responses, no_pair
     rows.py         messages_as_text, prompt_mismatch, empty_prompt, empty_response, response_start, identical
@@ -56,6 +59,7 @@ class RowProblem(DataError):
     """
 
     def __init__(self, reason: str, field: str, message: str):
+        field, message = printable(field), printable(message)  # both may hold what the row holds
         super().__init__(f"{field}: {message}")
         self.reason, self.field, self.message = reason, field, message
 

@@ -1,5 +1,7 @@
 """`fastdpo data`: the report, and one row of each kind as the model will see it."""
 
+import re
+
 import numpy as np
 from rich.text import Text
 
@@ -11,6 +13,9 @@ from fastdpo.records import PreferenceGroup, Response
 
 _SCORED, _UNSCORED = ("«", "»", "bold green"), ("⟦", "⟧", "yellow")
 _RELEVANT = ("【", "】", "bold magenta")  # tokens of a response with weights; a weight below 1 follows it
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+)  # controls, marks of direction
 
 
 def show_data(spec: DataSpec, tokenizer, console) -> None:
@@ -18,9 +23,9 @@ def show_data(spec: DataSpec, tokenizer, console) -> None:
     limits = Limits(spec.max_length, spec.truncation)
     chat = Chat(spec.chat_template_kwargs)
     how = dict(strict=spec.strict, console=console, data_format=spec.data_format, chat=chat)
-    for source in (spec.data, spec.eval_data):
+    for key, source in (("data", spec.data), ("eval_data", spec.eval_data)):
         if isinstance(source, str):
-            show(*load_groups(source, tokenizer, limits, **how), tokenizer, console)
+            show(*load_groups(source, tokenizer, limits, key=key, **how), tokenizer, console)
 
 
 def show(groups: list[PreferenceGroup], report: DataReport, tokenizer, console) -> None:
@@ -51,7 +56,7 @@ def _show_group(group: PreferenceGroup, tokenizer, console) -> None:
         legend.append(" · ").append(f"{opening}{text}{closing}", style=style)
     console.print(legend)
     console.print(Text(f"── prompt, {len(group.prompt)} tokens", style="bold"))
-    console.print(Text(_decode(tokenizer, group.prompt), style="dim"))
+    console.print(Text(_shown(_decode(tokenizer, group.prompt)), style="dim"))
     for index, response in enumerate(group.responses):
         console.print(Text(f"── {_title(group, index, response)}", style="bold"))
         console.print(_marked(response, tokenizer))
@@ -86,9 +91,14 @@ def _marked(response: Response, tokenizer) -> Text:
             closing += f"×{weight[start]:g}" if weight[start] < 1 else ""
         # a run alone may be spelt without the space in front of it
         run = _decode(tokenizer, response.ids[:end])[len(_decode(tokenizer, response.ids[:start])) :]
-        text.append(f"{opening}{run}{closing}", style=style)
+        text.append(f"{opening}{_shown(run)}{closing}", style=style)
     return text
 
 
 def _decode(tokenizer, ids: np.ndarray) -> str:
     return tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+
+
+def _shown(text: str) -> str:
+    """The text, with what a terminal would obey spelt as in Python; but lines and tabs stay."""
+    return _OBEYED.sub(lambda found: repr(found[0])[1:-1], text)

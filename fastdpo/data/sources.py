@@ -1,14 +1,16 @@
 """Where rows come from: a local file or folder, a hub data set, or a name in a dataset_info.json."""
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from fastdpo.data.csv_file import read_csv
 from fastdpo.data.formats.dataset_info import data_sets, listed
+from fastdpo.data.formats.known import COLUMNS, NUMBERS
 from fastdpo.data.formats.layouts import Layout, layout_of
+from fastdpo.data.json_file import read_json
+from fastdpo.data.one_row import problem_of
 from fastdpo.data.report import RowProblem
 from fastdpo.errors import DataError
 
@@ -19,10 +21,10 @@ _FORMS = "a .jsonl, .json, .csv or .parquet file, a folder, or a hub name org/na
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set: rows in order, and for JSON lines the place each one came from."""
+    """A data set: rows in order, and for those of JSON and CSV the place each one came from."""
 
     source: str
-    rows: Sequence[dict | RowProblem]  # a RowProblem stands where a line is not JSON
+    rows: Sequence[dict | RowProblem]  # a RowProblem stands for a line that cannot be read
     lines: Sequence[tuple[str, int]] | None = None  # (file, line from 1)
     layout: Layout | None = None  # how to read them, where their columns are not to tell
 
@@ -33,7 +35,15 @@ class Rows:
         return self.rows[number]
 
     def __iter__(self) -> Iterator[dict | RowProblem]:
-        return iter(self.rows)
+        """Also where one of a data set's rows cannot be read (an image that is none)."""
+        number, rows = 0, iter(self.rows)
+        while number < len(self):
+            try:
+                row = next(rows)
+            except Exception as error:
+                row, rows = problem_of(error), (self.rows[i] for i in range(number + 1, len(self)))
+            yield row
+            number += 1
 
     def where(self, number: int) -> str:
         """`row 12 of SOURCE`, and its line where it has one."""
@@ -43,23 +53,30 @@ class Rows:
         return f"row {number} of {self.source} (line {line} of {file})"
 
 
-def load_rows(spec: str, data_format: str | dict | None = None) -> Rows:
+def load_rows(spec: str, data_format: str | dict | None = None, key: str = "data") -> Rows:
     """The rows of `PATH_OR_NAME[#SPLIT]`: SPLIT as in datasets (`train[:100]`), or train. A name may be
     FOLDER:NAME, of FOLDER's dataset_info.json. `data_format` as in the config: how to read the rows.
 
-    Raises DataError for a source that is missing, unreadable or empty.
+    Raises DataError for a source that is missing, unreadable or empty; it begins with the config's key.
     """
+    try:
+        return _load(spec, data_format)
+    except DataError as error:
+        raise DataError(f"{key}{str(error).removeprefix('data')}") from None
+
+
+def _load(spec: str, data_format: str | dict | None) -> Rows:
     name, _, split = (spec, "", "") if Path(spec).exists() else spec.partition("#")
     path, layout = Path(name).expanduser(), layout_of(data_format)
     if name and path.exists():
-        rows = _load_path(path, split or "train", spec)
+        rows = _load_path(path, split or "train", spec, layout)
     elif entry := listed(name):
         if layout is not None:
             way_out = "remove data_format, or give the file itself as data"
             raise DataError(f"data: {name!r}: its dataset_info.json says how to read the rows; {way_out}")
         layout, split = entry.layout, split or entry.split
         if entry.path is not None:
-            rows = _load_path(entry.path, split, spec)
+            rows = _load_path(entry.path, split, spec, layout)
         else:
             rows = _from_hub(spec, entry.hub["path"], split=split, **entry.hub)
     elif path.suffix in _READERS or not (hub := _HUB_NAME.fullmatch(name)):
@@ -79,7 +96,7 @@ def _from_hub(spec: str, looked_up: str, **options) -> Rows:
     return Rows(spec, _with_datasets("load_dataset", spec, way_out, **options))
 
 
-def _load_path(path: Path, split: str, spec: str) -> Rows:
+def _load_path(path: Path, split: str, spec: str, layout: Layout | None) -> Rows:
     if path.is_dir() and any((path / f).exists() for f in ("state.json", "dataset_dict.json")):
         data = _with_datasets("load_from_disk", spec, "Was it written by save_to_disk, and whole?", path)
         splits = data if isinstance(data, dict) else {str(data.split or "train"): data}
@@ -95,13 +112,13 @@ def _load_path(path: Path, split: str, spec: str) -> Rows:
         raise DataError(f"data: {str(path)!r} holds {found}. Give {_FORMS}, of one kind.")
     (kind,) = kinds
     named = {name: some for name, some in files.items() if re.search(rf"\b{name}\b", split)} or files
-    if kind == "json":
-        taken = _take({name: _read_json(some) for name, some in named.items()}, split, spec)
+    if kind != "parquet":
+        taken = _take({name: _read(some, kind, layout) for name, some in named.items()}, split, spec)
         return Rows(spec, [row for row, _ in taken], [place for _, place in taken])
-    options: dict[str, Any] = {"keep_default_na": False} if kind == "csv" else {}  # a response may be "None"
-    options["data_files"] = {name: [str(file) for file in some] for name, some in named.items()}
+    paths = {name: [str(file) for file in some] for name, some in named.items()}
     way_out = "Check that the file is what its name says"
-    return Rows(spec, _take(_with_datasets("load_dataset", spec, way_out, kind, **options), split, spec))
+    data = _with_datasets("load_dataset", spec, way_out, "parquet", data_files=paths)
+    return Rows(spec, _take(data, split, spec))
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
@@ -134,56 +151,29 @@ def _take(splits: dict, split: str, spec: str):
     from datasets import Dataset, ReadInstruction, concatenate_datasets
 
     sizes = {str(name): len(rows) for name, rows in splits.items()}
+    have = ", ".join(f"{name} ({size} rows)" for name, size in sizes.items())
     try:
         parts = ReadInstruction.from_spec(split).to_absolute(sizes)
     except (ValueError, AssertionError) as error:
-        have = ", ".join(f"{name} ({size} rows)" for name, size in sizes.items())
         raise DataError(f"data: {spec!r}: {error} There is: {have}.") from None
-    slices = [(splits[part.splitname], part.from_ or 0, part.to) for part in parts]
-    if all(isinstance(rows, Dataset) for rows, _, _ in slices):
-        chosen = [rows.select(range(len(rows))[start:end]) for rows, start, end in slices]
-        return concatenate_datasets(chosen)
-    return [row for rows, start, end in slices for row in rows[start:end]]
+    slices = [(splits[part.splitname], slice(part.from_ or 0, part.to)) for part in parts]
+    slices = [(rows, part) for rows, part in slices if len(range(len(rows))[part])]
+    if not slices and any(sizes.values()):
+        raise DataError(f"data: {spec!r}: {split!r} takes none of the rows. There is: {have}.")
+    if slices and all(isinstance(rows, Dataset) for rows, _ in slices):
+        return concatenate_datasets([rows.select(range(len(rows))[part]) for rows, part in slices])
+    return [row for rows, part in slices for row in rows[part]]
 
 
-def _read_json(files: list[Path]) -> list[tuple[object, tuple[str, int]]]:
-    """Each row and its place. Read with json, not Arrow: rows need not have the same types, and an error can
-    name the line."""
+def _read(files: list[Path], kind: str, layout: Layout | None) -> list[tuple[object, tuple[str, int]]]:
+    """Each row of JSON or CSV files and its place."""
+    said = layout.columns if layout else {}
+    names = said or {name: name for name in (*COLUMNS, *NUMBERS)}  # ours -> theirs
     rows = []
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"data: cannot read {file}: {error}") from None
-        read = _read_array if text.lstrip().startswith("[") else _read_lines
-        rows += [(row, (file.name, line)) for row, line in read(text, file)]
+        if kind == "json":
+            read = read_json(file, set(names.values()))
+        else:
+            read = read_csv(file, {theirs for ours, theirs in names.items() if ours in NUMBERS})
+        rows += [(row, (file.name, line)) for row, line in read]
     return rows
-
-
-def _read_array(text: str, file: Path) -> Iterator[tuple[object, int]]:
-    """A JSON array's items, each with the line it starts on."""
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
-    at, line, seen = text.index("[") + 1, 1, 0
-    try:
-        while text[at := space.match(text, at).end()] != "]":  # type: ignore[union-attr]  # it matches ""
-            line, seen = line + text.count("\n", seen, at), at
-            row, at = decoder.raw_decode(text, at)
-            yield row, line
-    except (ValueError, IndexError) as error:
-        why = "the array has no end" if isinstance(error, IndexError) else error
-        raise DataError(f"data: {file} is not JSON from line {line} on: {why}") from None
-
-
-def _read_lines(text: str, file: Path) -> Iterator[tuple[object, int]]:
-    good, first = False, None
-    for line, content in enumerate(text.split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            row, good = json.loads(content), True
-        except ValueError as error:
-            row = RowProblem("invalid_json", f"line {line}", f"not JSON: {error}")
-            first = first or row
-        yield row, line
-    if first and not good:
-        raise DataError(f"data: {file} is neither a JSON array nor one object a line: {first}")

@@ -134,7 +134,8 @@ def end_of_turn(template: Renderer, whole: Messages, place: int, text: str) -> i
     alone = template(beginning)
     end = end_of_last_turn(template, beginning, alone)
     if text.startswith(alone[:end]):
-        return end
+        eos = template.tokenizer.eos_token or ""
+        return end + len(eos) * text.startswith(eos, end)  # which some print only between turns
     here, there = template.said(whole, place, text), template.said(beginning, place, alone)
     if here is None or there is None:
         return 0  # nothing of it is printed

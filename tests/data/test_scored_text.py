@@ -74,6 +74,14 @@ def test_an_answer_is_scored_to_its_own_end_where_the_last_one_ends_otherwise():
     assert notes == {}
 
 
+def test_an_end_that_only_stands_between_turns_is_scored_there():
+    text = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if not loop.last %}</s>{% endif %}{% endfor %}"
+    opening = "{% if add_generation_prompt %}</s>assistant: {% endif %}"
+    scored, notes = turns_of(CONVERSATIONS["two_answers"], with_template(text + opening, "</s>", ("</s>",)))
+    assert scored == (("Paris.</s>", "Rome."), ("London.</s>", "No."))
+    assert notes == {"no_end_of_turn": 2}
+
+
 # ---- a system prompt that is printed only before the answer
 
 MISTRAL = (

@@ -57,7 +57,6 @@ def test_json_array(tmp_path):
         ("[1, 2", "line 1 on: the array has no end"),
         ("[1,\n oops]", "line 2 on: Expecting value"),
         ("hello\nworld\n", "line 1: not JSON"),
-        ('{\n "data": []\n}\n', "line 1: not JSON"),
     ],
 )
 def test_not_json(tmp_path, text, why):
@@ -122,8 +121,6 @@ def test_empty(tmp_path):
     (tmp_path / "d.jsonl").write_text("\n")
     with pytest.raises(DataError, match="has no rows"):
         load_rows(str(tmp_path / "d.jsonl"))
-    with pytest.raises(DataError, match="has no rows"):
-        load_rows(write_lines(tmp_path / "e.jsonl", rows_of(3)) + "#train[3:]")
     (tmp_path / "bare").mkdir()
     with pytest.raises(DataError, match="no data files"):
         load_rows(str(tmp_path / "bare"))
@@ -134,9 +131,9 @@ def test_unreadable(tmp_path):
     with pytest.raises(DataError, match=r"d.parquet' cannot be loaded: .*\nCheck that the file") as caught:
         load_rows(str(tmp_path / "d.parquet"))
     assert caught.value.__suppress_context__
-    (tmp_path / "d.jsonl").write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(DataError, match=r"cannot read .*d\.jsonl"):
-        load_rows(str(tmp_path / "d.jsonl"))
+    (tmp_path / "e.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"e\.jsonl' holds no data files"):
+        load_rows(str(tmp_path / "e.jsonl"))
     (tmp_path / "d.txt").write_text("x")
     with pytest.raises(DataError, match=r"holds \.txt\. Give a \.jsonl"):
         load_rows(str(tmp_path / "d.txt"))

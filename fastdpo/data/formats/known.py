@@ -20,6 +20,11 @@ COLUMNS = (  # all that are read, under our names
     "rejected_token_weights chat_template_kwargs"
 ).split()
 
+NUMBERS = {  # of them those that are a number or a truth value, and no text that looks like one
+    *("label kto_tag score_chosen score_rejected chosen_reward rejected_reward ref_chosen_logps").split(),
+    *("ref_rejected_logps reference_chosen_logps reference_rejected_logps").split(),
+}
+
 
 class Format(NamedTuple):
     """One format: whose it is, what its rows look like, how it is told and how it is read."""
