@@ -59,5 +59,5 @@ def first_few(items: Sequence, most: int = 5) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with all that is not printable (terminal escapes, controls, lone surrogates) spelt as in Python."""
+    """The text with all that is not printable (controls, escapes, lone surrogates) spelt as in Python."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,5 +1,5 @@
-"""Rows of a CSV file, each with its line. Text is text, also where it looks like something else ("007", "None",
-"1e5"); only the columns whose meaning is a number or a truth value are read as one."""
+"""Rows of a CSV file, each with its line. Text is text, also where it looks like a number or a null ("007",
+"None"); only the columns whose meaning is a number or a truth value are read as one."""
 
 import csv
 import io

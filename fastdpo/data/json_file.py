@@ -18,7 +18,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")  # JSON's own; \s is more
 
 def read_json(file: Path, columns: Collection[str]) -> Iterator[tuple[object, int]]:
     """Each row and its line; a RowProblem for a line that is no JSON. A .jsonl is read by line whatever it
-    begins with, a .json that begins with [ is an array. `columns` are those a row may have. Raises DataError."""
+    begins with, a .json that begins with [ is an array. `columns`: what a row may have. Raises DataError."""
     raw = read_bytes(file)
     if file.suffix == ".json":
         if re.match(rb"\s*\[", raw):
