@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,7 @@ def load_groups(
     rows = load_rows(spec, data_format, key)
     encoder, report, chat = Encoder(tokenizer), DataReport(spec), chat or Chat()
     groups: list[PreferenceGroup] = []
+    seen: set[bytes] = set()
     numbered = enumerate(rows)
     with make_progress(console) as bar:
         task = bar.add_task("reading rows", total=len(rows), info="")
@@ -103,13 +105,27 @@ def load_groups(
                 if isinstance(outcome, RowProblem):
                     report.drop(number, outcome)
                 else:
-                    groups.append(outcome[0])
-                    report.keep(*outcome)
+                    group, notes = outcome
+                    groups.append(group)
+                    notes["duplicate_row"] += (digest := _digest(group)) in seen
+                    seen.add(digest)
+                    report.keep(group, +notes)
             bar.update(task, advance=len(chunk))
     if not groups:
         raise DataError(f"{key}: none of the {len(rows)} rows of {spec!r} can be used.\n{report.losses()}")
     report.dates = list(chat.dates)
     return groups, report
+
+
+def _digest(group: PreferenceGroup) -> bytes:
+    """What the group trains: its tokens, labels and pairs."""
+    parts = [repr((group.pairs, [response.label for response in group.responses])).encode()]
+    parts += [group.prompt.tobytes()]
+    parts += [array.tobytes() for one in group.responses for array in (one.ids, one.target_mask)]
+    digest = blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8) + part)
+    return digest.digest()
 
 
 def _refuse(outcome: Outcome, rows: Rows, number: int) -> None:

@@ -27,6 +27,7 @@ MEANING = NOT_PRINTED | {  # of the notes
     "identical_pair": "pairs skipped, their responses having the same tokens",
     "merged_boundary": "responses whose first token holds text of the prompt too, so it is not scored",
     "merged_white_space": "responses whose first token holds the prompt's last white space too; it is scored",
+    "duplicate_row": "rows with the tokens, labels and pairs of an earlier row; they are trained on too",
     "trailing_turns": "turns cut that follow a response's last assistant turn",
     "span_unscored": "spans without a scored token, so nothing is weighted by them",
     "no_end_of_turn": "responses that the chat template ends with no token of its own",
@@ -50,6 +51,7 @@ class RowProblem(DataError):
                     nan_score, faulty_score, malformed_label, malformed_ref_logps, too_few_responses, no_pair
     rows.py         messages_as_text, prompt_mismatch, empty_prompt, empty_response, response_start, identical
     chat.py         template_kwargs
+    media.py        media
     spans.py        malformed_spans, malformed_token_weights, spans_not_found, token_weights_length
     rendering.py    template_error
     stretches.py    no_rendering

@@ -14,12 +14,14 @@ from typing import Any
 from fastdpo.data.chat import check_row_kwargs
 from fastdpo.data.formats.columns import Columns
 from fastdpo.data.formats.layouts import Layout
+from fastdpo.data.media import placeholders, refuse_placeholders
 from fastdpo.data.report import RowProblem, expect, kind
 from fastdpo.data.spans import Relevance, all_or_none, read_relevance, shared_start
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
 Messages = list[dict]
+_WRITTEN_MESSAGES = re.compile(
+    r"""\s*\[\s*\{.{0,99}?(?P<q>['"])(role(?P=q)\s*:|from(?P=q)\s*:\s*(?P=q)(human|gpt|system)(?P=q))"""
+)
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,14 @@ def parse_row(row: dict | RowProblem, number: int, layout: Layout | None = None)
     if not isinstance(row, dict):
         raise RowProblem("wrong_type", "row", f"a JSON object is needed, got {kind(row)}")
     layout = layout or Layout()
+    standing_for_media = placeholders(row, layout)
     try:
-        return _parse(layout.ours(row), number, layout)
+        return _parse(layout.ours(row), number, layout, standing_for_media)
     except RowProblem as problem:
         raise layout.problem(problem) from None
 
 
-def _parse(given: dict, number: int, layout: Layout) -> Row:
+def _parse(given: dict, number: int, layout: Layout, standing_for_media: list[str]) -> Row:
     row = {name: value for name, value in given.items() if value is not None}
     if "system" in given:
         row.setdefault("system", "")  # the column is there: the row is a conversation, without a system turn
@@ -63,18 +66,21 @@ def _parse(given: dict, number: int, layout: Layout) -> Row:
     _check_prompt(prompt, columns.prompt_field)
     for field, response in zip(columns.fields, responses):
         _check_response(response, field)
-    if columns.pairs and all(response == responses[0] for response in responses[1:]):
+    if columns.pairs and all(_same(response, responses[0]) for response in responses[1:]):
         raise RowProblem("identical", " and ".join(columns.fields), "they are the same: nothing to prefer")
     kwargs = expect(row.get("chat_template_kwargs", {}), dict, "chat_template_kwargs", "an object")
     check_row_kwargs(kwargs)
+    if columns.system:
+        prompt = _with_system(prompt, columns.system)
+    refuse_placeholders(prompt, columns.prompt_field, standing_for_media)
     same = ("scores", "ref_logps", "pairs", "ties", "label")
     return Row(
         number=number,
         format=name,
-        prompt=_with_system(prompt, columns.system) if columns.system else prompt,
+        prompt=prompt,
         responses=responses,
         tools=_tools(columns.tools),
-        chat_template_kwargs=_without_none(kwargs),
+        chat_template_kwargs=kwargs,
         relevance=_relevance(columns, responses),
         **{field: getattr(columns, field) for field in same},
     )
@@ -94,7 +100,7 @@ def _conversation(columns: Columns):
     """(prompt, responses), all text or all messages."""
     prompt, values, fields = columns.prompt, columns.values, columns.fields
     for field, value in zip((columns.prompt_field, *fields), (prompt, *values)):
-        if isinstance(value, str) and re.match(r"""\s*\[\s*\{.{0,99}?['"]role['"]\s*:""", value):
+        if isinstance(value, str) and _WRITTEN_MESSAGES.match(value):
             message = "messages written as text (a CSV cannot hold them): use JSON lines or parquet"
             raise RowProblem("messages_as_text", field, message)
     all_text = all(isinstance(value, str) for value in values)
@@ -107,10 +113,6 @@ def _conversation(columns: Columns):
         # a text answer to a conversation is one assistant turn
         turn = lambda value: [{"role": "assistant", "content": value}]
         values = tuple(turn(v) if isinstance(v, str) else v for v in values)
-    if isinstance(prompt, list) or (all_text and not isinstance(prompt, str)):
-        prompt = _messages(prompt, columns.prompt_field)
-    else:
-        expect(prompt, str | None, columns.prompt_field, "text or a list of messages")
     conversations = tuple(_messages(v, f) for v, f in zip(values, fields))
     if isinstance(prompt, list):
         return prompt, conversations
@@ -119,12 +121,18 @@ def _conversation(columns: Columns):
     if len(conversations) == 1:
         message = "it starts with an assistant turn; the turns before it belong into the prompt"
         raise RowProblem("response_start", fields[0], message)
-    shared = min(_common(conversations[0], other) for other in conversations[1:])
+    spelt = [list(map(repr, conversation)) for conversation in conversations]  # where 1 is not true
+    shared = min(_common(spelt[0], other) for other in spelt[1:])
     turns = conversations[0][:shared]
     if prompt is not None and not any(_same_text(prompt, turn) for turn in turns):
         message = "it is none of the turns that the responses have in common; one of them is wrong"
         raise RowProblem("prompt_mismatch", columns.prompt_field, message)
     return turns, tuple(conversation[shared:] for conversation in conversations)
+
+
+def _same(a, b) -> bool:
+    """Whether two responses say the same: in the arguments of tool calls 1, 1.0 and true are not."""
+    return a == b and repr(a) == repr(b)
 
 
 def _same_text(prompt: str, turn: dict) -> bool:
@@ -148,34 +156,8 @@ def _common(a, b) -> int:
 
 
 def _messages(value, field: str) -> Messages:
-    """Checked messages, without the nulls with which Arrow fills absent keys."""
-    if not isinstance(value, list):
-        problem = f"a list of messages, not {kind(value)} (a row is all text or all messages)"
-        raise RowProblem("wrong_type", field, problem)
-    messages = []
-    for i, message in enumerate(value):
-        where = f"{field}[{i}]"
-        if not isinstance(message, dict) or "role" not in message:
-            raise RowProblem("wrong_type", where, "a message has a role and a content")
-        message = _without_none(message)
-        if message.get("role") not in ROLES:
-            problem = f"unknown role {message.get('role')!r}; known are {', '.join(ROLES)}"
-            raise RowProblem("unknown_role", f"{where}.role", problem)
-        content = message.get("content")
-        if content is None and message.get("tool_calls"):
-            message = {**message, "content": ""}  # many templates would print "None"
-        else:
-            expect(content, str, f"{where}.content", "text")
-        messages.append(message)
-    return messages
-
-
-def _without_none(value):
-    if isinstance(value, dict):
-        return {name: _without_none(v) for name, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return [_without_none(v) for v in value]
-    return value
+    problem = "a list of messages (a row is all text or all messages)"
+    return expect(value, list, field, problem)
 
 
 def _check_prompt(prompt: str | Messages, field: str) -> None:
@@ -222,4 +204,4 @@ def _tools(tools) -> list | None:
         except ValueError as error:
             raise RowProblem("wrong_type", "tools", f"the string is not JSON: {error}") from None
     expect(tools, list | None, "tools", "a list")
-    return _without_none(tools) or None  # some templates print tool boilerplate for []
+    return tools or None  # some templates print tool boilerplate for []

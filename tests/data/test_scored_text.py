@@ -75,7 +75,8 @@ def test_an_answer_is_scored_to_its_own_end_where_the_last_one_ends_otherwise():
 
 
 def test_an_end_that_only_stands_between_turns_is_scored_there():
-    text = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if not loop.last %}</s>{% endif %}{% endfor %}"
+    end = "{% if not loop.last %}</s>{% endif %}"
+    text = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "{% endfor %}"
     opening = "{% if add_generation_prompt %}</s>assistant: {% endif %}"
     scored, notes = turns_of(CONVERSATIONS["two_answers"], with_template(text + opening, "</s>", ("</s>",)))
     assert scored == (("Paris.</s>", "Rome."), ("London.</s>", "No."))
@@ -202,7 +203,7 @@ def test_markup_on_lines_of_its_own_belongs_to_the_turn():
 
 
 def test_all_after_a_character_composed_across_the_boundary_is_scored(monkeypatch):
-    """e + combining accent is one character to a tokenizer with NFC; it is the prompt's, what follows is not."""
+    """e + combining accent is one character to a tokenizer with NFC: the prompt's; what follows is not."""
     tokenizer = small_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     monkeypatch.delattr(Encoder, "decode")  # one decoding a token took quadratic time

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fastdpo.data.formats.turns import Tags, text_or_turns, turns
+from fastdpo.data.formats.turns import Tags, starts_with, text_or_turns, turns
 from fastdpo.data.report import RowProblem, expect, is_number, kind
 
 _QUESTIONS = ("prompt", "instruction", "question", "input", "messages", "conversations", "context")
@@ -39,8 +39,11 @@ def asked(row: dict) -> set[str]:
     if "chosen" not in row or "rejected" not in row:
         return set()
     lists = [row[name] for name in ("chosen", "rejected") if isinstance(row[name], list) and row[name]]
-    starts = [turns[0].get("role", "assistant") for turns in lists if isinstance(turns[0], dict)]
-    if len(starts) == 2 and "assistant" not in starts:
+    if (
+        len(lists) == 2
+        and all(isinstance(turns[0], dict) for turns in lists)
+        and ("assistant" not in map(starts_with, lists))
+    ):
         return {WHOLE}
     there = {name for name in _QUESTIONS if name in row}
     return there - {"input"} if "instruction" in there else there or {NOWHERE}
@@ -154,15 +157,17 @@ def ranked(list_field: str, prompt, answers: list[tuple[str, object, float]], ma
     return Columns(prompt, fields, values, scores, pairs, marks, (None,) * len(scores), ties, **more)
 
 
-def answers(row: dict, name: str, said: str, rating: str, check=None) -> list[tuple[str, object, float]]:
+def answers(
+    row: dict, name: str, said: str, rating: str, tags: Tags, check=None
+) -> list[tuple[str, object, float]]:
     """What `ranked` needs of a list of objects, where each says `said` and is rated by `rating`."""
     found = []
     for i, item in enumerate(items(row, name, (said, rating))):
-        field = f"{name}[{i}].{rating}"
+        said_in, field = f"{name}[{i}].{said}", f"{name}[{i}].{rating}"
         value: Any = score(item[rating], field)  # which `items` knows not to be null
         if check:
             check(value, item, field)
-        found.append((f"{name}[{i}].{said}", item[said], value))
+        found.append((said_in, text_or_turns(item[said], said_in, tags), value))
     return found
 
 
@@ -191,11 +196,13 @@ def _ref_logps(row: dict) -> tuple[float | None, ...]:
 
 
 def paired(prompt_field: str, prompt: Callable, fields=("chosen", "rejected"), about=about_chat):
-    """The reader of two columns of responses, as they are, and of what `prompt` makes of the row."""
+    """The reader of two columns of responses, and of what `prompt` makes of the row."""
 
     def read(row: dict, tags: Tags) -> Columns:
-        values = tuple(column(row, name) for name in fields)
-        return pair(row, prompt(row), values, fields=fields, prompt_field=prompt_field, **about(row))
+        given = prompt(row)
+        asked = None if given is None else text_or_turns(given, prompt_field, tags)
+        values = tuple(text_or_turns(column(row, name), name, tags) for name in fields)
+        return pair(row, asked, values, fields=fields, prompt_field=prompt_field, **about(row))
 
     return read
 

@@ -15,8 +15,8 @@ from fastdpo.data.report import RowProblem, is_number, kind
 COLUMNS = (  # all that are read, under our names
     "prompt chosen rejected system tools messages conversations instruction input question context history "
     "completion label output kto_tag responses answers completions chosen_response rejected_response "
-    "rejected_messages preferred_output non_preferred_output score_chosen score_rejected "
-    "ref_chosen_logps ref_rejected_logps chosen_spans rejected_spans chosen_token_weights "
+    "rejected_messages preferred_output non_preferred_output score_chosen score_rejected chosen_reward "
+    "rejected_reward ref_chosen_logps ref_rejected_logps chosen_spans rejected_spans chosen_token_weights "
     "rejected_token_weights chat_template_kwargs"
 ).split()
 
@@ -68,7 +68,7 @@ def _alpaca_prompt(row: dict) -> list[dict]:
 
 def _aligner(row: dict, tags: Tags) -> Columns:
     """NeMo-Aligner's: the prompt is text that already has its turns' markup."""
-    prompt, *values = (column(row, name) for name in ("prompt", *_RESPONSES))
+    prompt, *values = (text_or_turns(column(row, name), name, tags) for name in ("prompt", *_RESPONSES))
     scores = tuple(columns.score(row.get(name), name) for name in ("chosen_reward", "rejected_reward"))
     return pair(row, prompt, tuple(values), fields=_RESPONSES)._replace(scores=scores)
 
@@ -105,12 +105,13 @@ def _openai(row: dict, tags: Tags) -> Columns:
 
 
 def _unpaired(row: dict, tags: Tags) -> Columns:
-    prompt, completion, _ = (column(row, name) for name in ("prompt", "completion", "label"))
+    names = ("prompt", "completion")
+    prompt, completion = (text_or_turns(column(row, name), name, tags) for name in names)
     return columns.judged(row, prompt, "completion", completion, "label", **about(row))
 
 
 def _alpaca_kto(row: dict, tags: Tags) -> Columns:
-    prompt, output = _alpaca_prompt(row), column(row, "output")
+    prompt, output = _alpaca_prompt(row), text_or_turns(column(row, "output"), "output", tags)
     more = about_chat(row) | {"prompt_field": "instruction"}
     return columns.judged(row, prompt, "output", output, "kto_tag", **more)
 
@@ -120,27 +121,25 @@ def _alpaca_kto(row: dict, tags: Tags) -> Columns:
 
 def _ranked(row: dict, tags: Tags) -> Columns:
     """fastdpo's own: {prompt, responses: [{text, score}, ...]}."""
-    prompt, answers = column(row, "prompt"), columns.answers(row, "responses", "text", "score")
+    prompt = text_or_turns(column(row, "prompt"), "prompt", tags)
+    answers = columns.answers(row, "responses", "text", "score", tags)
     marks = tuple((item, "", f"responses[{i}].") for i, item in enumerate(row["responses"]))
     return columns.ranked("responses", prompt, answers, marks, **about(row))
 
 
 def _nectar(row: dict, tags: Tags) -> Columns:
     """Nectar: {prompt, answers: [{answer, rank}, ...]}, where rank 1 is the best."""
-    prompt = column(row, "prompt")
+    prompt = text_or_turns(column(row, "prompt"), "prompt", tags)
     if isinstance(prompt, str):
         prompt = from_human_and_assistant(prompt, "prompt")
-    answers = columns.answers(row, "answers", "answer", "rank")
+    answers = columns.answers(row, "answers", "answer", "rank", tags)
     return columns.ranked("answers", prompt, _lowest_best(answers), **about_chat(row))
 
 
 def _nemo(row: dict, tags: Tags) -> Columns:
     """NeMo-RL: {context, completions: [{rank, completion}, ...]}, where the lowest rank is the best."""
-    context, answers = text_or_turns(column(row, "context"), "context", tags), []
-    for i, item in enumerate(columns.items(row, "completions", ("rank", "completion"))):
-        field = f"completions[{i}].completion"
-        said = text_or_turns(item["completion"], field, tags)
-        answers.append((field, said, columns.score(item["rank"], f"completions[{i}].rank")))
+    context = text_or_turns(column(row, "context"), "context", tags)
+    answers = columns.answers(row, "completions", "completion", "rank", tags)
     more = about_chat(row) | {"prompt_field": "context"}
     return columns.ranked("completions", context, _lowest_best(answers), **more)
 
@@ -154,7 +153,7 @@ def _ultrafeedback(rating: str, check=None):
     overall_score (1 to 10, GPT-4's verdict) or fine-grained_score (the mean of four ratings, 1 to 5)."""
 
     def read(row: dict, tags: Tags) -> Columns:
-        answers = columns.answers(row, "completions", "response", rating, check)
+        answers = columns.answers(row, "completions", "response", rating, tags, check)
         prompt = columns.text(row, "instruction")
         return columns.ranked("completions", prompt, answers, prompt_field="instruction", **about_chat(row))
 

@@ -1,4 +1,4 @@
-"""Other tools' turns as messages: {from, value}, their names for the roles, tool calls written as text."""
+"""Any tool's turns as messages: {from, value}, names for the roles, contents in parts, tool calls as text."""
 
 import json
 import re
@@ -6,15 +6,17 @@ from dataclasses import dataclass, field
 
 from fastdpo.data.report import RowProblem, expect, kind
 
-_NAMES = {  # ShareGPT's, LLaMA-Factory's, Axolotl's and ms-swift's names for the roles
+_NAMES = {  # the roles in ShareGPT, LLaMA-Factory, Axolotl, ms-swift, OpenAI before tools, Llama, Gemma
     "system": ("system",),
     "developer": ("developer",),
     "user": ("user", "human"),
-    "assistant": ("assistant", "gpt", "bot"),
-    "tool": ("tool", "observation", "function_response", "tool_response"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai"),
+    "tool": ("tool", "observation", "function", "function_response", "tool_response", "ipython"),
     "call": ("function_call", "tool_call"),
 }
 _ROLES = {theirs: ours for ours, names in _NAMES.items() for theirs in names}
+_TEXT_PARTS = ("text", "input_text", "output_text")  # of a content that is a list; the last two are OpenAI's
+_MEDIA = re.compile("image|video|audio|^file")  # in keys of a part
 _HUMAN_OR_ASSISTANT = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -37,39 +39,63 @@ def tags_of(named: dict) -> Tags:
 
 
 def text_or_turns(value, field: str, tags: Tags) -> str | list[dict]:
+    expect(value, str | list | dict, field, "text or a list of messages")
     return value if isinstance(value, str) else turns(value, field, tags)
 
 
 def turns(value, field: str, tags: Tags) -> list[dict]:
-    """One message or several as messages with our roles. A tool call that is written as text becomes an
+    """One message or several as messages with our roles, their contents text, the arguments of tool calls
+    objects; all other keys stay, but those that are null. A tool call that is written as text becomes an
     assistant's `tool_calls`, and calls that follow each other one turn."""
     if isinstance(value, dict):
         value = [value]
-    out = []
-    for i, message in enumerate(expect(value, list, field, "a message or a list of messages")):
+    out, before = [], None
+    for i, given in enumerate(expect(value, list, field, "a message or a list of messages")):
         where = f"{field}[{i}]"
-        role_key, content_key = _keys(message, where, tags)
-        theirs = message[role_key]
-        if theirs not in tags.roles:
-            message = f"unknown role {theirs!r}; known are {', '.join(tags.roles)}"
-            raise RowProblem("unknown_role", f"{where}.{role_key}", message)
-        role, content = tags.roles[theirs], message.get(content_key)
-        rest = {k: v for k, v in message.items() if k not in (role_key, content_key) and v is not None}
-        if role != "call":
-            if calls := rest.pop("tool_calls", None):
-                rest["tool_calls"] = _calls(calls, f"{where}.tool_calls")
-            out.append({"role": role, "content": content} | rest)
-            continue
-        calls = _calls(content, f"{where}.{content_key}")
-        if out and tags.roles.get(value[i - 1].get(role_key)) == "call":
-            out[-1]["tool_calls"] += calls
+        expect(given, dict, where, "a message has a role and a content")
+        rest = {key: value for key, value in given.items() if value is not None}
+        role_key, content_key = _keys(rest, where, tags)
+        role = _role(rest.pop(role_key), f"{where}.{role_key}", tags)
+        content, said_in = rest.pop(content_key, None), f"{where}.{content_key}"
+        if role == "call":
+            calls = _calls(content, said_in)
+            if before == (role, rest):
+                out[-1]["tool_calls"] += calls
+            else:
+                out.append(rest | {"role": "assistant", "content": "", "tool_calls": calls})
         else:
-            out.append({"role": "assistant", "content": "", "tool_calls": calls})
+            calls = []
+            for key in ("tool_calls", "function_call"):  # the second is OpenAI's older form
+                if written := rest.pop(key, None):
+                    calls += _calls(written, f"{where}.{key}")
+            if content is None and calls:
+                content = ""  # many templates would print "None"
+            out.append(rest | {"role": role, "content": _text(content, said_in)})
+            if calls:
+                out[-1]["tool_calls"] = calls
+        before = role, rest
     return out
 
 
-def _keys(message, where: str, tags: Tags) -> tuple[str, str]:
-    expect(message, dict, where, "a message")
+def starts_with(messages: list) -> str | None:
+    """Whose the first message is, as far as it says: the assistant's where it names nobody."""
+    first, tags = messages[0], Tags()
+    if not isinstance(first, dict):
+        return None
+    theirs = next((first[key] for key in tags.role if first.get(key) is not None), "assistant")
+    role = tags.roles.get(theirs) if isinstance(theirs, str) else None
+    return "assistant" if role == "call" else role
+
+
+def _role(theirs, field: str, tags: Tags) -> str:
+    expect(theirs, str, field, "a role in text")
+    if theirs not in tags.roles:
+        message = f"unknown role {theirs!r}; known are {', '.join(tags.roles)}"
+        raise RowProblem("unknown_role", field, message)
+    return tags.roles[theirs]
+
+
+def _keys(message: dict, where: str, tags: Tags) -> tuple[str, str]:
     role = [key for key in tags.role if key in message]
     content = [key for key in tags.content if key in message] or tags.content[:1]
     if not role:
@@ -81,18 +107,44 @@ def _keys(message, where: str, tags: Tags) -> tuple[str, str]:
     return role[0], content[0]
 
 
+def _text(content, field: str) -> str:
+    """A message's content; a list of parts in text is what templates print of it, one after the other."""
+    if not isinstance(content, list):
+        return expect(content, str, field, "text")
+    said = []
+    for i, part in enumerate(content):
+        where = f"{field}[{i}]"
+        expect(part, dict, where, "a part of the content, {type: text, text: ...}")
+        names = {key for key, value in part.items() if value is not None} - {"type", "text"}
+        is_text = part.get("type", "text") in _TEXT_PARTS
+        if not is_text or any(_MEDIA.search(str(name)) for name in names):
+            what = " and ".join(sorted(map(str, names))) if is_text else str(part["type"])[:40]
+            raise RowProblem(
+                "media", where, f"a part of the content is {what!r}; fastdpo trains on text only"
+            )
+        said.append(expect(part.get("text"), str, f"{where}.text", "text"))
+    return "".join(said)
+
+
 def _calls(value, field: str) -> list[dict]:
     """Tool calls as chat templates take them: functions whose arguments are an object, not its text."""
     value = _parsed(value, field)
     calls = []
-    for call in value if isinstance(value, list) else [value]:
-        function = call.get("function", call) if isinstance(call, dict) else None
+    for i, call in enumerate(value if isinstance(value, list) else [value]):
+        where = f"{field}[{i}]" if isinstance(value, list) else field
+        outer = {k: v for k, v in call.items() if v is not None} if isinstance(call, dict) else {}
+        function = outer.pop("function", None)
+        if function is None:  # {name, arguments, ...} alone
+            function = {key: outer.pop(key) for key in ("name", "arguments", "parameters") if key in outer}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowProblem("wrong_type", field, f"a tool call has a name and arguments, not {kind(call)}")
-        arguments = function.get("arguments", function.get("parameters"))
-        function = {"name": function["name"], "arguments": _parsed(arguments, f"{field}.arguments") or {}}
-        about = {} if call.get("id") is None else {"id": call["id"]}
-        calls.append(about | {"type": "function", "function": function})
+            raise RowProblem("wrong_type", where, f"a tool call has a name and arguments, not {kind(call)}")
+        inner = {key: value for key, value in function.items() if value is not None}
+        if "arguments" not in inner:
+            inner["arguments"] = inner.pop("parameters", None)
+        arguments = _parsed(inner["arguments"], f"{where}.arguments")
+        empty = arguments is None or arguments == []
+        inner["arguments"] = expect({} if empty else arguments, dict, f"{where}.arguments", "an object")
+        calls.append({"type": "function"} | outer | {"function": inner})
     return calls
 
 
