@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fastdpo.data.formats.known import FORMATS, detect
+from fastdpo.data.formats.layouts import layout_of
 from fastdpo.data.rows import RowProblem, parse_row
 from tests.data.shared_data import assistant, chat_row, text_row, user
 
@@ -257,6 +258,10 @@ def test_scores_and_reference_log_probs_beside_any_pair():
     assert (parsed.scores, parsed.ref_logps) == ((3, 1), (-5, -6))
     rewards = PAIRED["nemo_aligner"][1] | {"chosen_reward": 2.5, "rejected_reward": 0}
     assert parse_row(rewards, 0).scores == (2.5, 0)
+    names = ("prompt", "chosen_response", "rejected_response", "chosen_reward", "rejected_reward")
+    renamed = {f"their_{name}": rewards[name] for name in names}
+    said = layout_of({name: f"their_{name}" for name in names})
+    assert parse_row(renamed, 0, said).scores == (2.5, 0)
 
 
 def test_spans_count_in_the_response_of_any_pair():

@@ -122,16 +122,15 @@ def test_ranked_text_after_a_conversation_is_one_assistant_turn():
 
 
 def test_tools_and_template_arguments_pass_through():
-    tools = [{"type": "function", "function": {"name": "f", "strict": None}}]
-    expected = [{"type": "function", "function": {"name": "f"}}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
     for given in (tools, json.dumps(tools)):
-        row = parse_row({**CHAT, "tools": given, "chat_template_kwargs": {"x": 1, "y": None}}, 0)
-        assert row.tools == expected
+        row = parse_row({**CHAT, "tools": given, "chat_template_kwargs": {"x": 1}}, 0)
+        assert row.tools == tools
         assert row.chat_template_kwargs == {"x": 1}
     assert parse_row({**CHAT, "tools": []}, 0).tools is None
 
 
-def test_arrow_nulls_are_absent_keys():
+def test_nulls_of_a_message_are_absent_keys():
     turn = {**assistant("Hi!"), "tool_calls": None}
     assert parse_row({**CHAT, "chosen": [turn], "tools": None}, 0).responses[0] == [assistant("Hi!")]
 
@@ -154,14 +153,14 @@ FAULTS = {
     "mixed": ({**TEXT, "chosen": [assistant("x")]}, "wrong_type", "rejected", "all text or all messages"),
     "message as text": ({**CHAT, "chosen": ["Hi!"]}, "wrong_type", "chosen[0]", "role and a content"),
     "content a list": (
-        {**CHAT, "rejected": [{"role": "assistant", "content": [{"type": "text"}]}]},
+        {**CHAT, "rejected": [{"role": "assistant", "content": {"type": "text"}}]},
         "wrong_type",
         "rejected[0].content",
-        "text, not list",
+        "text, not dict",
     ),
     "no content": ({**CHAT, "chosen": [{"role": "tool"}]}, "wrong_type", "chosen[0].content", "nothing"),
     "role": (
-        {**CHAT, "prompt": [{"role": "human", "content": "x"}]},
+        {**CHAT, "prompt": [{"role": "robot", "content": "x"}]},
         "unknown_role",
         "prompt[0].role",
         "known are system",

@@ -161,7 +161,7 @@ def answers(
     row: dict, name: str, said: str, rating: str, tags: Tags, check=None
 ) -> list[tuple[str, object, float]]:
     """What `ranked` needs of a list of objects, where each says `said` and is rated by `rating`."""
-    found = []
+    found: list[tuple[str, object, float]] = []
     for i, item in enumerate(items(row, name, (said, rating))):
         said_in, field = f"{name}[{i}].{said}", f"{name}[{i}].{rating}"
         value: Any = score(item[rating], field)  # which `items` knows not to be null

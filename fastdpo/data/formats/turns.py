@@ -49,7 +49,8 @@ def turns(value, field: str, tags: Tags) -> list[dict]:
     assistant's `tool_calls`, and calls that follow each other one turn."""
     if isinstance(value, dict):
         value = [value]
-    out, before = [], None
+    out: list[dict] = []
+    before = None
     for i, given in enumerate(expect(value, list, field, "a message or a list of messages")):
         where = f"{field}[{i}]"
         expect(given, dict, where, "a message has a role and a content")
@@ -133,7 +134,7 @@ def _calls(value, field: str) -> list[dict]:
     for i, call in enumerate(value if isinstance(value, list) else [value]):
         where = f"{field}[{i}]" if isinstance(value, list) else field
         outer = {k: v for k, v in call.items() if v is not None} if isinstance(call, dict) else {}
-        function = outer.pop("function", None)
+        function = outer.get("function")
         if function is None:  # {name, arguments, ...} alone
             function = {key: outer.pop(key) for key in ("name", "arguments", "parameters") if key in outer}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -144,7 +145,9 @@ def _calls(value, field: str) -> list[dict]:
         arguments = _parsed(inner["arguments"], f"{where}.arguments")
         empty = arguments is None or arguments == []
         inner["arguments"] = expect({} if empty else arguments, dict, f"{where}.arguments", "an object")
-        calls.append({"type": "function"} | outer | {"function": inner})
+        if "type" not in outer:
+            outer = {k: v for k, v in outer.items() if k != "function"} | {"type": "function"}
+        calls.append(outer | {"function": inner})  # in the row's own order, which tojson prints
     return calls
 
 
