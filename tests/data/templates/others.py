@@ -46,7 +46,9 @@ TEMPLATES = {
         eos="<|im_end|>",
         bos="<|begin_of_text|>",
         special=("<|begin_of_text|>", "<|im_start|>", "<|im_end|>", "<|end_of_text|>"),
-        # a result has a newline more where it is not the last: the generation prompt's text parts there
+        # A result has a newline more where it is not the last.
+        # RULE? The generation prompt parts from the conversation there, before the assistant's header: the
+        # result's end and the header are not scored for that.
         table={
             **ANSWERS,
             "call": CALLS["call"],
@@ -101,10 +103,11 @@ TEMPLATES = {
             "reasoning": Expected(
                 (("4.<|eos|>",), ("5.<|eos|>",)), {"reasoning_not_printed": 2, "template_not_prefix": 2}
             ),
+            # RULE? The content begins as the empty thought does: all of the content is the answer's.
             "thought": Expected(
                 (
-                    ("Two and two make four.\n</think>\n\n4.<|eos|>",),
-                    ("A guess.\n</think>\n\n5.<|eos|>",),
+                    ("<think>\nTwo and two make four.\n</think>\n\n4.<|eos|>",),
+                    ("<think>\nA guess.\n</think>\n\n5.<|eos|>",),
                 ),
                 {"template_not_prefix": 2},
             ),
