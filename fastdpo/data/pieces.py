@@ -4,16 +4,8 @@ import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-THOUGHTS = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)  # keys of a message
-_KINDS = {
-    "system": "system",
-    "developer": "system",
-    "tool": "tool_result",
-}  # by role
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of a message
+_KINDS = {"system": "system", "developer": "system", "tool": "tool_result"}  # by role
 
 
 class Piece(NamedTuple):
@@ -21,7 +13,7 @@ class Piece(NamedTuple):
 
     kind: str
     texts: tuple[str, ...]  # what it is made of
-    other: Callable[[str], dict]  # mark -> the message that says `mark` instead
+    fill: Callable[[dict, str], dict]  # (the message, a mark) -> the message that says the mark instead
 
 
 def pieces(message: dict) -> Iterator[Piece]:
@@ -29,30 +21,50 @@ def pieces(message: dict) -> Iterator[Piece]:
     content = message.get("content") or ""
     thought, closing, answer = content.rpartition("</think>")
     if closing and message["role"] == "assistant":
-        opening, _, thought = thought.rpartition("<think>")
-        said = lambda mark: {**message, "content": f"{opening}<think>{mark}</think>{answer}"}
-        yield Piece("reasoning", (thought,), said)
-        said = lambda mark: {**message, "content": f"{opening}<think>{thought}</think>{mark}"}
-        yield Piece("message", (answer,), said)
+        yield Piece("reasoning", (thought.rpartition("<think>")[2],), _fill_thought)
+        yield Piece("message", (answer,), _fill_answer)
     else:
-        kind = _KINDS.get(message["role"], "message")
-        yield Piece(kind, (content,), lambda mark: {**message, "content": mark})
+        yield Piece(
+            _KINDS.get(message["role"], "message"), (content,), lambda m, mark: {**m, "content": mark}
+        )
     for key in THOUGHTS:
         if isinstance(message.get(key), str):
-            yield Piece("reasoning", (message[key],), lambda mark, key=key: {**message, key: mark})
+            yield Piece("reasoning", (message[key],), lambda m, mark, key=key: {**m, key: mark})
     for i, call in enumerate(message.get("tool_calls") or ()):
         function = call.get("function", call)
-        texts = (function["name"], *_leaves(function.get("arguments")))
-        yield Piece("tool_call", texts, lambda mark, i=i: saying_in_call(mark, message, i))
+        yield Piece("tool_call", (function["name"],), lambda m, mark, i=i: _fill_call(m, i, name=mark))
+        if texts := tuple(_leaves(function.get("arguments"))):
+            yield Piece("tool_call", texts, lambda m, mark, i=i: fill_arguments(m, i, mark))
 
 
-def saying_in_call(mark: str, message: dict, number: int) -> dict:
-    """The message with `mark` in place of all arguments of one of its calls. The function's name stays: some
-    templates print it again before the result."""
+def last_words(message: dict) -> str:
+    """What an assistant turn of text ends with; "" where it has tool calls, which come after."""
+    content = message.get("content") or ""
+    return "" if message.get("tool_calls") else content.rpartition("</think>")[2].strip()
+
+
+def _fill_thought(message: dict, mark: str) -> dict:
+    thought, closing, answer = message["content"].rpartition("</think>")
+    opening, tag, _ = thought.rpartition("<think>")
+    return {**message, "content": opening + tag + mark + closing + answer}
+
+
+def _fill_answer(message: dict, mark: str) -> dict:
+    thought, closing, _ = message["content"].rpartition("</think>")
+    return {**message, "content": thought + closing + mark}
+
+
+def fill_arguments(message: dict, number: int, mark: str) -> dict:
+    """The message with `mark` in each place of the arguments of one of its calls, in one place at least."""
+    call = message["tool_calls"][number]
+    arguments = _filled(call.get("function", call).get("arguments"), mark)
+    return _fill_call(message, number, arguments=arguments)
+
+
+def _fill_call(message: dict, number: int, **changed) -> dict:
     calls = list(message["tool_calls"])
-    function = calls[number].get("function", calls[number])
-    other = {**function, "arguments": _filled(function.get("arguments"), mark)}
-    calls[number] = {**calls[number], "function": other} if "function" in calls[number] else other
+    function = {**calls[number].get("function", calls[number]), **changed}
+    calls[number] = {**calls[number], "function": function} if "function" in calls[number] else function
     return {**message, "tool_calls": calls}
 
 
@@ -68,7 +80,6 @@ def _leaves(value) -> Iterator[str]:
 
 
 def _filled(value, mark: str):
-    """The same structure with `mark` in each place, and in one at least."""
     if isinstance(value, dict):
         return {key: _filled(item, mark) for key, item in value.items()} or {mark: mark}
     if isinstance(value, list):

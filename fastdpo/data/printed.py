@@ -5,19 +5,23 @@ from fastdpo.data.rendering import Renderer, unused
 from fastdpo.data.report import RowProblem
 from fastdpo.data.stretches import Page
 
+Place = tuple[int, Piece]  # a message's, and what it says there
+
 
 def unprinted_of_prompt(template: Renderer, page: Page) -> set[tuple[str, int]]:
-    """(kind, place of the message or the tool) of all that the prompt says and the text before the response
+    """(kind, number of the message or the tool) of all that the prompt says and the text before the response
     does not: the kinds of `pieces`, and tools."""
     row, before = template.row, page.text[: min(start for start, _ in page.stretches.values())]
-    lost = {
-        (piece.kind, place)
+    # what a call says often stands elsewhere too: in the tools, in the question
+    sought = [
+        (place, piece)
         for place, message in enumerate(row.prompt)
         for piece in pieces(message)
-        if not (holds(before, piece.texts) or _changes(template, page, place, piece))
-    }
+        if piece.kind == "tool_call" or not holds(before, piece.texts)
+    ]
+    lost = {(piece.kind, place) for place, piece in _unprinted(template, page, sought)}
     for i, (kind, names) in enumerate(tool_texts(row.tools)):
-        if not names or not (holds(before, names) or _changes_with_tool(template, page, i)):
+        if not names or not (holds(before, names) or _is_printed_tool(template, page, i)):
             lost.add((kind, i))
     return lost
 
@@ -25,35 +29,43 @@ def unprinted_of_prompt(template: Renderer, page: Page) -> set[tuple[str, int]]:
 def unprinted_of_response(template: Renderer, page: Page) -> tuple[set[tuple[str, int]], set[int]]:
     """The same of the response, whose assistant turns must say it where they are scored; and the assistant
     turns of which something is said. Raises RowProblem where there are none."""
-    lost, said = set(), set()
-    asked = len(template.row.prompt)
-    for place, message in enumerate(page.messages[asked:]):
-        start, end = page.stretches.get(place, (0, len(page.text)))
+    sought, said, asked = [], set(), len(template.row.prompt)
+    for turn, message in enumerate(page.messages[asked:]):
+        start, end = page.stretches.get(turn, (0, len(page.text)))
         for piece in pieces(message):
-            printed = holds(page.text[start:end], piece.texts) or (
-                start < end and _changes(template, page, asked + place, piece)
-            )
-            if not printed:
-                lost.add((piece.kind, place))
-            if printed and place in page.stretches and any(map(str.strip, piece.texts)):
-                said.add(place)
-    if not said:
+            if not any(map(str.strip, piece.texts)):
+                continue
+            if holds(page.text[start:end], piece.texts):
+                said.add(turn)
+            else:
+                sought.append((asked + turn, piece))
+    unprinted = _unprinted(template, page, sought)
+    said |= {place - asked for place, _ in sought} - {place - asked for place, _ in unprinted}
+    lost = {(piece.kind, place - asked) for place, piece in unprinted}
+    if not said & page.stretches.keys():
         kinds = " and ".join(sorted({kind.replace("_", " ") for kind, _ in lost})) or "text"
         message = f"the chat template prints nothing of what a response says (its {kinds}); use one that does"
         raise RowProblem("content_not_printed", "responses", message)
     return lost, said
 
 
-def _changes(template: Renderer, page: Page, place: int, piece: Piece) -> bool:
-    """Whether the template prints something else where the message says something else: it may print the
-    piece in a form of its own."""
-    mark, messages = unused(page.text), page.messages
-    other = template.differs([*messages[:place], piece.other(mark), *messages[place + 1 :]])
-    return other is not None and mark in other
+def _unprinted(template: Renderer, page: Page, sought: list[Place]) -> list[Place]:
+    """Those of the pieces that the template prints in no form: where it says something else, the text does
+    not say that either."""
+    if not sought:
+        return []
+    marks = unused(page.text, len(sought))
+    messages = list(page.messages)
+    for (place, piece), mark in zip(sought, marks):
+        messages[place] = piece.fill(messages[place], mark)
+    text = template.differs(messages)
+    if text is None and len(sought) > 1:  # a template that refuses one of them may take the others
+        return [place for one in sought for place in _unprinted(template, page, [one])]
+    return [place for place, mark in zip(sought, marks) if text is None or mark not in text]
 
 
-def _changes_with_tool(template: Renderer, page: Page, number: int) -> bool:
-    mark, tools = unused(page.text), list(template.row.tools or ())
+def _is_printed_tool(template: Renderer, page: Page, number: int) -> bool:
+    (mark,), tools = unused(page.text), list(template.row.tools or ())
     tool = tools[number]
     function = {**tool.get("function", tool), "name": mark}
     tools[number] = {**tool, "function": function} if "function" in tool else function

@@ -4,10 +4,11 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 from fastdpo.data.chat import Chat
-from fastdpo.data.pieces import THOUGHTS, saying_in_call
+from fastdpo.data.pieces import THOUGHTS, fill_arguments
 from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import Messages, Row
 from fastdpo.data.spans import shared_start
@@ -31,7 +32,7 @@ class Renderer:
     def said(self, messages: Messages, place: int, text: str, to_answer=False) -> tuple[int, int] | None:
         """(start, end) of what messages[place] says in `text`, the rendering of `messages`: between them it
         differs where the message says something else. None where nothing does."""
-        mark = unused(text)
+        (mark,) = unused(text)
         changed = [*messages[:place], _saying(mark, messages[place]), *messages[place + 1 :]]
         other = self.differs(changed, to_answer)
         if other is None or mark not in other:
@@ -47,9 +48,10 @@ class Renderer:
             return None
 
 
-def unused(text: str) -> str:
-    """A character for private use that the text does not hold."""
-    return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
+def unused(text: str, count: int = 1) -> list[str]:
+    """Characters for private use that the text does not hold."""
+    private = map(chr, chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE)))
+    return list(islice((mark for mark in private if mark not in text), count))
 
 
 def _saying(mark: str, message: dict) -> dict:
@@ -59,7 +61,7 @@ def _saying(mark: str, message: dict) -> dict:
         if isinstance(message.get(key), str) and message[key].strip():
             other[key] = mark
     for number in range(len(message.get("tool_calls") or ())):
-        other = saying_in_call(mark, other, number)
+        other = fill_arguments(other, number, mark)  # some templates print the name before the result too
     return other
 
 

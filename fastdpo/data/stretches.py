@@ -10,8 +10,9 @@ around them say, which `Renderer.said` tells whatever the template.
 
 import re
 from dataclasses import dataclass
+from itertools import chain
 
-from fastdpo.data.pieces import holds, pieces, tool_texts
+from fastdpo.data.pieces import holds, last_words, pieces, tool_texts
 from fastdpo.data.rendering import Renderer, unused
 from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import Messages
@@ -83,39 +84,74 @@ def start_of_turn(template: Renderer, whole: Messages, place: int, text: str, op
             template.said(whole[:place], before, opened, to_answer=True),
         )
         if here and there:
-            start = here[1] + _shared_header(template, opened[there[1] :], text[here[1] :])
-            own = template.said(whole, place, text)
-            return min(start, own[0]) if own else start  # what it says may go on like the generation prompt
+            # its own words may go on like the generation prompt, which is not to be found in them
+            own = template.said(whole, place, text) or (len(text), len(text))
+            return here[1] + _end_of_header(template, opened[there[1] :], text[here[1] : own[0]])
     message = "the chat template prints no turn before a response both before it and for generation"
     raise RowProblem("no_rendering", "messages", message)
 
 
-def _shared_header(template: Renderer, header: str, rest: str) -> int:
-    """How much of a generation prompt the text repeats, in whole special tokens and tags."""
+def _end_of_header(template: Renderer, header: str, rest: str) -> int:
+    """Where in `rest` the generation prompt `header` ends, as far as it is repeated there: as a whole but for
+    its beginning (Command R's has an instruction there), or up to where the two part."""
     shared = shared_start(header, rest)
-    for text in (header, rest):
+    if shared in (len(header), len(rest)):
+        return shared
+    for match in template.special.finditer(header):
+        if (found := rest.rfind(ending := header[match.start() :])) >= 0:
+            return found + len(ending)
+    for text in (header, rest):  # in whole special tokens and tags
         for pattern in (template.special, _TAG):
             cut = (m.start() for m in pattern.finditer(text) if m.start() < shared < m.end())
             shared = next(cut, shared)
     return shared
 
 
-def end_of_last_turn(template: Renderer, whole: Messages, text: str) -> int:
-    """Where the last turn ends in `text`, the rendering of `whole`: after its end of turn, and before what
+def end_of_last_turn(template: Renderer, whole: Messages, printed: str) -> int:
+    """Where the last turn ends in `printed`, the rendering of `whole`: after its end of turn, and before what
     templates print there in any case: white space, a header after EOS, or EOS after a newline (Phi-3's)."""
-    text = text.rstrip()
-    eos = template.tokenizer.eos_token
-    closing = _closing(template, text)
-    if eos and eos in text[closing:]:
-        after = text.index(eos, closing) + len(eos)
-        if after < len(text):
-            return after
+    text, eos = printed.rstrip(), template.tokenizer.eos_token or ""
+    spoken = _end_of_words(template, whole, printed, text)
+    if any_case := _after_any_answer(template, whole, text[spoken:]):
+        text = text.removesuffix(any_case).rstrip()
+    if eos and eos in text[spoken:]:
+        text = text[: text.index(eos, spoken) + len(eos)]
     *head, last = text.rsplit(None, 1)
-    if head and len(head[0]) > closing and template.special.match(last):
-        longer = template.differs([*whole, {"role": "user", "content": unused(text)}])
+    if head and len(head[0]) > max(spoken, _closing(template, text)) and template.special.match(last):
+        longer = template.differs([*whole, {"role": "user", "content": unused(text)[0]}])
         if longer is not None and not longer.startswith(text):
             return len(head[0])
     return len(text)
+
+
+def _end_of_words(template: Renderer, whole: Messages, printed: str, text: str) -> int:
+    """Where what the last turn says ends in its text."""
+    closing = _closing(template, text)
+    said = last_words(whole[-1])
+    if said and text[:closing].rstrip().endswith(said):
+        return closing
+    found = template.said(whole, len(whole) - 1, printed)
+    return min(found[1], len(text)) if found else closing
+
+
+def ends_its_turn(template: Renderer, message: dict, text: str) -> bool:
+    """Whether a text that ends with the message has more of it than its words: markup that ends the turn."""
+    if words := last_words(message):
+        return not text.endswith(words)
+    tail = text[-_LONGEST:]
+    found = chain(template.special.finditer(tail), _TAG.finditer(tail))
+    return any(match.end() == len(tail) for match in found)
+
+
+def _after_any_answer(template: Renderer, whole: Messages, tail: str) -> str:
+    """What the template prints after the end of turn of an answer in place of the last turn's tool calls: for
+    templates that end a call with nothing of its own. `tail` is what follows the calls."""
+    eos = template.tokenizer.eos_token
+    if not whole[-1].get("tool_calls") or len(template.special.findall(tail)) < 2 or not eos:
+        return ""
+    (mark,) = unused(tail)
+    text = template.differs([*whole[:-1], {"role": "assistant", "content": mark}]) or ""
+    return text.rstrip().partition(mark)[2].partition(eos)[2]
 
 
 def _closing(template: Renderer, text: str) -> int:

@@ -17,7 +17,7 @@ from fastdpo.data.rendering import Renderer, call_forms
 from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import Messages, Row
 from fastdpo.data.spans import Marks, Relevance, mark
-from fastdpo.data.stretches import lay_out
+from fastdpo.data.stretches import ends_its_turn, lay_out
 from fastdpo.errors import DataError
 
 
@@ -107,8 +107,7 @@ def _script(
         notes["prompt_as_for_generation"] += 1
     elif not page.begins_as_generated:
         notes["template_not_prefix"] += 1
-    said = (turns[last]["content"] or "").rpartition("</think>")[2].strip()
-    if said and page.text.endswith(said):
+    if not ends_its_turn(template, turns[last], page.text):
         notes["no_end_of_turn"] += 1  # the model is never shown where to stop
     lost |= unprinted_of_prompt(template, page)
     unprinted, said = unprinted_of_response(template, page)

@@ -39,7 +39,7 @@ TEMPLATES = {
             "result": Expected(
                 ((KIMI_CALL, "It rains.<|im_end|>"), ("It rains.<|im_end|>",)), {"tool_call_not_printed": 1}
             ),
-            "after_result": CALLS["after_result"],
+            "after_result": Expected(CALLS["after_result"], {"tool_call_not_printed": 1}),
         },
     ),
     "hermes_tools": Template(
