@@ -15,7 +15,9 @@ def placeholders(row: dict, layout: Layout) -> list[str]:
     layout reads it as something else."""
     there = {name: row[name] for names in _PLACEHOLDERS.values() for name in names if name in row}
     for name, value in there.items():
-        nothing = not value or (isinstance(value, list) and all(item is None for item in value))
+        nothing = value in (None, "", "[]", [], {}) or (
+            isinstance(value, list) and all(item is None for item in value)
+        )
         if not nothing and name not in layout.columns.values():
             raise RowProblem("media", name, "a column that is not empty; fastdpo trains on text only")
     # <video> and <audio> are tags of HTML too, which an answer in code may quote

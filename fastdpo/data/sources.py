@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from fastdpo.data.arrow import ArrowRows
 from fastdpo.data.csv_file import read_csv
 from fastdpo.data.formats.dataset_info import data_sets, listed
 from fastdpo.data.formats.known import COLUMNS, NUMBERS
@@ -25,32 +25,26 @@ class Rows:
     """A data set: rows in order, and for those of JSON and CSV the place each one came from."""
 
     source: str
-    rows: Sequence[dict | RowProblem]  # a RowProblem stands for a line that cannot be read
+    rows: Sequence[dict | RowProblem] | ArrowRows  # a RowProblem stands for a line that cannot be read
     lines: Sequence[tuple[str, int]] | None = None  # (file, line from 1)
     layout: Layout | None = None  # how to read them, where their columns are not to tell
-    features: Any = None  # Arrow's types, where the rows come out of Arrow
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict | RowProblem:
-        return self._as_written(self.rows[number])
+        return self.rows[number]
 
     def __iter__(self) -> Iterator[dict | RowProblem]:
         """Also where one of a data set's rows cannot be read (an image that is none)."""
         number, rows = 0, iter(self.rows)
         while number < len(self):
             try:
-                row = self._as_written(next(rows))
+                row = next(rows)
             except Exception as error:
                 row, rows = problem_of(error), (self.rows[i] for i in range(number + 1, len(self)))
             yield row
             number += 1
-
-    def _as_written(self, row):
-        if self.features is None:
-            return row
-        return {name: _without_filled(value, self.features[name]) for name, value in row.items()}
 
     def where(self, number: int) -> str:
         """`row 12 of SOURCE`, and its line where it has one."""
@@ -58,17 +52,6 @@ class Rows:
             return f"row {number} of {self.source}"
         file, line = self.lines[number]
         return f"row {number} of {self.source} (line {line} of {file})"
-
-
-def _without_filled(value, feature):
-    """Without the nulls with which Arrow fills the keys that one struct lacks and another row's has. A Json
-    value is as it was written."""
-    if isinstance(value, dict) and isinstance(feature, dict):
-        return {k: _without_filled(v, feature[k]) for k, v in value.items() if v is not None}
-    inner = getattr(feature, "feature", None)
-    if isinstance(value, list) and inner is not None:
-        return [_without_filled(item, inner) for item in value]
-    return value
 
 
 def load_rows(spec: str, data_format: str | dict | None = None, key: str = "data") -> Rows:
@@ -111,16 +94,14 @@ def _from_hub(spec: str, looked_up: str, **options) -> Rows:
         f"{looked_up!r} is not a local path, so it was looked up on the Hugging Face hub. Check the "
         "name, :config and #split, and the network (or log-in); or download it and give a path"
     )
-    data = _with_datasets("load_dataset", spec, way_out, **options)
-    return Rows(spec, data, features=data.features)
+    return Rows(spec, ArrowRows(_with_datasets("load_dataset", spec, way_out, **options)))
 
 
 def _load_path(path: Path, split: str, spec: str, layout: Layout | None) -> Rows:
     if path.is_dir() and any((path / f).exists() for f in ("state.json", "dataset_dict.json")):
         data = _with_datasets("load_from_disk", spec, "Was it written by save_to_disk, and whole?", path)
         splits = data if isinstance(data, dict) else {str(data.split or "train"): data}
-        data = _take(splits, split, spec)
-        return Rows(spec, data, features=data.features)
+        return Rows(spec, ArrowRows(_take(splits, split, spec)))
     if path.is_dir() and (known := data_sets(path)):
         names = ", ".join(f"{path}:{name}" for name in known)
         raise DataError(f"data: {str(path)!r} has a dataset_info.json; name one of its data sets: {names}")
@@ -133,12 +114,12 @@ def _load_path(path: Path, split: str, spec: str, layout: Layout | None) -> Rows
     (kind,) = kinds
     named = {name: some for name, some in files.items() if re.search(rf"\b{name}\b", split)} or files
     if kind != "parquet":
-        taken = _take({name: _read(some, kind, layout) for name, some in named.items()}, split, spec)
+        taken = _take({name: _read(some, layout) for name, some in named.items()}, split, spec)
         return Rows(spec, [row for row, _ in taken], [place for _, place in taken])
     paths = {name: [str(file) for file in some] for name, some in named.items()}
     way_out = "Check that the file is what its name says"
-    data = _take(_with_datasets("load_dataset", spec, way_out, "parquet", data_files=paths), split, spec)
-    return Rows(spec, data, features=data.features)
+    data = _with_datasets("load_dataset", spec, way_out, "parquet", data_files=paths)
+    return Rows(spec, ArrowRows(_take(data, split, spec)))
 
 
 def _files_by_split(folder: Path) -> dict[str, list[Path]]:
@@ -185,13 +166,13 @@ def _take(splits: dict, split: str, spec: str):
     return [row for rows, part in slices for row in rows[part]]
 
 
-def _read(files: list[Path], kind: str, layout: Layout | None) -> list[tuple[object, tuple[str, int]]]:
+def _read(files: list[Path], layout: Layout | None) -> list[tuple[object, tuple[str, int]]]:
     """Each row of JSON or CSV files and its place."""
     said = layout.columns if layout else {}
     names = said or {name: name for name in (*COLUMNS, *NUMBERS)}  # ours -> theirs
     rows = []
     for file in files:
-        if kind == "json":
+        if _READERS[file.suffix] == "json":
             read = read_json(file, set(names.values()))
         else:
             read = read_csv(file, {theirs for ours, theirs in names.items() if ours in NUMBERS})

@@ -11,7 +11,8 @@ _BOMS = {  # those of 32 bits first: UTF-16's begins UTF-32's
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-_WITHOUT_BOM = {  # by where the NULs are in the first two characters, which are ASCII in every format
+# by where the NULs are in the first two characters, which are ASCII in every format
+_WITHOUT_BOM: dict[tuple[bool, ...], str] = {
     (False, True, True, True): "UTF-32LE",
     (True, True, True, False): "UTF-32BE",
     (False, True, False, True): "UTF-16LE",

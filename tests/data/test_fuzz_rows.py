@@ -129,7 +129,7 @@ def test_broken_rows_are_kept_or_counted(tmp_path, seed):
     dropped = {name: tally.rows for name, tally in report.dropped.items()}
     assert len(groups) + sum(dropped.values()) == report.rows == len(rows)
     assert [group.row for group in groups][: len(good)] == [*range(len(good))]
-    assert len(groups) > 60 and dropped["lone_surrogate"] > 5 and len(dropped) > 10
+    assert len(groups) > 60 and dropped["lone_surrogate"] > 5 and len(dropped) > 8
     show(groups, report, tokenizer, console)
     console.print(report.losses(), markup=False)
     for group in groups:  # each as `fastdpo data` shows one

@@ -2,12 +2,16 @@
 
 import io
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import Audio, Features, Image, List, Value
 from rich.console import Console
 
 from fastdpo.data.formats.layouts import layout_of
 from fastdpo.data.groups import load_groups
 from fastdpo.data.rows import RowProblem, parse_row
+from fastdpo.data.sources import load_rows
 from tests.data.shared_data import WIDE, assistant, chat_row, small_tokenizer, text_row, user, write_lines
 
 
@@ -23,7 +27,7 @@ def test_a_column_of_media(column):
     for value in (["a.png"], "a.png", {"bytes": b"x"}, [None, "a.png"]):
         assert problem(text_row() | {column: value}).field == column
         assert problem(chat_row() | {column: value}).field == column
-    for nothing in (None, [], "", {}, [None]):
+    for nothing in (None, [], "", "[]", {}, [None]):
         assert parse_row(text_row() | {column: nothing}, 0).responses == (" morning", " old world")
 
 
@@ -63,9 +67,8 @@ def test_a_placeholder_in_a_prompt():
     whole = {"chosen": [*turns, assistant("a")], "rejected": [*turns, assistant("b")]}
     assert problem(whole).field == "prompt, user turn 2"
     assert problem({"chosen": "see <image> a b", "rejected": "see <image> a c"}).field == "prompt"
-    assert problem({"q": "<image>", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "chosen"} | {
-        "rejected": "rejected"
-    }).field == "q"  # fmt: skip
+    row = {"q": "<image>", "a": " gold", "b": " old"}
+    assert problem(row, {"prompt": "q", "chosen": "a", "rejected": "b"}).field == "q"
 
 
 def test_tags_of_html_are_no_placeholders():
@@ -84,3 +87,15 @@ def test_media_are_counted(tmp_path):
     assert [group.row for group in groups] == [0, 3]
     assert report.dropped["media"].examples == [1, 2]
     assert report.dropped["media"].message.startswith("images: a column that is not empty")
+
+
+def test_media_in_arrow_are_not_decoded(tmp_path):
+    """So that they are refused by name without the libraries that decode them."""
+    text = {name: Value("string") for name in ("prompt", "chosen", "rejected")}
+    features = Features(text | {"images": List(Image()), "audio": Audio()})
+    broken, nothing = {"bytes": b"x", "path": None}, {"images": [], "audio": None}
+    rows = [text_row() | more for more in (nothing, {"images": [broken]}, {"audio": broken})]
+    pq.write_table(pa.Table.from_pylist(rows, schema=features.arrow_schema), tmp_path / "d.parquet")
+    good, *others = load_rows(str(tmp_path / "d.parquet"))
+    assert parse_row(good, 0).prompt == "good"
+    assert [problem(row).field for row in others] == ["images", "audio"]

@@ -22,6 +22,7 @@ PASSED_ON = {  # (file, function) whose errors say what they were given: where t
     ("fastdpo/data/chat.py", "check_row_kwargs"): "_wrong",
     ("fastdpo/data/formats/columns.py", "_ref_logps"): "calls of its `problem`",
     ("fastdpo/data/formats/layouts.py", "problem"): "a RowProblem once more",
+    ("fastdpo/data/sources.py", "load_rows"): "the same, beginning with the config's key",
     ("fastdpo/data/spans.py", "_bad_spans"): "its callers",
     ("fastdpo/planning/choose.py", "choose"): "_nothing_fits",
     ("fastdpo/training/checkpoint.py", "load"): "Python's own words",
