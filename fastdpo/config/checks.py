@@ -3,7 +3,7 @@
 import math
 import typing
 
-from fastdpo.data.chat import check_kwargs
+from fastdpo.data.chat.arguments import check_kwargs
 from fastdpo.data.formats.layouts import layout_of
 from fastdpo.errors import ConfigError
 from fastdpo.values import as_bytes

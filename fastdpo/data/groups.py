@@ -11,13 +11,13 @@ import numpy as np
 from rich.console import Console
 
 from fastdpo.console.progress import make_progress
-from fastdpo.data.chat import Chat
+from fastdpo.data.chat.arguments import Chat
+from fastdpo.data.chat.scripts import Draft, write
 from fastdpo.data.formats.layouts import Layout
 from fastdpo.data.one_row import problem_of, refuse_lone_surrogates
 from fastdpo.data.report import NOT_PRINTED, DataReport, RowProblem
 from fastdpo.data.rows import Row, parse_row
 from fastdpo.data.sources import Rows, load_rows
-from fastdpo.data.templating import Draft, write
 from fastdpo.data.tokenizing import Encoder, Tokens, shared_length, tokenize
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.records import Pair, PreferenceGroup, Response

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fastdpo.data.chat import Chat
+from fastdpo.data.chat.arguments import Chat
 from fastdpo.data.groups import Limits, load_groups
 from fastdpo.data.packing import epoch_order
 from fastdpo.errors import ConfigError

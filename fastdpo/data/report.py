@@ -45,17 +45,17 @@ class RowProblem(DataError):
     that raises them the reasons are
 
     one_row.py      faulty_row, lone_surrogate
-    json_file.py    invalid_json, not_utf8
-    csv_file.py     cell_count
+    files/json_rows.py  invalid_json, not_utf8
+    files/csv_rows.py   cell_count
     formats/        unknown_format, ambiguous_row, missing_column, wrong_type, unknown_role, prompt_end,
                     nan_score, faulty_score, malformed_label, malformed_ref_logps, too_few_responses, no_pair
     rows.py         messages_as_text, prompt_mismatch, empty_prompt, empty_response, response_start, identical
-    chat.py         template_kwargs
+    chat/arguments.py   template_kwargs
     media.py        media
     spans.py        malformed_spans, malformed_token_weights, spans_not_found, token_weights_length
-    rendering.py    template_error
-    stretches.py    no_rendering
-    printed.py      content_not_printed
+    chat/rendering.py   template_error
+    chat/stretches.py   no_rendering
+    chat/printed.py     content_not_printed
     tokenizing.py   nothing_scored
     groups.py       too_long, prompt_too_long, response_too_long, identical_after_truncation
     """

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from fastdpo.data.chat import check_row_kwargs
+from fastdpo.data.chat.arguments import check_row_kwargs
 from fastdpo.data.formats.columns import Columns
 from fastdpo.data.formats.layouts import Layout
 from fastdpo.data.media import placeholders, refuse_placeholders

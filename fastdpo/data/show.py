@@ -5,7 +5,7 @@ import re
 import numpy as np
 from rich.text import Text
 
-from fastdpo.data.chat import Chat
+from fastdpo.data.chat.arguments import Chat
 from fastdpo.data.groups import Limits, load_groups
 from fastdpo.data.load import DataSpec
 from fastdpo.data.report import DataReport

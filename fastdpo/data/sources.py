@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fastdpo.data.arrow import ArrowRows
-from fastdpo.data.csv_file import read_csv
+from fastdpo.data.files.arrow_rows import ArrowRows
+from fastdpo.data.files.csv_rows import read_csv
+from fastdpo.data.files.json_rows import read_json
 from fastdpo.data.formats.dataset_info import data_sets, listed
 from fastdpo.data.formats.known import COLUMNS, NUMBERS
 from fastdpo.data.formats.layouts import Layout, layout_of
-from fastdpo.data.json_file import read_json
 from fastdpo.data.one_row import problem_of
 from fastdpo.data.report import RowProblem
 from fastdpo.errors import DataError

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastdpo.data.chat.scripts import Script
 from fastdpo.data.report import RowProblem
 from fastdpo.data.spans import Places, closed, places_by_decoding, weigh
-from fastdpo.data.templating import Script
 from fastdpo.errors import ModelError
 
 _MERGED = 8  # tokens that a merge across a boundary may concern

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fastdpo.data.chat.pieces import pieces
 from fastdpo.data.groups import to_group
-from fastdpo.data.pieces import pieces
 from fastdpo.data.report import NOT_PRINTED, RowProblem
 from tests.data.conversations import random_row
 from tests.data.shared_data import WIDE, check, decode, scored_text, sequence

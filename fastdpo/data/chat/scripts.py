@@ -11,13 +11,13 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from fastdpo.data.chat import Chat
-from fastdpo.data.printed import unprinted_of_prompt, unprinted_of_response
-from fastdpo.data.rendering import Renderer, call_forms
+from fastdpo.data.chat.arguments import Chat
+from fastdpo.data.chat.printed import unprinted_of_prompt, unprinted_of_response
+from fastdpo.data.chat.rendering import Renderer, call_forms
+from fastdpo.data.chat.stretches import ends_its_turn, lay_out
 from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import Messages, Row
 from fastdpo.data.spans import Marks, Relevance, mark
-from fastdpo.data.stretches import ends_its_turn, lay_out
 from fastdpo.errors import DataError
 
 

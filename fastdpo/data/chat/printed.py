@@ -1,9 +1,9 @@
 """Whether the text that the chat template made of a row says all that the row says."""
 
-from fastdpo.data.pieces import Piece, holds, pieces, tool_texts
-from fastdpo.data.rendering import Renderer, unused
+from fastdpo.data.chat.pieces import Piece, holds, pieces, tool_texts
+from fastdpo.data.chat.rendering import Renderer, unused
+from fastdpo.data.chat.stretches import Page
 from fastdpo.data.report import RowProblem
-from fastdpo.data.stretches import Page
 
 Place = tuple[int, Piece]  # a message's, and what it says there
 

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from fastdpo.data.files.encoding import decode, read_bytes
 from fastdpo.data.report import RowProblem
-from fastdpo.data.text_file import decode, read_bytes
 from fastdpo.errors import DataError
 
 _LONGEST_CELL = 2**31 - 1  # what a C long holds everywhere; Python's own limit is 128 KiB

@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass
 from itertools import chain
 
-from fastdpo.data.pieces import holds, last_words, pieces, tool_texts
-from fastdpo.data.rendering import Renderer, unused
+from fastdpo.data.chat.pieces import holds, last_words, pieces, tool_texts
+from fastdpo.data.chat.rendering import Renderer, unused
 from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import Messages
 from fastdpo.data.spans import shared_start

@@ -7,8 +7,8 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
-from fastdpo.data.chat import Chat
-from fastdpo.data.pieces import THOUGHTS, fill_arguments
+from fastdpo.data.chat.arguments import Chat
+from fastdpo.data.chat.pieces import THOUGHTS, fill_arguments
 from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import Messages, Row
 from fastdpo.data.spans import shared_start

@@ -8,8 +8,8 @@ import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from fastdpo.data.files.encoding import decode, read_bytes
 from fastdpo.data.report import RowProblem
-from fastdpo.data.text_file import decode, read_bytes
 from fastdpo.errors import DataError
 
 _FAULTS = (ValueError, RecursionError)  # not JSON, an integer of too many digits; nested too deeply
