@@ -66,7 +66,7 @@ def to_group(
     Raises RowProblem when the row cannot be used.
     """
     one, chat = [(number, row)], chat or Chat()
-    (outcome,) = _outcomes(one, Encoder(tokenizer), limits, chat, None, Counter())
+    (outcome,) = _outcomes(one, Encoder(tokenizer), limits, chat, None, DataReport("one row"))
     if isinstance(outcome, RowProblem):
         raise outcome
     return outcome
@@ -98,7 +98,7 @@ def load_groups(
     with make_progress(console) as bar:
         task = bar.add_task("reading rows", total=len(rows), info="")
         while chunk := list(islice(numbered, _CHUNK)):
-            outcomes = _outcomes(chunk, encoder, limits, chat, rows.layout, report.formats)
+            outcomes = _outcomes(chunk, encoder, limits, chat, rows.layout, report)
             for (number, _), outcome in zip(chunk, outcomes):
                 if strict:
                     _refuse(outcome, rows, number)
@@ -147,9 +147,9 @@ def _outcomes(
     limits: Limits,
     chat: Chat,
     layout: Layout | None,
-    formats: Counter[str],
+    report: DataReport,
 ) -> Iterator[Outcome]:
-    """Per numbered row its (group, notes) or its RowProblem, in order; counts the rows' formats."""
+    """Per numbered row its (group, notes) or its RowProblem, in order; tells the report formats and kinds."""
     drafts: list[Draft | RowProblem] = []
     for number, row in chunk:
         try:
@@ -159,11 +159,16 @@ def _outcomes(
         except Exception as error:
             drafts.append(problem_of(error))
     written = [draft for draft in drafts if isinstance(draft, Draft)]
-    formats.update(draft.row.format for draft in written)
+    report.formats.update(draft.row.format for draft in written)
     ids = _encoded(drafts, encoder)
     for draft in drafts:
+        if isinstance(draft, RowProblem):
+            yield draft
+            continue
         try:
-            yield draft if isinstance(draft, RowProblem) else _group(draft, ids, encoder, limits)
+            outcome = _group(draft, ids, encoder, limits)
+            report.kinds.setdefault(draft.row.kind, draft.row.number)
+            yield outcome
         except Exception as error:
             yield problem_of(error)
 

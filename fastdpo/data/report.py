@@ -138,6 +138,7 @@ class DataReport:
     dropped: dict[str, Tally] = field(default_factory=dict)
     notes: dict[str, Tally] = field(default_factory=dict)
     formats: Counter = field(default_factory=Counter)  # what rows were read as, see formats/known.py
+    kinds: dict[str, int] = field(default_factory=dict)  # of kept rows, see Row.kind: the first one's number
     counts: Counter = field(default_factory=Counter)  # see _counts
     lengths: list[int] = field(default_factory=list)  # prompt + response, one a response
     dates: list[str] = field(default_factory=list)  # what the chat template was told of the time
@@ -209,7 +210,8 @@ class DataReport:
             table.add_row(*map(escape, cells))
         for name, tally in self.notes.items():
             meaning = f"{tally.items:,} {MEANING.get(name, '')}"
-            table.add_row(name, f"{tally.rows:,}", tally.numbers(), meaning)
+            style = "yellow" if name in NOT_PRINTED else None
+            table.add_row(name, f"{tally.rows:,}", tally.numbers(), meaning, style=style)
         console.print(table)
         n = self.counts
         saved = 1 - n["shared_forward_tokens"] / max(n["separate_rows_tokens"], 1)

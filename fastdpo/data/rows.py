@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdpo.data.chat.arguments import check_row_kwargs
+from fastdpo.data.chat.pieces import pieces
 from fastdpo.data.formats.columns import Columns
 from fastdpo.data.formats.layouts import Layout
 from fastdpo.data.media import placeholders, refuse_placeholders
@@ -40,6 +41,22 @@ class Row:
     ties: int  # pairs of a ranked row that equal scores left out
     label: bool | None  # of an unpaired row
     relevance: tuple[Relevance | None, ...]
+
+    @property
+    def kind(self) -> str:
+        """What a report tells apart: the row's format, and what may go wrong in a way of its own."""
+        if isinstance(self.prompt, str):
+            return f"{self.format}, text" + ", token weights" * any(self.relevance)
+        turns = [*self.prompt, *(turn for response in self.responses for turn in response)]
+        answers = [sum(turn["role"] == "assistant" for turn in response) for response in self.responses]
+        special = {
+            "system": turns[0]["role"] in ("system", "developer"),
+            "tools": bool(self.tools) or any(turn.get("tool_calls") for turn in turns),
+            "reasoning": any(piece.kind == "reasoning" for turn in turns for piece in pieces(turn)),
+            "several answers": max(answers) > 1,
+            "token weights": any(self.relevance),
+        }
+        return ", ".join([self.format, "messages", *(name for name, there in special.items() if there)])
 
 
 def parse_row(row: dict | RowProblem, number: int, layout: Layout | None = None) -> Row:

@@ -29,24 +29,23 @@ def show_data(spec: DataSpec, tokenizer, console) -> None:
 
 
 def show(groups: list[PreferenceGroup], report: DataReport, tokenizer, console) -> None:
-    """Prints the report, the lengths and the first group (of each kind: with pairs or labels, with token
-    weights or without), its scored and its relevant tokens told by colour and by marks."""
+    """Prints the report, the lengths and the first group of each kind of row, its scored and its relevant
+    tokens told by colour and by marks."""
     report.print(console)
     report.print_lengths(console)
-    first: dict[tuple[bool, bool], PreferenceGroup] = {}
+    kinds = {row: kind for kind, row in report.kinds.items()}
     for group in groups:
-        first.setdefault((len(group.pairs) > 0, _weighted(group)), group)
-    for group in first.values():
-        _show_group(group, tokenizer, console)
+        if group.row in kinds:
+            _show_group(group, kinds[group.row], tokenizer, console)
 
 
 def _weighted(group: PreferenceGroup) -> bool:
     return any(response.token_weight is not None for response in group.responses)
 
 
-def _show_group(group: PreferenceGroup, tokenizer, console) -> None:
+def _show_group(group: PreferenceGroup, kind: str, tokenizer, console) -> None:
     console.print()
-    console.print(Text(f"row {group.row}, decoded", style="bold"))
+    console.print(Text(f"row {group.row}, decoded: {kind}", style="bold"))
     legend = Text("prompt, never scored", style="dim")
     kinds = {"scored": _SCORED, "read, not scored": _UNSCORED}
     if _weighted(group):

@@ -10,7 +10,7 @@ from transformers.utils import chat_template_utils
 
 from fastdpo.cli import main
 from fastdpo.config.keys import from_values
-from fastdpo.data import chat as chat_module
+from fastdpo.data.chat import arguments as chat_module
 from fastdpo.data.chat.arguments import Chat
 from fastdpo.data.groups import load_groups, to_group
 from fastdpo.data.report import RowProblem

@@ -351,7 +351,7 @@ def test_show_keeps_the_spaces_between_runs():
     """A sentencepiece tokenizer spells a run of tokens alone without its first space."""
     tokenizer, console = real_tokenizer("stories260K"), Console(file=io.StringIO(), width=150)
     group, _ = weighted(spans_row([[5, 8]], [], chosen=" One day she was", rejected=" no"), tokenizer)
-    report = DataReport("x")
+    report = DataReport("x", kinds={"trl, text": group.row})
     report.keep(group, {})
     show([group], report, tokenizer, console)
     assert "«One»【 day】« she was</s>»" in console.file.getvalue()

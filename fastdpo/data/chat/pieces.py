@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of a message
@@ -13,7 +14,7 @@ class Piece(NamedTuple):
 
     kind: str
     texts: tuple[str, ...]  # what it is made of
-    fill: Callable[[dict, str], dict]  # (the message, a mark) -> the message that says the mark instead
+    fill: Callable[..., dict]  # (the message, a mark) -> the message that says the mark instead
 
 
 def pieces(message: dict) -> Iterator[Piece]:
@@ -24,23 +25,26 @@ def pieces(message: dict) -> Iterator[Piece]:
         yield Piece("reasoning", (thought.rpartition("<think>")[2],), _fill_thought)
         yield Piece("message", (answer,), _fill_answer)
     else:
-        yield Piece(
-            _KINDS.get(message["role"], "message"), (content,), lambda m, mark: {**m, "content": mark}
-        )
+        kind = _KINDS.get(message["role"], "message")
+        yield Piece(kind, (content,), partial(_fill_key, key="content"))
     for key in THOUGHTS:
         if isinstance(message.get(key), str):
-            yield Piece("reasoning", (message[key],), lambda m, mark, key=key: {**m, key: mark})
+            yield Piece("reasoning", (message[key],), partial(_fill_key, key=key))
     for i, call in enumerate(message.get("tool_calls") or ()):
         function = call.get("function", call)
-        yield Piece("tool_call", (function["name"],), lambda m, mark, i=i: _fill_call(m, i, name=mark))
+        yield Piece("tool_call", (function["name"],), partial(_fill_name, number=i))
         if texts := tuple(_leaves(function.get("arguments"))):
-            yield Piece("tool_call", texts, lambda m, mark, i=i: fill_arguments(m, i, mark))
+            yield Piece("tool_call", texts, partial(fill_arguments, number=i))
 
 
 def last_words(message: dict) -> str:
     """What an assistant turn of text ends with; "" where it has tool calls, which come after."""
     content = message.get("content") or ""
     return "" if message.get("tool_calls") else content.rpartition("</think>")[2].strip()
+
+
+def _fill_key(message: dict, mark: str, key: str) -> dict:
+    return {**message, key: mark}
 
 
 def _fill_thought(message: dict, mark: str) -> dict:
@@ -54,7 +58,11 @@ def _fill_answer(message: dict, mark: str) -> dict:
     return {**message, "content": thought + closing + mark}
 
 
-def fill_arguments(message: dict, number: int, mark: str) -> dict:
+def _fill_name(message: dict, mark: str, number: int) -> dict:
+    return _fill_call(message, number, name=mark)
+
+
+def fill_arguments(message: dict, mark: str, number: int) -> dict:
     """The message with `mark` in each place of the arguments of one of its calls, in one place at least."""
     call = message["tool_calls"][number]
     arguments = _filled(call.get("function", call).get("arguments"), mark)

@@ -40,12 +40,12 @@ def unprinted_of_response(template: Renderer, page: Page) -> tuple[set[tuple[str
             else:
                 sought.append((asked + turn, piece))
     unprinted = _unprinted(template, page, sought)
-    said |= {place - asked for place, _ in sought} - {place - asked for place, _ in unprinted}
+    said.update(place - asked for place, piece in sought if (place, piece) not in unprinted)
     lost = {(piece.kind, place - asked) for place, piece in unprinted}
     if not said & page.stretches.keys():
         kinds = " and ".join(sorted({kind.replace("_", " ") for kind, _ in lost})) or "text"
-        message = f"the chat template prints nothing of what a response says (its {kinds}); use one that does"
-        raise RowProblem("content_not_printed", "responses", message)
+        problem = f"the chat template prints nothing of what a response says (its {kinds}); use one that does"
+        raise RowProblem("content_not_printed", "responses", problem)
     return lost, said
 
 

@@ -61,7 +61,7 @@ def _saying(mark: str, message: dict) -> dict:
         if isinstance(message.get(key), str) and message[key].strip():
             other[key] = mark
     for number in range(len(message.get("tool_calls") or ())):
-        other = fill_arguments(other, number, mark)  # some templates print the name before the result too
+        other = fill_arguments(other, mark, number)  # some templates print the name before the result too
     return other
 
 
