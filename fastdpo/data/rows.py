@@ -138,7 +138,7 @@ def _conversation(columns: Columns):
     if len(conversations) == 1:
         message = "it starts with an assistant turn; the turns before it belong into the prompt"
         raise RowProblem("response_start", fields[0], message)
-    spelt = [list(map(repr, conversation)) for conversation in conversations]  # where 1 is not true
+    spelt = [list(map(_spelt, conversation)) for conversation in conversations]
     shared = min(_common(spelt[0], other) for other in spelt[1:])
     turns = conversations[0][:shared]
     if prompt is not None and not any(_same_text(prompt, turn) for turn in turns):
@@ -148,8 +148,12 @@ def _conversation(columns: Columns):
 
 
 def _same(a, b) -> bool:
-    """Whether two responses say the same: in the arguments of tool calls 1, 1.0 and true are not."""
-    return a == b and repr(a) == repr(b)
+    return a == b and _spelt(a) == _spelt(b)
+
+
+def _spelt(said) -> str:
+    """What is equal where two say the same, in keys of any order: 1, 1.0 and true in arguments are not."""
+    return json.dumps(said, sort_keys=True, default=repr)
 
 
 def _same_text(prompt: str, turn: dict) -> bool:

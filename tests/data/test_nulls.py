@@ -37,6 +37,18 @@ def test_responses_that_differ_by_what_python_calls_equal_are_not_identical(othe
     assert parse_row(turns, 0).prompt == ASKED
 
 
+def test_keys_in_another_order_are_the_same():
+    a, b = (
+        calling({"x": 1, "y": 2}, name="n", thinking="t"),
+        calling({"y": 2, "x": 1}, thinking="t", name="n"),
+    )
+    turns = {
+        name: [*ASKED, turn, user("and?"), assistant(name)]
+        for name, turn in zip(("chosen", "rejected"), (a, b))
+    }
+    assert parse_row(turns, 0).prompt == [*ASKED, a, user("and?")]
+
+
 def test_nulls_of_tools_and_template_arguments_are_data():
     schema = {"type": "object", "properties": {"unit": {"enum": ["a", None], "default": None}}}
     tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
