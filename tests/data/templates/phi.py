@@ -1,4 +1,4 @@
-"""Phi-3 as it was first and later, Phi-3.5, Phi-4, Phi-4 reasoning and mini; StarChat, which looks like them."""
+"""Phi-3 as it was first and later, Phi-3.5, Phi-4, Phi-4 reasoning and mini; StarChat, of the same form."""
 
 from tests.data.templates.case import Expected, Template
 
