@@ -25,6 +25,8 @@ class Renderer:
         try:
             settings = {"tools": tools or self.row.tools, "add_generation_prompt": to_answer}
             return self.chat.render(self.tokenizer, messages, self.row.chat_template_kwargs, **settings)
+        except MemoryError:
+            raise
         except Exception as error:  # a template is a program, and fails like one
             message = f"the chat template refuses these turns: {error}"
             raise RowProblem("template_error", "messages", message) from None

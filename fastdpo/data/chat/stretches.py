@@ -10,7 +10,7 @@ around them say, which `Renderer.said` tells whatever the template.
 
 import re
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 from fastdpo.data.chat.pieces import holds, last_words, pieces, tool_texts
 from fastdpo.data.chat.rendering import Renderer, unused
@@ -46,7 +46,7 @@ def lay_out(template: Renderer, prompt: str, turns: Messages) -> Page:
         place = len(asked) + i
         opened = prompt if i == 0 else template(whole[:place], to_answer=True)
         start = start_of_turn(template, whole, place, printed, opened)
-        stop = end if i == answers[-1] else end_of_turn(template, whole, place, printed)
+        stop = end if i == answers[-1] else end_of_turn(template, whole, place, printed, opened)
         stretches[i] = start, max(start, stop)
         if printed.startswith(opened):
             continue
@@ -109,18 +109,19 @@ def _end_of_header(template: Renderer, header: str, rest: str) -> int:
 
 def end_of_last_turn(template: Renderer, whole: Messages, printed: str) -> int:
     """Where the last turn ends in `printed`, the rendering of `whole`: after its end of turn, and before what
-    templates print there in any case: white space, a header after EOS, or EOS after a newline (Phi-3's)."""
+    templates print there in any case: white space, a header after EOS, or EOS after another end (Phi-3's)."""
     text, eos = printed.rstrip(), template.tokenizer.eos_token or ""
     spoken = _end_of_words(template, whole, printed, text)
     if any_case := _after_any_answer(template, whole, text[spoken:]):
         text = text.removesuffix(any_case).rstrip()
     if eos and eos in text[spoken:]:
         text = text[: text.index(eos, spoken) + len(eos)]
-    *head, last = text.rsplit(None, 1)
-    if head and len(head[0]) > max(spoken, _closing(template, text)) and template.special.match(last):
+    closing = [match.start() for match in template.special.finditer(text, _closing(template, text))]
+    if len(closing) > 1 and closing[-1] > spoken:
+        turn = text[: closing[-1]].rstrip()  # without what ends the conversation, if that does
         longer = template.differs([*whole, {"role": "user", "content": unused(text)[0]}])
-        if longer is not None and not longer.startswith(text):
-            return len(head[0])
+        if longer is not None and longer.startswith(turn) and not longer.startswith(text):
+            return len(turn)
     return len(text)
 
 
@@ -164,8 +165,9 @@ def _closing(template: Renderer, text: str) -> int:
     return start
 
 
-def end_of_turn(template: Renderer, whole: Messages, place: int, text: str) -> int:
-    """Where whole[place], which others follow, ends in `text`: after the end of turn that it has there."""
+def end_of_turn(template: Renderer, whole: Messages, place: int, text: str, opened: str) -> int:
+    """Where whole[place], which others follow, ends in `text`: after the end of turn that it has there.
+    `opened` is the rendering of the turns before it, with the generation prompt."""
     beginning = whole[: place + 1]
     alone = template(beginning)
     end = end_of_last_turn(template, beginning, alone)
@@ -178,7 +180,8 @@ def end_of_turn(template: Renderer, whole: Messages, place: int, text: str) -> i
     closing, rest = alone[there[1] : end], text[here[1] :]
     if rest.startswith(closing):
         return here[1] + len(closing)
-    # another end token where others follow: as many as it has when it is the last
-    count = sum(1 for _ in template.special.finditer(closing))
-    ends = [match.end() for match, _ in zip(template.special.finditer(rest), range(count))]
-    return here[1] + (ends[-1] if ends else 0)
+    # another end where others follow: as many tokens as when it is the last, if others end their turns so too
+    asked = template.said(whole[:place], place - 1, opened, to_answer=True)
+    other = asked and template.special.search(opened, asked[1])
+    ends = list(islice(template.special.finditer(rest), len(template.special.findall(closing))))
+    return here[1] + (ends[-1].end() if ends and other and ends[0][0] == other[0] else 0)
