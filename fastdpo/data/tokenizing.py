@@ -107,7 +107,9 @@ class Encoder:
 
 
 def _special_tokens(tokenizer) -> set[str]:
-    return {str(token) for token in tokenizer.all_special_tokens if str(token)}
+    """Also those that the tokenizer has no name for: Llama 3, Phi-3 and gpt-oss list theirs as added tokens."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return {text for text in map(str, (*tokenizer.all_special_tokens, *added)) if text}
 
 
 def _any_of(tokenizer) -> re.Pattern:
