@@ -105,6 +105,12 @@ def tool_texts(tools: list | None) -> list[tuple[str, tuple[str, ...]]]:
     return found
 
 
+def rename_tool(tool: dict, name: str) -> dict:
+    function = tool.get("function")
+    renamed = {"function": {**function, "name": name}} if isinstance(function, dict) else {"name": name}
+    return {**tool, **renamed}
+
+
 def holds(text: str, texts: tuple[str, ...]) -> bool:
     """Whether the text has all of `texts`, as they are or as JSON."""
     return all(_has(text, said.strip()) for said in texts)

@@ -1,9 +1,10 @@
 """Whether the text that the chat template made of a row says all that the row says."""
 
-from fastdpo.data.chat.pieces import Piece, holds, pieces, tool_texts
+from fastdpo.data.chat.pieces import Piece, holds, pieces, rename_tool, tool_texts
 from fastdpo.data.chat.rendering import Renderer, unused
 from fastdpo.data.chat.stretches import Page
 from fastdpo.data.report import RowProblem
+from fastdpo.data.rows import Messages
 
 Place = tuple[int, Piece]  # a message's, and what it says there
 
@@ -12,30 +13,31 @@ def unprinted_of_prompt(template: Renderer, page: Page) -> set[tuple[str, int]]:
     """(kind, number of the message or the tool) of all that the prompt says and the text before the response
     does not: the kinds of `pieces`, and tools."""
     row, before = template.row, page.text[: min(start for start, _ in page.stretches.values())]
-    # what a call says often stands elsewhere too: in the tools, in the question
+    told = _told(row.prompt)
     sought = [
         (place, piece)
         for place, message in enumerate(row.prompt)
         for piece in pieces(message)
-        if piece.kind == "tool_call" or not holds(before, piece.texts)
+        if not _surely_printed(piece, before, told)
     ]
     lost = {(piece.kind, place) for place, piece in _unprinted(template, page, sought)}
-    for i, (kind, names) in enumerate(tool_texts(row.tools)):
-        if not names or not (holds(before, names) or _is_printed_tool(template, page, i)):
-            lost.add((kind, i))
+    names = [names for _, names in tool_texts(row.tools)]
+    if not all(len(known) > 1 and holds(before, known) for known in names):
+        lost |= {("tools", i) for i in _unprinted_tools(template, page, names)}
     return lost
 
 
 def unprinted_of_response(template: Renderer, page: Page) -> tuple[set[tuple[str, int]], set[int]]:
     """The same of the response, whose assistant turns must say it where they are scored; and the assistant
     turns of which something is said. Raises RowProblem where there are none."""
-    sought, said, asked = [], set(), len(template.row.prompt)
+    sought, said, asked, all_told = [], set(), len(template.row.prompt), _told(page.messages)
     for turn, message in enumerate(page.messages[asked:]):
         start, end = page.stretches.get(turn, (0, len(page.text)))
+        told = _told([message]) if turn in page.stretches else all_told
         for piece in pieces(message):
             if not any(map(str.strip, piece.texts)):
                 continue
-            if holds(page.text[start:end], piece.texts):
+            if _surely_printed(piece, page.text[start:end], told):
                 said.add(turn)
             else:
                 sought.append((asked + turn, piece))
@@ -47,6 +49,20 @@ def unprinted_of_response(template: Renderer, page: Page) -> tuple[set[tuple[str
         problem = f"the chat template prints nothing of what a response says (its {kinds}); use one that does"
         raise RowProblem("content_not_printed", "responses", problem)
     return lost, said
+
+
+def _told(messages: Messages) -> str:
+    """All that the messages say."""
+    return "\0".join(text for message in messages for piece in pieces(message) for text in piece.texts)
+
+
+def _surely_printed(piece: Piece, text: str, told: str) -> bool:
+    """Whether a text has a piece as often as `told`, all that the messages say. That tells nothing of calls
+    and thoughts: the answer has the same words, or the question, or the tools."""
+    said = [one for one in map(str.strip, piece.texts) if one]
+    if piece.kind in ("tool_call", "reasoning"):
+        return not said
+    return all(text.count(one) >= told.count(one) for one in said)
 
 
 def _unprinted(template: Renderer, page: Page, sought: list[Place]) -> list[Place]:
@@ -61,13 +77,17 @@ def _unprinted(template: Renderer, page: Page, sought: list[Place]) -> list[Plac
     text = template.differs(messages)
     if text is None and len(sought) > 1:  # a template that refuses one of them may take the others
         return [place for one in sought for place in _unprinted(template, page, [one])]
-    return [place for place, mark in zip(sought, marks) if text is None or mark not in text]
+    if text is None:
+        return [one for one in sought if not holds(page.text, one[1].texts)]
+    printed = {(place, piece.texts) for (place, piece), mark in zip(sought, marks) if mark in text}
+    # some rows give one thought under two names, of which a template prints one
+    return [(place, piece) for place, piece in sought if (place, piece.texts) not in printed]
 
 
-def _is_printed_tool(template: Renderer, page: Page, number: int) -> bool:
-    (mark,), tools = unused(page.text), list(template.row.tools or ())
-    tool = tools[number]
-    function = {**tool.get("function", tool), "name": mark}
-    tools[number] = {**tool, "function": function} if "function" in tool else function
-    other = template.differs(page.messages, tools=tools)
-    return other is not None and mark in other
+def _unprinted_tools(template: Renderer, page: Page, names: list[tuple[str, ...]]) -> list[int]:
+    """The numbers of the tools that the template does not print, found as in `_unprinted`."""
+    marks = unused(page.text, len(names))
+    text = template.differs(page.messages, tools=list(map(rename_tool, template.row.tools or (), marks)))
+    if text is None:
+        return [i for i, known in enumerate(names) if not known or not holds(page.text, known)]
+    return [i for i, mark in enumerate(marks) if mark not in text]

@@ -1,0 +1,83 @@
+"""Odd rows and tokenizers under chat templates: right values by hand, as in test_scored_text.py."""
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from tests.data.shared_data import user
+from tests.data.templates.case import CONVERSATIONS, calls, says, system
+from tests.data.test_scored_text import CALLS, OPEN, PLAIN, WITH_CALLS, turns_of, with_template
+
+TOOL = {"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}
+
+
+def ends(chosen: str, rejected: str = "old") -> tuple:
+    return (f"{chosen}<|im_end|>",), (f"{rejected}<|im_end|>",)
+
+
+def row_of(chosen: dict, **more) -> dict:
+    return {"prompt": [user("Hello.")], "chosen": [chosen], "rejected": [says("old")]} | more
+
+
+def test_special_tokens_that_the_tokenizer_has_no_name_for_end_turns():
+    """Phi-3 as published names its EOS alone; <|end|> is special among the added tokens."""
+    text = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    text += "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+    special = ("<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
+    backend = with_template(text, "<|endoftext|>", special).backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    tokenizer.chat_template = text
+    scored, notes = turns_of(CONVERSATIONS["two_answers"], tokenizer)
+    assert scored == (("Paris.<|end|>", "Rome.<|end|>"), ("London.<|end|>", "No.<|end|>"))
+    assert notes == {}
+
+
+# ---- what is lost, and its words stand elsewhere
+
+
+def test_a_call_is_lost_though_the_answer_names_its_tool_and_arguments():
+    answer = calls("Paris") | {"content": "I look up the weather in Paris."}
+    scored = ends("I look up the weather in Paris.")
+    assert turns_of(row_of(answer), with_template(PLAIN)) == (scored, {"tool_call_not_printed": 1})
+
+
+def test_reasoning_is_lost_though_the_answer_has_its_words():
+    answer = says("It is Paris.", reasoning_content="Paris")
+    notes = {"reasoning_not_printed": 1}
+    assert turns_of(row_of(answer), with_template(PLAIN)) == (ends("It is Paris."), notes)
+
+
+@pytest.mark.parametrize("question", ["Be brief.", "Be brief. Why?", "Why? Be brief."])
+def test_a_system_prompt_is_lost_though_the_user_says_the_same(question):
+    text = "{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}"
+    tokenizer = with_template("{% for m in messages %}" + text + "{% endfor %}" + OPEN)
+    row = row_of(says("gold"), prompt=[system("Be brief."), user(question)])
+    assert turns_of(row, tokenizer) == (ends("gold"), {"system_not_printed": 1})
+
+
+def test_a_tool_is_lost_though_the_question_has_its_name():
+    row = row_of(says("gold"), prompt=[user("Please search.")], tools=[TOOL])
+    assert turns_of(row, with_template(PLAIN)) == (ends("gold"), {"tools_not_printed": 1})
+
+
+# ---- what is printed, and must not be called lost
+
+
+def test_tools_without_a_name_are_found_where_they_are_printed():
+    tools = [{"type": "code_interpreter"}, {"name": "weather", "parameters": {}}]
+    text = "{{ tools | tojson if tools }}" + PLAIN
+    assert turns_of(row_of(says("gold"), tools=tools), with_template(text)) == (ends("gold"), {})
+
+
+def test_one_thought_under_two_names_is_printed_once():
+    thought = "<think>{{ m.reasoning }}</think>"
+    text = PLAIN.replace("{{ m.content }}", "{% if m.reasoning %}" + thought + "{% endif %}{{ m.content }}")
+    answer = says("gold", reasoning="It shines.", reasoning_content="It shines.")
+    scored = ends("<think>It shines.</think>gold")
+    assert turns_of(row_of(answer), with_template(text)) == (scored, {})
+
+
+def test_a_template_that_takes_known_tools_alone_has_printed_a_call():
+    known = "{% for c in m.tool_calls %}{% if c.function.name != 'weather' %}{{ raise_exception('?') }}"
+    text = WITH_CALLS.replace(CALLS, known + "{% endif %}{% endfor %}" + CALLS)
+    scored = ends('<call>weather {"city": "Paris"}</call>')
+    assert turns_of(row_of(calls("Paris")), with_template(text)) == (scored, {})
