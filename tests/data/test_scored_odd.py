@@ -3,9 +3,11 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from tests.data.shared_data import user
-from tests.data.templates.case import CONVERSATIONS, calls, says, system
-from tests.data.test_scored_text import CALLS, OPEN, PLAIN, WITH_CALLS, turns_of, with_template
+from fastdpo.data.groups import to_group
+from tests.data.shared_data import WIDE, decode, user
+from tests.data.templates.case import CONVERSATIONS, calls, result, says, system
+from tests.data.test_scored_text import CALLS, HEAD, OPEN, PLAIN, WITH_CALLS, mistral, turns_of, with_template
+from tests.data.test_templates import TEMPLATES, tokenizer_of
 
 TOOL = {"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}
 
@@ -31,6 +33,20 @@ def test_special_tokens_that_the_tokenizer_has_no_name_for_end_turns():
     assert notes == {}
 
 
+def test_private_characters_of_a_row_are_text_like_any_other():
+    """Those are what texts are searched with."""
+    odd = "\ue000 \ue001"
+    prompt = [system(odd), user(odd)]
+    group, notes = to_group(row_of(says("\ue002"), prompt=prompt), 0, mistral(), WIDE)
+    assert decode(mistral(), group.prompt) == f"<s>[INST] {odd}\n\n{odd}[/INST]"
+    assert notes == {"prompt_as_for_generation": 2}
+    tokenizer = tokenizer_of(TEMPLATES["command_r_tools"], "command_r_tools")
+    answers = [calls(odd), result("fine"), says("gold")]
+    (call, answer), _ = turns_of(row_of(says(""), prompt=[user(odd)]) | {"chosen": answers}, tokenizer)[0]
+    assert call.endswith('"parameters": {"city": "\ue000 \ue001"}\n    }\n]```')
+    assert answer == "gold<|END_OF_TURN_TOKEN|>"
+
+
 # ---- what is lost, and its words stand elsewhere
 
 
@@ -44,6 +60,22 @@ def test_reasoning_is_lost_though_the_answer_has_its_words():
     answer = says("It is Paris.", reasoning_content="Paris")
     notes = {"reasoning_not_printed": 1}
     assert turns_of(row_of(answer), with_template(PLAIN)) == (ends("It is Paris."), notes)
+
+
+def test_a_result_is_lost_though_the_text_has_its_letters():
+    prompt = [user("Hello."), calls("Paris"), {"role": "tool", "content": "use"}]
+    known = "{% if m.role != 'tool' %}" + HEAD.partition("%}")[2] + "{{ m.content }}<|im_end|>{% endif %}"
+    tokenizer = with_template("{% for m in messages %}" + known + "{% endfor %}" + OPEN)
+    notes = {"tool_call_not_printed": 1, "tool_result_not_printed": 1}
+    assert turns_of(row_of(says("gold"), prompt=prompt), tokenizer) == (ends("gold"), notes)
+
+
+@pytest.mark.parametrize("question", ["Hello.", "Hello. Why?", "Why? Hello.", "Hello"])
+def test_a_system_prompt_that_only_generation_sees_and_the_user_repeats(question):
+    row = row_of(says("gold"), prompt=[system("Hello."), user(question)])
+    group, notes = to_group(row, 0, mistral(), WIDE)
+    assert decode(mistral(), group.prompt) == f"<s>[INST] Hello.\n\n{question}[/INST]"
+    assert notes == {"prompt_as_for_generation": 2}
 
 
 @pytest.mark.parametrize("question", ["Be brief.", "Be brief. Why?", "Why? Be brief."])

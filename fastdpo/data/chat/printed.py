@@ -57,10 +57,10 @@ def _told(messages: Messages) -> str:
 
 
 def _surely_printed(piece: Piece, text: str, told: str) -> bool:
-    """Whether a text has a piece as often as `told`, all that the messages say. That tells nothing of calls
-    and thoughts: the answer has the same words, or the question, or the tools."""
+    """Whether a text has a piece as often as `told`, all that the messages say. That tells nothing of
+    results, which may be short, nor of thoughts and calls, whose words the answer has too."""
     said = [one for one in map(str.strip, piece.texts) if one]
-    if piece.kind in ("tool_call", "reasoning"):
+    if piece.kind in ("reasoning", "tool_call", "tool_result"):
         return not said
     return all(text.count(one) >= told.count(one) for one in said)
 
@@ -79,9 +79,11 @@ def _unprinted(template: Renderer, page: Page, sought: list[Place]) -> list[Plac
         return [place for one in sought for place in _unprinted(template, page, [one])]
     if text is None:
         return [one for one in sought if not holds(page.text, one[1].texts)]
-    printed = {(place, piece.texts) for (place, piece), mark in zip(sought, marks) if mark in text}
+    found = [one for one, mark in zip(sought, marks) if mark in text]
     # some rows give one thought under two names, of which a template prints one
-    return [(place, piece) for place, piece in sought if (place, piece.texts) not in printed]
+    thoughts = {(place, piece.texts) for place, piece in found if piece.kind == "reasoning"}
+    lost = [one for one in sought if one not in found]
+    return [(at, one) for at, one in lost if one.kind != "reasoning" or (at, one.texts) not in thoughts]
 
 
 def _unprinted_tools(template: Renderer, page: Page, names: list[tuple[str, ...]]) -> list[int]:

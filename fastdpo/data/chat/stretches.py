@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from fastdpo.data.chat.pieces import holds, last_words, pieces, tool_texts
+from fastdpo.data.chat.pieces import holds, last_words, pieces, rename_tool, tool_texts
 from fastdpo.data.chat.rendering import Renderer, unused
 from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import Messages
@@ -51,7 +51,7 @@ def lay_out(template: Renderer, prompt: str, turns: Messages) -> Page:
         if printed.startswith(opened):
             continue
         begins = False
-        if only := _only_for_generation(template, whole[:place], opened, printed[:start]):
+        if only := _only_for_generation(template, whole, place, opened, printed, start):
             if len(answers) > 1:
                 message = (
                     f"the chat template prints the {only} only before the last answer, and here are several: "
@@ -63,12 +63,29 @@ def lay_out(template: Renderer, prompt: str, turns: Messages) -> Page:
     return Page(whole, printed[:end], stretches, end < len(printed), begins)
 
 
-def _only_for_generation(template: Renderer, before: Messages, opened: str, printed: str) -> str:
-    """The kind of what others than the assistant say in `opened`, the turns `before` with the generation
-    prompt, and not in `printed`, the same turns in the whole conversation; "" where there is none."""
-    said = [piece for turn in before if turn["role"] != "assistant" for piece in pieces(turn)]
-    for kind, found in [(piece.kind, piece.texts) for piece in said] + tool_texts(template.row.tools):
-        if holds(opened, found) and not holds(printed, found):
+def _only_for_generation(
+    template: Renderer, whole: Messages, place: int, opened: str, printed: str, start: int
+) -> str:
+    """The kind of what others than the assistant say in `opened`, the turns before whole[place] with the
+    generation prompt, and not in `printed`, the whole conversation, before `start`; "" where all is there."""
+    (mark,), tools = unused(opened + printed), template.row.tools or []
+    said: list[tuple] = [
+        (piece.kind, piece.texts, [*whole[:i], piece.fill(turn, mark), *whole[i + 1 :]], tools)
+        for i, turn in enumerate(whole[:place])
+        if turn["role"] != "assistant"
+        for piece in pieces(turn)
+    ]
+    for i, (kind, texts) in enumerate(tool_texts(tools)):
+        said.append((kind, texts, whole, [*tools[:i], rename_tool(tools[i], mark), *tools[i + 1 :]]))
+    for kind, texts, *changed in said:
+        if all(opened.count(text.strip()) <= printed.count(text.strip(), 0, start) for text in texts):
+            continue
+        other = template.differs(changed[0], tools=changed[1])
+        if other is None:
+            there = holds(printed[:start], texts)
+        else:
+            there = mark in other[: start + len(other) - len(printed)]
+        if not there:
             return kind.replace("_", " ")
     return ""
 
@@ -112,7 +129,7 @@ def end_of_last_turn(template: Renderer, whole: Messages, printed: str) -> int:
     templates print there in any case: white space, a header after EOS, or EOS after another end (Phi-3's)."""
     text, eos = printed.rstrip(), template.tokenizer.eos_token or ""
     spoken = _end_of_words(template, whole, printed, text)
-    if any_case := _after_any_answer(template, whole, text[spoken:]):
+    if any_case := _after_any_answer(template, whole, text, spoken):
         text = text.removesuffix(any_case).rstrip()
     if eos and eos in text[spoken:]:
         text = text[: text.index(eos, spoken) + len(eos)]
@@ -144,13 +161,13 @@ def ends_its_turn(template: Renderer, message: dict, text: str) -> bool:
     return any(match.end() == len(tail) for match in found)
 
 
-def _after_any_answer(template: Renderer, whole: Messages, tail: str) -> str:
+def _after_any_answer(template: Renderer, whole: Messages, printed: str, spoken: int) -> str:
     """What the template prints after the end of turn of an answer in place of the last turn's tool calls: for
-    templates that end a call with nothing of its own. `tail` is what follows the calls."""
+    templates that end a call with nothing of its own. The calls end at `spoken` in the text."""
     eos = template.tokenizer.eos_token
-    if not whole[-1].get("tool_calls") or len(template.special.findall(tail)) < 2 or not eos:
+    if not whole[-1].get("tool_calls") or len(template.special.findall(printed, spoken)) < 2 or not eos:
         return ""
-    (mark,) = unused(tail)
+    (mark,) = unused(printed)
     text = template.differs([*whole[:-1], {"role": "assistant", "content": mark}]) or ""
     return text.rstrip().partition(mark)[2].partition(eos)[2]
 
