@@ -26,10 +26,13 @@ def rows_of(tmp_path, text: str, name="d.json"):
 def test_jsonl_is_read_by_line_whatever_it_begins_with(tmp_path):
     good = [text_row(chosen=f" gold {i}") for i in range(50)]
     spec = write_lines(tmp_path / "d.jsonl", [f"[{LINE}]", *good])
-    assert list(load_rows(spec)) == [[ROW], *good]
+    first, *others = load_rows(spec)
+    assert others == good and isinstance(first, RowProblem)
     groups, report = load_groups(spec, small_tokenizer(), WIDE, strict=False, console=QUIET)
     assert len(groups) == 50 and {n: t.examples for n, t in report.dropped.items()} == {"wrong_type": [0]}
-    with pytest.raises(DataError, match=r"row 0 of .*\(line 1 of d\.jsonl\): row: a JSON object"):
+    with pytest.raises(
+        DataError, match=r"row 0 of .*\(line 1 of d\.jsonl\): line 1: a row is an object, not a list"
+    ):
         load_groups(spec, small_tokenizer(), WIDE, strict=True, console=QUIET)
 
 
@@ -43,6 +46,46 @@ def test_an_object_a_line_may_be_called_either(tmp_path, name):
 def test_an_array_in_a_jsonl_is_told_its_name(tmp_path):
     with pytest.raises(DataError, match=r"has no line that is JSON: line 1: not JSON: .*to be named \.json"):
         rows_of(tmp_path, '[\n{"a": 1\n},\n{"b": 2\n}\n]', "d.jsonl")
+    opening, row, comma, closing = rows_of(tmp_path, '[\n{"a": 1}\n{"a": 1},\n]', "d.jsonl")
+    assert row == {"a": 1}
+    way_out = "; a file that is one array is to be named .json"
+    assert opening.message == f"not JSON: Expecting value (character 2){way_out}"
+    assert comma.message == "not JSON: Extra data (character 9)"
+    assert closing.message == "not JSON: Expecting value (character 1)"
+    (whole,) = rows_of(tmp_path, f"[{LINE}, {LINE}]", "d.jsonl")
+    assert (whole.reason, whole.message) == ("wrong_type", f"a row is an object, not a list{way_out}")
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
+def test_objects_over_several_lines_are_told_how_to_become_rows(tmp_path, name):
+    with pytest.raises(DataError, match=rf"over several lines: jq -c \. {tmp_path}/{name} > rows\.jsonl"):
+        rows_of(tmp_path, json.dumps(ROW, indent=1) * 2, name)
+
+
+@pytest.mark.parametrize("line", ['{"a": 1, "b": {"c": 2, "d": 3, "c": 2}}', '{"c": 1, "a": 2, "c": 2}'])
+def test_a_key_that_is_there_twice_is_not_lost_without_a_word(tmp_path, line):
+    bad, good = rows_of(tmp_path, f"{line}\n{LINE}\n", "d.jsonl")
+    assert good == ROW and bad.reason == "invalid_json"
+    assert str(bad) == "line 1: not JSON: the key 'c' is there twice; remove one"
+    with pytest.raises(DataError, match="not JSON from line 2 on: the key 'c' is there twice"):
+        rows_of(tmp_path, f"[{LINE},\n{line}]")
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        {"prompt": {"0": "p", "1": "q"}, "chosen": {"0": "a", "1": "b"}},  # pandas' to_json
+        {"0": {"prompt": "p", "chosen": "a"}, "1": {"prompt": "q", "chosen": "b"}},  # orient="index"
+        {"columns": ["prompt", "chosen"], "index": [0], "data": [["p", "a"]]},  # orient="split"
+    ],
+)
+def test_a_table_in_one_object_is_told_how_to_become_rows(tmp_path, whole):
+    with pytest.raises(DataError) as caught:
+        rows_of(tmp_path, json.dumps(whole))
+    assert str(caught.value) == (
+        f"data: {tmp_path}/d.json is one object that holds a table; write an object a row; with pandas, "
+        'to_json(PATH, orient="records", lines=True)'
+    )
 
 
 def test_rows_of_an_array_keep_their_lines(tmp_path):
@@ -103,7 +146,8 @@ def test_rows_under_a_key_are_told_how_to_get_out(tmp_path, indent):
         rows_of(tmp_path, json.dumps(whole, indent=indent))
     assert str(caught.value) == (
         f"data: {tmp_path}/d.json is one object that holds rows under 'the data' and 'more'; "
-        """give the list alone: jq '.["the data"]' d.json > rows.json"""
+        """give the list alone: jq '.["the data"]' """
+        f"{tmp_path}/d.json > rows.json"
     )
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def read_json(file: Path, columns: Collection[str]) -> Iterator[tuple[object, in
 
 def _array(text: str, file: Path) -> Iterator[tuple[object, int]]:
     """A JSON array's items, each with the line it starts on."""
-    decoder, skip = json.JSONDecoder(), lambda at: _SPACE.match(text, at).end()  # type: ignore[union-attr]
+    skip = lambda at: _SPACE.match(text, at).end()  # type: ignore[union-attr]
     at, line, seen = skip(text.index("[") + 1), 1, 0
     more = text[at : at + 1] != "]"
     while more:
@@ -39,7 +40,7 @@ def _array(text: str, file: Path) -> Iterator[tuple[object, int]]:
                 file, line, "a comma too many, or an item missing, between two commas or before ]"
             )
         try:
-            row, at = decoder.raw_decode(text, at)
+            row, at = _DECODER.raw_decode(text, at)
         except _FAULTS as error:
             why = "the array has no end" if at == len(text) else _reason(error)
             raise _not_json(file, line, why) from None
@@ -58,37 +59,72 @@ def _array(text: str, file: Path) -> Iterator[tuple[object, int]]:
         raise _not_json(file, line, why)
 
 
+class _KeyTwice(ValueError):
+    """Python would take the last of the values without a word."""
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise _KeyTwice(f"the key {key!r} is there twice; remove one")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _not_json(file: Path, line: int, why: str) -> DataError:
     return DataError(f"data: {file} is not JSON from line {line} on: {why}")
 
 
 def _lines(raw: bytes, file: Path) -> Iterator[tuple[object, int]]:
-    good, first = False, None
+    good, first, way_out = False, None, "a file that is one array is to be named .json"
     for line, content in enumerate(io.BytesIO(raw), start=1):
         if not content.strip():
             continue
         row: object
+        hint = f"; {way_out}" if content.lstrip()[:1] == b"[" and file.suffix != ".json" else ""
         try:
-            row, good = json.loads(content.decode("utf-8")), True
+            row, good = _DECODER.decode(content.decode("utf-8").rstrip("\r\n")), True
+            if hint:
+                row = RowProblem("wrong_type", f"line {line}", f"a row is an object, not a list{hint}")
         except UnicodeDecodeError as error:
             why = f"byte {content[error.start]:#x} is not UTF-8; correct it, or save the file as UTF-8"
             row = RowProblem("not_utf8", f"line {line}", why)
         except _FAULTS as error:
-            row = RowProblem("invalid_json", f"line {line}", f"not JSON: {_reason(error)}")
+            why = f"not JSON: {_reason(error, in_line=True)}{hint}"
+            row = RowProblem("invalid_json", f"line {line}", why)
         if isinstance(row, RowProblem):
             first = first or row
         yield row, line
     if first and not good:
+        lines = f"Where a row goes over several lines: {_jq('-c .', file, 'rows.jsonl')}"
         if file.suffix == ".json":
-            raise DataError(f"data: {file} is neither a JSON array nor one object a line: {first}")
-        way_out = "Each line has to be a row; a file that is one array is to be named .json"
-        raise DataError(f"data: {file} has no line that is JSON: {first}. {way_out}.")
+            raise DataError(f"data: {file} is neither a JSON array nor one object a line: {first}. {lines}")
+        raise DataError(f"data: {file} has no line that is JSON: {first}. {lines}; {way_out}")
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return str(error) if isinstance(error, json.JSONDecodeError) else "an integer has too many digits"
+def _reason(error: Exception, in_line: bool = False) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} (character {error.colno})" if in_line else str(error)
+    if isinstance(error, _KeyTwice):
+        return str(error)
+    nested = isinstance(error, RecursionError)
+    return "it is nested too deeply" if nested else "an integer has too many digits"
+
+
+def _jq(program: str, file: Path, to: str) -> str:
+    return f"jq {program} {shlex.quote(str(file))} > {to}"
+
+
+def _is_table(whole: dict) -> bool:
+    """As pandas writes one: {column: {"0": ...}}, {"0": {column: ...}} or {columns, index, data}."""
+    numbered = lambda value: isinstance(value, dict) and bool(value) and all(map(str.isdigit, value))
+    parts = list(whole.values())
+    by_row = numbered(whole) and all(isinstance(part, dict) for part in parts)
+    by_column = bool(parts) and all(map(numbered, parts))
+    return by_row or by_column or whole.keys() == {"columns", "index", "data"}
 
 
 def _refuse_rows_under_a_key(raw: bytes, file: Path, columns: Collection[str]) -> None:
@@ -104,11 +140,18 @@ def _refuse_rows_under_a_key(raw: bytes, file: Path, columns: Collection[str]) -
         whole = json.loads(raw)
     except _FAULTS:
         return
-    if not isinstance(whole, dict) or not whole.keys().isdisjoint(columns):
+    if not isinstance(whole, dict):
+        return
+    if _is_table(whole):
+        raise DataError(
+            f"data: {file} is one object that holds a table; write an object a row; with pandas, "
+            'to_json(PATH, orient="records", lines=True)'
+        )
+    if not whole.keys().isdisjoint(columns):
         return
     is_rows = lambda value: isinstance(value, list) and all(isinstance(row, dict) for row in value)
     if keys := [key for key, value in whole.items() if is_rows(value)]:
-        take = f"jq {shlex.quote(f'.[{json.dumps(keys[0])}]')} {file.name} > rows.json"
+        take = _jq(shlex.quote(f".[{json.dumps(keys[0])}]"), file, "rows.json")
         held = " and ".join(map(repr, keys))
         raise DataError(
             f"data: {file} is one object that holds rows under {held}; give the list alone: {take}"
