@@ -99,7 +99,7 @@ def test_an_unclosed_quote_has_its_line(tmp_path, rows, line):
         rows_of(tmp_path, "prompt,chosen,rejected\n" + rows)
 
 
-@pytest.mark.parametrize("by, name", [(";", "semicolons"), ("\t", "tabs")])
+@pytest.mark.parametrize("by, name", [(";", "semicolons"), ("|", "bars"), ("\t", "tabs")])
 def test_other_separators_are_told_by_name(tmp_path, by, name):
     text = f"prompt{by}chosen{by}rejected\na, b{by}c{by}d\n"
     with pytest.raises(DataError, match=rf"d\.csv is separated by {name}, not commas. Save it with commas"):

@@ -35,7 +35,7 @@ TEXT = {
 def test_utf_16_and_32_are_told_by_name(tmp_path, kind, encoding, name):
     path = tmp_path / f"d.{kind}"
     path.write_bytes(TEXT[kind].encode(encoding))
-    way_out = f"Save it as UTF-8, or: iconv -f {name} -t UTF-8 d.{kind} > d_utf8.{kind}"
+    way_out = f"Save it as UTF-8, or: iconv -f {name} -t UTF-8 {path} > {tmp_path}/d_utf8.{kind}"
     with pytest.raises(DataError, match=re.escape(f"{path} is {name}, not UTF-8. {way_out}")):
         load_rows(str(path))
 
@@ -54,7 +54,7 @@ def test_a_line_that_is_not_utf_8_is_dropped_and_counted(tmp_path):
     groups, report = load_groups(spec, small_tokenizer(), WIDE, strict=False, console=QUIET)
     assert [group.row for group in groups] == [0, 2]
     (dropped,) = report.dropped.items()
-    why = "line 2: byte 0xe9 is not UTF-8; correct it, or save the file as UTF-8"
+    why = "line 2 of d.jsonl: byte 0xe9 is not UTF-8; correct it, or save the file as UTF-8"
     assert (dropped[0], dropped[1].examples, dropped[1].message) == ("not_utf8", [1], why)
     (tmp_path / "d.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
     with pytest.raises(DataError, match="has no line that is JSON: line 1: byte 0xe9 is not UTF-8"):
@@ -66,6 +66,15 @@ def test_a_line_that_is_not_utf_8_is_dropped_and_counted(tmp_path):
 )
 def test_an_array_and_a_csv_have_to_be_utf_8_as_a_whole(tmp_path, name, raw):
     (tmp_path / name).write_bytes(raw)
-    match = rf"{name}: byte 0xe9 on line 3 is not UTF-8. Correct it; or, .*: iconv -f CP1252 -t UTF-8 {name}"
-    with pytest.raises(DataError, match=match):
+    match = rf"{name}: byte 0xe9 on line 3 is not UTF-8. Correct it; or, .*: iconv -f CP1252 -t UTF-8 "
+    with pytest.raises(DataError, match=match + f"{tmp_path}/{name}"):
         load_rows(str(tmp_path / name))
+
+
+def test_the_command_that_mends_a_file_holds_for_any_name(tmp_path):
+    path = tmp_path / "my rows.v1.csv"
+    path.write_bytes("a,b".encode("utf-16"))
+    with pytest.raises(DataError) as caught:
+        load_rows(str(path))
+    names = f"'{tmp_path}/my rows.v1.csv' > '{tmp_path}/my rows.v1_utf8.csv'"
+    assert str(caught.value).endswith(f"or: iconv -f UTF-16 -t UTF-8 {names}")

@@ -52,8 +52,8 @@ def _rows(text: str, file: Path, numbers: Collection[str]) -> Iterator[tuple[obj
 
 def _checked(header: list[str], file: Path) -> list[str]:
     """Raises DataError for a header that cannot be one."""
-    if len(header) == 1 and (found := re.search("[;\t]", header[0])):
-        by = "semicolons" if found[0] == ";" else "tabs"
+    if len(header) == 1 and (found := re.search("[;|\t]", header[0])):
+        by = {";": "semicolons", "|": "bars", "\t": "tabs"}[found[0]]
         raise DataError(
             f"data: {file} is separated by {by}, not commas. Save it with commas between the cells."
         )

@@ -1,5 +1,6 @@
 """The text of a data file: UTF-8, or an error that says what it is and how to make it UTF-8."""
 
+import shlex
 from pathlib import Path
 
 from fastdpo.errors import DataError
@@ -44,4 +45,5 @@ def decode(raw: bytes, file: Path) -> str:
 
 
 def _iconv(encoding: str, file: Path) -> str:
-    return f"iconv -f {encoding} -t UTF-8 {file.name} > {file.stem}_utf8{file.suffix}"
+    to = file.with_stem(f"{file.stem}_utf8")
+    return f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(file))} > {shlex.quote(str(to))}"
