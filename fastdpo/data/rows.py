@@ -71,7 +71,7 @@ def parse_row(row: dict | RowProblem, number: int, layout: Layout | None = None)
     try:
         return _parse(layout.ours(row), number, layout, standing_for_media)
     except RowProblem as problem:
-        raise layout.problem(problem) from None
+        raise layout.problem(problem, row) from None
 
 
 def _parse(given: dict, number: int, layout: Layout, standing_for_media: list[str]) -> Row:

@@ -54,6 +54,13 @@ def test_text_around_the_columns():
         read(OWN | {"q": [user("x")], "yes": [assistant("a")], "no": [assistant("b")]}, said)
 
 
+def test_a_missing_column_is_told_beside_the_rows_own():
+    with pytest.raises(RowProblem) as caught:
+        read(OWN | {"label": None}, {"prompt": "q", "chosen": "yess", "rejected": "no"})
+    assert caught.value.field == "yess"
+    assert "null (this row has: q, yes, no, about, prompt; a row is {prompt, chosen" in caught.value.message
+
+
 def test_problems_name_the_rows_own_columns():
     said = {"prompt": "q", "chosen": "yes", "rejected": "no"}
     for more, field in (

@@ -146,6 +146,12 @@ def test_a_tool_call_needs_no_content():
 FAULTS = {
     "no columns": ({"text": "x"}, "missing_column", "chosen", "has: text"),
     "no rejected": ({"prompt": "p", "chosen": "c"}, "missing_column", "rejected", "missing or null"),
+    "spaces": (
+        {"prompt": "p", " chosen": "c", "rejected ": "r"},
+        "missing_column",
+        "chosen",
+        "' chosen', 'rej",
+    ),
     "null chosen": ({**TEXT, "chosen": None}, "missing_column", "chosen", "missing or null"),
     "not an object": ([1], "wrong_type", "row", "JSON object"),
     "number": ({**TEXT, "chosen": 5}, "wrong_type", "chosen", "int '5'"),
@@ -207,6 +213,7 @@ FAULTS = {
         "responses[1].score",
         "missing",
     ),
+    "huge": ({**TEXT, "score_chosen": 10**400}, "nan_score", "score_chosen", "a finite number, not 1000"),
     "ranked NaN": (ranked_row(("a", 1), ("b", float("nan"))), "nan_score", "responses[1].score", "nan"),
     "ranked text score": (ranked_row(("a", "1"), ("b", 0)), "wrong_type", "responses[0].score", "a number"),
     "ranked true": (ranked_row(("a", True), ("b", 0)), "wrong_type", "responses[0].score", "a number"),

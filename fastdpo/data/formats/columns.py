@@ -1,11 +1,12 @@
 """What a format is made of: what its columns are told by, and what they say of a row, as Columns."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fastdpo.data.formats.turns import Tags, starts_with, text_or_turns, turns
-from fastdpo.data.report import RowProblem, expect, is_number, kind
+from fastdpo.data.report import RowProblem, expect, is_finite, is_number, kind
 
 _QUESTIONS = ("prompt", "instruction", "question", "input", "messages", "conversations", "context")
 WHOLE, NOWHERE = "in whole conversations", "nowhere"
@@ -77,14 +78,24 @@ def turns_beside(name: str) -> Callable[[dict, set], bool]:
 def column(row: dict, name: str):
     """The row's value; RowProblem where it has none."""
     if name not in row:
-        has = ", ".join(map(str, row)) or "none"
         message = (
-            f"the column is missing or null (this row has: {has}; a row is {{prompt, chosen, rejected}}, "
-            "{chosen, rejected}, {prompt, responses}, {prompt, completion, label} or another known format; "
-            "or name its columns in data_format)"
+            f"the column is missing or null (this row has: {_names(row)}; a row is {{prompt, chosen, "
+            "rejected}, {chosen, rejected}, {prompt, responses}, {prompt, completion, label} or another "
+            "known format; or name its columns in data_format)"
         )
         raise RowProblem("missing_column", name, message)
     return row[name]
+
+
+def beside_names(message: str, row: dict) -> str:
+    """The message of `column`, with the names that the row itself has for its columns."""
+    has = _names({name: value for name, value in row.items() if value is not None})
+    return re.sub(r"(?<=\(this row has: ).*?(?=; a row is)", lambda _: has, message)
+
+
+def _names(row: dict) -> str:
+    """Such that space around a name is seen."""
+    return ", ".join(str(n) if str(n) == str(n).strip() else repr(n) for n in row) or "none"
 
 
 def text(row: dict, name: str) -> str:
@@ -109,8 +120,8 @@ def score(value, field: str) -> float | None:
         return None
     if not is_number(value):
         raise RowProblem("wrong_type", field, f"a number, not {kind(value)}")
-    if not math.isfinite(value):
-        raise RowProblem("nan_score", field, f"a finite number, not {value}")
+    if not is_finite(value):
+        raise RowProblem("nan_score", field, f"a finite number, not {str(value)[:20]}")
     return float(value)
 
 
@@ -185,8 +196,8 @@ def _ref_logps(row: dict) -> tuple[float | None, ...]:
             raise problem(field, "missing or null, where the row has the other response's; give both or none")
         if not is_number(value):
             raise problem(field, f"a number, the sum over the response's tokens, not {kind(value)}")
-        if not math.isfinite(value):
-            raise problem(field, f"a finite number, not {value}")
+        if not is_finite(value):
+            raise problem(field, f"a finite number, not {str(value)[:20]}")
         if value > _ROUNDING:
             raise problem(field, f"a log-probability is at most 0, not {value} (its sign may be turned)")
     return tuple(float(row[field]) for field in fields)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastdpo.data.formats.columns import Columns
+from fastdpo.data.formats.columns import Columns, beside_names
 from fastdpo.data.formats.known import COLUMNS, FORMATS, detect
 from fastdpo.data.formats.turns import Tags
 from fastdpo.data.report import RowProblem
@@ -36,11 +36,11 @@ class Layout:
         columns = FORMATS[name].read(row, self.tags)
         return name, _as_text(columns, self.texts) if self.texts else columns
 
-    def problem(self, problem: RowProblem) -> RowProblem:
-        """The problem with the row's own names for the columns it is in."""
+    def problem(self, problem: RowProblem, row: dict) -> RowProblem:
+        """The problem of this row with the row's own names for the columns it is in, and those it has."""
         theirs = lambda match: self.columns.get(match[0], match[0])
         field = re.sub(r"^\w+|(?<= and )\w+", theirs, problem.field)
-        return RowProblem(problem.reason, field, problem.message)
+        return RowProblem(problem.reason, field, beside_names(problem.message, row))
 
 
 def layout_of(data_format: str | dict | None) -> Layout | None:
