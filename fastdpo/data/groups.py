@@ -103,7 +103,7 @@ def load_groups(
                 if strict:
                     _refuse(outcome, rows, number)
                 if isinstance(outcome, RowProblem):
-                    report.drop(number, outcome)
+                    report.drop(number, outcome, rows.told(number, outcome))
                 else:
                     group, notes = outcome
                     groups.append(group)

@@ -1,5 +1,6 @@
 """What became of every row: kept, dropped and why, cut, and what was noted on the way."""
 
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, TypeGuard
@@ -75,6 +76,11 @@ def is_number(value) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_finite(value: int | float) -> bool:
+    """As a float, which an int can be too large for."""
+    return abs(value) <= sys.float_info.max
+
+
 def expect(value, type, field: str, wanted: str):
     """The value, if it has this type; `wanted` is the type in words."""
     if not isinstance(value, type):
@@ -147,8 +153,9 @@ class DataReport:
     def rows(self) -> int:
         return self.kept.rows + sum(tally.rows for tally in self.dropped.values())
 
-    def drop(self, row: int, problem: RowProblem) -> None:
-        self.dropped.setdefault(problem.reason, Tally()).add(row, message=str(problem))
+    def drop(self, row: int, problem: RowProblem, told: str = "") -> None:
+        """`told`: what to say of it, where that is more than the problem (see Rows.told)."""
+        self.dropped.setdefault(problem.reason, Tally()).add(row, message=told or str(problem))
 
     def keep(self, group: "PreferenceGroup", notes: dict[str, int]) -> None:
         self.kept.add(group.row, len(group.responses))

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fastdpo.console.formatting import printable
 from fastdpo.data.files.arrow_rows import ArrowRows
 from fastdpo.data.files.csv_rows import read_csv
 from fastdpo.data.files.json_rows import read_json
@@ -16,6 +17,7 @@ from fastdpo.data.report import RowProblem
 from fastdpo.errors import DataError
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_DATA = {*_READERS, ".ndjson", ".tsv", ".arrow"}  # what a folder's files hold rows in
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
 _FORMS = "a .jsonl, .json, .csv or .parquet file, a folder, or a hub name org/name[:config]"
 
@@ -48,10 +50,20 @@ class Rows:
 
     def where(self, number: int) -> str:
         """`row 12 of SOURCE`, and its line where it has one."""
+        line = self._line(number)
+        return f"row {number} of {self.source}" + (f" ({line})" if line else "")
+
+    def told(self, number: int, problem: RowProblem) -> str:
+        """The row's problem behind its line, where it has one: `line 12 of FILE: FIELD: ...`."""
+        line = self._line(number)
+        text = problem.message if line and problem.field.startswith("line ") else str(problem)
+        return f"{printable(line)}: {text}" if line else text
+
+    def _line(self, number: int) -> str:
         if self.lines is None:
-            return f"row {number} of {self.source}"
+            return ""
         file, line = self.lines[number]
-        return f"row {number} of {self.source} (line {line} of {file})"
+        return f"line {line} of {file}"
 
 
 def load_rows(spec: str, data_format: str | dict | None = None, key: str = "data") -> Rows:
@@ -131,8 +143,13 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     except FileNotFoundError:  # nothing there
         return {}
     files = {str(name): [Path(file) for file in some] for name, some in found.items()}
-    known = {name: [f for f in some if f.suffix in _READERS] for name, some in files.items()}
+    known = {name: [f for f in some if _is_data(f)] for name, some in files.items()}
     return {name: some for name, some in known.items() if some}
+
+
+def _is_data(file: Path) -> bool:
+    """Also what is not read (.jsonl.gz, .tsv): a folder that holds it is refused, not read in part."""
+    return any(suffix.lower() in _DATA for suffix in file.suffixes)
 
 
 def _with_datasets(function: str, spec: str, way_out: str, *args, **options):

@@ -68,7 +68,7 @@ def test_every_row_is_accounted_for(tmp_path):
         "missing_column": (1, [3]),
         "invalid_json": (1, [4]),
     }
-    assert out["dropped"]["invalid_json"]["message"].startswith("line 5: not JSON")
+    assert out["dropped"]["invalid_json"]["message"].startswith("line 5 of d.jsonl: not JSON")
     notes = {name: (d["rows"], d["items"], d["examples"]) for name, d in out["notes"].items()}
     assert notes == {
         "tie_pair": (1, 1, [5]),
@@ -115,12 +115,29 @@ def test_rows_in_several_tokenizer_calls_keep_their_order(tmp_path):
     assert small_tokenizer().decode(last.tolist()) == " 599</s>"
 
 
+def test_the_first_dropped_row_is_told_by_its_file_and_line(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [MIXED[0]] * 2)
+    write_lines(tmp_path / "b.jsonl", [MIXED[0], "{", SAME, SAME])
+    _, report = load(str(tmp_path))
+    told = {name: (tally.examples, tally.message) for name, tally in report.dropped.items()}
+    assert told == {
+        "invalid_json": (
+            [3],
+            "line 2 of b.jsonl: not JSON: Expecting property name enclosed in double quotes (character 2)",
+        ),
+        "identical": (
+            [4, 5],
+            "line 3 of b.jsonl: chosen and rejected: they are the same: nothing to prefer",
+        ),
+    }
+
+
 def test_no_row_left(tmp_path):
     with pytest.raises(DataError) as caught:
         load(write_lines(tmp_path / "d.jsonl", [SAME, {"a": 1}, SAME]))
     text = str(caught.value)
     assert "none of the 3 rows" in text and "identical: 2 (rows 0, 2)" in text
-    assert "missing_column: 1 (rows 1); the first: chosen:" in text
+    assert "missing_column: 1 (rows 1); the first: line 2 of d.jsonl: chosen:" in text
 
 
 @pytest.mark.parametrize(

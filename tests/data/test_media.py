@@ -86,7 +86,7 @@ def test_media_are_counted(tmp_path):
     groups, report = load_groups(spec, small_tokenizer(), WIDE, strict=False, console=console)
     assert [group.row for group in groups] == [0, 3]
     assert report.dropped["media"].examples == [1, 2]
-    assert report.dropped["media"].message.startswith("images: a column that is not empty")
+    assert report.dropped["media"].message.startswith("line 2 of d.jsonl: images: a column that is not empty")
 
 
 def test_media_in_arrow_are_not_decoded(tmp_path):

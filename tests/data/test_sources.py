@@ -139,6 +139,19 @@ def test_unreadable(tmp_path):
         load_rows(str(tmp_path / "d.txt"))
 
 
+@pytest.mark.parametrize(
+    "name, kinds",
+    [("b.jsonl.gz", r"\.gz, \.jsonl"), ("b.JSONL", r"\.JSONL, \.jsonl"), ("b.tsv", r"\.jsonl, \.tsv")],
+)
+def test_a_folder_is_not_read_in_part(tmp_path, name, kinds):
+    write_lines(tmp_path / "a.jsonl", [TEXT])
+    (tmp_path / "README.md").write_text("x")
+    assert len(load_rows(str(tmp_path))) == 1
+    (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match=f"holds {kinds}. Give a"):
+        load_rows(str(tmp_path))
+
+
 def test_hub_name_without_network():
     code = "from fastdpo.data.sources import load_rows; load_rows('nobody/nothing:config#train[:10]')"
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
