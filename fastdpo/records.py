@@ -45,11 +45,16 @@ class PreferenceGroup:
     prompt: np.ndarray  # i64[n], n >= 1: the tokens that every response follows, none of them scored
     responses: tuple[Response, ...]
     pairs: tuple[Pair, ...]
+    whole: bool = False  # a response's last token is an input too, though nothing is predicted from it
+
+    def inputs(self, response: Response) -> np.ndarray:
+        """Those of its tokens that go through the model."""
+        return response.ids if self.whole else response.ids[:-1]
 
     @property
     def input_tokens(self) -> int:
-        """Tokens of the shared-prompt forward: a response's last token is never an input."""
-        return len(self.prompt) + sum(len(r.ids) - 1 for r in self.responses)
+        """Tokens of the shared-prompt forward."""
+        return len(self.prompt) + sum(len(self.inputs(r)) for r in self.responses)
 
     @property
     def scored_tokens(self) -> int:
@@ -179,6 +184,7 @@ class ResponseLogps(Responses):
 
     token_logp: Tensor  # f32[M], the policy's, with gradient
     token_stats: dict[str, Tensor]  # f32[M] each; only those the objective named
+    aux_loss: Tensor | None = None  # the balance loss of one microbatch of a mixture of experts
     context: dict[str, Tensor | float] = field(default_factory=dict)  # what the objective knows of the step
 
     @classmethod

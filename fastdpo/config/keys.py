@@ -73,6 +73,12 @@ class Config:
     label_smoothing: float | None = _key(
         None, "the assumed share of flipped pairs, 0 <= x < 0.5, where the objective reads it"
     )
+    router_aux_loss_coef: float | None = _key(
+        None,
+        "of a mixture of experts: the weight of its load-balancing loss beside the objective, a mean over "
+        "microbatches (default: what the model's config says, as in TRL); 0 for none",
+        low=0,
+    )
     pairs: Literal["all", "best_worst", "easy", "medium", "hard"] = _key(
         "all",
         "the pairs of a ranked row that train: all (every pair whose scores differ), best_worst, or easy, "
@@ -219,15 +225,16 @@ class Config:
 
 
 STAGE_KEYS = (
-    "objective objective_args beta label_smoothing pairs learning_rate warmup_steps lr_scheduler_type "
-    "weight_decay max_grad_norm batch_size max_tokens num_epochs max_steps eval_steps logging_steps "
-    "save_steps"
+    "objective objective_args beta label_smoothing router_aux_loss_coef pairs learning_rate warmup_steps "
+    "lr_scheduler_type weight_decay max_grad_norm batch_size max_tokens num_epochs max_steps eval_steps "
+    "logging_steps save_steps"
 ).split()
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 GROUPS = {  # of the help and of docs/keys.md: each key once
     "Data": "model adapter data data_format eval_data chat_template chat_template_kwargs pairs pair_gap "
     "flip_pairs max_length truncation strict".split(),
-    "Objective": "objective objective_args beta label_smoothing reference_cache stages".split(),
+    "Objective": "objective objective_args beta label_smoothing router_aux_loss_coef reference_cache "
+    "stages".split(),
     "Optimizer": "learning_rate warmup_steps lr_scheduler_type optim weight_decay max_grad_norm batch_size "
     "num_epochs max_steps seed".split(),
     "Memory": "memory dtype max_tokens head_memory gradient_checkpointing activation_offloading tiled_mlp "

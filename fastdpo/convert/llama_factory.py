@@ -108,6 +108,7 @@ LLAMA_FACTORY = Tool(
     | {
         "model_name_or_path": "model",
         "adapter_name_or_path": "adapter",
+        "moe_aux_loss_coef": "router_aux_loss_coef",
         "use_dora use_rslora": SAME,
         "lora_dropout": only(0, fix=NO_DROPOUT),
         "additional_target": only("", fix=NO_SUCH),

@@ -37,7 +37,7 @@ class _Bin:
         return self.tokens if share else self.rows * self.width
 
     def plus(self, group: PreferenceGroup) -> "_Bin":
-        width = len(group.prompt) + max(len(r.ids) for r in group.responses) - 1
+        width = len(group.prompt) + max(len(group.inputs(r)) for r in group.responses)
         return _Bin(
             [*self.groups, group],
             self.tokens + group.input_tokens,
@@ -118,7 +118,7 @@ def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
     numbered = lambda found: torch.tensor(
         [first + i for first, some in zip(group_resp, found) for i in some], dtype=torch.int64
     )
-    unshared = sum(len(g.prompt) + len(r.ids) for g in groups for r in g.responses)
+    separate = sum(len(g.prompt) + len(g.inputs(r)) for g in groups for r in g.responses)
     return PackedGroups(
         **flat,
         target=torch.from_numpy(np.concatenate([r.ids[r.target_mask] for r in responses])),
@@ -136,8 +136,8 @@ def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
         rows=tuple(g.row for g in groups),
         group_resp=group_resp,
         group_scored=tuple(cu_resp[r] for r in group_resp),
-        input_tokens=sum(g.input_tokens for g in groups) if share else unshared - len(responses),
-        unshared_tokens=unshared,
+        input_tokens=sum(g.input_tokens for g in groups) if share else separate,
+        unshared_tokens=sum(len(g.prompt) + len(r.ids) for g in groups for r in g.responses),
     )
 
 
@@ -151,7 +151,7 @@ def _token_weight(responses: Sequence[Response]) -> torch.Tensor | None:
 
 
 def _shared_rows(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
-    """Flat order of a group: prompt, R1 without its last token, R2 without its last token, ...
+    """Flat order of a group: prompt, R1 without its last token (but of whole groups), R2 likewise, ...
     The last prompt row predicts the first token of every response."""
     ids, positions, score_row, seen_until, kv_index, segments = [], [], [], [], [], []
     base = gathered = 0
@@ -162,12 +162,13 @@ def _shared_rows(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
         seen_until.append(np.full(n_prompt, end))
         start = base + n_prompt
         for i, response in enumerate(group.responses):
-            n = len(response.ids) - 1
-            ids.append(response.ids[:-1])
+            inputs = group.inputs(response)
+            n = len(inputs)
+            ids.append(inputs)
             positions.append(np.arange(n_prompt, n_prompt + n))
             seen_until.append(np.full(n, start + n))
             predicts = np.concatenate([[base + n_prompt - 1], np.arange(start, start + n)])
-            score_row.append(predicts[response.target_mask])
+            score_row.append(predicts[: len(response.ids)][response.target_mask])
             first_query = base if i == 0 else start  # the prompt's own queries ride with R1
             if start + n > first_query:
                 kv_index += [np.arange(base, base + n_prompt), np.arange(start, start + n)]
@@ -210,15 +211,13 @@ def _layout(
 
 
 def _separate_rows(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
-    rows = [(g.prompt, r) for g in groups for r in g.responses]
-    width = max(len(prompt) + len(r.ids) - 1 for prompt, r in rows)
+    rows = [np.concatenate([g.prompt, g.inputs(r)]) for g in groups for r in g.responses]
+    width = max(map(len, rows))
     ids, mask = np.zeros((2, len(rows), width), dtype=np.int64)
-    score_row = []
-    for i, (prompt, response) in enumerate(rows):
-        n_prompt, n = len(prompt), len(prompt) + len(response.ids) - 1
-        ids[i, :n] = np.concatenate([prompt, response.ids[:-1]])
-        mask[i, :n] = 1
-        score_row.append(i * width + n_prompt - 1 + np.flatnonzero(response.target_mask))
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    responses = enumerate((len(g.prompt), r) for g in groups for r in g.responses)
+    score_row = [i * width + n - 1 + np.flatnonzero(r.target_mask) for i, (n, r) in responses]
     return {
         "input_ids": torch.from_numpy(ids),
         "position_ids": torch.arange(width).expand(len(rows), width),

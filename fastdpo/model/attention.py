@@ -27,7 +27,7 @@ QUERY_BLOCK = 512  # queries that the segments backend computes under one mask
 # What transformers' layers hand to attention functions beside the tensors and that changes nothing
 # here. Anything else that is not None means a kind of attention that no backend knows: refused.
 _HARMLESS = {"position_ids", "position_embeddings", "use_cache", "cache_position", "return_dict"}
-_HARMLESS |= {"output_attentions", "output_hidden_states", "is_training", "training"}
+_HARMLESS |= {"output_attentions", "output_hidden_states", "output_router_logits", "is_training", "training"}
 
 
 class UnsharedAttention(RuntimeError):

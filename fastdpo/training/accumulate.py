@@ -28,6 +28,8 @@ class StepLoss:
     rows: list[tuple[int, ...]] = field(default_factory=list)
     scored_first: int = 0  # input tokens of forwards without gradient
     context: dict = field(default_factory=dict)  # what the objective was told of the step
+    responses: int = 0  # of all its microbatches
+    aux_loss: Tensor | float = 0.0  # a mixture's balance loss: the microbatches' mean, by their responses
 
 
 class NotFinite(Exception):
@@ -45,11 +47,12 @@ class Accumulator:
     see: Callable[[PackedGroups, ResponseLogps], None]  # what else is done with each microbatch's log-probs
     memory: dict[str, float]  # what a Coupled objective carries from step to step
     in_backward: InBackward | None = None  # the optimizer, where it updates in the last backward
+    balance: float = 0.0  # what the balance loss of scored microbatches is multiplied by
 
     def run(self, objective, groups: Groups, aside: Groups) -> StepLoss:
         """The gradients of the step's loss, in the parameters, or the updates by them. `aside`: KTO's
         mismatched groups. Raises NotFinite before a backward that would update."""
-        step = StepLoss()
+        step = StepLoss(responses=sum(len(group.responses) for group in groups))
         if objective.mismatched:
             with torch.no_grad():
                 first = [self._first(batch, step) for batch in self.microbatches(aside)]
@@ -71,6 +74,8 @@ class Accumulator:
         with self.guard(batch):
             logps = self.score(batch)
             loss = loss_of(logps)
+            if (balance := self._balance(logps, step)) is not None:
+                loss = loss + balance
             self._before_backward(step, {batch.rows: loss.detach()}, is_last)
             loss.backward()
         self._seen(step, batch, logps, loss.detach())
@@ -124,13 +129,29 @@ class Accumulator:
         sizes = [len(batch.target) for batch in batches]
         slopes_of, first = slope.split(sizes), joined.token_logp.detach().split(sizes)
         parts = {batch.rows: (a * b).sum() for batch, a, b in zip(batches, first, slopes_of)}
+        loss = loss.detach()
         for (batch, slopes), ends in ending(list(zip(batches, slopes_of))):
             with self.guard(batch):
                 logps = self.score(batch)
+                part, down = (logps.token_logp.detach() * slopes).sum(), [(logps.token_logp, slopes)]
+                if (balance := self._balance(logps, step)) is not None:
+                    part, loss = part + balance.detach(), loss + balance.detach()
+                    parts[batch.rows] = part
+                    down += [(balance, None)] if balance.requires_grad else []
                 self._before_backward(step, parts, is_last and ends)
-                logps.token_logp.backward(slopes)
-            self._seen(step, batch, logps, (logps.token_logp.detach() * slopes).sum())
-        return loss.detach()
+                ends, gradients = zip(*down)
+                torch.autograd.backward(ends, gradients)
+            self._seen(step, batch, logps, part)
+        return loss
+
+    def _balance(self, logps: ResponseLogps, step: StepLoss) -> Tensor | None:
+        """What a microbatch's balance loss adds to the step's loss. It is no mean of single tokens, so a
+        step's depends on the cut: as TRL's does, the mean over the microbatches, by their responses."""
+        if logps.aux_loss is None:
+            return None
+        part = logps.aux_loss * ((len(logps.cu_resp) - 1) / step.responses)
+        step.aux_loss = step.aux_loss + part.detach()
+        return self.balance * part
 
     def _before_backward(self, step: StepLoss, parts: dict, is_last: bool) -> None:
         """Before the step's last backward, where that one updates weights: makes sure that the loss is a

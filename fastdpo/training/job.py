@@ -20,6 +20,10 @@ from fastdpo.optim.optimizers import check_schedule
 from fastdpo.optim.spec import OptimSpec
 
 T = TypeVar("T")
+RESCALES = (
+    "{} rescales a step's gradient after its last microbatch, which the balance loss must not be; give it a "
+    "scope (objective_args: {{scope: N}})"
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class StageJob:
     logging_steps: int
     save_steps: int | None
     load_best: bool
+    router_aux_loss_coef: float | None
 
     @property
     def by_logp(self) -> bool:
@@ -107,6 +112,9 @@ def check_stepping(stage: StageJob) -> None:
             "when the weights would be updated already; give it a scope (objective_args: {scope: N}) or "
             "leave the key out"
         )
+    if stage.router_aux_loss_coef and isinstance(stage.objective, Rescaled):
+        why = RESCALES.format(stage.objective.name)
+        raise ConfigError(f"router_aux_loss_coef: {why}, or say router_aux_loss_coef: 0")
     check_schedule(stage.optim)
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from fastdpo.console.progress import make_progress
 from fastdpo.data.packing import places
 from fastdpo.files import durable
+from fastdpo.model.experts import experts
 from fastdpo.objectives.seam import Coupled
 from fastdpo.training.metrics import Sums, Window
 from fastdpo.training.stage import Stage, step_groups
@@ -17,6 +18,7 @@ _SHOWN = {
     "loss": "loss {:.4f}",
     "rewards/accuracies": "accuracy {:.3f}",
     "rewards/margins": "margin {:+.4f}",
+    "aux_loss": "balance {:.3f}",
     "logps/chosen": "logp chosen {:.2f}",
     "logps/rejected": "rejected {:.2f}",
     "grad_norm": "grad {:.3g}",
@@ -100,7 +102,16 @@ class RunLog:
             self.say(f"{name} also scores each prompt with another row's response, without gradient")
             if not stage.mismatched:
                 self.say("[yellow]all rows have one prompt, so there is no such response and z0 is 0")
-        return facts | self._announce_caps(stage)
+        return facts | self._announce_balance(stage) | self._announce_caps(stage)
+
+    def _announce_balance(self, stage: Stage) -> dict:
+        """Whether a mixture of experts has its balance loss; of other models nothing."""
+        coef, count = stage.balance.coef if stage.balance else 0.0, experts(stage.policy.core.config)
+        if not coef and not stage.unbalanced:
+            return {}
+        text = f"balance loss of {count} experts a layer (router_aux_loss_coef): "
+        self.say(text + f"added, times {coef:g}" if coef else f"[yellow]{text}off, as {stage.unbalanced}")
+        return {"router_aux_loss_coef": coef}
 
     def _announce_caps(self, stage: Stage) -> dict:
         cap, scored = stage.job.max_tokens, stage.policy.max_scored

@@ -14,14 +14,16 @@ from fastdpo.config.keys import Config
 from fastdpo.data.mismatched import mismatched
 from fastdpo.data.packing import Packing, epoch_order, in_row_order, pack, split_step
 from fastdpo.errors import TrainingError
+from fastdpo.model.experts import Balance, coefficient
 from fastdpo.model.policy import Policy
+from fastdpo.objectives import Rescaled
 from fastdpo.optim.optimizers import make_optimizer, set_schedule
 from fastdpo.records import Groups, PackedGroups, ResponseLogps
 from fastdpo.reference.columns import ReferenceColumns
 from fastdpo.reference.fill import ReferenceTable
 from fastdpo.training.accumulate import Accumulator, NotFinite, context_of
 from fastdpo.training.failures import WAY_OUT, Explain, memory_guard, not_finite, update_guard
-from fastdpo.training.job import StageJob, total_steps
+from fastdpo.training.job import RESCALES, StageJob, total_steps
 from fastdpo.training.metrics import EVAL_STATS, Sums, Window, add_kl, add_pair_metrics, add_token_metrics
 
 
@@ -55,14 +57,23 @@ class Stage:
         self.job, self.policy, self.explain = job, policy, explain
         self.reference: ReferenceTable | ReferenceColumns | None = None
         self.objective = job.objective
-        self.groups = [self.objective.select(g) for g in groups]
-        self.eval_groups = [self.objective.select(g) for g in eval_groups]
+        self.balance, self.unbalanced = self.balance_of()
+        whole = self.balance is not None
+        self.groups = [replace(self.objective.select(g), whole=whole) for g in groups]
+        self.eval_groups = [replace(self.objective.select(g), whole=whole) for g in eval_groups]
         aside = lambda some: mismatched(some, job.max_length) if self.objective.mismatched else {}
         self.mismatched, self.eval_mismatched = aside(self.groups), aside(self.eval_groups)
         self.per_epoch = math.ceil(len(self.groups) / job.batch_size)
         self.total = total_steps(job, len(self.groups))
         self.drifts: list[Tensor] | None = None  # of the first step's microbatches, while it runs
         self.ahead: tuple = (None, None)  # (groups, the same packed) of a microbatch that is to come
+
+    def balance_of(self) -> tuple[Balance | None, str]:
+        """(the balance loss of a mixture of experts, or of one why it is off)."""
+        coef, off = coefficient(self.policy.core.config, self.job.router_aux_loss_coef)
+        if coef and isinstance(self.objective, Rescaled):
+            return None, RESCALES.format(self.objective.name)
+        return (Balance(self.policy, coef) if coef else None), off
 
     def run(self, run, resumed=None) -> Progress:
         """Trains to the end, or from the checkpoint `resumed`; `run` (a run.Run) knows the place.
@@ -142,6 +153,7 @@ class Stage:
             see=see,
             memory=dict(progress.memory),
             in_backward=optimizer if in_backward else None,
+            balance=self.balance.coef if self.balance else 0.0,
         )
         try:
             done = accumulator.run(self.objective, groups, self.aside(groups))
@@ -158,6 +170,8 @@ class Stage:
         window.first_pass += done.scored_first
         if "z0" in done.context:
             window.sums.add("z0", done.context["z0"])
+        if self.balance:
+            window.sums.add("aux_loss", done.aux_loss)
         progress.memory = accumulator.memory
         return norm
 
@@ -207,9 +221,11 @@ class Stage:
         """The policy's log-probs of a microbatch beside the reference's, and what the objective reads."""
         batch = batch.to(self.policy.device)
         stats = tuple(dict.fromkeys((*self.objective.stats, *stats)))
-        out = self.policy.token_logp(batch, stats)
+        with self.balance.recorded() if self.balance else contextlib.nullcontext([]) as routed:
+            out = self.policy.token_logp(batch, stats)
         token_logp, token_stats = out if stats else (out, {})
-        return ResponseLogps.of(batch, token_logp, batch.ref_token_logp, token_stats)
+        logps = ResponseLogps.of(batch, token_logp, batch.ref_token_logp, token_stats)
+        return replace(logps, aux_loss=self.balance.loss(routed, batch)) if self.balance else logps
 
     def in_row_order(self, groups: Groups) -> list[PackedGroups]:
         """Rows packed as the reference packs what it computes: equal models then agree bit by bit."""
@@ -253,7 +269,13 @@ class Stage:
         if self.objective.mismatched:
             context |= context_of(seen[len(batches) :], self.policy.device)
         logps = replace(ResponseLogps.joined(seen[: len(batches)]), context=context)
-        sums.add("loss", self.objective.whole(logps))
+        loss = self.objective.whole(logps)
+        if self.balance:  # the microbatches' mean, by their responses, as in a step
+            parts = [some.aux_loss * len(some.lengths) for some in seen[: len(batches)]]
+            aux_loss = torch.stack(parts).sum() / len(logps.lengths)
+            sums.add("aux_loss", aux_loss)
+            loss = loss + self.balance.coef * aux_loss
+        sums.add("loss", loss)
         if "z0" in context:
             sums.add("z0", context["z0"])
         run.log.held_out(step, sums)
