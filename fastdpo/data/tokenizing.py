@@ -107,7 +107,7 @@ class Encoder:
 
 
 def _special_tokens(tokenizer) -> set[str]:
-    """Also those that the tokenizer has no name for: Llama 3, Phi-3 and gpt-oss list theirs as added tokens."""
+    """Also those that the tokenizer has no name for: Llama 3, Phi-3 and gpt-oss only list theirs as added."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return {text for text in map(str, (*tokenizer.all_special_tokens, *added)) if text}
 

@@ -2,16 +2,17 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.policy import Policy
-from fastdpo.records import PackedGroups
+from fastdpo.records import PackedGroups, ResponseLogps
 
 KEY = "router_aux_loss_coef"
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -69,9 +70,8 @@ class Balance:
         self.experts, self.top_k = core.num_experts, core.num_experts_per_tok
 
     @contextlib.contextmanager
-    def recorded(self) -> Iterator[list]:
+    def recorded(self, seen: list[tuple[Tensor, ...]]) -> Iterator[None]:
         """Inside, the policy's forwards leave their router logits in the list, a tuple of layers each."""
-        seen: list[tuple[Tensor, ...]] = []
         base = self.policy.core.base_model
         wish = lambda module, args, kwargs: (args, kwargs | {"output_router_logits": True})
         hooks = [
@@ -79,7 +79,7 @@ class Balance:
             base.register_forward_hook(lambda module, args, out: seen.append(out.router_logits)),
         ]
         try:
-            yield seen
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -94,3 +94,10 @@ class Balance:
             layers = tuple(layer.flatten(0, -2)[batch.layout.kv_index] for layer in layers)
         with self.policy.autocast():
             return self.function(layers, self.experts, self.top_k, mask)
+
+
+def mean_of(microbatches: Sequence[ResponseLogps]) -> Tensor:
+    """The balance loss of a batch in several microbatches: the mean of theirs, by their responses."""
+    weights = [len(logps.cu_resp) - 1 for logps in microbatches]
+    parts = [logps.aux_loss * n for logps, n in zip(microbatches, weights) if logps.aux_loss is not None]
+    return torch.stack(parts).sum() / sum(weights)

@@ -14,7 +14,7 @@ from fastdpo.config.keys import Config
 from fastdpo.data.mismatched import mismatched
 from fastdpo.data.packing import Packing, epoch_order, in_row_order, pack, split_step
 from fastdpo.errors import TrainingError
-from fastdpo.model.experts import Balance, coefficient
+from fastdpo.model.experts import Balance, coefficient, mean_of
 from fastdpo.model.policy import Policy
 from fastdpo.objectives import Rescaled
 from fastdpo.optim.optimizers import make_optimizer, set_schedule
@@ -221,11 +221,13 @@ class Stage:
         """The policy's log-probs of a microbatch beside the reference's, and what the objective reads."""
         batch = batch.to(self.policy.device)
         stats = tuple(dict.fromkeys((*self.objective.stats, *stats)))
-        with self.balance.recorded() if self.balance else contextlib.nullcontext([]) as routed:
+        balance = self.balance
+        routed: list[tuple[Tensor, ...]] = []
+        with balance.recorded(routed) if balance else contextlib.nullcontext():
             out = self.policy.token_logp(batch, stats)
         token_logp, token_stats = out if stats else (out, {})
         logps = ResponseLogps.of(batch, token_logp, batch.ref_token_logp, token_stats)
-        return replace(logps, aux_loss=self.balance.loss(routed, batch)) if self.balance else logps
+        return replace(logps, aux_loss=balance.loss(routed, batch)) if balance else logps
 
     def in_row_order(self, groups: Groups) -> list[PackedGroups]:
         """Rows packed as the reference packs what it computes: equal models then agree bit by bit."""
@@ -270,10 +272,8 @@ class Stage:
             context |= context_of(seen[len(batches) :], self.policy.device)
         logps = replace(ResponseLogps.joined(seen[: len(batches)]), context=context)
         loss = self.objective.whole(logps)
-        if self.balance:  # the microbatches' mean, by their responses, as in a step
-            parts = [some.aux_loss * len(some.lengths) for some in seen[: len(batches)]]
-            aux_loss = torch.stack(parts).sum() / len(logps.lengths)
-            sums.add("aux_loss", aux_loss)
+        if self.balance:
+            sums.add("aux_loss", aux_loss := mean_of(seen[: len(batches)]))
             loss = loss + self.balance.coef * aux_loss
         sums.add("loss", loss)
         if "z0" in context:
