@@ -115,7 +115,10 @@ class Config:
     max_grad_norm: float = _key(1.0, "clip the gradient to this norm; 0 switches clipping off", low=0)
     batch_size: int = _key(8, "prompt groups an optimizer step", low=1)
     max_tokens: int = _key(
-        8192, "token cap of a microbatch: memory only, never the result; a larger group goes alone", low=1
+        8192,
+        "token cap of a microbatch: memory only, never the result (but for router_aux_loss_coef); a larger "
+        "group goes alone",
+        low=1,
     )
     max_length: int = _key(1024, "longest prompt + response in tokens", low=2)
     truncation: Literal["keep_start", "keep_end", "drop"] = _key(

@@ -89,6 +89,14 @@ def _thinking(draft: Draft, key: str, value) -> None:
     draft.set("chat_template_kwargs", {key: value}, draft.word(key, value))
 
 
+def _balance(draft: Draft, key: str, value) -> None:
+    draft.set("router_aux_loss_coef", float(value), f"{key} {value:g}")
+    if value:
+        draft.check(
+            f"{key}: LLaMA-Factory's SFT adds the experts' balance loss, its DPO does not; here it is on"
+        )
+
+
 LLAMA_FACTORY = Tool(
     "LLaMA-Factory",
     only_here="stage finetuning_type pref_loss pref_beta pref_ftx cutoff_len template dataset dataset_dir "
@@ -108,7 +116,7 @@ LLAMA_FACTORY = Tool(
     | {
         "model_name_or_path": "model",
         "adapter_name_or_path": "adapter",
-        "moe_aux_loss_coef": "router_aux_loss_coef",
+        "moe_aux_loss_coef": _balance,
         "use_dora use_rslora": SAME,
         "lora_dropout": only(0, fix=NO_DROPOUT),
         "additional_target": only("", fix=NO_SUCH),

@@ -17,6 +17,7 @@ LLaMA-Factory pins versions below ours of datasets and transformers, on which wh
 `pip install --no-deps fastdpo` beside it. Written against 0.9.5 with transformers 5.6, trl 0.24, peft 0.18.
 """
 
+import logging
 import os
 import sys
 from typing import Any
@@ -59,6 +60,10 @@ def trainer_class(stock: type) -> type:
         def __init__(self, model: Any, ref_model: Any, *args: Any, **kwargs: Any) -> None:
             for one in {id(m): m for m in (model, ref_model) if m is not None}.values():
                 PackedForward(one.get_base_model() if hasattr(one, "get_base_model") else one)
+            if getattr(model.config.get_text_config(), "output_router_logits", False):
+                logging.getLogger("fastdpo").warning(
+                    "fastdpo: the experts' balance loss is off: LLaMA-Factory's DPO adds none, patched or not"
+                )
             super().__init__(model, ref_model, *args, **kwargs)
 
         def concatenated_forward(

@@ -14,7 +14,6 @@ from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.policy import Policy
 from fastdpo.records import PackedGroups, ResponseLogps
 
-KEY = "router_aux_loss_coef"
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -32,15 +31,21 @@ def coefficient(config: PreTrainedConfig, given: float | None) -> tuple[float, s
     router_aux_loss_coef: without one the model's own, as in TRL. Raises ConfigError where a loss is wanted
     that the model does not have."""
     count, text = experts(config), config.get_text_config()
-    wanted = getattr(text, KEY, None) if given is None else given
+    wanted = getattr(text, "router_aux_loss_coef", None) if given is None else given
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if count and _function(known):
-        off = f"{KEY} is 0" if wanted == 0 else f"the model's config has no {KEY}"
+        off = (
+            f"router_aux_loss_coef is 0" if wanted == 0 else f"the model's config has no router_aux_loss_coef"
+        )
         return (wanted, "") if wanted else (0.0, off)
     if given and not count:
-        raise ConfigError(f"{KEY}: {given:g}, but {config.model_type} has no experts; leave the key out")
+        raise ConfigError(
+            f"router_aux_loss_coef: {given:g}, but {config.model_type} has no experts; leave the key out"
+        )
     if given:
-        raise ConfigError(f"{KEY}: {given:g}, but transformers has no balance loss of {config.model_type}")
+        raise ConfigError(
+            f"router_aux_loss_coef: {given:g}, but transformers has no balance loss of {config.model_type}"
+        )
     return 0.0, f"transformers has none of {config.model_type}" if count else ""
 
 
@@ -88,7 +93,9 @@ class Balance:
         """The loss of one microbatch of whole groups, by what its forward left; with gradient."""
         (layers,) = seen
         if not layers:
-            raise ModelError(f"{type(self.policy.core).__name__}: no router logits came; say {KEY}: 0")
+            raise ModelError(
+                f"{type(self.policy.core).__name__}: no router logits came; say router_aux_loss_coef: 0"
+            )
         mask = batch.attention_mask
         if batch.layout is not None:  # its gathered keys are the separate rows, one after the other
             layers = tuple(layer.flatten(0, -2)[batch.layout.kv_index] for layer in layers)

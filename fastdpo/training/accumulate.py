@@ -1,4 +1,5 @@
-"""The gradients of one optimizer step: exact over the whole step, however it is cut into microbatches."""
+"""The gradients of one optimizer step: exact over the whole step, however it is cut into microbatches, but
+for a mixture of experts' balance loss, which is a mean over them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager

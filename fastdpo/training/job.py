@@ -21,8 +21,8 @@ from fastdpo.optim.spec import OptimSpec
 
 T = TypeVar("T")
 RESCALES = (
-    "{} rescales a step's gradient after its last microbatch, which the balance loss must not be; give it a "
-    "scope (objective_args: {{scope: N}})"
+    "{} rescales a step's gradient after its last microbatch, and the balance loss has no part in that; "
+    "give it a scope (objective_args: {{scope: N}})"
 )
 
 
@@ -113,8 +113,7 @@ def check_stepping(stage: StageJob) -> None:
             "leave the key out"
         )
     if stage.router_aux_loss_coef and isinstance(stage.objective, Rescaled):
-        why = RESCALES.format(stage.objective.name)
-        raise ConfigError(f"router_aux_loss_coef: {why}, or say router_aux_loss_coef: 0")
+        raise ConfigError(f"router_aux_loss_coef: {RESCALES.format(stage.objective.name)}, or say 0")
     check_schedule(stage.optim)
 
 

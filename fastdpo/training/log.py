@@ -109,8 +109,10 @@ class RunLog:
         coef, count = stage.balance.coef if stage.balance else 0.0, experts(stage.policy.core.config)
         if not coef and not stage.unbalanced:
             return {}
-        text = f"balance loss of {count} experts a layer (router_aux_loss_coef): "
-        self.say(text + f"added, times {coef:g}" if coef else f"[yellow]{text}off, as {stage.unbalanced}")
+        if coef:
+            self.say(f"balance loss of {count} experts a layer: added, times {coef:g} (router_aux_loss_coef)")
+        else:
+            self.say(f"[yellow]balance loss of {count} experts a layer: off, as {stage.unbalanced}")
         return {"router_aux_loss_coef": coef}
 
     def _announce_caps(self, stage: Stage) -> dict:

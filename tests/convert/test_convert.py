@@ -258,6 +258,19 @@ def test_flags_are_strings_and_no_whole_config():
         translate({"ld_alpha": "0.5", "padding_free": "true"}, whole=False)
 
 
+def test_the_balance_loss_of_experts():
+    """Under TRL's name; what TRL does without it is our default. LLaMA-Factory has it under another one."""
+    assert ours_of(TRL, router_aux_loss_coef=0.01)["router_aux_loss_coef"] == 0.01
+    assert ours_of(TRL, router_aux_loss_coef=0)["router_aux_loss_coef"] == 0
+    for theirs in ({}, {"router_aux_loss_coef": None}):
+        assert "router_aux_loss_coef" not in ours_of(TRL, **theirs)
+    assert ours_of(LLAMA_FACTORY, moe_aux_loss_coef=0.02)["router_aux_loss_coef"] == 0.02
+    notes = notes_of(LLAMA_FACTORY, moe_aux_loss_coef=0.02)
+    assert "moe_aux_loss_coef 0.02 -> router_aux_loss_coef 0.02" in notes
+    assert any(n.startswith("check: moe_aux_loss_coef: ") and "its DPO does not" in n for n in notes)
+    assert ours_of(AXOLOTL, router_aux_loss_coef=0.03)["router_aux_loss_coef"] == 0.03  # our own word
+
+
 def test_max_steps_overrules_epochs():
     ours = ours_of(TRL, max_steps=50)
     assert ours["max_steps"] == 50 and "num_epochs" not in ours

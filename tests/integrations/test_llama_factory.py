@@ -225,6 +225,17 @@ def test_what_the_trainer_gives(loss, alpha, reference):
         trainer.concatenated_forward(model, rows)
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_balance_loss_that_is_not_added_is_said(caplog, wanted):
+    """moe_aux_loss_coef sets output_router_logits in the model's config, and its DPO reads only logits."""
+    from tests.tiny import policy
+
+    model = policy("mixtral", num_local_experts=4, output_router_logits=wanted).model
+    fast.trainer_class(Stock)(model, None)
+    said = [m for m in caplog.messages if "balance loss is off: LLaMA-Factory's DPO adds none" in m]
+    assert len(said) == wanted
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """An importable llamafactory with the names that we touch."""

@@ -58,6 +58,7 @@ ARCHITECTURES = [
     ("gemma2", {"sliding_window": 4, "attn_implementation": "eager", **SOFTCAP}),  # as test_softcap's
     ("granite", {"logits_scaling": 3.0}),
     ("qwen3_moe", MOE),
+    ("mixtral", dict(num_local_experts=4, output_router_logits=True)),
 ]
 
 

@@ -91,7 +91,7 @@ def test_a_run(tmp_path):
     coefficient; held-out rows have it too."""
     model = save_model(tmp_path / "model", "mixtral", **MIXTURE | {"router_aux_loss_coef": 1.0})
     said, metrics = run(tmp_path, model)
-    assert "balance loss of 4 experts a layer (router_aux_loss_coef): added, times 1" in said
+    assert "balance loss of 4 experts a layer: added, times 1 (router_aux_loss_coef)" in said
     values = [m["aux_loss"] for m in metrics if "aux_loss" in m]
     assert len(values) == 30 and min(values) > 2 - 1e-3
     assert sum(values[-5:]) - 10 < 0.7 * (sum(values[:5]) - 10)
@@ -113,7 +113,7 @@ def test_a_lora_has_it_too(tmp_path):
 def test_switched_off_is_said(tmp_path):
     model = save_model(tmp_path / "model", "mixtral", **MIXTURE)
     said, metrics = run(tmp_path, model, max_steps=1, router_aux_loss_coef=0.0)
-    assert "experts a layer (router_aux_loss_coef): off, as router_aux_loss_coef is 0" in said
+    assert "experts a layer: off, as router_aux_loss_coef is 0" in said
     assert not any("aux_loss" in name for m in metrics for name in m)
 
 
