@@ -34,9 +34,7 @@ def coefficient(config: PreTrainedConfig, given: float | None) -> tuple[float, s
     wanted = getattr(text, "router_aux_loss_coef", None) if given is None else given
     known: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if count and _function(known):
-        off = (
-            f"router_aux_loss_coef is 0" if wanted == 0 else f"the model's config has no router_aux_loss_coef"
-        )
+        off = "router_aux_loss_coef is 0" if wanted == 0 else "the model's config has no router_aux_loss_coef"
         return (wanted, "") if wanted else (0.0, off)
     if given and not count:
         raise ConfigError(
@@ -44,7 +42,8 @@ def coefficient(config: PreTrainedConfig, given: float | None) -> tuple[float, s
         )
     if given:
         raise ConfigError(
-            f"router_aux_loss_coef: {given:g}, but transformers has no balance loss of {config.model_type}"
+            f"router_aux_loss_coef: {given:g}, but transformers has no balance loss of {config.model_type}; "
+            "leave the key out"
         )
     return 0.0, f"transformers has none of {config.model_type}" if count else ""
 
