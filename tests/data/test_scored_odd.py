@@ -4,6 +4,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from fastdpo.data.groups import to_group
+from fastdpo.data.report import RowProblem
 from tests.data.shared_data import WIDE, decode, user
 from tests.data.templates.case import CONVERSATIONS, calls, result, says, system
 from tests.data.test_scored_text import CALLS, HEAD, OPEN, PLAIN, WITH_CALLS, mistral, turns_of, with_template
@@ -45,6 +46,17 @@ def test_private_characters_of_a_row_are_text_like_any_other():
     (call, answer), _ = turns_of(row_of(says(""), prompt=[user(odd)]) | {"chosen": answers}, tokenizer)[0]
     assert call.endswith('"parameters": {"city": "\ue000 \ue001"}\n    }\n]```')
     assert answer == "gold<|END_OF_TURN_TOKEN|>"
+
+
+def test_a_result_that_is_printed_amid_the_turn_of_its_call_is_never_scored():
+    """Gemma 4's public rule: the call, its result, and then what the turn says besides."""
+    call = calls("Rome") | {"content": "I look."}
+    row = row_of(says("old")) | {"chosen": [call, result("Rome"), says("Sunny.")], "rejected": [says("old")]}
+    with pytest.raises(RowProblem, match="prints a tool result amid the assistant's turn") as caught:
+        to_group(row, 0, tokenizer_of(TEMPLATES["gemma4"], "gemma4"), WIDE)
+    assert caught.value.reason == "no_rendering"
+    scored, _ = turns_of(row, with_template(WITH_CALLS))
+    assert scored[0] == ('I look.<call>weather {"city": "Rome"}</call><|im_end|>', "Sunny.<|im_end|>")
 
 
 # ---- what is lost, and its words stand elsewhere

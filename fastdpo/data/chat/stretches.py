@@ -10,7 +10,7 @@ around them say, which `Renderer.said` tells whatever the template.
 
 import re
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 
 from fastdpo.data.chat.pieces import holds, last_words, pieces, rename_tool, tool_texts
 from fastdpo.data.chat.rendering import Renderer, unused
@@ -48,6 +48,7 @@ def lay_out(template: Renderer, prompt: str, turns: Messages) -> Page:
         start = start_of_turn(template, whole, place, printed, opened)
         stop = end if i == answers[-1] else end_of_turn(template, whole, place, printed, opened)
         stretches[i] = start, max(start, stop)
+        _refuse_others_within(template, whole, place, printed, stretches[i])
         if printed.startswith(opened):
             continue
         begins = False
@@ -61,6 +62,22 @@ def lay_out(template: Renderer, prompt: str, turns: Messages) -> Page:
             text = opened + printed[start:end]
             return Page(whole, text, {i: (len(opened), len(text))}, end < len(printed), False, True)
     return Page(whole, printed[:end], stretches, end < len(printed), begins)
+
+
+def _refuse_others_within(
+    template: Renderer, whole: Messages, place: int, text: str, stretch: tuple[int, int]
+) -> None:
+    """Raises RowProblem where what follows the assistant's turn whole[place] stands within its stretch of the
+    text: Gemma 4 prints a call, its result, and then what the turn says besides."""
+    for after in takewhile(lambda i: whole[i]["role"] != "assistant", range(place + 1, len(whole))):
+        words = whole[after]["content"].strip()
+        if words and words in text[slice(*stretch)]:
+            said = template.said(whole, after, text)
+            if said and said[0] < stretch[1]:
+                message = (
+                    "the chat template prints a tool result amid the assistant's turn that called for it"
+                )
+                raise RowProblem("no_rendering", "messages", message)
 
 
 def _only_for_generation(
