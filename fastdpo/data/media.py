@@ -1,6 +1,7 @@
 """Rows with images, sound or video, which are refused: what would train is only the text beside them."""
 
 from fastdpo.data.formats.layouts import Layout
+from fastdpo.data.formats.turns import MEDIA_NAMES, refuse_media
 from fastdpo.data.report import RowProblem
 
 _PLACEHOLDERS = {  # by the columns, under the rows' own names, that hold what they stand for
@@ -13,13 +14,10 @@ _PLACEHOLDERS = {  # by the columns, under the rows' own names, that hold what t
 def placeholders(row: dict, layout: Layout) -> list[str]:
     """What in the row's prompt would stand for media. Raises RowProblem where a column holds some, unless the
     layout reads it as something else."""
-    there = {name: row[name] for names in _PLACEHOLDERS.values() for name in names if name in row}
+    there = {name: row[name] for name in MEDIA_NAMES if name in row}
     for name, value in there.items():
-        nothing = value in (None, "", "[]", [], {}) or (
-            isinstance(value, list) and all(item is None for item in value)
-        )
-        if not nothing and name not in layout.columns.values():
-            raise RowProblem("media", name, "a column that is not empty; fastdpo trains on text only")
+        if name not in layout.columns.values():
+            refuse_media(value, name)
     # <video> and <audio> are tags of HTML too, which an answer in code may quote
     return [
         text

@@ -57,13 +57,13 @@ class Rows:
         """The row's problem behind its line, where it has one: `line 12 of FILE: FIELD: ...`."""
         line = self._line(number)
         text = problem.message if line and problem.field.startswith("line ") else str(problem)
-        return f"{printable(line)}: {text}" if line else text
+        return f"{line}: {text}" if line else text
 
     def _line(self, number: int) -> str:
         if self.lines is None:
             return ""
         file, line = self.lines[number]
-        return f"line {line} of {file}"
+        return f"line {line} of {printable(file)}"
 
 
 def load_rows(spec: str, data_format: str | dict | None = None, key: str = "data") -> Rows:
@@ -159,6 +159,8 @@ def _with_datasets(function: str, spec: str, way_out: str, *args, **options):
     try:
         return getattr(datasets, function)(*args, **options)
     except Exception as error:
+        if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+            error = error.__cause__  # what says more than "An error occurred while generating the dataset"
         reason = (str(error).strip() or "no message").splitlines()[0]
         text = f"data: {spec!r} cannot be loaded: {type(error).__name__}: {reason}\n{way_out}."
         raise DataError(text) from None

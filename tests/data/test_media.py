@@ -31,6 +31,20 @@ def test_a_column_of_media(column):
         assert parse_row(text_row() | {column: nothing}, 0).responses == (" morning", " old world")
 
 
+@pytest.mark.parametrize("key", ["images", "image", "videos", "video", "audios", "audio"])
+def test_a_key_of_a_message_with_media(key):
+    """ms-swift's images of a turn, OpenAI's audio of an answer."""
+    row = chat_row() | {"prompt": [user("a"), assistant("b"), user("c") | {key: ["a.png"]}]}
+    assert problem(row).field == f"prompt[2].{key}"
+    assert (
+        problem(chat_row() | {"rejected": [assistant("b") | {key: {"id": "x"}}]}).field
+        == f"rejected[0].{key}"
+    )
+    for nothing in (None, [], "", {}, [None]):
+        row["prompt"][2][key] = nothing
+        assert parse_row(row, 0).prompt[2]["content"] == "c"
+
+
 def test_a_column_of_media_where_others_are_renamed():
     row = {"q": "good", "a": " gold", "b": " old", "images": ["a.png"], "image": "text of its own"}
     assert problem(row, {"prompt": "q", "chosen": "a", "rejected": "b"}).field == "images"
@@ -86,7 +100,7 @@ def test_media_are_counted(tmp_path):
     groups, report = load_groups(spec, small_tokenizer(), WIDE, strict=False, console=console)
     assert [group.row for group in groups] == [0, 3]
     assert report.dropped["media"].examples == [1, 2]
-    assert report.dropped["media"].message.startswith("line 2 of d.jsonl: images: a column that is not empty")
+    assert report.dropped["media"].message.startswith("line 2 of d.jsonl: images: it is not empty")
 
 
 def test_media_in_arrow_are_not_decoded(tmp_path):

@@ -131,6 +131,13 @@ def test_unreadable(tmp_path):
     with pytest.raises(DataError, match=r"d.parquet' cannot be loaded: .*\nCheck that the file") as caught:
         load_rows(str(tmp_path / "d.parquet"))
     assert caught.value.__suppress_context__
+    Dataset.from_list([TEXT] * 1000).to_parquet(tmp_path / "d.parquet")
+    raw = bytearray((tmp_path / "d.parquet").read_bytes())
+    raw[4:200] = bytes(196)  # a page that was overwritten
+    (tmp_path / "d.parquet").write_bytes(raw)
+    with pytest.raises(DataError, match="cannot be loaded") as caught:
+        load_rows(str(tmp_path / "d.parquet"))
+    assert "while generating the dataset" not in str(caught.value)
     (tmp_path / "e.jsonl").mkdir()
     with pytest.raises(DataError, match=r"e\.jsonl' holds no data files"):
         load_rows(str(tmp_path / "e.jsonl"))

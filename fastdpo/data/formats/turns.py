@@ -17,6 +17,7 @@ _NAMES = {  # the roles in ShareGPT, LLaMA-Factory, Axolotl, ms-swift, OpenAI be
 _ROLES = {theirs: ours for ours, names in _NAMES.items() for theirs in names}
 _TEXT_PARTS = ("text", "input_text", "output_text")  # of a content that is a list; the last two are OpenAI's
 _MEDIA = re.compile("image|video|audio|^file")  # in keys of a part
+MEDIA_NAMES = ("images", "image", "videos", "video", "audios", "audio")  # of columns, and of a message's keys
 _HUMAN_OR_ASSISTANT = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -55,6 +56,8 @@ def turns(value, field: str, tags: Tags) -> list[dict]:
         where = f"{field}[{i}]"
         expect(given, dict, where, "a message has a role and a content")
         rest = {key: value for key, value in given.items() if value is not None}
+        for key in MEDIA_NAMES:
+            refuse_media(rest.get(key), f"{where}.{key}")
         role_key, content_key = _keys(rest, where, tags)
         role = _role(rest.pop(role_key), f"{where}.{role_key}", tags)
         content, said_in = rest.pop(content_key, None), f"{where}.{content_key}"
@@ -76,6 +79,14 @@ def turns(value, field: str, tags: Tags) -> list[dict]:
                 out[-1]["tool_calls"] = calls
         before = role, rest
     return out
+
+
+def refuse_media(value, field: str) -> None:
+    """Raises RowProblem, unless there is nothing in it."""
+    if value is None or value in ("", "[]", {}):
+        return
+    if not isinstance(value, list) or any(item is not None for item in value):
+        raise RowProblem("media", field, "it is not empty; fastdpo trains on text only")
 
 
 def starts_with(messages: list) -> str | None:
