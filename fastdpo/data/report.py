@@ -31,7 +31,7 @@ MEANING = NOT_PRINTED | {  # of the notes
     "duplicate_row": "rows with the tokens, labels and pairs of an earlier row; they are trained on too",
     "trailing_turns": "turns cut that follow a response's last assistant turn",
     "span_unscored": "spans without a scored token, so nothing is weighted by them",
-    "no_end_of_turn": "responses that the chat template ends with no token of its own",
+    "no_end_of_turn": "responses with a turn that the chat template ends with no token of its own",
     "template_not_prefix": "responses whose prompt the template prints otherwise when alone",
     "prompt_as_for_generation": "responses behind the prompt as printed for generation: before an answer the "
     "template leaves some of it out",

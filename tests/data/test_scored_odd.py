@@ -59,6 +59,18 @@ def test_a_result_that_is_printed_amid_the_turn_of_its_call_is_never_scored():
     assert scored[0] == ('I look.<call>weather {"city": "Rome"}</call><|im_end|>', "Sunny.<|im_end|>")
 
 
+def test_a_turn_whose_end_is_not_found_is_counted():
+    """Three ends of turn: the user's, an answer's, and the last answer's."""
+    text = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'user' %}<|eou|>"
+    text += "{% else %}{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}{% endfor %}"
+    text += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    special = ("<|user|>", "<|assistant|>", "<|eou|>", "<|end|>", "<|return|>")
+    row = CONVERSATIONS["two_answers"] | {"rejected": [says("No.")]}
+    scored, notes = turns_of(row, with_template(text, "<|return|>", special))
+    assert scored == (("Paris.", "Rome.<|return|>"), ("No.<|return|>",))
+    assert notes == {"no_end_of_turn": 1}
+
+
 # ---- what is lost, and its words stand elsewhere
 
 

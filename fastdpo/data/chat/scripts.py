@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from fastdpo.data.chat.arguments import Chat
+from fastdpo.data.chat.pieces import last_words
 from fastdpo.data.chat.printed import unprinted_of_prompt, unprinted_of_response
 from fastdpo.data.chat.rendering import Renderer, call_forms
 from fastdpo.data.chat.stretches import ends_its_turn, lay_out
@@ -107,7 +108,8 @@ def _script(
         notes["prompt_as_for_generation"] += 1
     elif not page.begins_as_generated:
         notes["template_not_prefix"] += 1
-    if not ends_its_turn(template, turns[last], page.text):
+    ends = {turn: end for turn, (_, end) in page.stretches.items() if turn == last or last_words(turns[turn])}
+    if not all(ends_its_turn(template, turns[turn], page.text[:end]) for turn, end in ends.items()):
         notes["no_end_of_turn"] += 1  # the model is never shown where to stop
     lost |= unprinted_of_prompt(template, page)
     unprinted, said = unprinted_of_response(template, page)

@@ -127,7 +127,7 @@ TEMPLATES = {
             "plain": (("Paris.</s>",), ("London.</s>",)),
             "system": (("Paris.</s>",), ("It is Paris, I believe.</s>",)),
             "turns": (("Paris.</s>",), ("London.</s>",)),
-            "two_answers": (("Paris.", "Rome.</s>"), ("London.", "No.</s>")),
+            "two_answers": Expected((("Paris.", "Rome.</s>"), ("London.", "No.</s>")), {"no_end_of_turn": 2}),
             "call": Expected("content_not_printed"),
             "result": Expected((("It rains.</s>",), ("It rains.</s>",)), NOTHING_OF_TOOLS),
             "after_result": Expected((("It rains.</s>",), ("The sun shines.</s>",)), NOTHING_OF_TOOLS),
