@@ -124,6 +124,19 @@ def test_tools_without_a_name_are_found_where_they_are_printed():
     assert turns_of(row_of(says("gold"), tools=tools), with_template(text)) == (ends("gold"), {})
 
 
+def test_the_name_of_a_call_is_printed_where_its_id_is():
+    """Kimi K2's public rule: functions.NAME:0 is the id, and all that is printed of the name."""
+    function = {"name": "weather", "arguments": {"city": "Rome"}}
+    call = {"id": "functions.weather:0", "type": "function", "function": function}
+    text = WITH_CALLS.replace("c.function.name", "c.id")
+    scored = ends('<call>functions.weather:0 {"city": "Rome"}</call>')
+    assert turns_of(row_of(says("", tool_calls=[call])), with_template(text)) == (scored, {})
+    call["id"] = "call-1"
+    scored = ends('<call>call-1 {"city": "Rome"}</call>')
+    lost = {"tool_call_not_printed": 1}
+    assert turns_of(row_of(says("", tool_calls=[call])), with_template(text)) == (scored, lost)
+
+
 def test_one_thought_under_two_names_is_printed_once():
     thought = "<think>{{ m.reasoning }}</think>"
     text = PLAIN.replace("{{ m.content }}", "{% if m.reasoning %}" + thought + "{% endif %}{{ m.content }}")

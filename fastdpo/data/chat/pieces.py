@@ -59,7 +59,14 @@ def _fill_answer(message: dict, mark: str) -> dict:
 
 
 def _fill_name(message: dict, mark: str, number: int) -> dict:
-    return _fill_call(message, number, name=mark)
+    other = _fill_call(message, number, name=mark)
+    call = message["tool_calls"][number]
+    name = call.get("function", call)["name"]
+    if (
+        isinstance(call.get("id"), str) and name in call["id"]
+    ):  # Kimi K2 prints the id, functions.NAME:0, alone
+        other["tool_calls"][number]["id"] = call["id"].replace(name, mark)
+    return other
 
 
 def fill_arguments(message: dict, mark: str, number: int) -> dict:
