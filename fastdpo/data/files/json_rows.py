@@ -129,9 +129,9 @@ def _is_table(whole: dict) -> bool:
 
 def _refuse_rows_under_a_key(raw: bytes, file: Path, columns: Collection[str]) -> None:
     """Raises DataError for a file that is one object and no row: {"data": [row, ...]}."""
-    first, _, rest = raw.lstrip().partition(b"\n")
+    first, more = re.match(rb"\s*([^\n]*)\s*(\S?)", raw).groups()  # type: ignore[union-attr]
     try:
-        if rest.strip():
+        if more:
             json.loads(first)
             return  # an object a line
     except _FAULTS:
