@@ -56,8 +56,9 @@ def turns(value, field: str, tags: Tags) -> list[dict]:
         where = f"{field}[{i}]"
         expect(given, dict, where, "a message has a role and a content")
         rest = {key: value for key, value in given.items() if value is not None}
-        for key in MEDIA_NAMES:
-            refuse_media(rest.get(key), f"{where}.{key}")
+        if not rest.keys().isdisjoint(MEDIA_NAMES):
+            for key in MEDIA_NAMES:
+                refuse_media(rest.get(key), f"{where}.{key}")
         role_key, content_key = _keys(rest, where, tags)
         role = _role(rest.pop(role_key), f"{where}.{role_key}", tags)
         content, said_in = rest.pop(content_key, None), f"{where}.{content_key}"
