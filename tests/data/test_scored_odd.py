@@ -150,3 +150,9 @@ def test_a_template_that_takes_known_tools_alone_has_printed_a_call():
     text = WITH_CALLS.replace(CALLS, known + "{% endif %}{% endfor %}" + CALLS)
     scored = ends('<call>weather {"city": "Paris"}</call>')
     assert turns_of(row_of(calls("Paris")), with_template(text)) == (scored, {})
+
+
+def test_a_turn_that_says_nothing_ends_all_the_same():
+    row = row_of(says("gold")) | {"chosen": [says("gold"), user("More?"), says("")]}
+    scored, notes = turns_of(row, with_template(PLAIN))
+    assert scored == (("gold<|im_end|>", "<|im_end|>"), ("old<|im_end|>",)) and notes == {}

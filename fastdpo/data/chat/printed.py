@@ -28,9 +28,10 @@ def unprinted_of_prompt(template: Renderer, page: Page) -> set[tuple[str, int]]:
 
 
 def unprinted_of_response(template: Renderer, page: Page) -> tuple[set[tuple[str, int]], set[int]]:
-    """The same of the response, whose assistant turns must say it where they are scored; and the assistant
-    turns of which something is said. Raises RowProblem where there are none."""
+    """The same of the response, whose assistant turns must say it where they are scored; and the turns of
+    which something is printed, or which say nothing. Raises RowProblem where nothing of the assistant's is."""
     sought, said, asked, all_told = [], set(), len(template.row.prompt), _told(page.messages)
+    silent = {turn for turn in page.stretches if not _told([page.messages[asked + turn]]).strip("\0 \n\t")}
     for turn, message in enumerate(page.messages[asked:]):
         start, end = page.stretches.get(turn, (0, len(page.text)))
         told = _told([message]) if turn in page.stretches else all_told
@@ -48,7 +49,7 @@ def unprinted_of_response(template: Renderer, page: Page) -> tuple[set[tuple[str
         kinds = " and ".join(sorted({kind.replace("_", " ") for kind, _ in lost})) or "text"
         problem = f"the chat template prints nothing of what a response says (its {kinds}); use one that does"
         raise RowProblem("content_not_printed", "responses", problem)
-    return lost, said
+    return lost, said | silent
 
 
 def _told(messages: Messages) -> str:
