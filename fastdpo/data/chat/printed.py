@@ -28,8 +28,8 @@ def unprinted_of_prompt(template: Renderer, page: Page) -> set[tuple[str, int]]:
 
 
 def unprinted_of_response(template: Renderer, page: Page) -> tuple[set[tuple[str, int]], set[int]]:
-    """The same of the response, whose assistant turns must say it where they are scored; and the turns of
-    which something is printed, or which say nothing. Raises RowProblem where nothing of the assistant's is."""
+    """The same of the response, whose assistant turns must say it where they are scored; and those of them of
+    which something is printed, or which say nothing. Raises RowProblem where nothing is printed of any."""
     sought, said, asked, all_told = [], set(), len(template.row.prompt), _told(page.messages)
     silent = {turn for turn in page.stretches if not _told([page.messages[asked + turn]]).strip("\0 \n\t")}
     for turn, message in enumerate(page.messages[asked:]):
