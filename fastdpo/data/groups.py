@@ -32,7 +32,6 @@ _SERIOUS = {  # notes on kept rows that stop a strict run
     "identical_pair": "{} pair(s) of responses with the same tokens; remove the duplicate",
     "span_unscored": "{} span(s) without a scored token; correct them",
 } | {name: f"{{}} {meaning}; use another template, or remove them" for name, meaning in NOT_PRINTED.items()}
-_NOT_AS_GIVEN = ("truncated", "trailing_turns", "merged_boundary", "prompt_as_for_generation", *NOT_PRINTED)
 
 
 @dataclass(frozen=True)
@@ -266,8 +265,8 @@ def _whole_ref_logps(row: Row, tails: list[Tokens], notes: Counter[str]) -> tupl
     prompt: None where that is not what we score."""
     if row.ref_logps[0] is None:
         return row.ref_logps
-    lost = any(notes[name] for name in _NOT_AS_GIVEN)
-    if lost or not all(tail.scored.all() for tail in tails):
+    other = ("truncated", "trailing_turns", "merged_boundary", "prompt_as_for_generation")
+    if any(notes[name] for name in other) or not all(tail.scored.all() for tail in tails):
         notes["ref_columns_unusable"] = len(row.ref_logps)
         return (None,) * len(row.ref_logps)
     notes["ref_columns"] = len(row.ref_logps)
