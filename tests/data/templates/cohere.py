@@ -51,7 +51,7 @@ TEMPLATES = {
     "command_r_tools": Template(
         # Its last word is an instruction, before a generation prompt and after a finished answer. An answer
         # stands right behind the turn before it, with its header, which the model does not write.
-        # RULE? The generation prompt parts from the conversation before the assistant's header: the header is
+        # The generation prompt parts from the conversation before the assistant's header: the header is
         # not scored for that.
         table={
             **{name: Expected(scored, {"template_not_prefix": 2}) for name, scored in COMMAND_R.items()},

@@ -32,7 +32,7 @@ TEMPLATES = {
             *("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
         ),
         # A call's function stands in its id alone, and these calls have none.
-        # RULE? The arguments are printed and scored, but of whose call they are the turn does not say.
+        # The arguments are printed and scored, but of whose call they are the turn does not say.
         table={
             **ANSWERS,
             "call": Expected(((KIMI_CALL,), ("It rains.<|im_end|>",)), {"tool_call_not_printed": 1}),
@@ -47,7 +47,7 @@ TEMPLATES = {
         bos="<|begin_of_text|>",
         special=("<|begin_of_text|>", "<|im_start|>", "<|im_end|>", "<|end_of_text|>"),
         # A result has a newline more where it is not the last.
-        # RULE? The generation prompt parts from the conversation there, before the assistant's header: the
+        # The generation prompt parts from the conversation there, before the assistant's header: the
         # result's end and the header are not scored for that.
         table={
             **ANSWERS,
@@ -103,7 +103,7 @@ TEMPLATES = {
             "reasoning": Expected(
                 (("4.<|eos|>",), ("5.<|eos|>",)), {"reasoning_not_printed": 2, "template_not_prefix": 2}
             ),
-            # RULE? The content begins as the empty thought does: all of the content is the answer's.
+            # The content begins as the empty thought does: all of the content is the answer's.
             "thought": Expected(
                 (
                     ("<think>\nTwo and two make four.\n</think>\n\n4.<|eos|>",),

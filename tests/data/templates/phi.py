@@ -58,7 +58,7 @@ TEMPLATES = {
         },
         **PHI_4,
     ),
-    # RULE? After the last turn's <|end|> stands an EOS, with no white space between, which no turn before it
+    # After the last turn's <|end|> stands an EOS, with no white space between, which no turn before it
     # has and generation stops before, as with Phi-3: the EOS is cut, though rule 3 would score both tokens.
     "phi4_mini": Template(  # tools only where the system message holds them
         eos="<|endoftext|>",
