@@ -166,7 +166,7 @@ def _outcomes(
             continue
         try:
             outcome = _group(draft, ids, encoder, limits)
-            report.kinds.setdefault(draft.row.kind, draft.row.number)
+            report.kinds.setdefault(draft.kind, draft.row.number)
             yield outcome
         except Exception as error:
             yield problem_of(error)

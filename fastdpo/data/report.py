@@ -144,7 +144,9 @@ class DataReport:
     dropped: dict[str, Tally] = field(default_factory=dict)
     notes: dict[str, Tally] = field(default_factory=dict)
     formats: Counter = field(default_factory=Counter)  # what rows were read as, see formats/known.py
-    kinds: dict[str, int] = field(default_factory=dict)  # of kept rows, see Row.kind: the first one's number
+    kinds: dict[str, int] = field(
+        default_factory=dict
+    )  # of kept rows, see Draft.kind: the first one's number
     counts: Counter = field(default_factory=Counter)  # see _counts
     lengths: list[int] = field(default_factory=list)  # prompt + response, one a response
     dates: list[str] = field(default_factory=list)  # what the chat template was told of the time

@@ -11,8 +11,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from fastdpo.data.chat.arguments import check_row_kwargs
-from fastdpo.data.chat.pieces import pieces
 from fastdpo.data.formats.columns import Columns
 from fastdpo.data.formats.layouts import Layout
 from fastdpo.data.media import placeholders, refuse_placeholders
@@ -42,22 +40,6 @@ class Row:
     label: bool | None  # of an unpaired row
     relevance: tuple[Relevance | None, ...]
 
-    @property
-    def kind(self) -> str:
-        """What a report tells apart: the row's format, and what may go wrong in a way of its own."""
-        if isinstance(self.prompt, str):
-            return f"{self.format}, text" + ", token weights" * any(self.relevance)
-        turns = [*self.prompt, *(turn for response in self.responses for turn in response)]
-        answers = [sum(turn["role"] == "assistant" for turn in response) for response in self.responses]
-        special = {
-            "system": turns[0]["role"] in ("system", "developer"),
-            "tools": bool(self.tools) or any(turn.get("tool_calls") for turn in turns),
-            "reasoning": any(piece.kind == "reasoning" for turn in turns for piece in pieces(turn)),
-            "several answers": max(answers) > 1,
-            "token weights": any(self.relevance),
-        }
-        return ", ".join([self.format, "messages", *(name for name, there in special.items() if there)])
-
 
 def parse_row(row: dict | RowProblem, number: int, layout: Layout | None = None) -> Row:
     """One row of any known format as a Row; `layout` says how to read it, where its columns do not. Raises
@@ -86,7 +68,6 @@ def _parse(given: dict, number: int, layout: Layout, standing_for_media: list[st
     if columns.pairs and all(_same(response, responses[0]) for response in responses[1:]):
         raise RowProblem("identical", " and ".join(columns.fields), "they are the same: nothing to prefer")
     kwargs = expect(row.get("chat_template_kwargs", {}), dict, "chat_template_kwargs", "an object")
-    check_row_kwargs(kwargs)
     if columns.system:
         prompt = _with_system(prompt, columns.system)
     refuse_placeholders(prompt, columns.prompt_field, standing_for_media)

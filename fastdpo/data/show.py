@@ -13,9 +13,8 @@ from fastdpo.records import PreferenceGroup, Response
 
 _SCORED, _UNSCORED = ("«", "»", "bold green"), ("⟦", "⟧", "yellow")
 _RELEVANT = ("【", "】", "bold magenta")  # tokens of a response with weights; a weight below 1 follows it
-_OBEYED = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
-)  # controls, marks of direction
+# what a terminal obeys: controls, marks of direction
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def show_data(spec: DataSpec, tokenizer, console) -> None:

@@ -134,7 +134,7 @@ def tokenize(
             merged.add(note)
         # an end of turn that merged with what follows says more than the turn: not scored either
         scored[first : shared_length(ids[text[:end]], full)] = True
-    notes.update(note for note in merged if note)
+    notes.update(sorted(merged - {""}))
     if not scored.any():
         message = "a response has no token of its own to score (see the note on merged boundaries)"
         raise RowProblem("nothing_scored", "responses", message)

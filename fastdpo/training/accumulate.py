@@ -140,8 +140,8 @@ class Accumulator:
                     parts[batch.rows] = part
                     down += [(balance, None)] if balance.requires_grad else []
                 self._before_backward(step, parts, is_last and ends)
-                ends, gradients = zip(*down)
-                torch.autograd.backward(ends, gradients)
+                tensors, gradients = zip(*down)
+                torch.autograd.backward(tensors, gradients)
             self._seen(step, batch, logps, part)
         return loss
 

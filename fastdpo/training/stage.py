@@ -58,9 +58,12 @@ class Stage:
         self.reference: ReferenceTable | ReferenceColumns | None = None
         self.objective = job.objective
         self.balance, self.unbalanced = self.balance_of()
-        whole = self.balance is not None
-        self.groups = [replace(self.objective.select(g), whole=whole) for g in groups]
-        self.eval_groups = [replace(self.objective.select(g), whole=whole) for g in eval_groups]
+        self.groups, self.eval_groups = (
+            [self.objective.select(g) for g in some] for some in (groups, eval_groups)
+        )
+        if self.balance:
+            self.groups = [replace(g, whole=True) for g in self.groups]
+            self.eval_groups = [replace(g, whole=True) for g in self.eval_groups]
         aside = lambda some: mismatched(some, job.max_length) if self.objective.mismatched else {}
         self.mismatched, self.eval_mismatched = aside(self.groups), aside(self.eval_groups)
         self.per_epoch = math.ceil(len(self.groups) / job.batch_size)

@@ -62,9 +62,8 @@ def _fill_name(message: dict, mark: str, number: int) -> dict:
     other = _fill_call(message, number, name=mark)
     call = message["tool_calls"][number]
     name = call.get("function", call)["name"]
-    if (
-        isinstance(call.get("id"), str) and name in call["id"]
-    ):  # Kimi K2 prints the id, functions.NAME:0, alone
+    # Kimi K2 prints the id, functions.NAME:0, alone
+    if isinstance(call.get("id"), str) and name in call["id"]:
         other["tool_calls"][number]["id"] = call["id"].replace(name, mark)
     return other
 
@@ -102,13 +101,13 @@ def _filled(value, mark: str):
     return mark
 
 
-def tool_texts(tools: list | None) -> list[tuple[str, tuple[str, ...]]]:
-    """Per tool its kind and what it is known by, its name and description, as a piece has them."""
+def tool_texts(tools: list | None) -> list[tuple[str, ...]]:
+    """Per tool what it is known by: its name and description."""
     found = []
     for tool in tools or ():
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
         said = [function.get(key) for key in ("name", "description")] if isinstance(function, dict) else []
-        found.append(("tools", tuple(text for text in said if isinstance(text, str))))
+        found.append(tuple(text for text in said if isinstance(text, str)))
     return found
 
 

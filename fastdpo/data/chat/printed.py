@@ -21,7 +21,7 @@ def unprinted_of_prompt(template: Renderer, page: Page) -> set[tuple[str, int]]:
         if not _surely_printed(piece, before, told)
     ]
     lost = {(piece.kind, place) for place, piece in _unprinted(template, page, sought)}
-    names = [names for _, names in tool_texts(row.tools)]
+    names = tool_texts(row.tools)
     if not all(len(known) > 1 and holds(before, known) for known in names):
         lost |= {("tools", i) for i in _unprinted_tools(template, page, names)}
     return lost

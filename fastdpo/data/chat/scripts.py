@@ -11,8 +11,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from fastdpo.data.chat.arguments import Chat
-from fastdpo.data.chat.pieces import last_words
+from fastdpo.data.chat.arguments import Chat, check_row_kwargs
+from fastdpo.data.chat.pieces import last_words, pieces
 from fastdpo.data.chat.printed import unprinted_of_prompt, unprinted_of_response
 from fastdpo.data.chat.rendering import Renderer, call_forms
 from fastdpo.data.chat.stretches import ends_its_turn, lay_out
@@ -40,6 +40,23 @@ class Draft:
     plain: bool  # not from a template: the tokenizer's BOS and EOS are ours to add
     notes: Counter
 
+    @property
+    def kind(self) -> str:
+        """What a report tells apart: the row's format, and what may go wrong in a way of its own."""
+        row, weighted = self.row, any(self.row.relevance)
+        if self.plain:
+            return f"{row.format}, text" + ", token weights" * weighted
+        turns = [*row.prompt, *(turn for response in row.responses for turn in response)]
+        said = {piece.kind for turn in turns for piece in pieces(turn)}
+        special = {
+            "system": "system" in said,
+            "tools": bool(row.tools) or "tool_call" in said,
+            "reasoning": "reasoning" in said,
+            "several answers": any(len(script.spans) > 1 for script in self.scripts),
+            "token weights": weighted,
+        }
+        return ", ".join([row.format, "messages", *(name for name, there in special.items() if there)])
+
     def texts(self) -> set[str]:
         """All that must be tokenised: the scripts, and their beginnings up to each boundary."""
         beginnings = {s.text[:edge] for s in self.scripts for span in s.spans for edge in span}
@@ -61,6 +78,7 @@ def write(row: Row, tokenizer, special: re.Pattern, chat: Chat) -> Draft:
             f"row {row.number} is a conversation, and the tokenizer has no chat template.\n"
             "Name one in the config (chat_template: FILE.jinja), or give rows of plain text."
         )
+    check_row_kwargs(row.chat_template_kwargs)
     templates = [Renderer(form, tokenizer, special, chat) for form in call_forms(row)]
     return _in_the_form_that_says_most(templates, notes)
 

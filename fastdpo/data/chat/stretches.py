@@ -86,24 +86,23 @@ def _only_for_generation(
     """The kind of what others than the assistant say in `opened`, the turns before whole[place] with the
     generation prompt, and not in `printed`, the whole conversation, before `start`; "" where all is there."""
     (mark,), tools = unused(opened + printed), template.row.tools or []
-    said: list[tuple] = [
-        (piece.kind, piece.texts, [*whole[:i], piece.fill(turn, mark), *whole[i + 1 :]], tools)
-        for i, turn in enumerate(whole[:place])
-        if turn["role"] != "assistant"
-        for piece in pieces(turn)
-    ]
-    for i, (kind, texts) in enumerate(tool_texts(tools)):
-        said.append((kind, texts, whole, [*tools[:i], rename_tool(tools[i], mark), *tools[i + 1 :]]))
-    for kind, texts, *changed in said:
+
+    def is_lost(texts: tuple[str, ...], messages: Messages, tools: list | None = None) -> bool:
+        """Whether the texts are fewer there, and not in another form: `messages` or `tools` have the mark."""
         if all(opened.count(text.strip()) <= printed.count(text.strip(), 0, start) for text in texts):
-            continue
-        other = template.differs(changed[0], tools=changed[1])
+            return False
+        other = template.differs(messages, tools=tools)
         if other is None:
-            there = holds(printed[:start], texts)
-        else:
-            there = mark in other[: start + len(other) - len(printed)]
-        if not there:
-            return kind.replace("_", " ")
+            return not holds(printed[:start], texts)
+        return mark not in other[: start + len(other) - len(printed)]
+
+    for i, turn in enumerate(whole[:place]):
+        for piece in pieces(turn) if turn["role"] != "assistant" else ():
+            if is_lost(piece.texts, [*whole[:i], piece.fill(turn, mark), *whole[i + 1 :]]):
+                return piece.kind.replace("_", " ")
+    for i, texts in enumerate(tool_texts(tools)):
+        if is_lost(texts, whole, [*tools[:i], rename_tool(tools[i], mark), *tools[i + 1 :]]):
+            return "tools"
     return ""
 
 

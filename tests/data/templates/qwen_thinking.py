@@ -11,6 +11,21 @@ THOUGHTS = (  # written to the end of what the generation prompt opens
     ("Two and two make four.\n</think>\n\n4.<|im_end|>",),
     ("A guess.\n</think>\n\n5.<|im_end|>",),
 )
+EMPTY_THOUGHTS = {  # a turn without a thought ends the one that the generation prompt opens
+    "plain": (("\n</think>\n\nParis.<|im_end|>",), ("\n</think>\n\nLondon.<|im_end|>",)),
+    "system": (
+        ("\n</think>\n\nParis.<|im_end|>",),
+        ("\n</think>\n\nIt is Paris, I believe.<|im_end|>",),
+    ),
+    "turns": (("\n</think>\n\nParis.<|im_end|>",), ("\n</think>\n\nLondon.<|im_end|>",)),
+    "two_answers": Expected(
+        (
+            ("Paris.<|im_end|>", "\n</think>\n\nRome.<|im_end|>"),
+            ("London.<|im_end|>", "\n</think>\n\nNo.<|im_end|>"),
+        ),
+        {"template_not_prefix": 2},
+    ),
+}
 
 TEMPLATES = {
     "qwen3_thinking": Template(
@@ -19,19 +34,7 @@ TEMPLATES = {
         # The empty thought of the last turn is scored from where the generation prompt leaves off. A turn
         # without a thought starts where they part.
         table={
-            "plain": (("\n</think>\n\nParis.<|im_end|>",), ("\n</think>\n\nLondon.<|im_end|>",)),
-            "system": (
-                ("\n</think>\n\nParis.<|im_end|>",),
-                ("\n</think>\n\nIt is Paris, I believe.<|im_end|>",),
-            ),
-            "turns": (("\n</think>\n\nParis.<|im_end|>",), ("\n</think>\n\nLondon.<|im_end|>",)),
-            "two_answers": Expected(
-                (
-                    ("Paris.<|im_end|>", "\n</think>\n\nRome.<|im_end|>"),
-                    ("London.<|im_end|>", "\n</think>\n\nNo.<|im_end|>"),
-                ),
-                {"template_not_prefix": 2},
-            ),
+            **EMPTY_THOUGHTS,
             "call": (
                 ("\n</think>\n\n" + CALL,),
                 ("\n</think>\n\nIt rains.<|im_end|>",),
@@ -76,19 +79,7 @@ TEMPLATES = {
     "qwen3_5": Template(
         # Every turn after the last question has a thought, a call that others follow too.
         table={
-            "plain": (("\n</think>\n\nParis.<|im_end|>",), ("\n</think>\n\nLondon.<|im_end|>",)),
-            "system": (
-                ("\n</think>\n\nParis.<|im_end|>",),
-                ("\n</think>\n\nIt is Paris, I believe.<|im_end|>",),
-            ),
-            "turns": (("\n</think>\n\nParis.<|im_end|>",), ("\n</think>\n\nLondon.<|im_end|>",)),
-            "two_answers": Expected(
-                (
-                    ("Paris.<|im_end|>", "\n</think>\n\nRome.<|im_end|>"),
-                    ("London.<|im_end|>", "\n</think>\n\nNo.<|im_end|>"),
-                ),
-                {"template_not_prefix": 2},
-            ),
+            **EMPTY_THOUGHTS,
             "call": (("\n</think>\n\n" + CALL_3_5,), ("\n</think>\n\nIt rains.<|im_end|>",)),
             "result": (
                 ("\n</think>\n\n" + CALL_3_5, "\n</think>\n\nIt rains.<|im_end|>"),
