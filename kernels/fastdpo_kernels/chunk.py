@@ -181,8 +181,7 @@ class RowKernels:
         assert z.stride(1) == 1 and (out is None or out.stride(1) == 1)
         tensors = (z, out, self.head.bias_of(span), self.target, *by_row)
         sizes = (v1 - v0, v0, z.stride(0), 0 if out is None else out.stride(0))
-        ends = (self.head.scale, self.head.softcap)
-        self.launch.run(kernel, len(z), *tensors, *sizes, *ends, BLOCK=LANES, fuse=False)
+        self.launch.run(kernel, len(z), *tensors, *sizes, *self.head.ends, BLOCK=LANES, fuse=False)
 
     def put_target(self, block, span, value):
         self.launch.put_target(block.t(), self.target, value, span)

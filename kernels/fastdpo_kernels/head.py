@@ -4,6 +4,7 @@ Letters: M scored rows, D hidden, V vocab, v a chunk of it, r the LoRA rank; x t
 GEMM operand.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,14 @@ class Head:
     lora_scale: float
     scale: float
     softcap: float | None
+
+    @property
+    def ends(self):
+        """(scale, softcap) as the kernels take them: no scale of 1, and under a softcap the scale that makes
+        z / softcap bits of exp(2 z / softcap), of which tanh is made."""
+        if self.softcap is None:
+            return None if self.scale == 1 else self.scale, None
+        return 2 / math.log(2) * self.scale / self.softcap, self.softcap
 
     def bias_of(self, span):
         return None if self.bias is None else self.bias[slice(*span)]

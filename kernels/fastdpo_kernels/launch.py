@@ -71,9 +71,11 @@ def tile_pass(tile, head, x, target, span, state, *, out=None, partial=None, sum
     programs = min(processors(x.device), triton.cdiv(M, tile.rows) * triton.cdiv(v1 - v0, tile.columns))
     by_row = (target, state.target_logit, state.peak, factor, by_logit, partial, *listed)
     strides = (0 if matrix is None else matrix.stride(0) for matrix in (x, w, out, partial))
-    sizes = (M, v1 - v0, x.shape[1], v0, *strides, head.scale, head.softcap, programs)
+    sizes = (M, v1 - v0, x.shape[1], v0, *strides, *head.ends, programs)
     constants = dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group)
-    constants |= dict(DESCRIPTORS=tile.descriptors, SUMS=sums, PROFILE=profile, ENTROPY="entropy" in stats)
+    # by the whole vocabulary, so that all its spans run one program
+    tail = any(n % tile.columns for n in (len(head.weight), v1 - v0))
+    constants |= dict(DESCRIPTORS=tile.descriptors, TAIL=tail, DIAGONAL=tile.diagonal, SUMS=sums, PROFILE=profile, ENTROPY="entropy" in stats)
     constants |= dict(SQUARED="log_sum_sq_probs" in stats, MEAN="mean_logit" in stats)
     # One program a multiprocessor: registers that the compiler saves for a second one, at the price of
     # spills, are of no use.

@@ -18,10 +18,12 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     descriptors: bool  # TMA
+    diagonal: bool = True  # the target's logit is start_rows' and not that of the tile which has it
 
     def half(self) -> "Tile":
-        """Of the rows, for results that need more registers. Row sums are of the same columns."""
-        return self._replace(rows=self.rows // 2)
+        """Of the rows, for results that need more registers. Row sums are of the same columns, and of the
+        same warps' share of them: so a warp has 16 rows, or the tile a warpgroup."""
+        return self._replace(rows=self.rows // 2, warps=min(self.warps, max(4, self.rows // 32)))
 
     def plain(self) -> "Tile":
         """Without descriptors: for rows listed by number, or tensors that descriptors cannot take."""
@@ -115,7 +117,7 @@ _backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def backend_of(x: torch.Tensor, weight: torch.Tensor, lora: bool) -> str:
     """`backend` for a call with these hidden states and this head."""
-    return _backend(x.device, x.dtype, not lora and weight.stride(1) == 1)
+    return _backend(x.device, x.dtype, not lora and weight.stride(1) == 1 and weight.shape[1] > 0)
 
 
 def takes_triton(head: Head, x: torch.Tensor) -> bool:

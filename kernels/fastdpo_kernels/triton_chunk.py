@@ -10,19 +10,17 @@ Letters: M rows, N columns of the chunk.
 import triton
 import triton.language as tl
 
-from .triton_tile import LOWEST, tanh
+from .triton_tile import LOWEST, finished, slope
 
 
 @triton.jit
 def _logits(z_ptr, bias_ptr, cols, N, scale, softcap):
-    """Of columns past the end: -inf."""
+    """`finished`; of columns past the end: -inf."""
     z = tl.load(z_ptr + cols, mask=cols < N, other=0.0)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-    z *= scale
-    if softcap is not None:
-        z = softcap * tanh(z / softcap)
-    return tl.where(cols < N, z, float("-inf"))
+    z, t = finished(z, scale, softcap)
+    return tl.where(cols < N, z, float("-inf")), t
 
 
 @triton.jit
@@ -36,11 +34,10 @@ def _leave_e(z_ptr, bias_ptr, out_ptr, target, peak, N, scale, softcap, BLOCK: t
     """Writes E of the row; it was read a moment ago, and lies in cache."""
     for n0 in range(0, N, BLOCK):
         cols = n0 + tl.arange(0, BLOCK)
-        z = _logits(z_ptr, bias_ptr, cols, N, scale, softcap)
+        z, t = _logits(z_ptr, bias_ptr, cols, N, scale, softcap)
         e = tl.where(cols == target, 0.0, tl.exp(z - peak))
         if softcap is not None:
-            part = tl.maximum(z, -softcap) / softcap
-            e *= 1 - part * part
+            e *= slope(t)
         tl.store(out_ptr + cols, e.to(out_ptr.dtype.element_ty), mask=cols < N)
 
 
@@ -70,7 +67,7 @@ def chunk_sums(
     own = tl.zeros((BLOCK,), tl.float32)
     for n0 in range(0, N, BLOCK):
         cols = n0 + tl.arange(0, BLOCK)
-        z = _logits(z_ptr, bias_ptr, cols, N, scale, softcap)
+        z, t = _logits(z_ptr, bias_ptr, cols, N, scale, softcap)
         if logits_ptr is not None:
             logits += tl.where(cols < N, z, 0.0)
         own = tl.where(cols == target, z, own)
@@ -128,7 +125,7 @@ def chunk_gradient(
     peak, factor = tl.load(peak_ptr + row), tl.load(factor_ptr + row)
     for n0 in range(0, N, BLOCK):
         cols = n0 + tl.arange(0, BLOCK)
-        z = _logits(z_ptr + row * stride_z, bias_ptr, cols, N, scale, softcap)
+        z, t = _logits(z_ptr + row * stride_z, bias_ptr, cols, N, scale, softcap)
         e = tl.exp(z - peak)
         by = factor
         if by_logit_ptr is not None:
@@ -136,6 +133,5 @@ def chunk_gradient(
             by = factor + tl.load(by_logit_ptr + row) * tl.maximum(z - peak, -1.0e4)
         dz = tl.where(cols == target, 0.0, e * by)
         if softcap is not None:
-            part = tl.maximum(z, -softcap) / softcap
-            dz *= 1 - part * part
+            dz *= slope(t)
         tl.store(out_ptr + row * stride_out + cols, dz.to(out_ptr.dtype.element_ty), mask=cols < N)

@@ -29,8 +29,10 @@ def start(head, x, target):
     new, w = lambda: torch.empty(len(x), dtype=torch.float32, device=x.device), head.weight
     state, rest = State(new(), new(), new(), new()), new()
     by_row = (target, state.peak, state.target_logit, rest)
-    sizes = (len(w), x.shape[1], x.stride(0), w.stride(0), head.scale, head.softcap)
-    launch.run(triton_rows.start_rows, len(x), x, w, head.bias, *by_row, *sizes, BLOCK=1024)
+    sizes, tile = (len(x), len(w), x.shape[1], x.stride(0), w.stride(0), *head.ends), tile_for(head, x)
+    how = dict(BLOCK=tile.columns, BK=tile.depth, warps=tile.warps, stages=tile.stages)
+    programs = cdiv(len(x), tile.columns)
+    launch.run(triton_rows.start_rows, programs, x, w, head.bias, *by_row, *sizes, **how)
     return state, rest
 
 

@@ -10,7 +10,7 @@ Letters: M rows, D hidden, T tiles of the vocabulary.
 import triton
 import triton.language as tl
 
-from .triton_tile import BITS, LOWEST, PEAK, TOTAL, tanh
+from .triton_tile import BITS, LOWEST, PEAK, TOTAL, finished, product_of_pointers
 
 # E of the target is exp(-40): E reaches down to tokens 47 nats less probable and, by LIMIT, up to 113
 # nats more.
@@ -27,35 +27,26 @@ def start_rows(
     bias_ptr,  # [V] or None
     target_ptr,  # i64[M]
     reference_ptr,  # f32[M], written: the target's logit + OFFSET, in bits
-    target_logit_ptr,  # f32[M], written (the tile with the target writes it again)
+    target_logit_ptr,  # f32[M], written
     rest_ptr,  # f32[M], written: 0
-    V,
-    D,
-    stride_x,
-    stride_w,
-    scale,
-    softcap,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(target_ptr + row)
+    M, V, D, stride_x, stride_w, scale, softcap, BLOCK: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The target's logit is the diagonal of a tile of rows and the tokens they want. Tensor cores round
+    otherwise than a dot product in fp32 does: this is the instruction and order of the other logits."""
+    lane = tl.arange(0, BLOCK)
+    rows = tl.program_id(0) * BLOCK + lane
+    here = rows < M
+    target = tl.load(target_ptr + rows, mask=here, other=-1)
     inside = (target >= 0) & (target < V)
-    width = tl.where(inside, D, 0)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for k in range(0, D, BLOCK):
-        inner = k + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + row * stride_x + inner, mask=inner < D, other=0.0).to(tl.float32)
-        w = tl.load(w_ptr + target * stride_w + inner, mask=inner < width, other=0.0)
-        total += x * w.to(tl.float32)
-    z = tl.where(inside, tl.sum(total), float("nan"))  # nobody waits for the device to refuse a target
+    z = product_of_pointers(x_ptr, w_ptr, rows, target, here, inside, stride_x, stride_w, D, BK)
+    z = tl.sum(tl.where(lane[:, None] == lane[None, :], z, 0.0), 1)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + target, mask=inside, other=0.0).to(tl.float32)
-    z *= scale
-    if softcap is not None:
-        z = softcap * tanh(z / softcap)
-    tl.store(reference_ptr + row, (z + OFFSET) * BITS)
-    tl.store(target_logit_ptr + row, z)
-    tl.store(rest_ptr + row, 0.0)
+    z, _ = finished(z, scale, softcap)
+    z = tl.where(inside, z, float("nan"))  # nobody waits for the device to refuse a target
+    tl.store(reference_ptr + rows, (z + OFFSET) * BITS, mask=here)
+    tl.store(target_logit_ptr + rows, z, mask=here)
+    tl.store(rest_ptr + rows, 0.0, mask=here)
 
 
 @triton.jit

@@ -42,7 +42,7 @@ def _product_of_descriptors(x, w, m0, n0, D, BM: tl.constexpr, BN: tl.constexpr,
 
 
 @triton.jit
-def _product_of_pointers(x_ptr, w_ptr, rows, cols, here, valid, stride_x, stride_w, D, BK: tl.constexpr):
+def product_of_pointers(x_ptr, w_ptr, rows, cols, here, valid, stride_x, stride_w, D, BK: tl.constexpr):
     acc = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     x_ptr += rows.to(tl.int64)[:, None] * stride_x
     w_ptr += cols.to(tl.int64)[None, :] * stride_w
@@ -55,20 +55,31 @@ def _product_of_pointers(x_ptr, w_ptr, rows, cols, here, valid, stride_x, stride
 
 
 @triton.jit
-def tanh(x):
-    # to 1e-7 of 1, which a softcap of c turns into c * 1e-7 nats; exp's inf and 0 give 1 and -1
-    return 1 - 2 / (tl.exp2(x * (2 * BITS)) + 1)
+def finished(z, scale, softcap):
+    """(The logit, and what a softcap's slope is made of: see Head.ends and `slope`)"""
+    t = z
+    if scale is not None:
+        z *= scale
+    if softcap is not None:
+        # tanh is 1 - 2 / (2^z + 1), here by the square of a root's reciprocal, one instruction and right to
+        # 2^-22: softcap * 2^-22 nats. exp2's inf and 0 give 1 and -1
+        root = tl.rsqrt(tl.fma(tl.exp2(z), 0.5, 0.5))
+        t = tl.fma(-root, root, 1.0)
+        z = softcap * t
+    return z, t
 
 
 @triton.jit
-def _logits(z, bias_ptr, cols, valid, scale, softcap):
-    """Of columns past the end: 0."""
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + cols, mask=valid, other=0.0).to(tl.float32)[None, :]
-    z *= scale
-    if softcap is not None:
-        z = softcap * tanh(z / softcap)
-    return z
+def slope(t):
+    return tl.fma(-t, t, 1.0)
+
+
+@triton.jit
+def _row_sums(e):
+    """In two fixed halves of the columns, each within a thread or over the lanes of a warp: so a tile of fewer
+    rows, where two threads have what one has here, sums to the same bits."""
+    halves = tl.sum(tl.reshape(e, (e.shape[0], 2, e.shape[1] // 2)), 2)
+    return tl.sum(halves, 1)
 
 
 @triton.jit
@@ -100,10 +111,10 @@ def _gradient(e, bits, factor_ptr, by_logit_ptr, rows, here):
 
 @triton.jit
 def _tile(
-    z, rows, at, here, n0, N, v0, target_ptr, target_logit_ptr, reference_ptr, factor_ptr,
+    z, t, rows, at, here, n0, N, v0, target_ptr, target_logit_ptr, reference_ptr, factor_ptr,
     by_logit_ptr, partial_ptr, slot_stride, softcap,
-    BN: tl.constexpr, EXP: tl.constexpr, SUMS: tl.constexpr, PROFILE: tl.constexpr,
-    ENTROPY: tl.constexpr, SQUARED: tl.constexpr, MEAN: tl.constexpr,
+    BN: tl.constexpr, TAIL: tl.constexpr, DIAGONAL: tl.constexpr, EXP: tl.constexpr, SUMS: tl.constexpr,
+    PROFILE: tl.constexpr, ENTROPY: tl.constexpr, SQUARED: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """Writes a tile's partial results, and returns the tile of E or dZ."""
     # within the tile, where columns are constants of the program and take no registers
@@ -112,14 +123,15 @@ def _tile(
     if MEAN:
         tl.store(partial_ptr + LOGITS * slot_stride + at, tl.sum(z, 1), mask=here)
     own = target[:, None] == column
-    if SUMS:
-        # Tensor cores round otherwise than a dot product in fp32 does, so the target's logit is taken
-        # from the accumulator that the others come from.
+    if SUMS and not DIAGONAL:
+        # from the accumulator that the others come from
         mine = here & (target >= 0) & (target < BN)
         tl.store(target_logit_ptr + rows, tl.sum(tl.where(own, z, 0.0), 1), mask=mine)
-    # The same comparison in other words: one kept from above would hold a register per column.
-    own = column + n0 == (target + n0)[:, None]
-    z = tl.where(own | (column >= N - n0), float("-inf"), z)
+        # The same comparison in other words: one kept from above would hold a register per column.
+        own = column + n0 == (target + n0)[:, None]
+    if TAIL:
+        own |= column >= N - n0
+    z = tl.where(own, float("-inf"), z)
     if PROFILE:
         _leave_profile(partial_ptr, slot_stride, z, at, here, ENTROPY, SQUARED)
     e = z
@@ -128,12 +140,11 @@ def _tile(
         bits = tl.fma(z, BITS, -reference[:, None])
         e = tl.exp2(bits)  # inf or NaN in a row make its sum so, and the row is done again
         if SUMS:
-            tl.store(partial_ptr + SUM * slot_stride + at, tl.sum(e, 1), mask=here)
+            tl.store(partial_ptr + SUM * slot_stride + at, _row_sums(e), mask=here)
         if factor_ptr is not None:
             e = _gradient(e, bits, factor_ptr, by_logit_ptr, rows, here)
         if softcap is not None:
-            part = tl.maximum(z, -softcap) / softcap
-            e *= 1 - part * part
+            e *= slope(t)
     return e
 
 
@@ -144,7 +155,7 @@ def head_tiles(
     bias_ptr,  # [N] or None
     out_ptr,  # E or dZ [M, N], or None
     target_ptr,  # i64[M], in the whole vocabulary
-    target_logit_ptr,  # f32[M], written with SUMS
+    target_logit_ptr,  # f32[M], written with SUMS and without DIAGONAL
     reference_ptr,  # f32[M]: r in bits
     factor_ptr,  # f32[M] or None: dZ = E * (factor + by_logit * (z - r))
     by_logit_ptr,  # f32[M] or None
@@ -155,10 +166,12 @@ def head_tiles(
     v0,  # where the chunk starts in the vocabulary
     stride_x, stride_w, stride_out, slot_stride, scale, softcap, programs,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    SUMS: tl.constexpr, PROFILE: tl.constexpr, ENTROPY: tl.constexpr, SQUARED: tl.constexpr,
-    MEAN: tl.constexpr,
+    TAIL: tl.constexpr, DIAGONAL: tl.constexpr, SUMS: tl.constexpr, PROFILE: tl.constexpr,
+    ENTROPY: tl.constexpr, SQUARED: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """A persistent program walks the tiles pid, pid + programs, ... of logits."""
+    """A persistent program walks the tiles pid, pid + programs, ... of logits. TAIL: the last tile's columns
+    may pass N. DIAGONAL: target_logit is known."""
+    tl.assume(D > 0)  # else there is a second copy of what follows a loop over nothing
     slot_stride = tl.cast(slot_stride, tl.int64)  # a slot's number times it passes 32 bits first
     height = M
     if rows_ptr is not None:
@@ -181,12 +194,16 @@ def head_tiles(
         if DESCRIPTORS:
             z = _product_of_descriptors(x, w, m * BM, n * BN, D, BM, BN, BK)
         else:
-            z = _product_of_pointers(x_ptr, w_ptr, rows, cols, here, valid, stride_x, stride_w, D, BK)
-        z = _logits(z, bias_ptr, cols, valid, scale, softcap)
+            z = product_of_pointers(x_ptr, w_ptr, rows, cols, here, valid, stride_x, stride_w, D, BK)
+        if bias_ptr is not None:
+            spot = bias_ptr + n * BN + tl.arange(0, BN)
+            bias = tl.load(spot, mask=valid, other=0.0) if TAIL else tl.load(spot)
+            z += bias.to(tl.float32)[None, :]
+        z, t = finished(z, scale, softcap)
         e = _tile(
-            z, rows, n.to(tl.int64) * M + position, here, n * BN, N, v0, target_ptr,
+            z, t, rows, n.to(tl.int64) * M + position, here, n * BN, N, v0, target_ptr,
             target_logit_ptr, reference_ptr, factor_ptr, by_logit_ptr, partial_ptr, slot_stride, softcap,
-            BN, SUMS or out_ptr is not None, SUMS, PROFILE, ENTROPY, SQUARED, MEAN,
+            BN, TAIL, DIAGONAL, SUMS or out_ptr is not None, SUMS, PROFILE, ENTROPY, SQUARED, MEAN,
         )  # fmt: skip
         if out_ptr is not None:
             if DESCRIPTORS:
