@@ -1,6 +1,6 @@
 """Compiles every kernel for chips that are not here, at every row of the tile table, and tells what
 each needs: registers, stack, shared memory, and whether its GEMM runs on the tensor cores and, on sm_90,
-keeps them busy from one K step to the next.
+keeps them busy from one K step to the next and has a short epilogue.
 
 python -m benchmarks.head.aot          writes results/aot_<triton>.json, and fails where a kernel has a fault
                                   (4 minutes, no GPU: Triton's wheel has ptxas and cuobjdump)
@@ -33,6 +33,8 @@ SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
 MATRIX = {(8, 0): "HMMA", (9, 0): "HGMMA", (10, 0): "UTCHMMA"}
 WHOLE_PASSES = ("E", "E, bias, softcap", "E, statistics, softcap", "sums only", "sums and statistics", "dZ")
 WHOLE_PASSES += ("dZ, entropy, softcap",)
+# instructions an element that a pass on sm_90 may have after a tile's last K step, while tensor cores idle
+EPILOGUE = {"E": 8, "sums only": 8, "dZ": 8, "E, bias, softcap": 20}
 ASYNCHRONOUS = (9, 0)  # the chip of wgmma; before it and after it the tensor cores are fed otherwise
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 M, D, V = 8192, 4096, 128256
@@ -128,7 +130,8 @@ def known(spec):
 
 
 def resources(spec, capability):
-    """Registers, stack, local and shared bytes, and the matrix instructions of the compiled kernel."""
+    """Registers, stack, local and shared bytes, the matrix instructions of the compiled kernel; see `k_steps`,
+    `epilogue` and `row_sums`."""
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
     done = compile(ASTSource(spec.kernel, *known(spec)), target=target, options=spec.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -140,6 +143,8 @@ def resources(spec, capability):
         )
         usage, sass = dump("-res-usage"), dump("-sass")
     number = lambda key: int(re.search(rf"{key}:(\d+)", usage).group(1))
+    sizes, threads = spec.arguments, 32 * spec.warps
+    per_thread = sizes["BM"] * sizes["BN"] / threads if "BN" in sizes else None
     found = [name for name in ("HGMMA", "UTCHMMA", "HMMA") if re.search(rf"\b{name}\b", sass)]
     return {
         "registers": number("REG"),
@@ -150,6 +155,8 @@ def resources(spec, capability):
         "warps": spec.warps,
         "matrix": found[0] if found else None,
         "k_steps": k_steps(sass),
+        "epilogue": round(epilogue(sass) / per_thread, 2) if per_thread and "HGMMA" in sass else None,
+        "row_sums": row_sums(done.asm["ttgir"]),
     }
 
 
@@ -173,6 +180,26 @@ def k_steps(sass):
     return steps + ([[products, arrivals, commits, None]] if products else [])
 
 
+def epilogue(sass):
+    """Instructions that run once a tile, after its last K step of wgmma: the longest stretch that a branch
+    behind the last product jumps over, as a tile with more steps to go does."""
+    places = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    last = max(at for at, text in places if "HGMMA" in text)
+    jumps = [(at, re.search(r"\bBRA 0x([0-9a-f]+)", text)) for at, text in places if at > last]
+    return max([(int(to[1], 16) - at) // 16 - 1 for at, to in jumps if to], default=0)
+
+
+def row_sums(ttgir):
+    """Which of a half's columns `_row_sums` adds within a thread, over the lanes and over the warps: bases of
+    the layout. Where they are the same, so are the bits. None without sums."""
+    layout = re.search(r"tensor<\d+x2x\d+xf32, (#\w+)>\) ->", ttgir)
+    if layout is None:
+        return None
+    bases = re.search(rf"^{layout[1]} = #ttg.linear<{{(.*)}}>", ttgir, re.M)[1]
+    parts = [re.search(rf"{part} = (\[.*?\])(?:, \w+ =|$)", bases)[1] for part in ("register", "lane", "warp")]
+    return [[basis[2] for basis in json.loads(part) if basis[2]] for part in parts]
+
+
 def faults(row, capability, name):
     """What would make this kernel slow, or impossible to launch."""
     out = [f"{key} {row[key]}" for key in ("stack", "local", "spills") if row[key]]
@@ -188,14 +215,25 @@ def faults(row, capability, name):
     return out
 
 
+def faults_beside(rows, capability):
+    """Of a tile's passes {name: row}: long epilogues; and sums of a row in several orders, by which a pass
+    with statistics would give other bits than one without."""
+    sums = {name: row["row_sums"] for name, row in rows.items() if name in WHOLE_PASSES and name[:2] != "dZ"}
+    out = [f"rows are summed in several orders: {sums}"] if len(set(map(str, sums.values()))) > 1 else []
+    if capability == ASYNCHRONOUS:
+        found = [(name, rows[name]["epilogue"], most) for name, most in EPILOGUE.items() if name in rows]
+        out += [f"{name}: epilogue {is_} of {most} an element" for name, is_, most in found if is_ > most]
+    return out
+
+
 def faults_of(table):
     """Of every kernel of a table that `main` wrote."""
-    return [
-        f"{chip(capability)} {name}: {fault}"
-        for capability, dtype in tiles.TILES
-        for name, row in table["kernels"][of(capability, dtype)].items()
-        for fault in faults(row, capability, name)
-    ]
+    out = []
+    for capability, dtype in tiles.TILES:
+        rows = table["kernels"][of(capability, dtype)]
+        found = [f"{name}: {fault}" for name, row in rows.items() for fault in faults(row, capability, name)]
+        out += [f"{chip(capability)} {fault}" for fault in found + faults_beside(rows, capability)]
+    return out
 
 
 def of_sources():
@@ -220,7 +258,7 @@ def main():
     result = {"triton": triton.__version__, "sources": of_sources(), "kernels": {}}
     for (capability, dtype), tile in tiles.TILES.items():
         rows = result["kernels"][of(capability, dtype)] = {}
-        print(f"\n{chip(capability):42} registers  stack  local  spills  shared  warps  matrix  K steps")
+        print(f"\n{chip(capability):42} registers  stack  local  spills  shared  warps  matrix  K steps  epilogue  row sums")
         for name, spec in launches(tile, dtype).items():
             row = rows[name] = resources(spec, capability)
             print(f"{name:42}", *(f"{row[key]!s:>7}" for key in row), flush=True)

@@ -21,9 +21,9 @@ class Tile(NamedTuple):
     diagonal: bool = True  # the target's logit is start_rows' and not that of the tile which has it
 
     def half(self) -> "Tile":
-        """Of the rows, for results that need more registers. Row sums are of the same columns, and of the
-        same warps' share of them: so a warp has 16 rows, or the tile a warpgroup."""
-        return self._replace(rows=self.rows // 2, warps=min(self.warps, max(4, self.rows // 32)))
+        """Of the rows, for results that need more registers. Row sums are of the same columns, and where a
+        warp has 8 rows at least they come to the same bits: see triton_tile._row_sums."""
+        return self._replace(rows=self.rows // 2, warps=min(self.warps, self.rows // 16))
 
     def plain(self) -> "Tile":
         """Without descriptors: for rows listed by number, or tensors that descriptors cannot take."""

@@ -10,7 +10,7 @@ Letters: M rows, N columns of the chunk.
 import triton
 import triton.language as tl
 
-from .triton_tile import LOWEST, finished, slope
+from .triton_tile import LOWEST, finished
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _leave_e(z_ptr, bias_ptr, out_ptr, target, peak, N, scale, softcap, BLOCK: t
         z, t = _logits(z_ptr, bias_ptr, cols, N, scale, softcap)
         e = tl.where(cols == target, 0.0, tl.exp(z - peak))
         if softcap is not None:
-            e *= slope(t)
+            e *= 1 - t * t
         tl.store(out_ptr + cols, e.to(out_ptr.dtype.element_ty), mask=cols < N)
 
 
@@ -133,5 +133,5 @@ def chunk_gradient(
             by = factor + tl.load(by_logit_ptr + row) * tl.maximum(z - peak, -1.0e4)
         dz = tl.where(cols == target, 0.0, e * by)
         if softcap is not None:
-            dz *= slope(t)
+            dz *= 1 - t * t
         tl.store(out_ptr + row * stride_out + cols, dz.to(out_ptr.dtype.element_ty), mask=cols < N)

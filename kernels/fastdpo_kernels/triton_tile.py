@@ -56,28 +56,23 @@ def product_of_pointers(x_ptr, w_ptr, rows, cols, here, valid, stride_x, stride_
 
 @triton.jit
 def finished(z, scale, softcap):
-    """(The logit, and what a softcap's slope is made of: see Head.ends and `slope`)"""
+    """(The logit, and t: a softcap's slope is 1 - t^2), for `scale` and `softcap` of Head.ends."""
     t = z
     if scale is not None:
         z *= scale
     if softcap is not None:
-        # tanh is 1 - 2 / (2^z + 1), here by the square of a root's reciprocal, one instruction and right to
-        # 2^-22: softcap * 2^-22 nats. exp2's inf and 0 give 1 and -1
+        # -tanh is 2 / (2^z + 1) - 1, here by the square of a root's reciprocal, one instruction and right to
+        # 2^-22: softcap * 2^-22 nats. exp2's inf and 0 give -1 and 1
         root = tl.rsqrt(tl.fma(tl.exp2(z), 0.5, 0.5))
-        t = tl.fma(-root, root, 1.0)
-        z = softcap * t
+        t = tl.fma(root, root, -1.0)
+        z = t * -softcap
     return z, t
 
 
 @triton.jit
-def slope(t):
-    return tl.fma(-t, t, 1.0)
-
-
-@triton.jit
 def _row_sums(e):
-    """In two fixed halves of the columns, each within a thread or over the lanes of a warp: so a tile of fewer
-    rows, where two threads have what one has here, sums to the same bits."""
+    """In two fixed halves of the columns: a tile of half the rows gives a row to twice the threads or warps,
+    and then each half is in one of them, and sums to the same bits (benchmarks/head/aot.py looks)."""
     halves = tl.sum(tl.reshape(e, (e.shape[0], 2, e.shape[1] // 2)), 2)
     return tl.sum(halves, 1)
 
@@ -131,20 +126,22 @@ def _tile(
         own = column + n0 == (target + n0)[:, None]
     if TAIL:
         own |= column >= N - n0
-    z = tl.where(own, float("-inf"), z)
     if PROFILE:
+        z = tl.where(own, float("-inf"), z)
         _leave_profile(partial_ptr, slot_stride, z, at, here, ENTROPY, SQUARED)
     e = z
     if EXP:
         reference = tl.load(reference_ptr + rows, mask=here, other=0.0)
         bits = tl.fma(z, BITS, -reference[:, None])
         e = tl.exp2(bits)  # inf or NaN in a row make its sum so, and the row is done again
+        if not PROFILE:  # after a softcap's long chain: comparisons kept over it are packed into bits
+            e = tl.where(own, 0.0, e)
         if SUMS:
             tl.store(partial_ptr + SUM * slot_stride + at, _row_sums(e), mask=here)
         if factor_ptr is not None:
             e = _gradient(e, bits, factor_ptr, by_logit_ptr, rows, here)
         if softcap is not None:
-            e *= slope(t)
+            e *= 1 - t * t
     return e
 
 
