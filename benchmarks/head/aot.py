@@ -186,13 +186,13 @@ def epilogue(sass):
     places = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
     last = max(at for at, text in places if "HGMMA" in text)
     jumps = [(at, re.search(r"\bBRA 0x([0-9a-f]+)", text)) for at, text in places if at > last]
-    return max([(int(to[1], 16) - at) // 16 - 1 for at, to in jumps if to], default=0)
+    return max(0, *((int(to[1], 16) - at) // 16 - 1 for at, to in jumps if to))
 
 
 def row_sums(ttgir):
-    """Which of a half's columns `_row_sums` adds within a thread, over the lanes and over the warps: bases of
+    """Which of a part's columns `_row_sums` adds within a thread, over the lanes and over the warps: bases of
     the layout. Where they are the same, so are the bits. None without sums."""
-    layout = re.search(r"tensor<\d+x2x\d+xf32, (#\w+)>\) ->", ttgir)
+    layout = re.search(r"tensor<\d+x[124]x\d+xf32, (#\w+)>\) ->", ttgir)
     if layout is None:
         return None
     bases = re.search(rf"^{layout[1]} = #ttg.linear<{{(.*)}}>", ttgir, re.M)[1]
@@ -222,7 +222,7 @@ def faults_beside(rows, capability):
     out = [f"rows are summed in several orders: {sums}"] if len(set(map(str, sums.values()))) > 1 else []
     if capability == ASYNCHRONOUS:
         found = [(name, rows[name]["epilogue"], most) for name, most in EPILOGUE.items() if name in rows]
-        out += [f"{name}: epilogue {is_} of {most} an element" for name, is_, most in found if is_ > most]
+        out += [f"{name}: epilogue {is_} of {most} an element" for name, is_, most in found if not 0 < is_ <= most]
     return out
 
 

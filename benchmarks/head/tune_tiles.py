@@ -25,6 +25,8 @@ NAMES = ("E", "sums only", "dZ")  # what every plan spends its time in, beside c
 
 def candidates(capability):
     """Tiles whose operands fit into shared memory; registers are for the compiler to tell."""
+    used = TILES.get((capability, DTYPE))
+    parts = used.parts if used else 1
     shapes = ((128, 128), (256, 128), (128, 256), (64, 256))
     for (rows, columns), depth, warps, stages, group in itertools.product(
         shapes, (32, 64, 128), (4, 8), (3, 4, 5), (4, 8, 16)
@@ -32,7 +34,7 @@ def candidates(capability):
         bytes_needed = (rows + columns) * depth * DTYPE.itemsize * stages
         per_thread = rows * columns / (32 * warps)  # of the accumulator: more never fits 255 registers
         if bytes_needed <= aot.SHARED_BYTES[capability] and per_thread <= 128:
-            yield Tile(rows, columns, depth, group, warps, stages, capability >= (9, 0))
+            yield Tile(rows, columns, depth, group, warps, stages, capability >= (9, 0), parts)
 
 
 def compiles(tile, capability):

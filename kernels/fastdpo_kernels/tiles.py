@@ -18,11 +18,12 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     descriptors: bool  # TMA
+    parts: int = 1  # of a row's columns, each summed for itself: 1, 2 or 4, see triton_tile._row_sums
     diagonal: bool = True  # the target's logit is start_rows' and not that of the tile which has it
 
     def half(self) -> "Tile":
-        """Of the rows, for results that need more registers. Row sums are of the same columns, and where a
-        warp has 8 rows at least they come to the same bits: see triton_tile._row_sums."""
+        """Of the rows, for results that need more registers. Row sums are of the same columns, and come to
+        the same bits."""
         return self._replace(rows=self.rows // 2, warps=min(self.warps, self.rows // 16))
 
     def plain(self) -> "Tile":
@@ -34,8 +35,8 @@ class Tile(NamedTuple):
 # benchmarks/head/tune_tiles.py has run on the chip.
 TILES = {
     ((8, 0), torch.bfloat16): Tile(128, 128, 64, 8, 8, 3, False),
-    ((9, 0), torch.bfloat16): Tile(256, 128, 64, 8, 8, 3, True),
-    ((10, 0), torch.bfloat16): Tile(256, 128, 64, 8, 8, 3, True),
+    ((9, 0), torch.bfloat16): Tile(256, 128, 64, 8, 8, 3, True, parts=2),
+    ((10, 0), torch.bfloat16): Tile(256, 128, 64, 8, 8, 3, True, parts=4),
 }
 
 RUNGS = ("triton", "plain_triton", "cublas", "torch")  # ways to run the head, the one to like best first

@@ -70,11 +70,13 @@ def finished(z, scale, softcap):
 
 
 @triton.jit
-def _row_sums(e):
-    """In two fixed halves of the columns: a tile of half the rows gives a row to twice the threads or warps,
-    and then each half is in one of them, and sums to the same bits (benchmarks/head/aot.py looks)."""
-    halves = tl.sum(tl.reshape(e, (e.shape[0], 2, e.shape[1] // 2)), 2)
-    return tl.sum(halves, 1)
+def _row_sums(e, PARTS: tl.constexpr):
+    """In fixed parts of the columns. A tile of fewer rows gives a row to more threads or warps, and then each
+    part is in one of them, and sums to the same bits: benchmarks/head/aot.py looks."""
+    sums = tl.sum(tl.reshape(e, (e.shape[0], PARTS, e.shape[1] // PARTS)), 2)
+    if PARTS == 4:
+        sums = tl.sum(tl.reshape(sums, (e.shape[0], 2, 2)), 2)
+    return tl.sum(sums, 1)
 
 
 @triton.jit
@@ -108,8 +110,8 @@ def _gradient(e, bits, factor_ptr, by_logit_ptr, rows, here):
 def _tile(
     z, t, rows, at, here, n0, N, v0, target_ptr, target_logit_ptr, reference_ptr, factor_ptr,
     by_logit_ptr, partial_ptr, slot_stride, softcap,
-    BN: tl.constexpr, TAIL: tl.constexpr, DIAGONAL: tl.constexpr, EXP: tl.constexpr, SUMS: tl.constexpr,
-    PROFILE: tl.constexpr, ENTROPY: tl.constexpr, SQUARED: tl.constexpr, MEAN: tl.constexpr,
+    BN: tl.constexpr, TAIL: tl.constexpr, DIAGONAL: tl.constexpr, PARTS: tl.constexpr, EXP: tl.constexpr,
+    SUMS: tl.constexpr, PROFILE: tl.constexpr, ENTROPY: tl.constexpr, SQUARED: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """Writes a tile's partial results, and returns the tile of E or dZ."""
     # within the tile, where columns are constants of the program and take no registers
@@ -137,7 +139,7 @@ def _tile(
         if not PROFILE:  # after a softcap's long chain: comparisons kept over it are packed into bits
             e = tl.where(own, 0.0, e)
         if SUMS:
-            tl.store(partial_ptr + SUM * slot_stride + at, _row_sums(e), mask=here)
+            tl.store(partial_ptr + SUM * slot_stride + at, _row_sums(e, PARTS), mask=here)
         if factor_ptr is not None:
             e = _gradient(e, bits, factor_ptr, by_logit_ptr, rows, here)
         if softcap is not None:
@@ -163,8 +165,8 @@ def head_tiles(
     v0,  # where the chunk starts in the vocabulary
     stride_x, stride_w, stride_out, slot_stride, scale, softcap, programs,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    TAIL: tl.constexpr, DIAGONAL: tl.constexpr, SUMS: tl.constexpr, PROFILE: tl.constexpr,
-    ENTROPY: tl.constexpr, SQUARED: tl.constexpr, MEAN: tl.constexpr,
+    TAIL: tl.constexpr, DIAGONAL: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr,
+    PROFILE: tl.constexpr, ENTROPY: tl.constexpr, SQUARED: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """A persistent program walks the tiles pid, pid + programs, ... of logits. TAIL: the last tile's columns
     may pass N. DIAGONAL: target_logit is known."""
@@ -200,7 +202,7 @@ def head_tiles(
         e = _tile(
             z, t, rows, n.to(tl.int64) * M + position, here, n * BN, N, v0, target_ptr,
             target_logit_ptr, reference_ptr, factor_ptr, by_logit_ptr, partial_ptr, slot_stride, softcap,
-            BN, TAIL, DIAGONAL, SUMS or out_ptr is not None, SUMS, PROFILE, ENTROPY, SQUARED, MEAN,
+            BN, TAIL, DIAGONAL, PARTS, SUMS or out_ptr is not None, SUMS, PROFILE, ENTROPY, SQUARED, MEAN,
         )  # fmt: skip
         if out_ptr is not None:
             if DESCRIPTORS:
