@@ -196,7 +196,9 @@ def row_sums(ttgir):
     if layout is None:
         return None
     bases = re.search(rf"^{layout[1]} = #ttg.linear<{{(.*)}}>", ttgir, re.M)[1]
-    parts = [re.search(rf"{part} = (\[.*?\])(?:, \w+ =|$)", bases)[1] for part in ("register", "lane", "warp")]
+    parts = [
+        re.search(rf"{part} = (\[.*?\])(?:, \w+ =|$)", bases)[1] for part in ("register", "lane", "warp")
+    ]
     return [[basis[2] for basis in json.loads(part) if basis[2]] for part in parts]
 
 
@@ -222,7 +224,9 @@ def faults_beside(rows, capability):
     out = [f"rows are summed in several orders: {sums}"] if len(set(map(str, sums.values()))) > 1 else []
     if capability == ASYNCHRONOUS:
         found = [(name, rows[name]["epilogue"], most) for name, most in EPILOGUE.items() if name in rows]
-        out += [f"{name}: epilogue {is_} of {most} an element" for name, is_, most in found if not 0 < is_ <= most]
+        out += [
+            f"{name}: epilogue {is_} of {most} an element" for name, is_, most in found if not 0 < is_ <= most
+        ]
     return out
 
 
@@ -258,7 +262,9 @@ def main():
     result = {"triton": triton.__version__, "sources": of_sources(), "kernels": {}}
     for (capability, dtype), tile in tiles.TILES.items():
         rows = result["kernels"][of(capability, dtype)] = {}
-        print(f"\n{chip(capability):42} registers  stack  local  spills  shared  warps  matrix  K steps  epilogue  row sums")
+        print(
+            f"\n{chip(capability):42} registers  stack  local  spills  shared  warps  matrix  K steps  epilogue  row sums"
+        )
         for name, spec in launches(tile, dtype).items():
             row = rows[name] = resources(spec, capability)
             print(f"{name:42}", *(f"{row[key]!s:>7}" for key in row), flush=True)

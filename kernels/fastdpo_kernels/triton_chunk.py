@@ -10,16 +10,21 @@ Letters: M rows, N columns of the chunk.
 import triton
 import triton.language as tl
 
-from .triton_tile import LOWEST, finished
+from .triton_tile import LOWEST
 
 
 @triton.jit
 def _logits(z_ptr, bias_ptr, cols, N, scale, softcap):
-    """`finished`; of columns past the end: -inf."""
+    """triton_tile.finished of z, by a division: float32 rows come here. Of columns past the end: -inf."""
     z = tl.load(z_ptr + cols, mask=cols < N, other=0.0)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
-    z, t = finished(z, scale, softcap)
+    t = z
+    if scale is not None:
+        z *= scale
+    if softcap is not None:
+        t = 2 / (tl.exp2(z) + 1) - 1
+        z = t * -softcap
     return tl.where(cols < N, z, float("-inf")), t
 
 

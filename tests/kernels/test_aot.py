@@ -15,7 +15,21 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
-AGAIN = {(8, 0): ["E"], (9, 0): ["E", "dZ", "sums only", "listed rows, E", "settle"], (10, 0): ["E"]}
+STATISTICS = "E, statistics, softcap"
+AGAIN = {
+    (8, 0): ["E", STATISTICS],
+    (9, 0): [
+        "E",
+        "E, bias, softcap",
+        STATISTICS,
+        "dZ",
+        "sums only",
+        "listed rows, E",
+        "start_rows",
+        "settle",
+    ],
+    (10, 0): ["E", STATISTICS],
+}
 
 SCRIPT = """
 import json, sys
@@ -30,6 +44,7 @@ for capability, names, changes in json.loads(sys.argv[1]):
     specs = aot.launches(tile, torch.bfloat16)
     rows = {name: aot.resources(specs[name], capability) for name in names}
     out.append([aot.faults(row, capability, name) for name, row in rows.items()])
+    out[-1].append(aot.faults_beside(rows, capability))
 print(json.dumps(out))
 """
 
@@ -78,12 +93,21 @@ def answer(script, argument=None):
 
 def test_kernels_compile_without_faults():
     found = answer(SCRIPT, [(capability, names, {}) for capability, names in AGAIN.items()])
-    assert found == [[[] for _ in names] for names in AGAIN.values()]
+    assert found == [[[] for _ in [*names, "beside"]] for names in AGAIN.values()]
+
+
+def test_faults_of_passes_beside_each_other():
+    """Where a half of the rows gives a row to more threads, sums in one part differ; without a diagonal the
+    epilogue finds the target's logit."""
+    questions = [((10, 0), ["E", STATISTICS], {"parts": 1}), ((9, 0), ["E"], {"diagonal": False})]
+    (*fine, orders), (good, long) = answer(SCRIPT, questions)
+    assert [*fine, good] == [[], [], []], "the present way compiles too"
+    assert "several orders" in orders[0] and len(long) == 1 and long[0].startswith("E: epilogue")
 
 
 def test_a_tile_too_large_is_a_fault():
     questions = [((9, 0), ["dZ"], {"stages": 4}), ((9, 0), ["sums only"], {"columns": 256})]
-    (shared,), (spilled,) = answer(SCRIPT, questions)
+    (shared, _), (spilled, _) = answer(SCRIPT, questions)
     assert any("shared" in fault for fault in shared)
     assert any("stack" in fault for fault in spilled)
 

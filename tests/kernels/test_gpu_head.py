@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from fastdpo_kernels import linear_logp, reference
+from fastdpo_kernels import Plan, linear_logp, reference, tiles
+from fastdpo_kernels.head import Head
+from fastdpo_kernels.head_pass import backend_for
 
 from .cases import STATS, assert_as_good, budget, case, error
 
@@ -50,11 +52,30 @@ def test_gradients_beside_one_rounding():
             assert error(got[name], truth[name]) <= times * error(once[name], truth[name]), name
 
 
-def test_same_bits_with_and_without_gradient_and_statistics():
-    c = head_case(3000, 20000)
+@pytest.mark.parametrize("softcap", (None, 4.0))
+def test_same_bits_with_and_without_gradient_and_statistics(softcap):
+    c = head_case(3000, 20000, softcap=softcap)
     runs = [c.run(linear_logp, w, s)["logp"] for w in ((), ("hidden",), ALL) for s in ((), STATS)]
     runs += [c.run(linear_logp, ALL, memory_budget=1 << 20)["logp"] for _ in range(2)]
     assert all(torch.equal(runs[0], other) for other in runs)
+
+
+@pytest.mark.parametrize("D", (512, 33), ids=("descriptors", "pointers"))
+@pytest.mark.parametrize("softcap", (None, 4.0))
+def test_the_diagonal_has_the_tiles_bits(D, softcap, monkeypatch):
+    """Of the target's logit: else Tile.diagonal is to be False on this chip."""
+    c = head_case(1000, 20000, D, softcap=softcap)
+    tile, results = tiles.tile(c.hidden.device, c.hidden.dtype), []
+    if tile is None:
+        pytest.skip("no tile for this chip")
+    head = Head(c.weight, c.bias, None, None, 1.0, c.scale, softcap)
+    for diagonal in (True, False):
+        monkeypatch.setattr(tiles, "tile", lambda *_: tile._replace(diagonal=diagonal))
+        state, _ = backend_for(head, c.hidden).forward(
+            head, c.hidden, c.target, Plan("forward", 0, 0, 1, 1000, 20000)
+        )
+        results.append(state.target_logit)
+    assert torch.equal(*results), (results[0] - results[1]).abs().max()
 
 
 def test_both_ends_of_the_range():

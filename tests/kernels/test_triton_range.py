@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from fastdpo_kernels import linear_logp, reference
+from fastdpo_kernels import linear_logp, reference, tiles
 
 from .cases import STATS, budget
 from .interpreted import (
+    SMALL,
     assert_right,
     fma_loses,
     fma_rounded_twice,
@@ -169,7 +170,8 @@ def test_which_rows_are_out_of_range():
 
 
 def test_the_targets_logit_is_the_accumulators(monkeypatch):
-    # as if tensor cores and the dot product in fp32 differed by 0.01: only the reference may notice
+    # as if the diagonal and the tile differed by 0.01: only the reference may notice
+    monkeypatch.setattr(tiles, "tile", lambda device, dtype: SMALL._replace(diagonal=False))
     c = head_case(7, 130).to(torch.float32)
     right = c.run(linear_logp, ALL)
     start = triton_head.start
@@ -184,3 +186,5 @@ def test_the_targets_logit_is_the_accumulators(monkeypatch):
     for key, value in c.run(linear_logp, ALL).items():
         if value is not None:
             torch.testing.assert_close(value, right[key], rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(tiles, "tile", lambda device, dtype: SMALL)
+    assert (c.run(linear_logp, ())["logp"] - right["logp"]).min() > 0.005, "the diagonal's stands"

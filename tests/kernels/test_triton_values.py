@@ -7,10 +7,12 @@ import torch
 from fastdpo_kernels import linear_logp, reference, tiles
 
 from .cases import STATS, budget, needs_vectors, vectors
-from .interpreted import assert_right, head_case, interpreted, many_chunks, small_tiles  # noqa: F401
+from .interpreted import SMALL, assert_right, head_case, interpreted, many_chunks, small_tiles  # noqa: F401
 
 if not interpreted:
     pytest.skip("test_interpreter.py runs this", allow_module_level=True)
+
+from fastdpo_kernels import launch, triton_head
 
 ALL = ("hidden", "weight", "bias")
 PLANS = ("keep", "recompute")
@@ -29,6 +31,48 @@ def test_trained(D, softcap, name):
 @pytest.mark.parametrize("wanted", ((), ("hidden",)), ids=("forward", "frozen"))
 def test_frozen_and_forward(D, softcap, wanted):
     assert_right(head_case(70, D=D, softcap=softcap), wanted)
+
+
+@pytest.mark.parametrize("D", (36, 33), ids=("descriptors", "pointers"))
+@pytest.mark.parametrize("options", (dict(diagonal=False), dict(parts=2), dict(parts=4)), ids=str)
+def test_tiles_of_other_chips(D, options, monkeypatch):
+    monkeypatch.setattr(tiles, "tile", lambda *_: SMALL._replace(**options))
+    c = head_case(70, D=D, softcap=3.0).to(torch.float32)
+    assert_right(c, ALL, STATS, memory_budget=budget("keep", c))
+    assert_right(head_case(70, D=D), ("hidden",))
+
+
+@pytest.mark.parametrize("D", (36, 33), ids=("descriptors", "pointers"))
+@pytest.mark.parametrize("softcap", (None, 3.0))
+@pytest.mark.parametrize("scale", (1, 0.7))
+def test_whole_tiles(D, softcap, scale, many_chunks, monkeypatch):  # noqa: F811
+    """Of the vocabulary, of which no column is masked; no chunk has a program of its own."""
+    tails, real = [], launch.run
+    seen = lambda kernel, *a, **k: tails.append(k.get("TAIL")) or real(kernel, *a, **k)
+    monkeypatch.setattr(launch, "run", seen)
+    for V, tail in ((192, False), (200, True)):
+        tails.clear()
+        c = head_case(40, V, D=D, softcap=softcap, scale=scale).to(torch.float32)
+        assert_right(c, ALL, STATS, memory_budget=budget("recompute", c))
+        assert_right(c, ("hidden",))
+        assert set(tails) == {None, tail}
+
+
+def test_a_span_that_ends_within_a_tile():
+    c = head_case(7, 192, bias=False, scale=1).to(torch.float32)
+    head = reference_head(c.weight)
+    state, _ = triton_head.start(head, c.hidden, c.target)
+    state.peak.zero_()
+    out, partial = torch.empty(7, 100), torch.empty(1, 2, 7)
+    launch.tile_pass(SMALL, head, c.hidden, c.target, (0, 100), state, out=out, partial=partial, sums=True)
+    torch.testing.assert_close(partial[0].sum(0), out.sum(1))
+
+
+def test_no_hidden_states():
+    """The GEMM's loop runs once at least: where it would not, another backend is taken."""
+    bias = torch.randn(70)
+    got = linear_logp(torch.empty(3, 0), torch.empty(70, 0), torch.arange(3), bias)
+    torch.testing.assert_close(got, bias.log_softmax(0)[:3])
 
 
 @pytest.mark.parametrize("softcap", (None, 3.0))
