@@ -75,15 +75,8 @@ def tile_pass(tile, head, x, target, span, state, *, out=None, partial=None, sum
     constants = dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group)
     # by the whole vocabulary, so that all its spans run one program
     tail = any(n % tile.columns for n in (len(head.weight), v1 - v0))
-    constants |= dict(
-        DESCRIPTORS=tile.descriptors,
-        TAIL=tail,
-        DIAGONAL=tile.diagonal,
-        PARTS=tile.parts,
-        SUMS=sums,
-        PROFILE=profile,
-        ENTROPY="entropy" in stats,
-    )
+    constants |= dict(DESCRIPTORS=tile.descriptors, TAIL=tail, DIAGONAL=tile.diagonal, PARTS=tile.parts)
+    constants |= dict(SUMS=sums, PROFILE=profile, ENTROPY="entropy" in stats)
     constants |= dict(SQUARED="log_sum_sq_probs" in stats, MEAN="mean_logit" in stats)
     # One program a multiprocessor: registers that the compiler saves for a second one, at the price of
     # spills, are of no use.

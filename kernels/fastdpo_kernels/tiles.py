@@ -24,7 +24,7 @@ class Tile(NamedTuple):
     def half(self) -> "Tile":
         """Of the rows, for results that need more registers. Row sums are of the same columns, and come to
         the same bits."""
-        return self._replace(rows=self.rows // 2, warps=min(self.warps, self.rows // 16))
+        return self._replace(rows=self.rows // 2, warps=min(self.warps, max(4, self.rows // 16)))
 
     def plain(self) -> "Tile":
         """Without descriptors: for rows listed by number, or tensors that descriptors cannot take."""

@@ -72,7 +72,7 @@ def chunk_sums(
     own = tl.zeros((BLOCK,), tl.float32)
     for n0 in range(0, N, BLOCK):
         cols = n0 + tl.arange(0, BLOCK)
-        z, t = _logits(z_ptr, bias_ptr, cols, N, scale, softcap)
+        z, _ = _logits(z_ptr, bias_ptr, cols, N, scale, softcap)
         if logits_ptr is not None:
             logits += tl.where(cols < N, z, 0.0)
         own = tl.where(cols == target, z, own)

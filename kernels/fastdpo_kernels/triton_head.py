@@ -30,9 +30,9 @@ def start(head, x, target):
     state, rest = State(new(), new(), new(), new()), new()
     by_row = (target, state.peak, state.target_logit, rest)
     sizes, tile = (len(x), len(w), x.shape[1], x.stride(0), w.stride(0), *head.ends), tile_for(head, x)
-    how = dict(BLOCK=tile.columns, BK=tile.depth, warps=tile.warps, stages=tile.stages)
-    programs = cdiv(len(x), tile.columns)
-    launch.run(triton_rows.start_rows, programs, x, w, head.bias, *by_row, *sizes, **how)
+    block = min(128, tile.columns)
+    how = dict(BLOCK=block, BK=tile.depth, warps=tile.warps, stages=tile.stages)
+    launch.run(triton_rows.start_rows, cdiv(len(x), block), x, w, head.bias, *by_row, *sizes, **how)
     return state, rest
 
 

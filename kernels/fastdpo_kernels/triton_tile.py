@@ -73,10 +73,9 @@ def finished(z, scale, softcap):
 def _row_sums(e, PARTS: tl.constexpr):
     """In fixed parts of the columns. A tile of fewer rows gives a row to more threads or warps, and then each
     part is in one of them, and sums to the same bits: benchmarks/head/aot.py looks."""
-    sums = tl.sum(tl.reshape(e, (e.shape[0], PARTS, e.shape[1] // PARTS)), 2)
-    if PARTS == 4:
-        sums = tl.sum(tl.reshape(sums, (e.shape[0], 2, 2)), 2)
-    return tl.sum(sums, 1)
+    OUTER: tl.constexpr = (PARTS + 1) // 2
+    parts = tl.reshape(e, (e.shape[0], OUTER, PARTS // OUTER, e.shape[1] // PARTS))
+    return tl.sum(tl.sum(tl.sum(parts, 3), 2), 1)
 
 
 @triton.jit
@@ -111,7 +110,8 @@ def _tile(
     z, t, rows, at, here, n0, N, v0, target_ptr, target_logit_ptr, reference_ptr, factor_ptr,
     by_logit_ptr, partial_ptr, slot_stride, softcap,
     BN: tl.constexpr, TAIL: tl.constexpr, DIAGONAL: tl.constexpr, PARTS: tl.constexpr, EXP: tl.constexpr,
-    SUMS: tl.constexpr, PROFILE: tl.constexpr, ENTROPY: tl.constexpr, SQUARED: tl.constexpr, MEAN: tl.constexpr,
+    SUMS: tl.constexpr, PROFILE: tl.constexpr, ENTROPY: tl.constexpr, SQUARED: tl.constexpr,
+    MEAN: tl.constexpr,
 ):  # fmt: skip
     """Writes a tile's partial results, and returns the tile of E or dZ."""
     # within the tile, where columns are constants of the program and take no registers

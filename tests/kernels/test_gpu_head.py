@@ -70,7 +70,7 @@ def test_the_diagonal_has_the_tiles_bits(D, softcap, monkeypatch):
         pytest.skip("no tile for this chip")
     head = Head(c.weight, c.bias, None, None, 1.0, c.scale, softcap)
     for diagonal in (True, False):
-        monkeypatch.setattr(tiles, "tile", lambda *_: tile._replace(diagonal=diagonal))
+        monkeypatch.setattr(tiles, "tile", lambda *_, diagonal=diagonal: tile._replace(diagonal=diagonal))
         state, _ = backend_for(head, c.hidden).forward(
             head, c.hidden, c.target, Plan("forward", 0, 0, 1, 1000, 20000)
         )
