@@ -55,6 +55,7 @@ def test_whole_tiles(D, softcap, scale, many_chunks, monkeypatch):  # noqa: F811
         c = head_case(40, V, D=D, softcap=softcap, scale=scale).to(torch.float32)
         assert_right(c, ALL, STATS, memory_budget=budget("recompute", c))
         assert_right(c, ("hidden",))
+        assert_right(c)  # all tiles in one pass
         assert set(tails) == {None, tail}
 
 
