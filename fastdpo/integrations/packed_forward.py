@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from fastdpo.errors import ModelError
-from fastdpo.integrations.head import one_dtype
 from fastdpo.integrations.inner import Sealed, can_share, switch_attention
 from fastdpo.integrations.trl_rows import IGNORED, PackedRows, pack_rows
 from fastdpo.model.policy import Head, logit_transform
@@ -151,7 +150,6 @@ class PackedForward(Packed):
 
     def score(self, model, hidden, target):
         head = Head(model.get_output_embeddings(), *logit_transform(model.config.get_text_config()))
-        (hidden,) = one_dtype(hidden)
         parts = head.tensors(hidden.dtype)
         device = parts["weight"].device
         hidden, target = hidden.to(device), target.to(device)

@@ -10,36 +10,64 @@ def told(**tensors: torch.Tensor | None) -> str:
     )
 
 
-def check_head(op: str, hidden, weight, target, bias, a, b) -> None:
-    """ValueError unless hidden [M, D], weight [V, D], target i64[M], bias [V], A [r, D] and B [V, r] are
+def operands(op: str, hidden, target, weight, bias, lora) -> list:
+    """[hidden, target, weight, bias, A, B] as the kernels take them: frozen DTensors gathered, float tensors
+    in autocast's dtype where it is on, but for float64 (as torch's linear). ValueError for other DTensors,
+    and for what check_head refuses."""
+    tensors = [hidden, target, weight, bias, *(lora or (None, None))[:2]]
+    for i, name in enumerate(("hidden", "target", "weight", "bias", "lora A", "lora B")):
+        t = tensors[i]
+        if not hasattr(t, "full_tensor"):  # a DTensor has; asking for its class would import its package
+            continue
+        if i < 2 or (t.requires_grad and torch.is_grad_enabled()):
+            raise ValueError(
+                f"{op} needs a plain tensor for {name}, got a DTensor of placements {t.placements}: "
+                "unshard its module first, or pass to_local() or full_tensor(grad_placements=...)"
+            )
+        tensors[i] = t.full_tensor()
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        cast = lambda t: t is not None and t.is_floating_point() and t.dtype != torch.float64
+        tensors = [t.to(dtype) if cast(t) else t for t in tensors]
+    check_head(op, *tensors)
+    tensors[3] = None if tensors[3] is None else tensors[3].contiguous()
+    return tensors
+
+
+def check_head(op: str, hidden, target, weight, bias, a, b) -> None:
+    """ValueError unless hidden [..., D], weight [V, D], target i64[...], bias [V], A [r, D] and B [V, r] are
     of one device, and of one float dtype but for the target. Looks at no value."""
     named = {"hidden": hidden, "weight": weight, "bias": bias, "lora A": a, "lora B": b}
     floats = [t for t in named.values() if t is not None]
     shapes_fit = (
-        hidden.ndim == weight.ndim == 2
+        hidden.ndim > 0
+        and weight.ndim == 2
         and len(weight) > 0
-        and hidden.shape[1] == weight.shape[1]
+        and hidden.shape[-1] == weight.shape[1]
         and (bias is None or bias.shape == weight.shape[:1])
         and (a is None or (a.ndim == b.ndim == 2 and len(a) == b.shape[1]))
         and (a is None or (a.shape[1] == weight.shape[1] and len(b) == len(weight)))
     )
     if not shapes_fit:
-        wanted = "hidden [M, D], weight [V, D], bias [V], lora A [r, D], lora B [V, r]"
+        wanted = "hidden [..., D], weight [V, D], bias [V], lora A [r, D], lora B [V, r]"
         raise ValueError(f"{op} needs {wanted}, got {told(**named)}")
     if not hidden.dtype.is_floating_point or any(t.dtype != hidden.dtype for t in floats):
         raise ValueError(f"{op} needs one float dtype: cast hidden or the head first, got {told(**named)}")
     if any(t.device != hidden.device for t in floats):
         raise ValueError(f"{op} needs one device, got {told(**named)}")
-    if target.shape != hidden.shape[:1] or target.dtype != torch.int64 or target.device != hidden.device:
+    rows = list(hidden.shape[:-1])
+    if list(target.shape) != rows or target.dtype != torch.int64 or target.device != hidden.device:
         raise ValueError(
-            f"{op} needs target int64 [{len(hidden)}] on {hidden.device}, one per row of hidden, got "
-            + told(target=target)
+            f"{op} needs target int64 {rows} on {hidden.device}, one per row of hidden, got "
+            + told(hidden=hidden, target=target)
         )
 
 
-def check_softcap(softcap: float | None) -> None:
+def check_softcap(softcap: float | None) -> float | None:
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive (or None), got {softcap}")
+    return None if softcap is None else float(softcap)
 
 
 def check_pairs(hidden, cu_resp, pairs, by_row: dict, by_pair: dict) -> None:
@@ -47,6 +75,8 @@ def check_pairs(hidden, cu_resp, pairs, by_row: dict, by_pair: dict) -> None:
     float [M] and [P] that want no gradient, all on hidden's device. Looks at no value."""
     got = lambda: told(hidden=hidden, cu_resp=cu_resp, pairs=pairs, **by_row, **by_pair)
     integers = (torch.int32, torch.int64)
+    if hidden.ndim != 2:
+        raise ValueError(f"linear_dpo needs hidden [M, D], got {got()}")
     if cu_resp.ndim != 1 or len(cu_resp) < 1 or cu_resp.dtype not in integers:
         raise ValueError(f"linear_dpo needs cu_resp int32 or int64 [R+1], got {got()}")
     if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype not in integers:
@@ -69,7 +99,7 @@ def check_target_values(target: torch.Tensor, V: int) -> None:
     if len(target):
         low, high = target.min().item(), target.max().item()
         if low < 0 or high >= V:
-            raise ValueError(f"target must be in [0, {V}), unscored rows dropped: got {low} to {high}")
+            raise ValueError(f"target must be in [0, {V}) or ignore_index: got {low} to {high}")
 
 
 def check_pair_values(M: int, cu_resp: torch.Tensor, pairs: torch.Tensor) -> None:

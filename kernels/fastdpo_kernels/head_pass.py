@@ -28,9 +28,6 @@ from .head import Head
 from .ops import empty
 from .tiles import takes_triton
 
-# of the operators for torch.compile
-HEAD_SCHEMA = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, Tensor target"
-OPTIONS_SCHEMA = "float lora_scale, float scale, float? softcap"
 T = TypeVar("T")
 
 

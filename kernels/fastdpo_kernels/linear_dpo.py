@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_head, check_pair_values, check_pairs, check_softcap, check_target_values, told
+from .checks import check_pair_values, check_pairs, check_softcap, check_target_values, operands, told
 from .head import Head
-from .head_pass import HEAD_SCHEMA, OPTIONS_SCHEMA, Gradients, backend_for
+from .head_pass import Gradients, backend_for
 from .ops import empty, exact_on, scale_
 from .pair_losses import LOSSES, PairLoss, groups_of
 from .plan import Plan, plan
@@ -43,6 +43,7 @@ def linear_dpo(
     lora: tuple[Tensor, Tensor, float] | None = None,  # (A [r, D], B [V, r], s)
     groups: Sequence[int] | Tensor | None = None,
     memory_budget: int | None = None,
+    ignore_index: int = -100,
 ) -> tuple[Tensor, DPOStats]:
     """(sum over pairs of pair_weight x loss(margin), DPOStats): divide by your own number of pairs.
 
@@ -51,8 +52,9 @@ def linear_dpo(
     offset: Amini et al. 2024, eq. 6), a log-ratio being the response's sum of token_weight * (logp -
     ref_token_logp). loss is "sigmoid" (label_smoothing: Mitchell 2023, eq. 3), "hinge" (Liu et al. 2023),
     "ipo" (Azar et al. 2023, eq. 17, log-ratios divided by their rows as in TRL) or a function of margins
-    [P] to losses [P]. hidden and head share a float dtype; logits and results are float32 (float64 for
-    float64). `reference.linear_dpo` is the definition.
+    [P] to losses [P]. A row whose target is ignore_index has log-prob and gradient 0, and counts in no
+    log-ratio and no number of rows. Dtypes, autocast and DTensors are as in `linear_logp`.
+    `reference.linear_dpo` is the definition.
 
     Differentiable once in hidden, weight, bias, A and B; the stats, and what a loss function captures,
     carry no gradient. The forward makes the gradients somebody needs, the backward scales them in place:
@@ -69,61 +71,71 @@ def linear_dpo(
     targets, cu_resp, pairs or groups that do not hold together. On a device, a cu_resp that does not rise
     from 0 to M and groups that cut a pair or response apart give NaN.
     """
-    a, b, lora_scale = (None, None, 1.0) if lora is None else lora
-    check_head("linear_dpo", hidden, weight, target, bias, a, b)
+    hidden, target, *head = operands("linear_dpo", hidden, target, weight, bias, lora)
     by_row = {"ref_token_logp": ref_token_logp, "token_weight": token_weight}
     check_pairs(hidden, cu_resp, pairs, by_row, {"offset": offset, "pair_weight": pair_weight})
-    _check_options(loss, beta, label_smoothing, softcap)
-    target, bias = target.contiguous(), None if bias is None else bias.contiguous()
-    leaves = (hidden, weight, bias, a, b)
+    _check_options(loss, beta, label_smoothing)
+    leaves, lora_scale = (hidden, *head), 1.0 if lora is None else float(lora[2])
     need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in leaves]
     train_head = any(t is not None and t.requires_grad for t in leaves[1:])
     tensors = (target, cu_resp, pairs, ref_token_logp, offset, pair_weight, token_weight, _as_tensor(groups))
-    options = (loss, beta, label_smoothing, lora_scale, scale, softcap, memory_budget, train_head, need)
-    total, *stats = _op(loss)(*leaves, *tensors, *options)
+    of_head = (lora_scale, float(scale), check_softcap(softcap))
+    options = (loss, beta, label_smoothing, *of_head, memory_budget, ignore_index)
+    total, *stats = _op(loss)(*leaves, *tensors, *options, train_head, need)[:4]
     return total, DPOStats(*stats)
 
 
 def _op(loss: str | Callable[[Tensor], Tensor]) -> Any:
-    if callable(loss) and torch.compiler.is_compiling():
-        return torch.compiler.disable(_LinearDPO.apply)  # the caller's function is not for an opaque op
-    return _LinearDPO.apply
+    """The compiler sees one opaque op; without it nothing stands between autograd and the work."""
+    if not torch.compiler.is_compiling():
+        return _LinearDPO.apply
+    # the caller's function is not for an opaque op
+    return torch.compiler.disable(_LinearDPO.apply) if callable(loss) else operator
 
 
 class _LinearDPO(torch.autograd.Function):
-    """Gradients come out of the forward as saved tensors, for a loss whose upstream gradient is 1."""
+    """`operator` without a dispatcher, whose outputs are the results alone."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        # the compiler sees one opaque op; without it nothing stands between autograd and the work
-        run = compiled_forward if torch.compiler.is_compiling() else forward_and_gradients
-        total, token_logp, logratio, margin, *grads = run(*args)
-        ctx.need, ctx.inputs = args[-1], len(args)
-        ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(token_logp, logratio, margin)
-        ctx.set_materialize_grads(False)
-        return total, token_logp, logratio, margin
+        out = forward_and_gradients(*args)
+        _setup(ctx, args, out)
+        return tuple(out[:4])
 
     @staticmethod
     def backward(ctx: Any, d_total: Any, *d_stats: Any) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("linear_dpo is differentiable once: no create_graph=True over it")
-        if d_total is None:
-            return (None,) * ctx.inputs
         # in place, so that no second [V, D] is made; autograd refuses a later use of what was saved
-        grads = iter([scale_(grad, d_total) for grad in ctx.saved_tensors])
-        return *(next(grads) if need else None for need in ctx.need), *(None,) * (ctx.inputs - 5)
+        return _gradients(ctx, d_total, scale_)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    """The gradients came out of the forward, for a loss whose upstream gradient is 1."""
+    ctx.need, ctx.inputs = inputs[-1], len(inputs)
+    ctx.save_for_backward(*output[4:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, d_total: Any, scaled: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_dpo is differentiable once: no create_graph=True over it")
+    if d_total is None:
+        return (None,) * ctx.inputs
+    grads = iter([scaled(grad, d_total) for grad in ctx.saved_tensors])
+    return *(next(grads) if need else None for need in ctx.need), *(None,) * (ctx.inputs - 5)
 
 
 def forward_and_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, target: Tensor,
     cu_resp: Tensor, pairs: Tensor, ref_token_logp: Tensor | None, offset: Tensor | None,
     pair_weight: Tensor | None, token_weight: Tensor | None, groups: Tensor | None,
-    loss: str | Callable[[Tensor], Tensor], beta: float, label_smoothing: float, lora_scale: float,
-    scale: float, softcap: float | None, memory_budget: int | None, train_head: bool, need: list[bool]
+    loss: str, beta: float, label_smoothing: float, lora_scale: float, scale: float, softcap: float | None,
+    memory_budget: int | None, ignore_index: int, train_head: bool, need: list[bool]
 ) -> list[Tensor]:  # fmt: skip
     """[loss, token_logp [M], logratio [R], margin [P], then the gradients of hidden, weight, bias, A and B
-    that are in need]."""
+    that are in need]. loss is a function too, but for an operator."""
+    ignored = target == ignore_index
+    target = target.masked_fill(ignored, 0)
     how = plan(
         *(len(hidden), len(weight), hidden.shape[1]),
         dtype=hidden.dtype,
@@ -134,9 +146,8 @@ def forward_and_gradients(
         backend=backend_of(hidden, weight, a is not None),
     )
     by_pair = (offset, pair_weight, token_weight, loss, beta, label_smoothing)
-    pair_loss = PairLoss(cu_resp, pairs, len(hidden), ref_token_logp, *by_pair)
-    softcap = None if softcap is None else float(softcap)
-    head = Head(weight, bias, a, b, lora_scale, float(scale), softcap)
+    pair_loss = PairLoss(cu_resp, pairs, ignored, ref_token_logp, *by_pair)
+    head = Head(weight, bias, a, b, lora_scale, scale, softcap)
     with exact_on(hidden):
         parts = how.parts or (how,)
         token_logp, poison, grads = _by_parts(head, hidden, target, pair_loss, parts, Gradients(*need))
@@ -144,26 +155,26 @@ def forward_and_gradients(
         return [pair_loss.total(margin) * poison, token_logp, logratio, margin, *grads]
 
 
-compiled_forward = torch.library.custom_op(
-    "fastdpo::linear_dpo",
-    forward_and_gradients,
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, Tensor cu_resp, Tensor pairs, Tensor? ref_token_logp, Tensor? offset, "
-    "Tensor? pair_weight, Tensor? token_weight, Tensor? groups, str loss, float beta, float label_smoothing, "
-    f"{OPTIONS_SCHEMA}, SymInt? memory_budget, bool train_head, bool[] need) -> Tensor[]",
-)
+operator = torch.library.custom_op("fastdpo::linear_dpo", forward_and_gradients, mutates_args=())
 
 
-@compiled_forward.register_fake
+@operator.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Any, a: Any, b: Any, target: Tensor, cu_resp: Tensor,
     pairs: Tensor, *rest: Any
 ) -> list[Tensor]:  # fmt: skip
     wide = torch.promote_types(hidden.dtype, torch.float32)
     new = lambda *shape: hidden.new_empty(shape, dtype=wide)
-    stats = new(len(hidden)), new(cu_resp.shape[0] - 1), new(len(pairs))
+    stats = new(hidden.shape[0]), new(cu_resp.shape[0] - 1), new(pairs.shape[0])
     leaves = (hidden, weight, bias, a, b)
     return [new(), *stats, *(t.new_empty(t.shape) for t, need in zip(leaves, rest[-1]) if need)]
+
+
+# what the operator gave is not the backward's to scale in place
+operator.register_autograd(
+    lambda ctx, upstream: _gradients(ctx, upstream[0], lambda grad, d_total: scale_(grad.clone(), d_total)),
+    setup_context=_setup,
+)
 
 
 def _by_parts(
@@ -190,7 +201,7 @@ def _by_parts(
         rows = slice(stop - part.rows, stop)
         of_part = (head, hidden[rows], target[rows], part)
         state, _ = run.forward(*of_part)
-        token_logp[rows] = state.logp
+        token_logp[rows] = state.logp.masked_fill(pair_loss.ignored[rows], 0.0)
         if part.name != "forward":
             d_logp = pair_loss.token_slope(token_logp)[rows] * poison
             out = run.gradients(*of_part, state, need, d_logp, into=out, wide=several)
@@ -235,9 +246,7 @@ def _groups(groups: Tensor | None, target: Tensor, cu_resp: Tensor, pairs: Tenso
     return given
 
 
-def _check_options(
-    loss: str | Callable[[Tensor], Tensor], beta: float, label_smoothing: float, softcap: float | None
-) -> None:
+def _check_options(loss: str | Callable[[Tensor], Tensor], beta: float, label_smoothing: float) -> None:
     if not callable(loss) and loss not in LOSSES:
         raise ValueError(f"linear_dpo has the losses {', '.join(LOSSES)}, or takes a function, got {loss!r}")
     if not beta > 0:
@@ -246,4 +255,3 @@ def _check_options(
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if label_smoothing and loss != "sigmoid":
         raise ValueError(f"label_smoothing is part of the sigmoid loss only, got loss={loss!r}")
-    check_softcap(softcap)

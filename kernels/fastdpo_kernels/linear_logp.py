@@ -4,16 +4,17 @@ Letters: M scored rows, D hidden, V vocab, r the LoRA rank.
 """
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from .checks import check_head, check_softcap, check_target_values
+from . import reference
+from .checks import check_softcap, check_target_values, operands
 from .head import Head
-from .head_pass import HEAD_SCHEMA, OPTIONS_SCHEMA, Gradients, State, backend_for
+from .head_pass import Gradients, State, backend_for
 from .ops import aligned_rows, exact_on
-from .plan import Plan, plan, spans
+from .plan import Plan, plan
 from .tiles import backend_of
 
 STATS = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
@@ -24,28 +25,29 @@ SAVED: dict[str, tuple[str, ...]]
 SAVED = {"forward": (), "frozen": ROWS, "keep": (*ROWS, "kept", "peaks"), "recompute": ROWS}
 
 
+class Options(reference.Options, total=False):
+    memory_budget: int | None
+
+
 @overload
 def linear_logp(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
-    softcap: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None, stats: tuple[()] = (),
-    memory_budget: int | None = None,
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *,
+    stats: tuple[()] = (), **options: Unpack[Options]
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_logp(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
-    softcap: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None,
-    stats: tuple[str, *tuple[str, ...]], memory_budget: int | None = None,
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *,
+    stats: tuple[str, *tuple[str, ...]], **options: Unpack[Options]
 ) -> tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
 @overload
 def linear_logp(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
-    softcap: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None, stats: tuple[str, ...],
-    memory_budget: int | None = None,
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *,
+    stats: tuple[str, ...], **options: Unpack[Options]
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
 def linear_logp(
-    hidden: Tensor,  # [M, D]
+    hidden: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]
-    target: Tensor,  # i64[M]
+    target: Tensor,  # i64[...]
     bias: Tensor | None = None,  # [V]
     *,
     scale: float = 1.0,
@@ -53,96 +55,112 @@ def linear_logp(
     lora: tuple[Tensor, Tensor, float] | None = None,  # (A [r, D], B [V, r], s)
     stats: tuple[str, ...] = (),
     memory_budget: int | None = None,
+    ignore_index: int = -100,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """log softmax(z)[target] for every row, z = softcap(scale * (h W^T + bias + s (h A^T) B^T)),
     without [M, V] logits.
 
-    hidden, weight, bias, A and B share one float dtype and device; autocast and TF32 are ignored. Logits
-    are formed and reduced in float32 (float64 for float64), and the results are of that dtype: logp
-    [M], or (logp, {name: [M]}) when stats are named: "entropy", "log_sum_sq_probs" (log of sum_v
-    p_v^2), "mean_logit" (over the vocabulary), "is_top1" (1.0 where no token is more probable).
+    hidden, weight, bias, A and B share one float dtype and device; under autocast they are cast to its
+    dtype, all but float64, as torch's linear does it. TF32 is ignored. Logits are formed and reduced in
+    float32 (float64 for float64), and the results are of that dtype and of target's shape: logp, or
+    (logp, {name: values}) when stats are named: "entropy", "log_sum_sq_probs" (log of sum_v p_v^2),
+    "mean_logit" (over the vocabulary), "is_top1" (1.0 where no token is more probable).
     Differentiable once in hidden and every head parameter, through logp and entropy; only the
     gradients somebody needs are computed, and the same inputs give the same bits. `plan` tells what
     a call costs; memory_budget (bytes, plan.MEMORY_BUDGET when None) picks between keeping and
     recomputing logits when the head is trained. A gradient through entropy recomputes them in any
     plan, so naming it for its value alone is free.
 
-    NaN or inf in a row of hidden stays in that row of the results and of hidden's gradient; the
-    head's gradients sum over rows, so they are lost. A bias of -inf masks a token out.
+    Where target is ignore_index, the results and gradients are 0, with no wait for the device. Such a
+    row's work is done all the same: leave them out where they are many. NaN or inf in a row of hidden,
+    an ignored one too, stays in that row of the results and of hidden's gradient; the head's gradients
+    sum over rows, so they are lost. A bias of -inf masks a token out.
 
     `backend` tells what runs it: Triton kernels for bfloat16 on the GPUs of tiles.TILES (not with a
     LoRA or a weight whose rows are strided), cuBLAS and row kernels on other CUDA tensors, plain torch
-    elsewhere, with the same plans and accuracy.
-    torch.compile takes a call as one operator.
+    elsewhere, with the same plans and accuracy. torch.compile takes a call as one operator. A DTensor of
+    a frozen head is gathered.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, an unknown stat, softcap <= 0,
-    and, on CPU tensors only (a device would have to be waited for), a target outside [0, V), which is
-    NaN on a GPU, or where gradients take its row of weight by torch, a device assertion.
+    Raises ValueError for shapes, dtypes, devices or DTensors that do not fit, an unknown stat, softcap
+    <= 0, and, on CPU tensors only (a device would have to be waited for), another target outside [0, V),
+    which is NaN on a GPU, or where gradients take its row of weight by torch, a device assertion.
     """
-    a, b, lora_scale = (None, None, 1.0) if lora is None else lora
-    check_head("linear_logp", hidden, weight, target, bias, a, b)
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_target_values(target, len(weight))
     unknown = [name for name in stats if name not in STATS]
     if unknown:
         raise ValueError(f"linear_logp has the stats {', '.join(STATS)}, got {unknown}")
-    check_softcap(softcap)
-    target, bias = target.contiguous(), None if bias is None else bias.contiguous()
-    parameters = [p for p in (weight, bias, a, b) if p is not None]
-    train_weight = any(p.requires_grad for p in parameters)
+    options = (1.0 if lora is None else float(lora[2]), float(scale), check_softcap(softcap), ",".join(stats))
+    hidden, target, *head = operands("linear_logp", hidden, target, weight, bias, lora)
+    shape, ignored = target.shape, target == ignore_index
+    target = target.masked_fill(ignored, 0).reshape(-1)
+    hidden = hidden.reshape(len(target), hidden.shape[-1])
+    out = _of_rows(hidden, head, target, options, memory_budget)
+    logp, *values = [t.reshape(shape).masked_fill(ignored, 0.0) for t in out[: 1 + len(stats)]]
+    return (logp, dict(zip(stats, values))) if stats else logp
+
+
+def _of_rows(hidden: Tensor, head: list[Any], target: Tensor, options: Any, memory_budget: int | None) -> Any:
+    """[logp [M], the stats in order, ...] of hidden [M, D], by the plan that fits."""
+    weight, train_weight = head[0], any(p is not None and p.requires_grad for p in head)
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_target_values(target, len(weight))
     how = plan(
         *(len(hidden), len(weight), hidden.shape[1]),
         dtype=hidden.dtype,
         train_weight=train_weight,
         need_grad=torch.is_grad_enabled() and (train_weight or hidden.requires_grad),
         memory_budget=memory_budget,
-        backend=backend_of(hidden, weight, a is not None),
+        backend=backend_of(hidden, weight, head[-1] is not None),
     )
-    options = (float(lora_scale), float(scale), None if softcap is None else float(softcap), ",".join(stats))
-    logp, *values = _LinearLogp.apply(hidden, weight, bias, a, b, target, *options, how.name, how.width)
-    return (logp, dict(zip(stats, values))) if stats else logp
+    # the compiler sees one opaque op; without it nothing stands between autograd and the work
+    run: Callable[..., Any] = operator if torch.compiler.is_compiling() else _LinearLogp.apply
+    return run(hidden, *head, target, *options, how.name, how.width)
 
 
 class _LinearLogp(torch.autograd.Function):
-    """Runs a Plan by name: gradients of logp and entropy in hidden and the head's parameters."""
+    """`operator` without a dispatcher, whose outputs are the results alone."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        # the compiler sees one opaque op; without it nothing stands between autograd and the work
-        run = compiled_forward if torch.compiler.is_compiling() else forward_pass
-        *inputs, lora_scale, scale, softcap, stats, name, width = args
-        logp, *rest = run(*args)
-        stats = stats.split(",") if stats else []
-        values, saved = rest[: len(stats)], rest[len(stats) :]
-        if name == "forward":
-            return logp, *values
-        ctx.options, ctx.stats = (lora_scale, scale, softcap, name, width), stats
-        entropy = dict(zip(stats, values)).get("entropy")
-        unit = saved.pop() if name == "frozen" else None
-        # frozen needs nothing but its unit, unless a gradient comes through entropy
-        again = () if unit is not None and entropy is None else (*inputs, logp, entropy, *saved)
-        ctx.save_for_backward(unit, *again)
-        ctx.mark_non_differentiable(*(v for stat, v in zip(stats, values) if stat != "entropy"))
-        ctx.set_materialize_grads(False)
-        return logp, *values
+        out = forward_pass(*args)
+        _setup(ctx, args, out)
+        return tuple(out[: 1 + len(ctx.stats)])
 
     @staticmethod
-    def backward(ctx: Any, d_logp: Any, *d_stats: Any) -> tuple[Tensor | None, ...]:
-        compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiling:
-            raise RuntimeError("linear_logp is differentiable once: no create_graph=True over it")
-        d_entropy = dict(zip(ctx.stats, d_stats)).get("entropy")
-        unit, *again = ctx.saved_tensors
-        need, nothing = list(ctx.needs_input_grad[:5]), (None,) * 7
-        if d_logp is None and d_entropy is None:
-            return *(None,) * 5, *nothing
-        if unit is not None and d_entropy is None:
-            return (unit * d_logp[:, None]).to(unit.dtype), *(None,) * 4, *nothing
-        run: Callable[..., list[Tensor]] = compiled_backward if compiling else backward_pass
-        (*inputs, logp, entropy), saved = again[:8], again[8:]
-        d_logp = torch.zeros_like(logp) if d_logp is None else d_logp
-        grads = iter(run(d_logp, d_entropy, *inputs, logp, entropy, saved, *ctx.options, need))
-        return *(next(grads) if wanted else None for wanted in need), *nothing
+    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, upstream, backward_pass)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    """Keeps for `_gradients` what a plan's backward needs of a forward_pass's arguments and results."""
+    *tensors, lora_scale, scale, softcap, stats, name, width = inputs
+    ctx.stats = stats.split(",") if stats else []
+    logp, values, saved = output[0], output[1 : 1 + len(ctx.stats)], list(output[1 + len(ctx.stats) :])
+    ctx.options = (lora_scale, scale, softcap, name, width)
+    ctx.set_materialize_grads(False)
+    entropy = dict(zip(ctx.stats, values)).get("entropy")
+    ctx.mark_non_differentiable(*(t for t in output[1:] if t is not entropy))
+    unit = saved.pop() if name == "frozen" else None
+    # frozen needs nothing but its unit, unless a gradient comes through entropy
+    again = () if unit is not None and entropy is None else (*tensors, logp, entropy, *saved)
+    ctx.save_for_backward(unit, *again)
+
+
+def _gradients(ctx: Any, upstream: Any, run: Callable[..., list[Tensor]]) -> tuple[Tensor | None, ...]:
+    """Of hidden, weight, bias, A and B, and None for the other arguments; run: backward_pass, or as an
+    operator."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_logp is differentiable once: no create_graph=True over it")
+    d_logp, d_entropy = upstream[0], dict(zip(ctx.stats, upstream[1:])).get("entropy")
+    unit, *again = ctx.saved_tensors
+    need, nothing = list(ctx.needs_input_grad[:5]), (None,) * 7
+    if d_logp is None and d_entropy is None:
+        return *(None,) * 5, *nothing
+    if unit is not None and d_entropy is None:
+        return (unit * d_logp[:, None]).to(unit.dtype), *(None,) * 4, *nothing
+    (*inputs, logp, entropy), saved = again[:8], again[8:]
+    d_logp = torch.zeros_like(logp) if d_logp is None else d_logp
+    grads = iter(run(d_logp, d_entropy, *inputs, logp, entropy, saved, *ctx.options, need))
+    return *(next(grads) if wanted else None for wanted in need), *nothing
 
 
 def forward_pass(
@@ -184,28 +202,15 @@ def backward_pass(
     return [gradient.to(hidden.dtype) for gradient, wanted in zip(every, need) if wanted]
 
 
-compiled_forward = torch.library.custom_op(
-    "fastdpo::linear_logp",
-    forward_pass,
-    mutates_args=(),
-    schema=f"({HEAD_SCHEMA}, {OPTIONS_SCHEMA}, str stats, str name, SymInt width) -> Tensor[]",
-)
-compiled_backward = torch.library.custom_op(
-    "fastdpo::linear_logp_backward",
-    backward_pass,
-    mutates_args=(),
-    schema=f"(Tensor d_logp, Tensor? d_entropy, {HEAD_SCHEMA}, Tensor logp, Tensor? entropy, Tensor[] saved, "
-    f"{OPTIONS_SCHEMA}, str name, SymInt width, bool[] need) -> Tensor[]",
-)
+operator = torch.library.custom_op("fastdpo::linear_logp", forward_pass, mutates_args=())
+backward_operator = torch.library.custom_op("fastdpo::linear_logp_backward", backward_pass, mutates_args=())
 
 
-@compiled_forward.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, target: Tensor,
-    lora_scale: float, scale: float, softcap: float | None, stats: str, name: str, width: int
-) -> list[Tensor]:  # fmt: skip
+@operator.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Any, a: Any, *rest: Any) -> list[Tensor]:
+    *_, stats, name, width = rest
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    M, V = len(hidden), len(weight)
+    M, V = hidden.shape[0], weight.shape[0]  # len() would fix a size that the compiler leaves open
     new = lambda *shape, dtype=wide: hidden.new_empty(shape, dtype=dtype)
     out = [new(M) for _ in range(1 + len(stats.split(",")) if stats else 1)]
     if name != "forward":
@@ -215,14 +220,19 @@ def _(
         torchs = backend == "torch"
         out.append(new(V, M, dtype=hidden.dtype) if torchs else aligned_rows(M, V, like=hidden))
         if backend != "triton":
-            out.append(new(len(spans(V, width)), M))
+            out.append(new(-(-V // width), M))
     elif name == "frozen":
         out.append(new(*hidden.shape, dtype=hidden.dtype))
     return out
 
 
-@compiled_backward.register_fake
+@backward_operator.register_fake
 def _(
     d_logp: Tensor, d_entropy: Any, hidden: Tensor, weight: Tensor, bias: Any, a: Any, b: Any, *rest: Any
 ) -> list[Tensor]:
     return [t.new_empty(t.shape) for t, wanted in zip((hidden, weight, bias, a, b), rest[-1]) if wanted]
+
+
+operator.register_autograd(
+    lambda ctx, upstream: _gradients(ctx, upstream, backward_operator), setup_context=_setup
+)

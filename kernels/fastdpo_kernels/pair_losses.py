@@ -41,7 +41,7 @@ class PairLoss:
 
     cu_resp: torch.Tensor
     pairs: torch.Tensor
-    rows: int
+    ignored: torch.Tensor  # bool [M]: rows that are in no sum
     ref_token_logp: torch.Tensor | None
     offset: torch.Tensor | None
     pair_weight: torch.Tensor | None
@@ -51,7 +51,7 @@ class PairLoss:
     label_smoothing: float
 
     def __post_init__(self):
-        cu_resp, pairs, rows = self.cu_resp, self.pairs, self.rows
+        cu_resp, pairs, rows = self.cu_resp, self.pairs, len(self.ignored)
         self.cu = cu_resp.long().clamp(0, rows)
         self.cu_rises = (cu_resp[0] == 0) & (cu_resp[-1] == rows) & (cu_resp.diff() >= 0).all()
         # a row beyond the last response finds none: check_pair_values refuses that on a CPU, and a
@@ -60,7 +60,8 @@ class PairLoss:
         last = max(len(self.cu) - 2, 0)
         self.row_resp = torch.searchsorted(self.cu[1:], places, right=True).clamp_(max=last)
         self.winner, self.loser = pairs.long().unbind(-1)
-        self.mean = self.loss == "ipo"
+        # what log-ratios are divided by
+        self.number = _sums((~self.ignored).double(), self.cu) if self.loss == "ipo" else None
         # the pairs' slopes by response: all that win or lose with the first, then with the second, ...
         ends = torch.cat((self.winner, self.loser))
         self.by_resp = ends.argsort(stable=True)
@@ -72,8 +73,8 @@ class PairLoss:
         ratio = token_logp if self.ref_token_logp is None else token_logp - self.ref_token_logp
         if self.token_weight is not None:
             ratio = ratio * self.token_weight
-        logratio = _sums(ratio.double(), self.cu)
-        per_resp = logratio / self.cu.diff() if self.mean else logratio
+        logratio = _sums(ratio.masked_fill(self.ignored, 0.0).double(), self.cu)
+        per_resp = logratio if self.number is None else logratio / self.number
         margin = self.beta * (per_resp[self.winner] - per_resp[self.loser])
         if self.offset is not None:
             margin = margin - self.offset
@@ -100,12 +101,12 @@ class PairLoss:
             slope = self._weighted(slope)
         slope = self.beta * slope.double()
         d_resp = _sums(torch.cat((slope, -slope))[self.by_resp], self.cu_ends)
-        if self.mean:
-            d_resp = d_resp / self.cu.diff()
+        if self.number is not None:
+            d_resp = d_resp / self.number
         d_token = d_resp[self.row_resp] if len(d_resp) else d_resp.new_zeros(len(token_logp))
         if self.token_weight is not None:
             d_token = d_token * self.token_weight
-        return d_token.to(token_logp.dtype)
+        return d_token.masked_fill(self.ignored, 0.0).to(token_logp.dtype)
 
     def unsound(self, bounds):
         """Whether cu_resp does not rise from 0 to all rows, a pair names a response below 0 (one above R - 1

@@ -18,39 +18,40 @@ class DPOStats(NamedTuple):
     margin: Tensor  # [P] what the loss sees: beta * (winner's - loser's log-ratio) - offset
 
 
-class HeadOptions(TypedDict, total=False):
-    bias: Tensor | None
+class Options(TypedDict, total=False):
     scale: float
     softcap: float | None
     lora: tuple[Tensor, Tensor, float] | None
+    ignore_index: int
+
+
+class HeadOptions(Options, total=False):
+    bias: Tensor | None
 
 
 @overload
 def linear_logp(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
-    softcap: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None, stats: tuple[()] = (),
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *,
+    stats: tuple[()] = (), **options: Unpack[Options]
 ) -> Tensor: ...  # fmt: skip
 @overload
 def linear_logp(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
-    softcap: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None,
-    stats: tuple[str, *tuple[str, ...]],
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *,
+    stats: tuple[str, *tuple[str, ...]], **options: Unpack[Options]
 ) -> tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
-@overload
-def linear_logp(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
-    softcap: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None, stats: tuple[str, ...],
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
 def linear_logp(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *, scale: float = 1.0,
     softcap: float | None = None, lora: tuple[Tensor, Tensor, float] | None = None,
-    stats: tuple[str, ...] = (),
+    stats: tuple[str, ...] = (), ignore_index: int = -100,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """logp[t] = log softmax(z[t])[target[t]], z = softcap(scale * (h W^T + bias + s (h A^T) B^T)).
 
-    hidden [M, D], weight [V, D], target i64[M], bias [V], lora = (A [r, D], B [V, r], s), in one
-    float dtype. Returns logp [M], or (logp, {name: [M]}) when stats are named.
+    hidden [..., D], weight [V, D], target i64[...], bias [V], lora = (A [r, D], B [V, r], s), in one
+    float dtype. Returns logp [...], or (logp, {name: [...]}) when stats are named, 0 where target is
+    ignore_index.
     """
+    ignored = target == ignore_index
+    target = target.masked_fill(ignored, 0)
     z = hidden @ weight.T
     if bias is not None:
         z = z + bias
@@ -61,7 +62,7 @@ def linear_logp(
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     logps = torch.log_softmax(z, -1)
-    logp = logps.gather(-1, target[:, None])[:, 0]
+    logp = logps.gather(-1, target[..., None])[..., 0].masked_fill(ignored, 0.0)
     if not stats:
         return logp
     finite = logps.clamp(min=torch.finfo(z.dtype).min)  # a vocab entry masked by -inf: 0 log 0 = 0
@@ -70,9 +71,9 @@ def linear_logp(
         "log_sum_sq_probs": lambda: torch.logsumexp(2 * logps, -1),
         "mean_logit": lambda: z.mean(-1),
         # a tie for the top counts: no other token is more probable
-        "is_top1": lambda: (z.gather(-1, target[:, None])[:, 0] >= z.amax(-1)).to(z.dtype),
+        "is_top1": lambda: (z.gather(-1, target[..., None])[..., 0] >= z.amax(-1)).to(z.dtype),
     }
-    return logp, {name: every[name]() for name in stats}
+    return logp, {name: every[name]().masked_fill(ignored, 0.0) for name in stats}
 
 
 def linear_dpo(
@@ -95,7 +96,8 @@ def linear_dpo(
 
     cu_resp i[R+1] bounds each response's rows, pairs i[P, 2] holds (winner, loser) response
     numbers; ref_token_logp, token_weight [M]; offset, pair_weight [P]; `head` is bias, scale,
-    softcap, lora. margin = beta * (logratio_winner - logratio_loser) - offset, and per pair
+    softcap, lora, ignore_index (such a row is in no sum and no number of rows).
+    margin = beta * (logratio_winner - logratio_loser) - offset, and per pair
         sigmoid   -(1 - e) log sigmoid(margin) - e log sigmoid(-margin), e = label_smoothing
         hinge     relu(1 - margin)
         ipo       (margin / beta - 1 / (2 beta))^2, each log-ratio divided by its number of rows
@@ -109,10 +111,13 @@ def linear_dpo(
     ratio = logp if ref_token_logp is None else logp - ref_token_logp
     if token_weight is not None:
         ratio = ratio * token_weight
+    counted = target != head.get("ignore_index", -100)
+    ratio = ratio.where(counted, 0.0)
     lengths = cu_resp.diff().long()
     row_resp = torch.repeat_interleave(torch.arange(len(lengths), device=ratio.device), lengths)
     logratio = ratio.new_zeros(len(lengths)).index_add(0, row_resp, ratio)
-    per_resp = logratio / lengths if loss == "ipo" else logratio
+    number = logratio.new_zeros(len(lengths)).index_add(0, row_resp, counted.to(ratio.dtype))
+    per_resp = logratio / number if loss == "ipo" else logratio
     winner, loser = pairs.long().unbind(-1)
     margin = beta * (per_resp[winner] - per_resp[loser])
     if offset is not None:

@@ -1,9 +1,10 @@
-"""The loop of docs/own_loop.md: its three losses agree, step after step, and so do their gradients."""
+"""docs/own_loop.md: its three losses agree, step after step, and so do their gradients; labels with -100."""
 
 import pytest
 import torch
 
 from tests.docs.snippets import block
+from tests.docs.workplace import furnish
 
 
 def snippet():
@@ -40,3 +41,21 @@ def test_same_loss_and_gradients_as_the_naive_lines(name, dtype):
     names = snippet()
     near = dict(rtol=1e-10, atol=1e-13) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(train(names[name], dtype), train(names["naive"], dtype), **near)
+
+
+def test_labels_of_a_collator_under_autocast(tmp_path, monkeypatch):
+    furnish(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block("own_loop.md", "Labels with -100, autocast, modules", "python"), names)
+    batch, labels, model = (names[name] for name in ("batch", "labels", "model"))
+    weight = model.get_output_embeddings().weight
+    (ours,), weight.grad = [weight.grad], None
+    assert (labels == -100).sum() == 5 and ours.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        own = model(**batch, labels=labels).loss
+    own.backward()
+    for loss in (names["loss"], names["same"]):
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, own.float(), rtol=2e-2, atol=2e-2)
+    assert (ours - weight.grad).norm() < 0.05 * weight.grad.norm()

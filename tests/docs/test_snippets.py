@@ -17,6 +17,7 @@ RUN_BY = {
     ("drop_ins.md", "Axolotl 0.19"): "integrations/test_axolotl.py",
     ("drop_ins.md", "Unsloth 2026.10.9 with TRL 1.15"): "integrations/test_unsloth.py",
     ("own_loop.md", "The loss alone"): "docs/test_own_loop.py",
+    ("own_loop.md", "Labels with -100, autocast, modules"): "docs/test_own_loop.py",
     ("own_loop.md", "In Hugging Face's Trainer"): "integrations/test_hf_trainer.py",
 }
 WRITTEN_FOR_THE_SHELL = re.compile(r"# (\S+\.yaml)\n")  # test_commands.py writes and uses it

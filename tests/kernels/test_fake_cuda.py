@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("triton")
 import torch
-from fastdpo_kernels import backend, linear_dpo, linear_logp, plan
+from fastdpo_kernels import LinearCrossEntropy, backend, linear_dpo, linear_logp, plan
 
 from tests.kernels.cases import STATS
 from tests.training.fake_cuda import CUDA
@@ -157,6 +157,15 @@ def test_linear_dpo(machine, way, head, loss, groups):
         if trained:
             (total / len(PAIRS)).backward()
         one.check((total, *stats), torch.float32)
+    nothing_waited(device)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_module_divides_by_the_rows_that_count_without_asking(reduction):
+    with fake_cuda() as device, device:
+        one = Head(torch.bfloat16, ("hidden", "weight"))
+        LinearCrossEntropy(reduction=reduction)(one.hidden, one.weight, one.target).sum().backward()
+        one.check((), torch.float32)
     nothing_waited(device)
 
 

@@ -221,11 +221,12 @@ def test_half_dW_is_summed_in_float32():
     assert_as_good(b, torch.bfloat16, ("hidden", "weight"), memory_budget=1)
 
 
-def test_autocast_changes_nothing():
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)
+def test_inside_nothing_runs_under_autocast(dtype):
     b = batch(12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = b.run(linear_dpo, NAMES, torch.float32, loss=FUNCTION)
-    for key, value in b.run(linear_dpo, NAMES, torch.float32, loss=FUNCTION).items():
+        inside = b.run(linear_dpo, NAMES, dtype, loss=FUNCTION)
+    for key, value in b.run(linear_dpo, NAMES, dtype, loss=FUNCTION).items():
         assert torch.equal(value, inside[key]), key
 
 

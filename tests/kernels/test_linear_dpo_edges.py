@@ -159,7 +159,9 @@ def test_what_does_not_hold_together_is_seen_without_looking():
     cu = torch.tensor([0, 3, 7, 7, 9, 10])
     nothing = dict.fromkeys(("ref_token_logp", "offset", "pair_weight", "token_weight"))
     options = dict(loss="sigmoid", beta=0.1, label_smoothing=0.0, **nothing)
-    loss = lambda pairs, cu=cu: PairLoss(cu, torch.tensor(pairs), 10, **options)
+    loss = lambda pairs, cu=cu: PairLoss(
+        cu, torch.tensor(pairs), torch.zeros(10, dtype=torch.bool), **options
+    )
     cut = lambda pairs, *bounds: loss(pairs).unsound(bounds).item()
     apart, within_one = [[0, 1], [4, 3]], [[0, 1], [4, 1]]
     assert not cut(apart) and not cut(apart, 7) and not cut(within_one)

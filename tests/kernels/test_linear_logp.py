@@ -203,8 +203,10 @@ def test_only_entropy_carries_a_gradient():
     assert [name for name, value in values.items() if value.requires_grad] == ["entropy"]
 
 
-def test_autocast_changes_nothing():
-    c = case(lora=True).to(torch.float32)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64), ids=str)
+def test_inside_nothing_runs_under_autocast(dtype):
+    # neither tensors of autocast's own dtype, nor float64, which it leaves alone
+    c = case(lora=True).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = c.run(linear_logp)
     for key, value in c.run(linear_logp).items():
