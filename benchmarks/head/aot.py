@@ -29,7 +29,7 @@ from triton.compiler import ASTSource, compile
 VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 # what one program may have, from the CUDA programming guide's table of compute capabilities
 SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
-# the instruction that a GEMM over all rows must run on; listed rows are too few to matter
+# the instruction that a GEMM over all rows must run on; rows out of range are too few to matter
 MATRIX = {(8, 0): "HMMA", (9, 0): "HGMMA", (10, 0): "UTCHMMA"}
 WHOLE_PASSES = ("E", "E, bias, softcap", "E, statistics, softcap", "sums only", "sums and statistics", "dZ")
 WHOLE_PASSES += ("dZ, entropy, softcap",)
@@ -70,7 +70,7 @@ def launches(tile, dtype):
 
     no_gemm = dict.fromkeys(("matmul", "matmul_add"), lambda *args: None)
     with mock.patch.object(tiles, "tile", lambda *args: tile), mock.patch.multiple(triton_head, **no_gemm):
-        (capped_e, profile, listed_e), of_keep = of(capped, "keep")
+        (capped_e, profile, settled_e), of_keep = of(capped, "keep")
         passes = {
             "E": of(plain, "keep")[0][0],
             "E, bias, softcap": capped_e,
@@ -79,8 +79,8 @@ def launches(tile, dtype):
             "sums and statistics": of(plain, "forward", STATS)[0][0],
             "dZ": of(plain, "recompute")[0][-1],
             "dZ, entropy, softcap": of(capped, "recompute", ("entropy",), rows)[0][-1],
-            "listed rows, profile": profile,
-            "listed rows, E": listed_e,
+            "rows out of range, profile": profile,
+            "rows out of range, E": settled_e,
         }
         return passes | of(capped, "frozen", STATS)[1] | of_keep | chunk_launches(new, target, rows)
 

@@ -24,7 +24,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from .head import Head
+from .head import Head, HiddenGrad
 from .ops import empty
 from .tiles import takes_triton
 
@@ -41,12 +41,12 @@ class State:
     target_logit: torch.Tensor
     logp: torch.Tensor
     entropy: torch.Tensor | None = None  # where it was named
-    # plan keep: E, [V, M] by torch, else row by row [M, V and padding]; and, where each chunk of E is
-    # relative to a peak of its own, those: [chunks, M]
+    # plan keep: E, [V, M] by torch, else row by row [M, V and padding], at the target 0 or, by Triton, E less
+    # the total; and, where each chunk of E is relative to a peak of its own, those: [chunks, M]
     kept: torch.Tensor | None = None
     peaks: torch.Tensor | None = None
-    # plan frozen: sum over v of E_v W_v, f32[M, D] or chunked's HiddenGrad
-    sums: object = None
+    # plan frozen: sum over v of E_v W_v without the target, f32[M, D] by Triton
+    sums: torch.Tensor | HiddenGrad | None = None
 
 
 @dataclass

@@ -59,17 +59,18 @@ def run(kernel, programs, *arguments, warps=4, stages=1, fuse=True, registers=No
 
 
 def tile_pass(tile, head, x, target, span, state, *, out=None, partial=None, sums=False, profile=False,
-              stats=(), factor=None, by_logit=None, listed=(None, None)):  # fmt: skip
+              stats=(), factor=None, by_logit=None, flags=None):  # fmt: skip
     """The GEMM over the vocabulary's [v0, v1), leaving what is asked for; see triton_tile.py.
 
-    partial f32[slots, tiles of `tile.columns`, M]; listed: (rows i32[M], count i32[1]) for these alone.
+    partial f32[slots, tiles of `tile.columns`, M]; flags i32[M + blocks of `tile.rows`]: for these rows
+    alone, by this very tile, whatever it leaves.
     """
     (v0, v1), M = span, len(x)
     w = head.weight[v0:v1]
     for needs_registers in (profile or by_logit is not None, head.softcap is not None):
-        tile = tile.half() if needs_registers else tile
+        tile = tile.half() if needs_registers and flags is None else tile
     programs = min(processors(x.device), triton.cdiv(M, tile.rows) * triton.cdiv(v1 - v0, tile.columns))
-    by_row = (target, state.target_logit, state.peak, factor, by_logit, partial, *listed)
+    by_row = (target, state.target_logit, state.peak, factor, by_logit, partial, flags)
     strides = (0 if matrix is None else matrix.stride(0) for matrix in (x, w, out, partial))
     sizes = (M, v1 - v0, x.shape[1], v0, *strides, *head.ends, programs)
     constants = dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group)

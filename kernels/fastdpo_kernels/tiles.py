@@ -27,7 +27,7 @@ class Tile(NamedTuple):
         return self._replace(rows=self.rows // 2, warps=min(self.warps, max(4, self.rows // 16)))
 
     def plain(self) -> "Tile":
-        """Without descriptors: for rows listed by number, or tensors that descriptors cannot take."""
+        """Without descriptors: for rows out of range, or tensors that descriptors cannot take."""
         return self._replace(rows=min(self.rows, 128), descriptors=False)
 
 

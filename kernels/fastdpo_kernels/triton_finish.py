@@ -111,11 +111,11 @@ def put_target(out_ptr, target_ptr, value_ptr, M, N, v0, stride_out, BLOCK: tl.c
 
 @triton.jit
 def hidden_gradient(
-    sums_ptr,  # f32[M, D]: sum over v of dz or E times W_v, without the target
+    sums_ptr,  # f32[M, D]: sum over v of dz or E times W_v
     w_ptr,  # [V, D]
     target_ptr,  # i64[M]
     factor_ptr,  # f32[M] or None (1): of the sums
-    coefficient_ptr,  # f32[M]: of the target's row of W
+    coefficient_ptr,  # f32[M]: of the target's row of W, what the sums lack of it
     out_ptr,  # [M, D], written
     V,
     D,

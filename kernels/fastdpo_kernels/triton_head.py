@@ -37,8 +37,8 @@ def start(head, x, target):
 
 
 def forward(head, hidden, target, how, stats=()):
-    """One pass over the vocabulary: keep fills `kept` with E (times the softcap's slope, 0 at the target),
-    frozen makes `sums` f32[M, D], the target left out."""
+    """One pass over the vocabulary: keep fills `kept` with E (times the softcap's slope, at the target
+    less the whole sum), frozen makes `sums` f32[M, D], the target left out."""
     x = hidden.contiguous()
     M, V, tile = len(x), len(head.weight), tile_for(head, x)
     new = lambda *shape: torch.empty(*shape, dtype=torch.float32, device=x.device)
@@ -62,6 +62,8 @@ def forward(head, hidden, target, how, stats=()):
             matmul_add(out, head.weight[v0:v1], state.sums)
     finished = (state.peak, rest, state.target_logit, state.total, state.logp)
     launch.run(triton_finish.finish_rows, cdiv(M, 128), *finished, M, BLOCK=128)
+    if state.kept is not None:
+        launch.put_target(state.kept, target, _own(head, state), (0, V))
     values = statistics(profile, V, state.target_logit, stats) if stats else {}
     state.entropy = values.get("entropy")
     return state, values
@@ -79,25 +81,22 @@ def statistics(profile, V, target_logit, stats):
 def _add_sums(tile, where, partial, rest, scratch, out):
     """Adds a chunk's sums to rest, and does its rows out of range again, relative to their own peak.
 
-    Nothing here waits for the device: with no such row the kernels end at once.
+    Nothing here waits for the device: with no such row the kernels end at once. Both passes over such rows
+    are by one tile, so that their logits have the same bits: E adds up to `rest` however large they are.
     """
-    _, x, _, (v0, v1), state = where
-    M, merged, again = len(x), dict(BM=32, BT=MERGED), tile.plain()
-    new = lambda n, dtype=torch.int32: torch.empty(n, dtype=dtype, device=x.device)
-    out_of_range, listed, shrink = new(M), (new(M), new(1)), new(M, torch.float32)
-    tiles_in = lambda tile: cdiv(v1 - v0, tile.columns)
-    sums = (partial, rest, out_of_range, M, tiles_in(tile))
-    launch.run(triton_rows.merge_sums, cdiv(M, 32), *sums, **merged)
-    launch.run(triton_rows.gather, 1, out_of_range, *listed, M, BLOCK=1024)
-    launch.tile_pass(again, *where, partial=scratch, profile=True, listed=listed)
-    profiles = (*listed, scratch, scratch.stride(0), state.peak, rest, shrink, M, tiles_in(again))
-    launch.run(triton_rows.settle, cdiv(M, 32), *profiles, **merged)
+    head, x, _, (v0, v1), state = where
+    (M, D), again = x.shape, tile.plain().half()
+    if head.softcap is not None:
+        again = again.half()
+    blocks, tiles_in = cdiv(M, again.rows), lambda tile: cdiv(v1 - v0, tile.columns)
+    flags = torch.empty(M + blocks, dtype=torch.int32, device=x.device)
+    merged = dict(BM=again.rows, BT=MERGED)
+    launch.run(triton_rows.merge_sums, blocks, partial, rest, flags, M, tiles_in(tile), **merged)
+    launch.tile_pass(again, *where, partial=scratch, profile=True, flags=flags)
+    profiles = (flags, scratch, scratch.stride(0), state.peak, rest, state.sums, M, tiles_in(again), D)
+    launch.run(triton_rows.settle, blocks, *profiles, **merged, BD=128)
     if out is not None:
-        launch.tile_pass(again, *where, out=out, listed=listed)
-    if state.sums is not None:
-        programs = min(launch.processors(x.device), M)
-        rescaled = (*listed, shrink, state.sums, x.shape[1], programs)
-        launch.run(triton_rows.rescale, programs, *rescaled, BLOCK=1024)
+        launch.tile_pass(again, *where, out=out, flags=flags)
 
 
 def gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, into=None, wide=False):
@@ -111,7 +110,8 @@ def gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, in
     factor, by_logit = factors(head, state, d_logp, d_entropy)
     sums = state.sums
     if sums is None and state.kept is not None and d_entropy is None:
-        sums = _of_kept(head, x, target, state, need, factor, out, put)
+        sums = _of_kept(head, x, state.kept, need, factor, out, put)
+        at_target -= factor * _own(head, state)  # what is left, of which rounding took its part
     elif sums is None:
         # beside a kept matrix there is room for what the forward held of tiles' sums
         width = how.width if state.kept is None else spare_width(len(head.weight), x.dtype)
@@ -124,19 +124,22 @@ def gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, in
     return out
 
 
-def _of_kept(head, x, target, state, need, factor, out, put):
+def _own(head, state):
+    """The target's own entry of a kept E less the row's sum, of which dZ is a multiple as everywhere else:
+    f32[M], rounded to E's dtype."""
+    own = torch.expm1(state.logp) * state.total  # without the cancellation
+    if head.softcap is not None:
+        own *= head.slope(state.target_logit)
+    return own.to(state.kept.dtype).float()
+
+
+def _of_kept(head, x, kept, need, factor, out, put):
     """Two plain GEMMs on E: the row factor goes onto x for dW, and onto the result for dX. Returns the sums
-    of E_v W_v f32[M, D] without the target, or None."""
-    whole, sums = (0, len(head.weight)), None
-    e = state.kept[:, : whole[1]]
+    of E_v W_v f32[M, D], the target's own entry with them, or None."""
+    e, sums = kept[:, : len(head.weight)], None
     if need.hidden:
         sums = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         matmul(e, head.weight, sums)
-    if need.weight or need.bias:
-        own = torch.expm1(state.logp) * state.total  # E minus the total, without the cancellation
-        if head.softcap is not None:
-            own *= head.slope(state.target_logit)
-        launch.put_target(e, target, own, whole)
     if need.weight:
         put(e.t(), (x * factor[:, None]).to(x.dtype), out.weight)
     if need.bias:
@@ -145,8 +148,6 @@ def _of_kept(head, x, target, state, need, factor, out, put):
         by_column = torch.empty(len(out.bias), 2, dtype=torch.float32, device=x.device)
         matmul(e.t(), columns, by_column)
         _put_bias(out.bias, by_column.sum(1), put)
-    if need.weight or need.bias:  # as it was, for another backward
-        launch.put_target(e, target, torch.zeros_like(state.logp), whole)
     return sums
 
 

@@ -1,8 +1,10 @@
 """Kernels over rows: the reference before the tiles, the sums after them. All fp32, in fixed order.
 
-A row whose sum of E left the range is settled on the device: `gather` lists such rows, their tiles
-leave a profile, `settle` moves the reference to their peak, and the tiles write their E again. With
-no such row each of these kernels ends at once, so nobody has to ask.
+A row whose sum of E left the range is settled on the device: `merge_sums` flags such rows and the blocks
+that have one, the flagged rows' tiles leave a profile, `settle` moves the reference to their peak, and the
+tiles write their E again. With no such row each of these kernels ends at once, so nobody has to ask.
+
+flags i32[M + blocks]: 1 for a row out of range, and from M on for a block of rows with such a row.
 
 Letters: M rows, D hidden, T tiles of the vocabulary.
 """
@@ -12,12 +14,12 @@ import triton.language as tl
 
 from .triton_tile import BITS, LOWEST, PEAK, TOTAL, finished, product_of_pointers
 
-# E of the target is exp(-40): E reaches down to tokens 47 nats less probable and, by LIMIT, up to 113
-# nats more.
+# E of the target is exp(-40): E reaches down to tokens 47 nats less probable and, by LIMIT, up to 95 nats
+# more.
 OFFSET = tl.constexpr(40.0)
-# A sum past this makes a row out of range: its target is at -(40 + log 1e32) nats. The room up to 3e38
-# is for the GEMMs on E, which sum it times weights.
-LIMIT = tl.constexpr(1.0e32)
+# A sum past this makes a row out of range: its target is at -(40 + log 1e24) nats. The room up to 3e38 is
+# for the GEMMs on E, which sum it times weights; the room down to 1e-38 for a row's slope over its sum.
+LIMIT = tl.constexpr(1.0e24)
 
 
 @triton.jit
@@ -53,88 +55,53 @@ def start_rows(
 def merge_sums(
     partial_ptr,  # f32[slots, T, M]; slot SUM is the first
     rest_ptr,  # f32[M]: grows by the chunk's sum, where that stays in range
-    out_of_range_ptr,  # i32[M], written
-    M,
-    T,
-    BM: tl.constexpr,
-    BT: tl.constexpr,
-):
+    flags_ptr,  # i32[M + blocks of BM rows], written
+    M, T, BM: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     here = rows < M
-    total = tl.load(rest_ptr + rows, mask=here, other=0.0)
-    before = total
+    before = tl.load(rest_ptr + rows, mask=here, other=0.0)
+    total = before
     for t0 in range(0, T, BT):
         t = (t0 + tl.arange(0, BT)).to(tl.int64)[:, None]
         total += tl.sum(tl.load(partial_ptr + t * M + rows, mask=(t < T) & here[None, :], other=0.0), 0)
     fits = total <= LIMIT  # false for NaN
+    flag = 1 - fits.to(tl.int32)
     tl.store(rest_ptr + rows, tl.where(fits, total, before), mask=here)
-    tl.store(out_of_range_ptr + rows, 1 - fits.to(tl.int32), mask=here)
-
-
-@triton.jit
-def gather(out_of_range_ptr, rows_ptr, count_ptr, M, BLOCK: tl.constexpr):
-    """The numbers of the rows that are out of range, in order, and how many they are."""
-    count = 0
-    for m0 in range(0, M, BLOCK):
-        rows = m0 + tl.arange(0, BLOCK)
-        flag = tl.load(out_of_range_ptr + rows, mask=rows < M, other=0)
-        tl.store(rows_ptr + count + tl.cumsum(flag, 0) - flag, rows, mask=flag != 0)
-        count += tl.sum(flag, 0)
-    tl.store(count_ptr, count)
+    tl.store(flags_ptr + rows, flag, mask=here)
+    tl.store(flags_ptr + M + tl.program_id(0), tl.max(flag, 0))
 
 
 @triton.jit
 def settle(
-    rows_ptr,  # i32[count]
-    count_ptr,  # i32[1]
-    partial_ptr,  # f32[slots, T, M]: the listed rows' PEAK and TOTAL, at 0 .. count - 1
+    flags_ptr,  # i32[M + blocks of BM rows]
+    partial_ptr,  # f32[slots, T, M]: the flagged rows' PEAK and TOTAL
     slot_stride,
     reference_ptr,  # f32[M]: raised to the chunk's peak
     rest_ptr,  # f32[M]: the sum so far, of the new reference
-    shrink_ptr,  # f32[M], written for the listed rows: what the old reference's sums shrink by
-    M,
-    T,
-    BM: tl.constexpr,
-    BT: tl.constexpr,
-):
+    sums_ptr,  # f32[M, D] or None: brought to the new reference
+    M, T, D, BM: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     slot_stride = tl.cast(slot_stride, tl.int64)  # a slot's number times it passes 32 bits first
-    count = tl.load(count_ptr)
-    first = tl.program_id(0) * BM
-    if first < count:
-        position = first + tl.arange(0, BM)
-        here = position < count
-        rows = tl.load(rows_ptr + position, mask=here, other=0)
+    if tl.load(flags_ptr + M + tl.program_id(0)) != 0:
+        rows = tl.program_id(0) * BM + tl.arange(0, BM)
+        here = tl.load(flags_ptr + rows, mask=rows < M, other=0) != 0
         before = tl.load(reference_ptr + rows, mask=here, other=0.0)
         peak = tl.where(before > LOWEST, before, LOWEST)
+        rest = tl.load(rest_ptr + rows, mask=here, other=0.0) * tl.exp2(before - peak)
         for t0 in range(0, T, BT):
             t = (t0 + tl.arange(0, BT)).to(tl.int64)[:, None]
-            spot = partial_ptr + t * M + position[None, :]
-            inside = (t < T) & here[None, :]
-            peaks = tl.load(spot + PEAK * slot_stride, mask=inside, other=LOWEST)
-            peak = tl.maximum(peak, tl.max(peaks, 0))
-        shrink = tl.exp2(before - peak)
-        rest = tl.load(rest_ptr + rows, mask=here, other=0.0) * shrink
-        for t0 in range(0, T, BT):
-            t = (t0 + tl.arange(0, BT)).to(tl.int64)[:, None]
-            spot = partial_ptr + t * M + position[None, :]
-            inside = (t < T) & here[None, :]
+            spot, inside = partial_ptr + t * M + rows, (t < T) & here[None, :]
             peaks = tl.load(spot + PEAK * slot_stride, mask=inside, other=LOWEST)
             totals = tl.load(spot + TOTAL * slot_stride, mask=inside, other=0.0)
-            rest += tl.sum(totals * tl.exp2(peaks - peak[None, :]), 0)
+            higher = tl.maximum(peak, tl.max(peaks, 0))
+            rest = rest * tl.exp2(peak - higher) + tl.sum(totals * tl.exp2(peaks - higher[None, :]), 0)
+            peak = higher
         tl.store(reference_ptr + rows, peak, mask=here)
         tl.store(rest_ptr + rows, rest, mask=here)
-        tl.store(shrink_ptr + rows, shrink, mask=here)
-
-
-@triton.jit
-def rescale(rows_ptr, count_ptr, shrink_ptr, sums_ptr, D, programs, BLOCK: tl.constexpr):
-    """Brings the listed rows of sums f32[M, D] to their new reference."""
-    for position in range(tl.program_id(0), tl.load(count_ptr), programs):
-        row = tl.load(rows_ptr + position)
-        shrink = tl.load(shrink_ptr + row)
-        for k in range(0, D, BLOCK):
-            inner = k + tl.arange(0, BLOCK)
-            spot = sums_ptr + row.to(tl.int64) * D + inner
-            old = tl.load(spot, mask=inner < D, other=0.0)
-            # a sum that was infinite belonged to entries that are now 0 beside the new peak
-            tl.store(spot, tl.where(shrink == 0, 0.0, old * shrink), mask=inner < D)
+        if sums_ptr is not None:
+            shrink = tl.exp2(before - peak)[:, None]
+            for k in range(0, D, BD):
+                inner = (k + tl.arange(0, BD))[None, :]
+                spot, inside = sums_ptr + rows.to(tl.int64)[:, None] * D + inner, here[:, None] & (inner < D)
+                tl.store(spot, tl.load(spot, mask=inside, other=0.0) * shrink, mask=inside)

@@ -34,6 +34,19 @@ def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _flagged(flags_ptr, blocks, which, STEP: tl.constexpr = 512):
+    """(How many of the row blocks are flagged, and the one of them that has `which` before it.)"""
+    count, found = 0, 0
+    for first in range(0, blocks, STEP):
+        m = first + tl.arange(0, STEP)
+        flag = tl.load(flags_ptr + m, mask=m < blocks, other=0)
+        number = count + tl.cumsum(flag, 0) - flag
+        found += tl.sum(tl.where((flag != 0) & (number == which), m, 0), 0)
+        count += tl.sum(flag, 0)
+    return count, found
+
+
+@triton.jit
 def _product_of_descriptors(x, w, m0, n0, D, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, D, BK):
@@ -159,8 +172,7 @@ def head_tiles(
     factor_ptr,  # f32[M] or None: dZ = E * (factor + by_logit * (z - r))
     by_logit_ptr,  # f32[M] or None
     partial_ptr,  # f32[slots, tiles of N, M] or None
-    rows_ptr,  # i32[count] or None: only these rows, whose partial results lie at 0 .. count - 1
-    count_ptr,  # i32[1] or None
+    flags_ptr,  # i32[M + blocks of BM rows] or None: only the flagged rows are computed and written
     M, N, D,
     v0,  # where the chunk starts in the vocabulary
     stride_x, stride_w, stride_out, slot_stride, scale, softcap, programs,
@@ -168,14 +180,15 @@ def head_tiles(
     TAIL: tl.constexpr, DIAGONAL: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr,
     PROFILE: tl.constexpr, ENTROPY: tl.constexpr, SQUARED: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """A persistent program walks the tiles pid, pid + programs, ... of logits. TAIL: the last tile's columns
-    may pass N. DIAGONAL: target_logit is known."""
+    """A persistent program walks the tiles pid, pid + programs, ... of logits. With flags these are the
+    tiles of flagged blocks alone, so that many are dealt to all programs, and with none nothing is done.
+    TAIL: the last tile's columns may pass N. DIAGONAL: target_logit is known."""
     tl.assume(D > 0)  # else there is a second copy of what follows a loop over nothing
     slot_stride = tl.cast(slot_stride, tl.int64)  # a slot's number times it passes 32 bits first
-    height = M
-    if rows_ptr is not None:
-        height = tl.load(count_ptr)
-    tiles_m, tiles_n = tl.cdiv(height, BM), tl.cdiv(N, BN)
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    if flags_ptr is not None:
+        blocks = tiles_m
+        tiles_m, _ = _flagged(flags_ptr + M, blocks, 0)
     if DESCRIPTORS:
         x = tl.make_tensor_descriptor(x_ptr, [M, D], [stride_x, 1], [BM, BK])
         w = tl.make_tensor_descriptor(w_ptr, [N, D], [stride_w, 1], [BN, BK])
@@ -183,11 +196,12 @@ def head_tiles(
             out = tl.make_tensor_descriptor(out_ptr, [M, N], [stride_out, 1], [BM, BN])
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=DESCRIPTORS):
         m, n = _place(tile, tiles_m, tiles_n, GROUP)
-        position = m * BM + tl.arange(0, BM)
-        here = position < height
-        rows = position
-        if rows_ptr is not None:
-            rows = tl.load(rows_ptr + position, mask=here, other=0)
+        if flags_ptr is not None:
+            _, m = _flagged(flags_ptr + M, blocks, m)
+        rows = m * BM + tl.arange(0, BM)
+        here = rows < M
+        if flags_ptr is not None:
+            here = tl.load(flags_ptr + rows, mask=here, other=0) != 0
         cols = n * BN + tl.arange(0, BN)
         valid = cols < N
         if DESCRIPTORS:
@@ -200,7 +214,7 @@ def head_tiles(
             z += bias.to(tl.float32)[None, :]
         z, t = finished(z, scale, softcap)
         e = _tile(
-            z, t, rows, n.to(tl.int64) * M + position, here, n * BN, N, v0, target_ptr,
+            z, t, rows, n.to(tl.int64) * M + rows, here, n * BN, N, v0, target_ptr,
             target_logit_ptr, reference_ptr, factor_ptr, by_logit_ptr, partial_ptr, slot_stride, softcap,
             BN, TAIL, DIAGONAL, PARTS, SUMS or out_ptr is not None, SUMS, PROFILE, ENTROPY, SQUARED, MEAN,
         )  # fmt: skip

@@ -76,6 +76,20 @@ def many_chunks(monkeypatch):
     monkeypatch.setattr(plan_module, "BLOCK_WIDTH", 7)
 
 
+def poison(monkeypatch):
+    """Memory that nobody has written is NaN, or a large integer."""
+
+    def poisoned(real):
+        def empty(*args, **kwargs):
+            out = real(*args, **kwargs)
+            return out.fill_(float("nan")) if out.dtype.is_floating_point else out.fill_(1 << 30)
+
+        return empty
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+
+
 def head_case(M=7, V=130, D=36, **options):
     """A case without LoRA (which takes torch); rows of 36 floats suit descriptors, of 33 do not."""
     return case(M, V, D, lora=False, **options)

@@ -24,7 +24,7 @@ AGAIN = {
         STATISTICS,
         "dZ",
         "sums only",
-        "listed rows, E",
+        "rows out of range, E",
         "start_rows",
         "settle",
     ],

@@ -65,11 +65,20 @@ def test_rows_out_of_range_are_settled_there(slots):
     state, run = passes()
     run(near)
     far.copy_(near)
-    listed = (torch.arange(M, dtype=torch.int32), torch.full((1,), M, dtype=torch.int32))
     got = []
     for partial in slots:
-        peak, rest, shrink = state.peak.clone(), torch.zeros(M), torch.zeros(M)
-        arguments = (*listed, partial, partial.stride(0), peak, rest, shrink, M, TILES)
-        launch.run(triton_rows.settle, 1, *arguments, BM=32, BT=16)
+        peak, rest = state.peak.clone(), torch.zeros(M)
+        arguments = (
+            torch.ones(M + 1, dtype=torch.int32),
+            partial,
+            partial.stride(0),
+            peak,
+            rest,
+            None,
+            M,
+            TILES,
+            1,
+        )
+        launch.run(triton_rows.settle, 1, *arguments, BM=32, BT=16, BD=128)
         got.append(rest)
     assert got[0].all() and torch.equal(*got)

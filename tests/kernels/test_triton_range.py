@@ -7,7 +7,7 @@ import pytest
 import torch
 from fastdpo_kernels import linear_logp, reference, tiles
 
-from .cases import STATS, budget
+from .cases import STATS, budget, error
 from .interpreted import (
     SMALL,
     assert_right,
@@ -24,9 +24,7 @@ from .test_edges import logits_case as strided_logits_case
 if not interpreted:
     pytest.skip("test_interpreter.py runs this", allow_module_level=True)
 
-from fastdpo_kernels import Plan, triton_head
-from fastdpo_kernels.head import Head
-from fastdpo_kernels.triton_head import forward
+from fastdpo_kernels import triton_head
 
 ALL = ("hidden", "weight", "bias")
 WAYS = {"forward": (), "frozen": ("hidden",), "keep": ALL, "recompute": ALL}
@@ -47,7 +45,7 @@ def extremes(V, target):
     rows = {name: [0.0] * V for name in ("sure", "surest", "low", "lower", "lowest", "wide", "equal")}
     other, third = (target + V // 2) % V, (target + 1) % V
     rows["sure"][target], rows["surest"][target] = 40.0, 95.0
-    for name, gap in (("low", 100.0), ("lower", 130.0), ("lowest", 1000.0)):
+    for name, gap in (("low", 90.0), ("lower", 130.0), ("lowest", 1000.0)):
         rows[name][target], rows[name][other] = -gap / 2, gap / 2
     rows["wide"][target], rows["wide"][other], rows["wide"][third] = 1e4, -1e4, 9999.0
     rows["deep"] = [-1e4] * V
@@ -86,17 +84,30 @@ def test_an_exponent_is_one_fma(monkeypatch):
 
 @pytest.mark.parametrize("name", ("frozen", "keep", "recompute"))
 def test_gradients_of_rows_out_of_range_beside_others(name, many_chunks):  # noqa: F811
-    # most of the even rows lose their target by more than 113 nats, to tokens of any chunk
+    # most of the even rows lose their target by more than 95 nats, to tokens of any chunk
     c = head_case(70, 150)
     c.hidden[::2] *= 40
     z = c.to(torch.float64).run(reference.linear_logp, ())["logp"]
-    assert (z[::2] < -114).sum() > 10 and (z[1::2] > -114).all()
+    assert (z[::2] < -96).sum() > 10 and (z[1::2] > -94).all()
     assert_right(c, WAYS[name], **options_of(name, c))
     got, truth = (
         c.to(dtype).run(function, ("hidden",))["d_hidden"].double()
         for dtype, function in ((torch.float32, linear_logp), (torch.float64, reference.linear_logp))
     )
     torch.testing.assert_close(got, truth, rtol=2e-4, atol=2e-5)
+
+
+def test_a_small_slope_over_a_large_sum_is_no_denormal():
+    """A row's slope over its sum goes onto its hidden state, for dW: at a sum of 9e31 that would be 1e-42
+    here, which has 10 bits in float32, and none in bfloat16."""
+    gap = 40 + math.log(9e31)
+    c = logits_case([[-gap] + [0.0] * 69], [0])
+    c.hidden = torch.cat((c.hidden, torch.full((1, 1), 1e-7)), 1)
+    c.weight = torch.cat((c.weight, torch.zeros(70, 1)), 1)
+    c.hidden[:, -1], c.d_logp = 1e-7, torch.full((1,), 1e-3)
+    truth = c.to(torch.float64).run(reference.linear_logp, ALL[:2])["d_weight"][:, -1]
+    got = c.run(linear_logp, ALL[:2], **options_of("keep", c))["d_weight"][:, -1]
+    assert error(got, truth) < 5e-6
 
 
 @pytest.mark.parametrize("name", ("frozen", "keep", "recompute"))
@@ -156,17 +167,6 @@ def test_a_target_outside_the_vocabulary_is_nan(target, monkeypatch):
     assert got["logp"][1].isnan() and got["d_hidden"][1].isnan().all()
     assert torch.equal(got["logp"][::2], good["logp"][::2])
     assert torch.equal(got["d_hidden"][::2], good["d_hidden"][::2])
-
-
-def test_which_rows_are_out_of_range():
-    gaps = (0.0, 40.0, 100.0, 112.0, 116.0, 1000.0)
-    logits = [[-gap / 2] + [-2e3] * 68 + [gap / 2] for gap in gaps]
-    c = logits_case(logits, [0] * len(gaps))
-    head = Head(c.weight, None, None, None, 1.0, 1.0, None)
-    state, _ = forward(head, c.hidden, c.target, Plan("forward", 0, 0, 1, len(gaps), 70))
-    reference_ = state.peak * math.log(2)
-    own, greatest = c.hidden @ c.weight[0], c.hidden @ c.weight[69]
-    torch.testing.assert_close(reference_, torch.cat((own[:4] + 40, greatest[4:])))
 
 
 def test_the_targets_logit_is_the_accumulators(monkeypatch):

@@ -6,13 +6,23 @@ import pytest
 import torch
 from fastdpo_kernels import linear_logp, reference, tiles
 
-from .cases import STATS, budget, needs_vectors, vectors
-from .interpreted import SMALL, assert_right, head_case, interpreted, many_chunks, small_tiles  # noqa: F401
+from .cases import STATS, budget, error, needs_vectors, vectors
+from .interpreted import (  # noqa: F401
+    SMALL,
+    assert_right,
+    head_case,
+    interpreted,
+    many_chunks,
+    poison,
+    small_tiles,
+)
 
 if not interpreted:
     pytest.skip("test_interpreter.py runs this", allow_module_level=True)
 
-from fastdpo_kernels import launch, triton_head
+from fastdpo_kernels import Plan, launch, triton_head
+from fastdpo_kernels.head import Head
+from fastdpo_kernels.head_pass import Gradients
 
 ALL = ("hidden", "weight", "bias")
 PLANS = ("keep", "recompute")
@@ -116,15 +126,7 @@ def test_chunks(wanted, many_chunks):  # noqa: F811
 
 @pytest.mark.parametrize("softcap", (None, 3.0))
 def test_uninitialised_memory_is_never_read(softcap, monkeypatch):
-    def poisoned(real):
-        def empty(*args, **kwargs):
-            out = real(*args, **kwargs)
-            return out.fill_(float("nan")) if out.dtype.is_floating_point else out.fill_(1 << 30)
-
-        return empty
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    poison(monkeypatch)
     c = head_case(softcap=softcap).to(torch.float32)
     for wanted, name in itertools.product(((), ("hidden",), ALL), PLANS):
         assert_right(c, wanted, STATS, memory_budget=budget(name, c))
@@ -149,6 +151,35 @@ def test_backward_twice(name):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+@pytest.mark.parametrize("softcap", (None, 3.0))
+def test_a_kept_matrix_is_read_only(softcap):
+    """So backwards may share it, on streams of their own too. At the target it is E less the row's sum, and
+    each of its rows adds up to 0 as a softmax's gradient does."""
+    c = head_case(70, bias=False, scale=1, softcap=softcap).to(torch.float32)
+    head, how = Head(c.weight, None, None, None, 1.0, 1.0, softcap), Plan("keep", 0, 0, 1, 70, 130)
+    state, _ = triton_head.forward(head, c.hidden, c.target, how)
+    kept = state.kept[:, :130]
+    before = kept.clone()
+    if softcap is None:
+        assert (kept.sum(1).abs() <= 1e-6 * state.total).all()
+    need = Gradients(hidden=True, weight=True)
+    first, second = (
+        triton_head.gradients(head, c.hidden, c.target, how, state, need, c.d_logp) for _ in range(2)
+    )
+    assert torch.equal(kept, before)
+    assert torch.equal(first.weight, second.weight) and torch.equal(first.hidden, second.hidden)
+
+
+def test_a_wrong_entry_at_the_target_costs_the_hidden_gradient_nothing(monkeypatch):
+    """It is rounded to E's dtype, and what that lost is added in float32."""
+    c = head_case(70, softcap=3.0).to(torch.float32)
+    rounded = triton_head._own
+    monkeypatch.setattr(triton_head, "_own", lambda *args: rounded(*args).bfloat16().float())
+    truth = c.to(torch.float64).run(reference.linear_logp, ("hidden", "weight"))
+    got = c.run(linear_logp, ("hidden", "weight"), memory_budget=budget("keep", c))
+    assert error(got["d_hidden"], truth["d_hidden"]) < 2e-6 < 1e-4 < error(got["d_weight"], truth["d_weight"])
+
+
 def test_strided_inputs_and_what_takes_torch():
     c = head_case(bias=False, scale=1).to(torch.float32)
     wide = torch.stack((c.hidden, -c.hidden), -1)[..., 0]
@@ -165,8 +196,6 @@ def test_strided_inputs_and_what_takes_torch():
 
 
 def reference_head(weight):
-    from fastdpo_kernels.head import Head
-
     return Head(weight, None, None, None, 1.0, 1.0, None)
 
 
