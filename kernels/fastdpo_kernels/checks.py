@@ -102,6 +102,12 @@ def check_target_values(target: torch.Tensor, V: int) -> None:
             raise ValueError(f"target must be in [0, {V}) or ignore_index: got {low} to {high}")
 
 
+def check_owners(owners: torch.Tensor) -> None:
+    """ValueError for a target that not exactly one rank has. Waits for the device."""
+    if lost := int((owners != 1).sum()):
+        raise ValueError(f"each target must be in one rank's slice of the vocabulary, {lost} are not")
+
+
 def check_pair_values(M: int, cu_resp: torch.Tensor, pairs: torch.Tensor) -> None:
     """ValueError unless cu_resp rises from 0 to M and pairs name responses. Waits for the device."""
     R = len(cu_resp) - 1

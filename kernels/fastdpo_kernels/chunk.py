@@ -29,9 +29,9 @@ class Softmax:
     peak: torch.Tensor
     rest: torch.Tensor  # of E
     target_logit: torch.Tensor
-    plogp: torch.Tensor | None  # of E log E
-    squares: torch.Tensor | None  # of E^2
-    logits: torch.Tensor | None  # of z, the target's too
+    plogp: torch.Tensor | None = None  # of E log E
+    squares: torch.Tensor | None = None  # of E^2
+    logits: torch.Tensor | None = None  # of z, the target's too
 
     @classmethod
     def start(cls, M, stats, like):

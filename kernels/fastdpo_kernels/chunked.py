@@ -52,7 +52,12 @@ def forward(head, hidden, target, how, stats=()):
             sums.add(e, v0, v1)
         if kept is not None:
             peaks[i] = softmax.peak
-    state, values = _finish(softmax, stats, len(head.weight))
+    V, own = len(head.weight), softmax.peak
+    if head.group is not None:
+        V = head.group.merge(softmax, target)
+        if sums is not None:
+            sums.rescale(torch.exp(own - softmax.peak))
+    state, values = _finish(softmax, stats, V)
     state.kept, state.peaks, state.sums = kept, peaks, sums
     return state, values
 

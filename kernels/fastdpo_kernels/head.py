@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .ops import matmul, matmul_add, operand
+from .parallel import VocabGroup
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Head:
     lora_scale: float
     scale: float
     softcap: float | None
+    group: VocabGroup | None = (
+        None  # where this is a slice of the vocabulary, and targets count from its start
+    )
 
     @property
     def ends(self):
@@ -90,9 +94,14 @@ class HiddenGrad:
                 matmul_add(dz.t(), operand(matrix[v0:v1]), part)
 
     def add_target(self, coefficient, target):
+        group = self.head.group
+        if group is not None:
+            coefficient, target = group.own(coefficient, target)
         for part, matrix in ((self.full, self.head.weight), (self.low, self.head.lora_b)):
             if part is not None:
                 part.addcmul_(coefficient[:, None], matrix[target].to(part.dtype))
+                if group is not None:
+                    group.sum(part)
 
     def merged(self):
         """The gradient of hidden [M, D], the LoRA part included."""

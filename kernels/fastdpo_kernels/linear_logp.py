@@ -8,12 +8,14 @@ from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import reference
 from .checks import check_softcap, check_target_values, operands
 from .head import Head
 from .head_pass import Gradients, State, backend_for
 from .ops import aligned_rows, exact_on
+from .parallel import VocabGroup
 from .plan import Plan, plan
 from .tiles import backend_of
 
@@ -27,6 +29,8 @@ SAVED = {"forward": (), "frozen": ROWS, "keep": (*ROWS, "kept", "peaks"), "recom
 
 class Options(reference.Options, total=False):
     memory_budget: int | None
+    process_group: ProcessGroup | None
+    vocab_start: int | None
 
 
 @overload
@@ -56,6 +60,8 @@ def linear_logp(
     stats: tuple[str, ...] = (),
     memory_budget: int | None = None,
     ignore_index: int = -100,
+    process_group: ProcessGroup | None = None,
+    vocab_start: int | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """log softmax(z)[target] for every row, z = softcap(scale * (h W^T + bias + s (h A^T) B^T)),
     without [M, V] logits.
@@ -79,7 +85,8 @@ def linear_logp(
     `backend` tells what runs it: Triton kernels for bfloat16 on the GPUs of tiles.TILES (not with a
     LoRA or a weight whose rows are strided), cuBLAS and row kernels on other CUDA tensors, plain torch
     elsewhere, with the same plans and accuracy. torch.compile takes a call as one operator. A DTensor of
-    a frozen head is gathered.
+    a frozen head is gathered. process_group: V is spread over its ranks, weight, bias and B hold the rows
+    from vocab_start on (None: rank * V), and the rest is alike on all; parallel.py says more.
 
     Raises ValueError for shapes, dtypes, devices or DTensors that do not fit, an unknown stat, softcap
     <= 0, and, on CPU tensors only (a device would have to be waited for), another target outside [0, V),
@@ -93,15 +100,21 @@ def linear_logp(
     shape, ignored = target.shape, target == ignore_index
     target = target.masked_fill(ignored, 0).reshape(-1)
     hidden = hidden.reshape(len(target), hidden.shape[-1])
-    out = _of_rows(hidden, head, target, options, memory_budget)
+    out = _of_rows(hidden, head, target, options, memory_budget, process_group, vocab_start)
     logp, *values = [t.reshape(shape).masked_fill(ignored, 0.0) for t in out[: 1 + len(stats)]]
     return (logp, dict(zip(stats, values))) if stats else logp
 
 
-def _of_rows(hidden: Tensor, head: list[Any], target: Tensor, options: Any, memory_budget: int | None) -> Any:
+def _of_rows(
+    hidden: Tensor, head: list[Any], target: Tensor, options: Any, memory_budget: int | None,
+    process_group: ProcessGroup | None, vocab_start: int | None
+) -> Any:  # fmt: skip
     """[logp [M], the stats in order, ...] of hidden [M, D], by the plan that fits."""
     weight, train_weight = head[0], any(p is not None and p.requires_grad for p in head)
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+    group = None if process_group is None else process_group.group_name
+    if process_group is not None:
+        target = target - (process_group.rank() * len(weight) if vocab_start is None else vocab_start)
+    elif target.device.type == "cpu" and not torch.compiler.is_compiling():
         check_target_values(target, len(weight))
     how = plan(
         *(len(hidden), len(weight), hidden.shape[1]),
@@ -113,7 +126,7 @@ def _of_rows(hidden: Tensor, head: list[Any], target: Tensor, options: Any, memo
     )
     # the compiler sees one opaque op; without it nothing stands between autograd and the work
     run: Callable[..., Any] = operator if torch.compiler.is_compiling() else _LinearLogp.apply
-    return run(hidden, *head, target, *options, how.name, how.width)
+    return run(hidden, *head, target, *options, how.name, how.width, group)
 
 
 class _LinearLogp(torch.autograd.Function):
@@ -132,10 +145,10 @@ class _LinearLogp(torch.autograd.Function):
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     """Keeps for `_gradients` what a plan's backward needs of a forward_pass's arguments and results."""
-    *tensors, lora_scale, scale, softcap, stats, name, width = inputs
+    *tensors, lora_scale, scale, softcap, stats, name, width, group = inputs
     ctx.stats = stats.split(",") if stats else []
     logp, values, saved = output[0], output[1 : 1 + len(ctx.stats)], list(output[1 + len(ctx.stats) :])
-    ctx.options = (lora_scale, scale, softcap, name, width)
+    ctx.options = (lora_scale, scale, softcap, name, width, group)
     ctx.set_materialize_grads(False)
     entropy = dict(zip(ctx.stats, values)).get("entropy")
     ctx.mark_non_differentiable(*(t for t in output[1:] if t is not entropy))
@@ -152,7 +165,7 @@ def _gradients(ctx: Any, upstream: Any, run: Callable[..., list[Tensor]]) -> tup
         raise RuntimeError("linear_logp is differentiable once: no create_graph=True over it")
     d_logp, d_entropy = upstream[0], dict(zip(ctx.stats, upstream[1:])).get("entropy")
     unit, *again = ctx.saved_tensors
-    need, nothing = list(ctx.needs_input_grad[:5]), (None,) * 7
+    need, nothing = list(ctx.needs_input_grad[:5]), (None,) * 8
     if d_logp is None and d_entropy is None:
         return *(None,) * 5, *nothing
     if unit is not None and d_entropy is None:
@@ -165,13 +178,15 @@ def _gradients(ctx: Any, upstream: Any, run: Callable[..., list[Tensor]]) -> tup
 
 def forward_pass(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, target: Tensor,
-    lora_scale: float, scale: float, softcap: float | None, stats: str, name: str, width: int
+    lora_scale: float, scale: float, softcap: float | None, stats: str, name: str, width: int,
+    group: str | None
 ) -> list[Tensor]:  # fmt: skip
     """[logp [M], the stats in order, the tensors of SAVED[name] that there are, and if frozen the unit
     gradient, d logp / d hidden [M, D]]. stats: their names with a comma between (an operator takes no list of
-    names)."""
+    names). group: the name of a process group."""
     names = tuple(stats.split(",")) if stats else ()
-    head, how = Head(weight, bias, a, b, lora_scale, scale, softcap), Plan(name, 0, 0, 0, len(hidden), width)
+    head = Head(weight, bias, a, b, lora_scale, scale, softcap, VocabGroup(group, weight) if group else None)
+    how = Plan(name, 0, 0, 0, len(hidden), width)
     run = backend_for(head, hidden)
     with exact_on(hidden):
         state, values = run.forward(head, hidden, target, how, names)
@@ -189,11 +204,12 @@ def backward_pass(
     d_logp: Tensor, d_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     a: Tensor | None, b: Tensor | None, target: Tensor, logp: Tensor, entropy: Tensor | None,
     saved: list[Tensor], lora_scale: float, scale: float, softcap: float | None, name: str, width: int,
-    need: list[bool]
+    group: str | None, need: list[bool]
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of hidden, weight, bias, A and B that are in need; saved: what forward_pass returned of
     SAVED[name]."""
-    head, how = Head(weight, bias, a, b, lora_scale, scale, softcap), Plan(name, 0, 0, 0, len(hidden), width)
+    head = Head(weight, bias, a, b, lora_scale, scale, softcap, VocabGroup(group, weight) if group else None)
+    how = Plan(name, 0, 0, 0, len(hidden), width)
     state = State(logp=logp, entropy=entropy, **dict(zip(SAVED[name], saved)))
     with exact_on(hidden):
         run = backend_for(head, hidden)
@@ -208,7 +224,7 @@ backward_operator = torch.library.custom_op("fastdpo::linear_logp_backward", bac
 
 @operator.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Any, a: Any, *rest: Any) -> list[Tensor]:
-    *_, stats, name, width = rest
+    *_, stats, name, width, _ = rest
     wide = torch.promote_types(hidden.dtype, torch.float32)
     M, V = hidden.shape[0], weight.shape[0]  # len() would fix a size that the compiler leaves open
     new = lambda *shape, dtype=wide: hidden.new_empty(shape, dtype=dtype)

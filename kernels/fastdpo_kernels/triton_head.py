@@ -9,9 +9,11 @@ import torch
 from triton import cdiv
 
 from . import launch, tiles, triton_finish, triton_rows
+from .chunk import Softmax
 from .head_pass import Gradients, State, factors, target_coefficient
 from .ops import aligned_rows, matmul, matmul_add
 from .plan import spans, spare_width
+from .triton_tile import BITS, NATS
 
 SLOTS = 6  # of partial results, numbered in triton_tile.py; the first three settle rows out of range
 MERGED = 16  # tiles whose sums are merged at a time; plan.NARROWEST is as many
@@ -43,6 +45,9 @@ def forward(head, hidden, target, how, stats=()):
     M, V, tile = len(x), len(head.weight), tile_for(head, x)
     new = lambda *shape: torch.empty(*shape, dtype=torch.float32, device=x.device)
     state, rest = start(head, x, target)
+    if head.group is not None:
+        state.target_logit = head.group.sum(head.group.own(state.target_logit, target)[0])
+        state.peak = (state.target_logit + triton_rows.OFFSET.value) * BITS.value
     cuts = spans(V, how.width)
     width, chunk = cuts[0][1], None
     if how.name == "keep":
@@ -60,10 +65,14 @@ def forward(head, hidden, target, how, stats=()):
         _add_sums(tile, where, partial, rest, scratch, out)
         if state.sums is not None:
             matmul_add(out, head.weight[v0:v1], state.sums)
+    if head.group is not None:
+        rest = _merge(tile, (head, x, target, (0, V), state), rest)
+        if stats:
+            profile, V = _merged(head.group, profile, target, state.target_logit, stats), 1
     finished = (state.peak, rest, state.target_logit, state.total, state.logp)
     launch.run(triton_finish.finish_rows, cdiv(M, 128), *finished, M, BLOCK=128)
     if state.kept is not None:
-        launch.put_target(state.kept, target, _own(head, state), (0, V))
+        launch.put_target(state.kept, target, _own(head, state), (0, len(head.weight)))
     values = statistics(profile, V, state.target_logit, stats) if stats else {}
     state.entropy = values.get("entropy")
     return state, values
@@ -85,9 +94,7 @@ def _add_sums(tile, where, partial, rest, scratch, out):
     are by one tile, so that their logits have the same bits: E adds up to `rest` however large they are.
     """
     head, x, _, (v0, v1), state = where
-    (M, D), again = x.shape, tile.plain().half()
-    if head.softcap is not None:
-        again = again.half()
+    (M, D), again = x.shape, _tile_again(tile, head)
     blocks, tiles_in = cdiv(M, again.rows), lambda tile: cdiv(v1 - v0, tile.columns)
     flags = torch.empty(M + blocks, dtype=torch.int32, device=x.device)
     merged = dict(BM=again.rows, BT=MERGED)
@@ -99,8 +106,41 @@ def _add_sums(tile, where, partial, rest, scratch, out):
         launch.tile_pass(again, *where, out=out, flags=flags)
 
 
+def _tile_again(tile, head):
+    """Of the rows that are done again: small enough for whatever they leave."""
+    half = tile.plain().half()
+    return half if head.softcap is None else half.half()
+
+
+def _merge(tile, where, rest):
+    """Brings the rows of all slices to one reference, the greatest. Returns their sum `rest`."""
+    head, x, target, _, state = where
+    own, whole = state.peak, Softmax(state.peak, rest, state.target_logit)
+    head.group.merge(whole, target, NATS.value)
+    state.peak, state.target_logit = whole.peak, whole.target_logit
+    if state.sums is not None:
+        state.sums.mul_(torch.exp2(own - state.peak)[:, None])
+    if state.kept is not None:  # a target's entry could not be written beside an E that shrinks to 0
+        again, moved = _tile_again(tile, head), (own != state.peak).int()
+        blocks = torch.nn.functional.pad(moved, (0, -len(x) % again.rows)).view(-1, again.rows).amax(1)
+        flags = torch.cat((moved, blocks))
+        launch.tile_pass(again, *where, out=state.kept[:, : len(head.weight)], flags=flags)
+    return whole.rest
+
+
+def _merged(group, profile, target, target_logit, stats):
+    """The profile of all slices as if of one tile, f32[SLOTS, 1, M]; its sum of logits is their mean."""
+    _, peaks, total, *slots = profile
+    named = ("entropy", "log_sum_sq_probs", "mean_logit")
+    slots = [slot if name in stats else None for name, slot in zip(named, slots)]
+    one = Softmax(peaks, total, target_logit, *slots)
+    V = group.merge(one, target, NATS.value)
+    rows = (None, one.peak, one.rest, one.plogp, one.squares, None if one.logits is None else one.logits / V)
+    return torch.stack([one.rest if row is None else row for row in rows])[:, None]
+
+
 def gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, into=None, wide=False):
-    """See head_pass.py; hidden's is of hidden's dtype."""
+    """See head_pass.py; hidden's is of hidden's dtype, but of logp's where slices were added up."""
     x = hidden.contiguous()
     if not isinstance(d_logp, torch.Tensor):  # a number over a tensor is a product with its reciprocal
         d_logp = torch.full_like(state.logp, d_logp)
@@ -118,9 +158,11 @@ def gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, in
         sums = _again(head, x, target, width, state, need, factor, by_logit, at_target, out, put)
         factor = None
     if need.hidden:
-        w, out.hidden = head.weight, torch.empty_like(x)
+        w, out.hidden = head.weight, torch.empty_like(x) if head.group is None else sums
         arguments = (sums, w, target, factor, at_target, out.hidden, len(w), x.shape[1], w.stride(0))
         launch.run(triton_finish.hidden_gradient, len(x), *arguments, BLOCK=1024)
+        if head.group is not None:
+            head.group.sum(out.hidden)
     return out
 
 

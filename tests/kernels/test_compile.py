@@ -65,7 +65,7 @@ def test_opcheck_linear_logp(name, stats):
     wanted = {"forward": (), "frozen": ("hidden",)}.get(name, NAMES)
     c = case().to(torch.float32)
     inputs = [getattr(c, n).clone().requires_grad_(n in wanted) for n in NAMES]
-    args = (*inputs, c.target, 0.5, c.scale, None, stats, name, 37)
+    args = (*inputs, c.target, 0.5, c.scale, None, stats, name, 37, None)
     torch.library.opcheck(torch.ops.fastdpo.linear_logp, args, test_utils=CHECKS)
     if not wanted:
         return
@@ -77,7 +77,7 @@ def test_opcheck_linear_logp(name, stats):
     need = [n in wanted for n in NAMES]
     inputs = [t.detach() for t in inputs]
     upstream = (torch.randn(7), None if entropy is None else torch.randn(7))
-    args = (*upstream, *inputs, c.target, logp, entropy, saved, 0.5, c.scale, None, name, 37, need)
+    args = (*upstream, *inputs, c.target, logp, entropy, saved, 0.5, c.scale, None, name, 37, None, need)
     torch.library.opcheck(torch.ops.fastdpo.linear_logp_backward, args, test_utils=CHECKS)
 
 

@@ -220,7 +220,7 @@ def test_both_sides_of_the_seam(leaves_e, softcap):
 
 def test_the_operator_is_what_the_compiler_is_told():
     c = case(2, 40).to(torch.float32)
-    args = (c.hidden, c.weight, c.bias, c.a, c.b, c.target, 0.5, 0.7, None, "entropy", "keep", 20)
+    args = (c.hidden, c.weight, c.bias, c.a, c.b, c.target, 0.5, 0.7, None, "entropy", "keep", 20, None)
     torch.library.opcheck(torch.ops.fastdpo.linear_logp, args, test_utils="test_faketensor")
 
 
