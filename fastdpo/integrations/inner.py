@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AttentionInterface
 
 from fastdpo.model.attention import prefix_attention, stock_attention
-from fastdpo.model.policy import Head, Policy, logit_transform
+from fastdpo.model.lm_head import Head, logit_transform
+from fastdpo.model.policy import Policy
 from fastdpo.model.support import prepare
 from fastdpo.records import PreferenceGroup, PrefixLayout, Response
 

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from fastdpo.errors import ModelError
 from fastdpo.integrations.inner import Sealed, can_share, switch_attention
 from fastdpo.integrations.trl_rows import IGNORED, PackedRows, pack_rows
-from fastdpo.model.policy import Head, logit_transform
+from fastdpo.model.lm_head import Head, logit_transform
 
 
 def bind(model: nn.Module, forward) -> None:

@@ -16,7 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from fastdpo.integrations.head import token_logp
 from fastdpo.integrations.packed_forward import Packed, bind
 from fastdpo.integrations.trl_rows import IGNORED
-from fastdpo.model.policy import logit_transform
+from fastdpo.model.lm_head import logit_transform
 
 STOCK_ADD: Any = getattr(trl_utils, "add_fused_lm_head", None)  # TRL before 1.15: see trl_older.py
 STOCK_KERNEL = trl_utils._ChunkedLogProbFunction

@@ -3,7 +3,6 @@
 import contextlib
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, overload
@@ -20,48 +19,21 @@ from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model import attention
 from fastdpo.model.activations import set_up_activations
 from fastdpo.model.adapters import add_lora, find_start, load_adapter, tell_tied
+from fastdpo.model.lm_head import Head, logit_transform
 from fastdpo.model.quantised import check_quantisation, loading_in_4bit, set_up_4bit
 from fastdpo.model.spec import ModelSpec
 from fastdpo.records import PackedGroups
 from fastdpo.values import as_bytes
 
 WithStats = tuple[Tensor, dict[str, Tensor]]
-# How configs name a factor on the logits: (attribute, model types where it means that or None, power).
-_LOGIT_FACTORS = (
-    ("logit_scale", ("cohere", "cohere2"), 1),
-    ("logits_scaling", ("hyperclovax",), 1),
-    ("logits_scaling", None, -1),  # granite*, minicpm3
-    ("output_multiplier", None, 1),
-    ("lm_head_multiplier", None, 1),
-)
-
-
-@dataclass(frozen=True)
-class Head:
-    """The lm_head: its module, and what the model does to the logits after it."""
-
-    module: Any  # torch.nn.Module
-    scale: float
-    softcap: float | None
-
-    def tensors(self, dtype: torch.dtype) -> dict[str, Any]:
-        """weight [V, D], bias [V] and lora (A, B, scale) as linear_logp takes them."""
-        base = getattr(self.module, "base_layer", self.module)
-        in_dtype = lambda t: None if t is None else t.to(dtype)
-        lora = None
-        if base is not self.module and not self.module.disable_adapters:
-            (name,) = self.module.active_adapters
-            a, b = self.module.lora_A[name].weight, self.module.lora_B[name].weight
-            lora = (in_dtype(a), in_dtype(b), float(self.module.scaling[name]))
-        return {"weight": in_dtype(base.weight), "bias": in_dtype(base.bias), "lora": lora}
-
-    @property
-    def trained(self) -> bool:
-        return any(p.requires_grad for p in self.module.parameters())
 
 
 class Policy:
     """A model and how to score packed groups with it. Policy and reference share this one path."""
+
+    # Whether token_logp adds the head's gradient to its .grad itself: for who clears no gradient between a
+    # forward and its backward, which would lose it.
+    adds_to_grad = False
 
     def __init__(
         self, model: torch.nn.Module, dtype: torch.dtype, dropout: dict[str, float] | None = None,
@@ -131,6 +103,7 @@ class Policy:
             softcap=self.head.softcap,
             stats=stats,
             memory_budget=self.head_budget,
+            grad_into=self.head.main_gradient(self.dtype) if self.adds_to_grad else None,
             **self.head.tensors(self.dtype),
         )
 
@@ -169,17 +142,6 @@ class Policy:
         p, size = self.plan(scored), self.core.get_output_embeddings().weight.numel()
         cost = f"{p.flops / (scored * size):.0f}MVD, at most {p.peak_bytes / 1e6:.0f} MB"
         return f"{p.name} by {self.head_backend}, {cost}"
-
-
-def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
-    """(scale, softcap) that this model applies to lm_head's output, in this order."""
-    scale = 1.0
-    for name, model_types, power in _LOGIT_FACTORS:
-        factor = getattr(config, name, None)
-        if factor and (model_types is None or config.model_type in model_types):
-            scale = float(factor) ** power
-            break
-    return scale, getattr(config, "final_logit_softcapping", None)
 
 
 def resolve_dtype(name: str) -> torch.dtype:

@@ -69,6 +69,8 @@ class Step:
             with tracker.owned_by(allocations.HEAD):
                 logp = self._head(hidden)
                 del hidden
+                for weight in policy.trained():
+                    weight.register_post_accumulate_grad_hook(self._accumulated)
                 tracker.where = "backward of the head"
                 grad = torch.ones_like(logp)
                 logp.backward(grad)
@@ -94,7 +96,6 @@ class Step:
             if self.several and not config.optimizer_in_backward:  # that one adds up on the host
                 with tracker.owned_by(allocations.GRADIENTS):
                     weight.grad = torch.empty_like(weight)
-            weight.register_post_accumulate_grad_hook(self._accumulated)
 
     def _keep(self, size: int, owner: str) -> None:
         with self.tracker.owned_by(owner):
@@ -115,10 +116,14 @@ class Step:
         """Policy.token_logp from the hidden states on."""
         policy, batch = self.policy, self.batch
         rows = hidden[batch.score_row].to(policy.dtype)
+        with self.tracker.owned_by(allocations.GRADIENTS):
+            into = None if self.config.optimizer_in_backward else policy.head.main_gradient(policy.dtype)
         tensors = policy.head.tensors(policy.dtype)
         if not self.target.is_cpu:
+            if into is not None:
+                tensors["weight"] = tensors["weight"].detach()  # no gradient is made of it
             return stand_ins.head(rows, policy.plan(len(rows)), tensors)
-        tensors |= {"scale": policy.head.scale, "softcap": policy.head.softcap}
+        tensors |= {"scale": policy.head.scale, "softcap": policy.head.softcap, "grad_into": into}
         return head.linear_logp(rows, target=batch.target, memory_budget=policy.head_budget, **tensors)
 
     def _follow_layers(self) -> None:

@@ -56,7 +56,7 @@ def varlen_backward_bytes(grad, query, key, value, out, lse, cu_q, *rest) -> int
 
 
 def head(hidden, plan, tensors: dict):
-    """f32[M]. hidden [M, D]; plan: a fastdpo_kernels.Plan; tensors: model.Head.tensors."""
+    """f32[M]. hidden [M, D]; plan: a fastdpo_kernels.Plan; tensors: model.lm_head.Head.tensors."""
     weight, bias, lora = tensors["weight"], tensors["bias"], tensors["lora"] or ()
     if plan.name == "frozen":
         return _Frozen.apply(hidden, plan)

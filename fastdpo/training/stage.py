@@ -55,6 +55,7 @@ class Stage:
 
     def __init__(self, job: StageJob, policy: Policy, groups, eval_groups, explain: Explain | None = None):
         self.job, self.policy, self.explain = job, policy, explain
+        policy.adds_to_grad = True
         self.reference: ReferenceTable | ReferenceColumns | None = None
         self.objective = job.objective
         self.balance, self.unbalanced = self.balance_of()

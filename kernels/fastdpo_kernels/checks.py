@@ -64,6 +64,14 @@ def check_head(op: str, hidden, target, weight, bias, a, b) -> None:
         )
 
 
+def check_grad_into(weight: torch.Tensor, into: torch.Tensor) -> None:
+    """ValueError unless weight's gradient can be added to `into`."""
+    wanted = torch.promote_types(weight.dtype, torch.float32), weight.shape, weight.device
+    if (into.dtype, into.shape, into.device) != wanted or not into.is_contiguous() or into.requires_grad:
+        needs = f"{wanted[0]} {tuple(weight.shape)} on {weight.device}, contiguous, without requires_grad"
+        raise ValueError(f"linear_logp needs grad_into {needs}, got {told(grad_into=into)}, {into.stride()}")
+
+
 def check_softcap(softcap: float | None) -> float | None:
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive (or None), got {softcap}")

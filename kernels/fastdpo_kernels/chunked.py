@@ -14,7 +14,7 @@ import torch
 
 from .chunk import Softmax, chunk_of
 from .head import HiddenGrad
-from .head_pass import Gradients, State, factors, target_coefficient
+from .head_pass import NONE, Gradients, State, factors, target_coefficient
 from .ops import matmul, matmul_add, operand
 from .plan import spans
 
@@ -83,7 +83,7 @@ def _finish(softmax, stats, V):
     return State(peak, total, target_logit, logp, out.get("entropy")), out
 
 
-def gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, into=None, wide=False):
+def gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, into=NONE, wide=False):
     """See head_pass.py; hidden's is of logp's dtype."""
     factor, by_logit = factors(head, state, d_logp, d_entropy)
     at_target = target_coefficient(head, state, d_logp, d_entropy)
@@ -92,8 +92,8 @@ def gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, in
         state.sums.add_target(at_target, target)
         return Gradients(hidden=state.sums.merged())
     x, accumulate = operand(hidden.contiguous()), state.logp.dtype
-    put = matmul_add if into else matmul
-    out = into or Gradients.like(head, need, accumulate if wide else None)
+    put = lambda name: matmul if getattr(into, name) is None else matmul_add
+    out = Gradients.like(head, need, into, accumulate if wide else None)
     sums = HiddenGrad(head, x, accumulate, full=need.hidden) if need.hidden or need.lora_a else None
     xa, cuts = head.low_rank(x), spans(len(head.weight), how.width)
     chunk, width = chunk_of(head, x, target, accumulate), cuts[0][1]
@@ -117,19 +117,19 @@ def gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, in
         sums.add_target(at_target, target)
         if need.lora_a:
             low = (head.lora_scale * sums.low).to(x.dtype)
-            put(low.t(), x, out.lora_a)
+            put("lora_a")(low.t(), x, out.lora_a)
         if need.hidden:
             out.hidden = sums.merged()
     return out
 
 
 def _add_parameters(out, need, dz, x, xa, span, accumulate, put):
-    """The chunk's rows of the parameters' gradients; put: matmul, or matmul_add to what is there."""
+    """The chunk's rows of the parameters' gradients; put: name -> matmul, or matmul_add to what is there."""
     v0, v1 = span
     if need.bias:
         total = dz.sum(1, dtype=accumulate)
-        out.bias[v0:v1] = total if put is matmul else out.bias[v0:v1] + total
+        out.bias[v0:v1] = total if put("bias") is matmul else out.bias[v0:v1] + total
     if need.weight:
-        put(dz, x, out.weight[v0:v1])
+        put("weight")(dz, x, out.weight[v0:v1])
     if need.lora_b:
-        put(dz, xa[:, : out.lora_b.shape[1]], out.lora_b[v0:v1])
+        put("lora_b")(dz, xa[:, : out.lora_b.shape[1]], out.lora_b[v0:v1])

@@ -1,7 +1,7 @@
 """The seam between backends: each is a module with two functions, and here is what goes between them.
 
     forward(head, hidden, target, how, stats=()) -> (State, {stat: [M]})
-    gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, into=None, wide=False)
+    gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, into=Gradients(), wide=False)
         -> Gradients
 
 of hidden [M, D] and target i64[M], as `how` says: a Plan without parts. Log-probs come first, gradients once
@@ -9,7 +9,7 @@ the loss knows how much of each it wants:
 
 d_logp, d_entropy   [M], the upstream gradients; d_logp may be a number, d_entropy None
 need                a Gradients of booleans
-into                wide Gradients of other rows, to which the parameters' are added instead
+into                wide Gradients of the parameters: where it has one, this call's is added to it
 wide                the parameters' gradients in the dtype of logp, instead of their own
 
 A kept matrix serves any number of backwards, a frozen head's sums serve one. A gradient through entropy
@@ -61,12 +61,17 @@ class Gradients(Generic[T]):
 
     @staticmethod
     def like(
-        head: Head, need: "Gradients[bool]", dtype: torch.dtype | None = None
+        head: Head, need: "Gradients[bool]", into: "Gradients[torch.Tensor]", dtype: torch.dtype | None = None
     ) -> "Gradients[torch.Tensor]":
-        """Uninitialised, for the head's parameters of `need`, in their dtypes or in `dtype`."""
+        """For the head's parameters of `need`: those of `into`, and where it has none uninitialised ones, in
+        the parameters' dtypes or in `dtype`."""
         new = lambda p: empty(*p.shape, dtype=dtype or p.dtype, device=p.device)
-        names = ("weight", "bias", "lora_a", "lora_b")
-        return Gradients(**{name: new(getattr(head, name)) for name in names if getattr(need, name)})
+        names = [name for name in ("weight", "bias", "lora_a", "lora_b") if getattr(need, name)]
+        there = {name: getattr(into, name) for name in names}
+        return Gradients(**{n: new(getattr(head, n)) if t is None else t for n, t in there.items()})
+
+
+NONE: Gradients[torch.Tensor] = Gradients()
 
 
 def backend_for(head: Head, hidden: torch.Tensor) -> ModuleType:

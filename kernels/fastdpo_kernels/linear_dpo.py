@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checks import check_pair_values, check_pairs, check_softcap, check_target_values, operands, told
 from .head import Head
-from .head_pass import Gradients, backend_for
+from .head_pass import NONE, Gradients, backend_for
 from .ops import empty, exact_on, scale_
 from .pair_losses import LOSSES, PairLoss, groups_of
 from .plan import Plan, plan
@@ -194,7 +194,7 @@ def _by_parts(
     if pair_loss.ref_token_logp is not None:
         token_logp.copy_(pair_loss.ref_token_logp)
     d_hidden: Tensor | None = None
-    out: Any = None  # Gradients, if there is a need
+    out: Any = NONE
     if several and need.hidden:
         d_hidden = empty(*hidden.shape, dtype=hidden.dtype, device=hidden.device)
     for part, stop in zip(parts, stops):

@@ -4,6 +4,7 @@ Letters: M scored rows, D hidden, V vocab, r the LoRA rank.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Unpack, overload
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import reference
-from .checks import check_softcap, check_target_values, operands
+from .checks import check_grad_into, check_softcap, check_target_values, operands
 from .head import Head
 from .head_pass import Gradients, State, backend_for
 from .ops import aligned_rows, exact_on
@@ -29,6 +30,7 @@ SAVED = {"forward": (), "frozen": ROWS, "keep": (*ROWS, "kept", "peaks"), "recom
 
 class Options(reference.Options, total=False):
     memory_budget: int | None
+    grad_into: Tensor | None
     process_group: ProcessGroup | None
     vocab_start: int | None
 
@@ -60,6 +62,7 @@ def linear_logp(
     stats: tuple[str, ...] = (),
     memory_budget: int | None = None,
     ignore_index: int = -100,
+    grad_into: Tensor | None = None,  # f32[V, D], f64 where weight is
     process_group: ProcessGroup | None = None,
     vocab_start: int | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -77,6 +80,10 @@ def linear_logp(
     recomputing logits when the head is trained. A gradient through entropy recomputes them in any
     plan, so naming it for its value alone is free.
 
+    grad_into: each backward over the call (a second one too) adds weight's gradient to this contiguous
+    tensor by the GEMM that makes it, and brings weight, which counts as trained, none: a main gradient
+    over microbatches, as of Megatron-LM's fused weight gradient. Hooks of weight see nothing of it.
+
     Where target is ignore_index, the results and gradients are 0, with no wait for the device. Such a
     row's work is done all the same: leave them out where they are many. NaN or inf in a row of hidden,
     an ignored one too, stays in that row of the results and of hidden's gradient; the head's gradients
@@ -84,11 +91,13 @@ def linear_logp(
 
     `backend` tells what runs it: Triton kernels for bfloat16 on the GPUs of tiles.TILES (not with a
     LoRA or a weight whose rows are strided), cuBLAS and row kernels on other CUDA tensors, plain torch
-    elsewhere, with the same plans and accuracy. torch.compile takes a call as one operator. A DTensor of
-    a frozen head is gathered. process_group: V is spread over its ranks, weight, bias and B hold the rows
-    from vocab_start on (None: rank * V), and the rest is alike on all; parallel.py says more.
+    elsewhere, with the same plans and accuracy. torch.compile takes a call as one operator, and
+    leaves one with grad_into out of its graph. A DTensor of a frozen head is gathered.
 
-    Raises ValueError for shapes, dtypes, devices or DTensors that do not fit, an unknown stat, softcap
+    process_group: V is spread over its ranks, weight, bias and B hold the rows from vocab_start on (None:
+    rank * V), and the rest is alike on all; parallel.py says more.
+
+    Raises ValueError for tensors whose shape, dtype, device or kind does not fit, an unknown stat, softcap
     <= 0, and, on CPU tensors only (a device would have to be waited for), another target outside [0, V),
     which is NaN on a GPU, or where gradients take its row of weight by torch, a device assertion.
     """
@@ -100,17 +109,20 @@ def linear_logp(
     shape, ignored = target.shape, target == ignore_index
     target = target.masked_fill(ignored, 0).reshape(-1)
     hidden = hidden.reshape(len(target), hidden.shape[-1])
-    out = _of_rows(hidden, head, target, options, memory_budget, process_group, vocab_start)
+    out = _of_rows(hidden, head, target, options, memory_budget, grad_into, process_group, vocab_start)
     logp, *values = [t.reshape(shape).masked_fill(ignored, 0.0) for t in out[: 1 + len(stats)]]
     return (logp, dict(zip(stats, values))) if stats else logp
 
 
 def _of_rows(
     hidden: Tensor, head: list[Any], target: Tensor, options: Any, memory_budget: int | None,
-    process_group: ProcessGroup | None, vocab_start: int | None
+    into: Tensor | None, process_group: ProcessGroup | None, vocab_start: int | None
 ) -> Any:  # fmt: skip
     """[logp [M], the stats in order, ...] of hidden [M, D], by the plan that fits."""
-    weight, train_weight = head[0], any(p is not None and p.requires_grad for p in head)
+    if into is not None:
+        check_grad_into(head[0], into)
+        head[0] = head[0].detach()
+    weight, train_weight = head[0], into is not None or any(p is not None and p.requires_grad for p in head)
     group = None if process_group is None else process_group.group_name
     if process_group is not None:
         target = target - (process_group.rank() * len(weight) if vocab_start is None else vocab_start)
@@ -121,12 +133,19 @@ def _of_rows(
         dtype=hidden.dtype,
         train_weight=train_weight,
         need_grad=torch.is_grad_enabled() and (train_weight or hidden.requires_grad),
-        memory_budget=memory_budget,
+        memory_budget=budget,
         backend=backend_of(hidden, weight, head[-1] is not None),
     )
     # the compiler sees one opaque op; without it nothing stands between autograd and the work
-    run: Callable[..., Any] = operator if torch.compiler.is_compiling() else _LinearLogp.apply
+    run: Callable[..., Any] = partial(_run, into)
+    if torch.compiler.is_compiling():  # an operator's backward changes no tensor
+        run = operator if into is None else torch.compiler.disable(run)
     return run(hidden, *head, target, *options, how.name, how.width, group)
+
+
+def _run(grad_into: Tensor | None, *args: Any) -> Any:
+    # a leaf of its own: there is a backward whatever else is trained
+    return _LinearLogp.apply(*args, None if grad_into is None else grad_into.detach().requires_grad_())
 
 
 class _LinearLogp(torch.autograd.Function):
@@ -134,13 +153,14 @@ class _LinearLogp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        out = forward_pass(*args)
-        _setup(ctx, args, out)
+        *inputs, ctx.grad_into = args  # not saved: it changes between forward and backward
+        out = forward_pass(*inputs)
+        _setup(ctx, inputs, out)
         return tuple(out[: 1 + len(ctx.stats)])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, upstream, backward_pass)
+        return *_gradients(ctx, upstream, partial(_backward, ctx.grad_into)), None
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -208,12 +228,20 @@ def backward_pass(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of hidden, weight, bias, A and B that are in need; saved: what forward_pass returned of
     SAVED[name]."""
-    head = Head(weight, bias, a, b, lora_scale, scale, softcap, VocabGroup(group, weight) if group else None)
+    inputs = (hidden, weight, bias, a, b, target, logp, entropy, saved)
+    return _backward(None, d_logp, d_entropy, *inputs, lora_scale, scale, softcap, name, width, group, need)
+
+
+def _backward(grad_into: Tensor | None, d_logp: Tensor, d_entropy: Tensor | None, *rest: Any) -> list[Tensor]:
+    """`backward_pass`, which adds weight's gradient to grad_into where that is given; no operator may."""
+    hidden, weight, bias, a, b, target, logp, entropy, saved, *options, name, width, group, need = rest
+    head = Head(weight, bias, a, b, *options, VocabGroup(group, weight) if group else None)
     how = Plan(name, 0, 0, 0, len(hidden), width)
     state = State(logp=logp, entropy=entropy, **dict(zip(SAVED[name], saved)))
     with exact_on(hidden):
-        run = backend_for(head, hidden)
-        out = run.gradients(head, hidden, target, how, state, Gradients(*need), d_logp, d_entropy)
+        run, wants, into = backend_for(head, hidden), Gradients(*need), Gradients(weight=grad_into)
+        wants.weight = need[1] or grad_into is not None
+        out = run.gradients(head, hidden, target, how, state, wants, d_logp, d_entropy, into)
     every = (out.hidden, out.weight, out.bias, out.lora_a, out.lora_b)
     return [gradient.to(hidden.dtype) for gradient, wanted in zip(every, need) if wanted]
 

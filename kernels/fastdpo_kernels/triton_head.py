@@ -10,7 +10,7 @@ from triton import cdiv
 
 from . import launch, tiles, triton_finish, triton_rows
 from .chunk import Softmax
-from .head_pass import Gradients, State, factors, target_coefficient
+from .head_pass import NONE, Gradients, State, factors, target_coefficient
 from .ops import aligned_rows, matmul, matmul_add
 from .plan import spans, spare_width
 from .triton_tile import BITS, NATS
@@ -139,13 +139,13 @@ def _merged(group, profile, target, target_logit, stats):
     return torch.stack([one.rest if row is None else row for row in rows])[:, None]
 
 
-def gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, into=None, wide=False):
+def gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, into=NONE, wide=False):
     """See head_pass.py; hidden's is of hidden's dtype, but of logp's where slices were added up."""
     x = hidden.contiguous()
     if not isinstance(d_logp, torch.Tensor):  # a number over a tensor is a product with its reciprocal
         d_logp = torch.full_like(state.logp, d_logp)
-    out = into or Gradients.like(head, need, state.logp.dtype if wide else None)
-    put = matmul_add if into else matmul
+    put = lambda name: matmul if getattr(into, name) is None else matmul_add
+    out = Gradients.like(head, need, into, state.logp.dtype if wide else None)
     at_target = target_coefficient(head, state, d_logp, d_entropy)
     factor, by_logit = factors(head, state, d_logp, d_entropy)
     sums = state.sums
@@ -183,7 +183,7 @@ def _of_kept(head, x, kept, need, factor, out, put):
         sums = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         matmul(e, head.weight, sums)
     if need.weight:
-        put(e.t(), (x * factor[:, None]).to(x.dtype), out.weight)
+        put("weight")(e.t(), (x * factor[:, None]).to(x.dtype), out.weight)
     if need.bias:
         high = factor.to(x.dtype)  # and the rest of fp32 in a column of its own
         columns = torch.stack((high, (factor - high).to(x.dtype)), 1)
@@ -208,9 +208,9 @@ def _again(head, x, target, width, state, need, factor, by_logit, at_target, out
         if need.bias:
             _put_bias(out.bias[v0:v1], dz.sum(0, dtype=torch.float32), put)
         if need.weight:
-            put(dz.t(), x, out.weight[v0:v1])
+            put("weight")(dz.t(), x, out.weight[v0:v1])
     return sums
 
 
 def _put_bias(bias, value, put):
-    (bias.copy_ if put is matmul else bias.add_)(value)
+    (bias.copy_ if put("bias") is matmul else bias.add_)(value)

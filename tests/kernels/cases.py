@@ -52,7 +52,7 @@ class Case:
         options.update(scale=self.scale, softcap=self.softcap, lora=lora, stats=stats)
         out = function(leaves["hidden"], leaves["weight"], self.target, leaves.get("bias"), **options)
         logp, values = out if stats else (out, {})
-        if any(t.requires_grad for t in leaves.values()):
+        if logp.requires_grad:
             loss = (logp * self.d_logp).sum()
             if self.d_entropy is not None:
                 loss = loss + (values["entropy"] * self.d_entropy).sum()
@@ -122,3 +122,33 @@ def assert_as_good(c, dtype, wanted=NAMES, stats=(), **options):
         eps = roundings * torch.finfo(got[name].dtype).eps
         ours, theirs = (error(values[name], value, least_of(name)) for values in (got, plain))
         assert ours <= 2 * theirs + eps, f"{name}: {ours:.2e}, plain torch {theirs:.2e}"
+
+
+def needs_into(c, dtype, name, wanted):
+    """Two calls of linear_logp into one gradient of weight, which is there before: the sum is right and has
+    the same bits every time, and the other gradients are those of calls without."""
+    c = c.to(dtype)
+    options, stats = {"memory_budget": budget(name, c)}, ("entropy",) if c.d_entropy is not None else ()
+    halves = slice(0, len(c.hidden) // 2 or 1), slice(len(c.hidden) // 2 or 1, None)
+    by_row = ("hidden", "target", "d_logp", "d_entropy")
+    cut = lambda rows: {n: getattr(c, n)[rows] for n in by_row if getattr(c, n) is not None}
+    parts = [replace(c, **cut(rows)) for rows in halves]
+    wide = torch.promote_types(dtype, torch.float32)
+    start = torch.randn(*c.weight.shape, dtype=wide, device=c.weight.device)
+    sums = []
+    for _ in range(2):
+        into = start.clone()
+        for part in parts:
+            got = part.run(linear_logp, wanted, stats, grad_into=into, **options)
+            plain = part.run(linear_logp, {*wanted, "weight"}, stats, **options)
+            plain["d_weight"] = None
+            for n, value in plain.items():
+                assert got[n] is None if value is None else torch.equal(got[n], value), n
+        sums.append(into)
+    assert torch.equal(*sums)
+    truth, torchs = start.double(), start.clone()
+    for part in parts:
+        truth += part.to(torch.float64).run(reference.linear_logp, ("weight",), stats)["d_weight"]
+        torchs += part.run(reference.linear_logp, ("weight",), stats)["d_weight"]
+    ours, theirs = (error(value, truth) for value in (sums[0], torchs))
+    assert ours <= 2 * theirs + 32 * torch.finfo(wide).eps, f"{ours:.2e}, plain torch {theirs:.2e}"

@@ -8,7 +8,7 @@ from fastdpo_kernels import Plan, linear_logp, reference, tiles
 from fastdpo_kernels.head import Head
 from fastdpo_kernels.head_pass import backend_for
 
-from .cases import STATS, assert_as_good, budget, case, error
+from .cases import STATS, assert_as_good, budget, case, error, needs_into
 
 pytestmark = pytest.mark.gpu
 ALL = ("hidden", "weight", "bias")
@@ -27,6 +27,13 @@ def test_every_plan(D, softcap, name):
     assert_as_good(c, torch.bfloat16, ("hidden",), STATS)
     c.d_entropy = c.d_logp
     assert_as_good(c, torch.bfloat16, ALL, STATS)
+
+
+@pytest.mark.parametrize("lora", (False, True), ids=("triton", "cublas"))
+@pytest.mark.parametrize("name", ("keep", "recompute"))
+def test_a_gradient_that_is_added_to(name, lora):
+    c = case(300, 2049, 64, lora=lora, entropy=name == "recompute").on("cuda")
+    needs_into(c, torch.bfloat16, name, ALL)
 
 
 @pytest.mark.parametrize("size", (1, 4))

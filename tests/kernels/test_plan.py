@@ -53,17 +53,22 @@ def test_budget_bounds_what_has_width_V(kind, budget):
     assert told.peak_bytes <= budget + rows
 
 
-def peak_of(run):
-    """The most bytes of CPU tensors alive at once during run(), over those alive before."""
+def allocated(run):
+    """The bytes of CPU tensors as they come during run(), and negative as they go."""
     gc.collect()  # what another test left must not go during the run
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    now = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
+    events = profiler.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]"]
+
+
+def peak_of(run):
+    """The most bytes of CPU tensors alive at once during run(), over those alive before."""
+    return max(itertools.accumulate(allocated(run), initial=0))
+
+
+def largest_of(run):
+    return max(allocated(run))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

@@ -11,7 +11,7 @@ import torch
 from fastdpo_kernels import linear_logp, plan, reference, tiles
 
 from . import dpo_cases
-from .cases import NAMES, STATS, assert_as_good, budget, case, many_chunks, plan_module  # noqa: F401
+from .cases import NAMES, STATS, assert_as_good, budget, case, many_chunks, needs_into, plan_module  # noqa: F401
 from .interpreted import interpreted
 
 if not interpreted:
@@ -49,6 +49,12 @@ def assert_right(c, name, stats=(), wanted=None):
     c = c.to(torch.float32)
     wanted = [n for n in WAYS[name] if getattr(c, n) is not None] if wanted is None else wanted
     assert_as_good(c, torch.float32, wanted, stats, **options_of(name, c))
+
+
+@pytest.mark.parametrize("name", ("keep", "recompute"))
+def test_a_gradient_that_is_added_to(name):
+    needs_into(case(3, 80, softcap=3.0, entropy=True), torch.float32, name, NAMES)
+    needs_into(case(3, 80, lora=False), torch.float32, name, ())
 
 
 @pytest.mark.parametrize("softcap", (None, 3.0))

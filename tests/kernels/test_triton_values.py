@@ -6,7 +6,7 @@ import pytest
 import torch
 from fastdpo_kernels import linear_logp, reference, tiles
 
-from .cases import STATS, budget, error, needs_vectors, vectors
+from .cases import STATS, budget, error, needs_into, needs_vectors, vectors
 from .interpreted import (  # noqa: F401
     SMALL,
     assert_right,
@@ -92,6 +92,14 @@ def test_stats_and_the_gradient_of_entropy(softcap, name):
     c = head_case(40, softcap=softcap, entropy=True).to(torch.float32)
     assert_right(c, ALL, STATS, memory_budget=budget(name, c))
     assert_right(c, ("hidden",), STATS)
+
+
+@pytest.mark.parametrize("entropy", (False, True))
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.usefixtures("many_chunks")
+def test_a_gradient_that_is_added_to(entropy, name):
+    needs_into(head_case(40, softcap=3.0, entropy=entropy), torch.float32, name, ALL)
+    needs_into(head_case(40), torch.float32, name, ())
 
 
 @pytest.mark.parametrize("stat", STATS)

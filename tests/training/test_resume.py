@@ -129,7 +129,10 @@ def test_a_second_run_is_bitwise_the_same(make, tmp_path):
     assert outcome(one_more) == outcome(one)
 
 
-@pytest.mark.parametrize("keys", [{}, dict(lora_rank=2)], ids=["full", "lora"])
+BF16 = dict(dtype="bf16", max_tokens=60)  # microbatches that linear_logp adds to one gradient of the head
+
+
+@pytest.mark.parametrize("keys", [{}, dict(lora_rank=2), BF16], ids=["full", "lora", "bf16"])
 def test_max_steps_can_be_raised(make, keys):
     """With a constant learning rate, 5 steps and then 8 are the same as 8 at once."""
     keys = keys | dict(lr_scheduler_type="constant", save_steps=None)
