@@ -23,14 +23,17 @@ from fastdpo_kernels.head import Head
 from fastdpo_kernels.head_pass import Gradients
 from fastdpo_kernels.linear_logp import STATS
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from triton.compiler import ASTSource, compile, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 # whose tables are committed: what torch 2.11, 2.13 and 2.14 pin, and the newest
 VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 # what one program may have, from the CUDA programming guide's table of compute capabilities
-SHARED_BYTES = {(8, 0): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10}
+SHARED_BYTES = {(8, 0): 163 << 10} | dict.fromkeys(((9, 0), (10, 0), (10, 3)), 227 << 10)
+SHARED_BYTES |= dict.fromkeys(((8, 6), (8, 9), (12, 0)), 99 << 10)
 # the instruction that a GEMM over all rows must run on; rows out of range are too few to matter
-MATRIX = {(8, 0): "HMMA", (9, 0): "HGMMA", (10, 0): "UTCHMMA"}
+MATRIX = {(9, 0): "HGMMA", (10, 0): "UTCHMMA", (10, 3): "UTCHMMA"}
+MATRIX |= dict.fromkeys(((8, 0), (8, 6), (8, 9), (12, 0)), "HMMA")
 WHOLE_PASSES = ("E", "E, bias, softcap", "E, statistics, softcap", "sums only", "sums and statistics", "dZ")
 WHOLE_PASSES += ("dZ, entropy, softcap",)
 GEMMS = (*WHOLE_PASSES, "start_rows")  # the diagonal has the passes' instruction, or other bits
@@ -39,6 +42,7 @@ EPILOGUE = {"E": 8, "sums only": 8, "dZ": 8, "E, bias, softcap": 20}
 ASYNCHRONOUS = (9, 0)  # the chip of wgmma; before it and after it the tensor cores are fed otherwise
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 M, D, V = 8192, 4096, 128256
+BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 launch.processors = lambda device: 132
 
 
@@ -109,25 +113,15 @@ def chunk_launches(new, target, rows):
 
 
 def known(spec):
-    """(signature, constants, attributes): types, and what is known of the launch's arguments, as triton's
-    runtime finds them out."""
-    pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-    pointers |= {torch.int32: "*i32", torch.int64: "*i64"}
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(spec.kernel.params):
-        name, value = parameter.name, spec.arguments.get(parameter.name)
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name], divisible = pointers[value.dtype], True
-        elif isinstance(value, float):
-            signature[name], divisible = "fp32", False
-        else:
-            signature[name], divisible = "i32" if value < 2**31 else "i64", value % 16 == 0
-        if divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
+    """(signature, constants, attributes): types, and what triton's runtime makes a part of the kernel's key
+    of the launch's arguments. Two launches with the same are compiled once."""
+    bind = create_function_from_signature(spec.kernel.signature, spec.kernel.params, BACKEND)
+    given, found, _ = bind(**spec.arguments)
+    by_name = dict(zip(given, found))
+    signature = {name: kind for name, (kind, _) in by_name.items()}
+    constants = {name: given[name] for name, kind in signature.items() if kind == "constexpr"}
+    hints = [(i, hint) for i, (kind, hint) in enumerate(found) if kind != "constexpr" and hint]
+    return signature, constants, {(i,): BACKEND.parse_attr(hint) for i, hint in hints}
 
 
 def resources(spec, capability):
@@ -142,7 +136,11 @@ def resources(spec, capability):
                 [TOOLS / "cuobjdump", *options, file.name], capture_output=True, text=True, check=True
             ).stdout
         )
-        usage, sass = dump("-res-usage"), dump("-sass")
+        usage = dump("-res-usage")
+        try:
+            sass = dump("-sass")
+        except subprocess.CalledProcessError:  # triton 3.6.0's is older than its ptxas, and reads no sm_103
+            sass = "UTCHMMA" if "tcgen05.mma" in done.asm["ptx"] else ""
     number = lambda key: int(re.search(rf"{key}:(\d+)", usage).group(1))
     sizes, threads = spec.arguments, 32 * spec.warps
     per_thread = sizes["BM"] * sizes["BN"] / threads if "BN" in sizes else None

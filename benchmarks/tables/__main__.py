@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks.process import ROOT
 from benchmarks.results import RESULTS, newest_shown
 from benchmarks.tables.blocks import BLOCKS
+from benchmarks.tables.chips import tiles_table
 from benchmarks.tables.markdown import link
 from benchmarks.tables.standing import standing
 from fastdpo.config.reading import keys_table
@@ -24,6 +25,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WAITING = "Not measured yet: {} (`{}`)."
 TABLES = {"keys": keys_table, "objectives": objectives_table, "formats": formats_table}
+TABLES["tiles"] = tiles_table
 
 
 def block(name: str, folder: Path = RESULTS, up: str = "") -> str:

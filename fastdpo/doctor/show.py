@@ -72,7 +72,8 @@ def ahead_of_time(triton: str | None) -> str:
     chips = ", ".join(f"{major}.{minor}" for (major, minor), _ in tiles.TILES)
     return (
         f"with triton {triton}, on a GPU of compute capability {chips}, linear_logp takes the Triton GEMM "
-        "for bf16; on the others from 8.0 on, and for other dtypes, cuBLAS with Triton's row kernels"
+        "for bf16, with tiles that are compiled and not measured; on the others from 8.0 on, and for other "
+        "dtypes, cuBLAS with Triton's row kernels"
     )
 
 

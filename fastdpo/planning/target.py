@@ -59,7 +59,7 @@ class Target:
 
     is_cpu: bool = False
     card: Card | None = None
-    capability: tuple[int, int] = (8, 6)  # where nothing is known: no Triton GEMM, small workspaces
+    capability: tuple[int, int] = (8, 7)  # where nothing is known: no Triton GEMM, small workspaces
     memory: int | None = None  # bytes that the GPU has, where that is known
 
     @classmethod

@@ -11,6 +11,7 @@ row, the rows of one token's logits together.
 Letters: M scored rows, V vocab, v a chunk of it.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -181,7 +182,9 @@ class RowKernels:
         assert z.stride(1) == 1 and (out is None or out.stride(1) == 1)
         tensors = (z, out, self.head.bias_of(span), self.target, *by_row)
         sizes = (v1 - v0, v0, z.stride(0), 0 if out is None else out.stride(0))
-        self.launch.run(kernel, len(z), *tensors, *sizes, *self.head.ends, BLOCK=LANES, fuse=False)
+        # by the whole vocabulary, so that all its chunks run one program
+        step = math.gcd(16, len(self.head.weight), v0, v1)
+        self.launch.run(kernel, len(z), *tensors, *sizes, *self.head.ends, STEP=step, BLOCK=LANES, fuse=False)
 
     def put_target(self, block, span, value):
         self.launch.put_target(block.t(), self.target, value, span)

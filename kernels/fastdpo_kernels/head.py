@@ -24,9 +24,7 @@ class Head:
     lora_scale: float
     scale: float
     softcap: float | None
-    group: VocabGroup | None = (
-        None  # where this is a slice of the vocabulary, and targets count from its start
-    )
+    group: VocabGroup | None = None  # where this is a slice of the vocabulary: targets count from its start
 
     @property
     def ends(self):

@@ -2,6 +2,7 @@
 that a pass would run (benchmarks/head/aot.py).
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -75,8 +76,8 @@ def tile_pass(tile, head, x, target, span, state, *, out=None, partial=None, sum
     sizes = (M, v1 - v0, x.shape[1], v0, *strides, *head.ends, programs)
     constants = dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group)
     # by the whole vocabulary, so that all its spans run one program
-    tail = any(n % tile.columns for n in (len(head.weight), v1 - v0))
-    constants |= dict(DESCRIPTORS=tile.descriptors, TAIL=tail, DIAGONAL=tile.diagonal, PARTS=tile.parts)
+    step = math.gcd(tile.columns, len(head.weight), v0, v1)
+    constants |= dict(STEP=step, DESCRIPTORS=tile.descriptors, DIAGONAL=tile.diagonal, PARTS=tile.parts)
     constants |= dict(SUMS=sums, PROFILE=profile, ENTROPY="entropy" in stats)
     constants |= dict(SQUARED="log_sum_sq_probs" in stats, MEAN="mean_logit" in stats)
     # One program a multiprocessor: registers that the compiler saves for a second one, at the price of

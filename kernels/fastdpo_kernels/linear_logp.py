@@ -4,6 +4,7 @@ Letters: M scored rows, D hidden, V vocab, r the LoRA rank.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Unpack, overload
 
@@ -133,7 +134,7 @@ def _of_rows(
         dtype=hidden.dtype,
         train_weight=train_weight,
         need_grad=torch.is_grad_enabled() and (train_weight or hidden.requires_grad),
-        memory_budget=budget,
+        memory_budget=memory_budget,
         backend=backend_of(hidden, weight, head[-1] is not None),
     )
     # the compiler sees one opaque op; without it nothing stands between autograd and the work
@@ -234,8 +235,8 @@ def backward_pass(
 
 def _backward(grad_into: Tensor | None, d_logp: Tensor, d_entropy: Tensor | None, *rest: Any) -> list[Tensor]:
     """`backward_pass`, which adds weight's gradient to grad_into where that is given; no operator may."""
-    hidden, weight, bias, a, b, target, logp, entropy, saved, *options, name, width, group, need = rest
-    head = Head(weight, bias, a, b, *options, VocabGroup(group, weight) if group else None)
+    hidden, weight, bias, a, b, target, logp, entropy, saved, *ends, name, width, group, need = rest
+    head = replace(Head(weight, bias, a, b, *ends), group=VocabGroup(group, weight) if group else None)
     how = Plan(name, 0, 0, 0, len(hidden), width)
     state = State(logp=logp, entropy=entropy, **dict(zip(SAVED[name], saved)))
     with exact_on(hidden):

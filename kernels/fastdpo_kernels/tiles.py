@@ -31,12 +31,21 @@ class Tile(NamedTuple):
         return self._replace(rows=min(self.rows, 128), descriptors=False)
 
 
-# (capability, dtype) -> the tile of the GEMM. Chosen by registers and shared memory alone until
-# benchmarks/head/tune_tiles.py has run on the chip.
+# (capability, dtype) -> the tile of the GEMM, of plan.TILE columns. Chosen by compiling alone (no spills,
+# shared memory within the chip's) until benchmarks/head/tune_tiles.py has run on the chip. Capabilities that
+# nothing was compiled for, as 8.7 or 12.1, have none.
+_WGMMA = Tile(256, 128, 64, 8, 8, 3, True)  # and tcgen05: the most rows whose accumulators and E fit
+# With 99 KB and mma.sync: more rows read less of L2 a FLOP, and half the depth leaves room for the stages.
+# No descriptors, for E then passes through what the stages held, and TMA wants a place of its own.
+_MMA = Tile(256, 128, 32, 8, 8, 4, False)
 TILES = {
     ((8, 0), torch.bfloat16): Tile(128, 128, 64, 8, 8, 3, False),
-    ((9, 0), torch.bfloat16): Tile(256, 128, 64, 8, 8, 3, True, parts=2),
-    ((10, 0), torch.bfloat16): Tile(256, 128, 64, 8, 8, 3, True, parts=4),
+    ((8, 6), torch.bfloat16): _MMA,  # RTX 3090, A10
+    ((8, 9), torch.bfloat16): _MMA,  # RTX 4090, L4, L40S
+    ((9, 0), torch.bfloat16): _WGMMA._replace(parts=2),
+    ((10, 0), torch.bfloat16): _WGMMA._replace(parts=4),
+    ((10, 3), torch.bfloat16): _WGMMA._replace(parts=4),  # B300
+    ((12, 0), torch.bfloat16): _MMA,  # RTX 5090
 }
 
 RUNGS = ("triton", "plain_triton", "cublas", "torch")  # ways to run the head, the one to like best first

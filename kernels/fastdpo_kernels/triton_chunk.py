@@ -10,7 +10,7 @@ Letters: M rows, N columns of the chunk.
 import triton
 import triton.language as tl
 
-from .triton_tile import LOWEST
+from .triton_tile import LOWEST, kernel
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _leave_e(z_ptr, bias_ptr, out_ptr, target, peak, N, scale, softcap, BLOCK: t
         tl.store(out_ptr + cols, e.to(out_ptr.dtype.element_ty), mask=cols < N)
 
 
-@triton.jit
+@kernel
 def chunk_sums(
     z_ptr,  # f32[M, N]: the GEMM's product
     out_ptr,  # [M, N] or None: E, written, in z's place if it is z
@@ -60,9 +60,10 @@ def chunk_sums(
     plogp_ptr,  # f32[M] or None: sum of E log E
     squares_ptr,  # f32[M] or None: sum of E^2
     logits_ptr,  # f32[M] or None: sum of all logits
-    N, v0, stride_z, stride_out, scale, softcap, BLOCK: tl.constexpr,
+    N, v0, stride_z, stride_out, scale, softcap, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The chunk starts at v0 of the vocabulary."""
+    """The chunk starts at v0 of the vocabulary. STEP divides N."""
+    N = N // STEP * STEP  # the same, but then the compiler knows, and loads and stores are wide
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride_z
     target = (tl.load(target_ptr + row) - v0).to(tl.int32)
@@ -108,7 +109,7 @@ def chunk_sums(
         _leave_e(z_ptr, bias_ptr, out_ptr + row * stride_out, target, peak, N, scale, softcap, BLOCK)
 
 
-@triton.jit
+@kernel
 def chunk_gradient(
     z_ptr,  # f32[M, N]: the GEMM's product
     out_ptr,  # [M, N], written: dZ, 0 at the target; in z's place if it is z
@@ -123,8 +124,10 @@ def chunk_gradient(
     stride_out,
     scale,
     softcap,
+    STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    N = N // STEP * STEP
     row = tl.program_id(0).to(tl.int64)
     target = (tl.load(target_ptr + row) - v0).to(tl.int32)
     peak, factor = tl.load(peak_ptr + row), tl.load(factor_ptr + row)

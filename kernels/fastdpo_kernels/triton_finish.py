@@ -6,7 +6,7 @@ Letters: M rows, D hidden, T tiles of the vocabulary, N columns of a chunk.
 import triton
 import triton.language as tl
 
-from .triton_tile import BITS, LOGITS, LOWEST, NATS, PEAK, PLOGP, SQUARES, TOTAL
+from .triton_tile import BITS, LOGITS, LOWEST, NATS, PEAK, PLOGP, SQUARES, TOTAL, kernel
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def _log1p(x):
     return tl.where(u == 1, x, tl.log(u) * (x / (u - 1)))
 
 
-@triton.jit
+@kernel
 def finish_rows(
     reference_ptr,  # f32[M]: r in bits
     rest_ptr,  # f32[M]: sum of E without the target
@@ -39,7 +39,7 @@ def finish_rows(
     tl.store(logp_ptr + rows, logp, mask=here)
 
 
-@triton.jit
+@kernel
 def finish_stats(
     partial_ptr,  # f32[slots, T, M]
     slot_stride,
@@ -99,7 +99,7 @@ def finish_stats(
         tl.store(top1_ptr + rows, (own * BITS >= others).to(tl.float32), mask=here)
 
 
-@triton.jit
+@kernel
 def put_target(out_ptr, target_ptr, value_ptr, M, N, v0, stride_out, BLOCK: tl.constexpr):
     """out[m, target[m] - v0] = value[m] for the rows whose target lies in the chunk."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -109,7 +109,7 @@ def put_target(out_ptr, target_ptr, value_ptr, M, N, v0, stride_out, BLOCK: tl.c
     tl.store(spot, value.to(out_ptr.dtype.element_ty), mask=(rows < M) & (col >= 0) & (col < N))
 
 
-@triton.jit
+@kernel
 def hidden_gradient(
     sums_ptr,  # f32[M, D]: sum over v of dz or E times W_v
     w_ptr,  # [V, D]

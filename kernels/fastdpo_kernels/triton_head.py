@@ -68,11 +68,11 @@ def forward(head, hidden, target, how, stats=()):
     if head.group is not None:
         rest = _merge(tile, (head, x, target, (0, V), state), rest)
         if stats:
-            profile, V = _merged(head.group, profile, target, state.target_logit, stats), 1
+            profile = _merged(head.group, profile, target, state.target_logit, stats)
     finished = (state.peak, rest, state.target_logit, state.total, state.logp)
     launch.run(triton_finish.finish_rows, cdiv(M, 128), *finished, M, BLOCK=128)
     if state.kept is not None:
-        launch.put_target(state.kept, target, _own(head, state), (0, len(head.weight)))
+        launch.put_target(state.kept, target, _own(head, state), (0, V))
     values = statistics(profile, V, state.target_logit, stats) if stats else {}
     state.entropy = values.get("entropy")
     return state, values
@@ -129,13 +129,14 @@ def _merge(tile, where, rest):
 
 
 def _merged(group, profile, target, target_logit, stats):
-    """The profile of all slices as if of one tile, f32[SLOTS, 1, M]; its sum of logits is their mean."""
+    """The profile of all slices as of one tile, f32[SLOTS, 1, M]; its logits add up to V of their means."""
     _, peaks, total, *slots = profile
     named = ("entropy", "log_sum_sq_probs", "mean_logit")
     slots = [slot if name in stats else None for name, slot in zip(named, slots)]
     one = Softmax(peaks, total, target_logit, *slots)
     V = group.merge(one, target, NATS.value)
-    rows = (None, one.peak, one.rest, one.plogp, one.squares, None if one.logits is None else one.logits / V)
+    logits = None if one.logits is None else one.logits * (group.V / V)
+    rows = (None, one.peak, one.rest, one.plogp, one.squares, logits)
     return torch.stack([one.rest if row is None else row for row in rows])[:, None]
 
 

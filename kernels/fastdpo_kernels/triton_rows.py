@@ -9,10 +9,9 @@ flags i32[M + blocks]: 1 for a row out of range, and from M on for a block of ro
 Letters: M rows, D hidden, T tiles of the vocabulary.
 """
 
-import triton
 import triton.language as tl
 
-from .triton_tile import BITS, LOWEST, PEAK, TOTAL, finished, product_of_pointers
+from .triton_tile import BITS, LOWEST, PEAK, TOTAL, finished, kernel, product_of_pointers
 
 # E of the target is exp(-40): E reaches down to tokens 47 nats less probable and, by LIMIT, up to 95 nats
 # more.
@@ -22,7 +21,7 @@ OFFSET = tl.constexpr(40.0)
 LIMIT = tl.constexpr(1.0e24)
 
 
-@triton.jit
+@kernel
 def start_rows(
     x_ptr,  # [M, D]
     w_ptr,  # [V, D]
@@ -51,7 +50,7 @@ def start_rows(
     tl.store(rest_ptr + rows, 0.0, mask=here)
 
 
-@triton.jit
+@kernel
 def merge_sums(
     partial_ptr,  # f32[slots, T, M]; slot SUM is the first
     rest_ptr,  # f32[M]: grows by the chunk's sum, where that stays in range
@@ -72,7 +71,7 @@ def merge_sums(
     tl.store(flags_ptr + M + tl.program_id(0), tl.max(flag, 0))
 
 
-@triton.jit
+@kernel
 def settle(
     flags_ptr,  # i32[M + blocks of BM rows]
     partial_ptr,  # f32[slots, T, M]: the flagged rows' PEAK and TOTAL

@@ -23,6 +23,18 @@ BITS = tl.constexpr(1.4426950408889634)  # in a nat
 NATS = tl.constexpr(0.6931471805599453)  # in a bit
 LOWEST = tl.constexpr(-3.0e38)  # stands for -inf where -inf minus itself would be NaN
 
+# What the model fixes: that a size is a multiple of 16, and where a matrix starts, makes its loads wide.
+FIXED = {"x_ptr", "w_ptr", "z_ptr", "out_ptr", "sums_ptr"}
+FIXED |= {"D", "V", "stride_x", "stride_w", "stride_z", "stride_out"}
+
+
+def kernel(function):
+    """triton.jit of a kernel that is compiled once: whatever else a step may change, to a 1, a multiple of 16
+    or a slice's start, is no part of its key. (A number from 2^31 on is: it has 64 bits.)"""
+    kept = FIXED | function.__annotations__.keys()  # and constants
+    changing = [name for name in function.__code__.co_varnames if name not in kept]
+    return triton.jit(function, do_not_specialize=changing)
+
 
 @triton.jit
 def _place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
@@ -65,6 +77,13 @@ def product_of_pointers(x_ptr, w_ptr, rows, cols, here, valid, stride_x, stride_
         w = tl.load(w_ptr + inner[:, None], mask=valid[None, :] & (inner < D)[:, None], other=0.0)
         acc = tl.dot(x, w, acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def _bias(bias_ptr, valid, TAIL: tl.constexpr):
+    spot = bias_ptr + tl.arange(0, valid.shape[0])
+    bias = tl.load(spot, mask=valid, other=0.0) if TAIL else tl.load(spot)
+    return bias.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -160,7 +179,7 @@ def _tile(
     return e
 
 
-@triton.jit
+@kernel
 def head_tiles(
     x_ptr,  # [M, D]
     w_ptr,  # [N, D]
@@ -177,13 +196,15 @@ def head_tiles(
     v0,  # where the chunk starts in the vocabulary
     stride_x, stride_w, stride_out, slot_stride, scale, softcap, programs,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    TAIL: tl.constexpr, DIAGONAL: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr,
+    STEP: tl.constexpr, DIAGONAL: tl.constexpr, PARTS: tl.constexpr, SUMS: tl.constexpr,
     PROFILE: tl.constexpr, ENTROPY: tl.constexpr, SQUARED: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """A persistent program walks the tiles pid, pid + programs, ... of logits. With flags these are the
     tiles of flagged blocks alone, so that many are dealt to all programs, and with none nothing is done.
-    TAIL: the last tile's columns may pass N. DIAGONAL: target_logit is known."""
+    STEP divides N. DIAGONAL: target_logit is known."""
     tl.assume(D > 0)  # else there is a second copy of what follows a loop over nothing
+    N = N // STEP * STEP  # the same, but then the compiler knows, and stores without descriptors are wide
+    TAIL: tl.constexpr = STEP < BN  # the last tile's columns may pass N
     slot_stride = tl.cast(slot_stride, tl.int64)  # a slot's number times it passes 32 bits first
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     if flags_ptr is not None:
@@ -209,9 +230,7 @@ def head_tiles(
         else:
             z = product_of_pointers(x_ptr, w_ptr, rows, cols, here, valid, stride_x, stride_w, D, BK)
         if bias_ptr is not None:
-            spot = bias_ptr + n * BN + tl.arange(0, BN)
-            bias = tl.load(spot, mask=valid, other=0.0) if TAIL else tl.load(spot)
-            z += bias.to(tl.float32)[None, :]
+            z += _bias(bias_ptr + n * BN, valid, TAIL)
         z, t = finished(z, scale, softcap)
         e = _tile(
             z, t, rows, n.to(tl.int64) * M + rows, here, n * BN, N, v0, target_ptr,

@@ -16,20 +16,8 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 STATISTICS = "E, statistics, softcap"
-AGAIN = {
-    (8, 0): ["E", STATISTICS],
-    (9, 0): [
-        "E",
-        "E, bias, softcap",
-        STATISTICS,
-        "dZ",
-        "sums only",
-        "rows out of range, E",
-        "start_rows",
-        "settle",
-    ],
-    (10, 0): ["E", STATISTICS],
-}
+AGAIN = {chip: ["E"] for chip in ((8, 0), (8, 9), (10, 0), (12, 0))}  # 8.6 is 8.9's code, 10.3 is 10.0's
+AGAIN[9, 0] = ["E", "E, bias, softcap", STATISTICS, "dZ", "sums only", "rows out of range, E", "start_rows"]
 
 SCRIPT = """
 import json, sys

@@ -20,9 +20,11 @@ MACHINES = {
     "fp32": ((9, 0), torch.float32),
     "fp64": ((9, 0), torch.float64),
     "ampere": ((8, 6), torch.bfloat16),
+    "orin": ((8, 7), torch.bfloat16),  # no tile was compiled for it
     "turing": ((7, 5), torch.float16),
 }
-BACKENDS = dict(triton="triton", fp16="cublas", fp32="cublas", fp64="torch", ampere="cublas", turing="torch")
+BACKENDS = dict(triton="triton", ampere="triton", fp16="cublas", fp32="cublas", orin="cublas")
+BACKENDS |= dict(fp64="torch", turing="torch")
 TRAINED = {  # what has a gradient, by the plan that this makes
     "forward": (),
     "frozen": ("hidden",),
