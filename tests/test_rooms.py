@@ -43,7 +43,7 @@ FASTDPO["fastdpo"] = GROUND | {"moved", "api", "config", "data", "model"}
 TOOLS = {"process", "results", "lengths", "models", "inputs", "flops", "ceilings", "figures", "workers"}
 BENCHMARKS = {tool: TOOLS for tool in TOOLS} | {
     "gate": TOOLS,
-    "tables": TOOLS,
+    "tables": TOOLS | {"head"},
     "peers": TOOLS,
     "steps": TOOLS,
     "head": TOOLS,

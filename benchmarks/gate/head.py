@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from fastdpo_kernels import backend, linear_dpo, linear_logp, plan, reference
 
-from fastdpo.doctor.head_problem import HeadCase, head_case, run_dpo, run_logp
+from fastdpo.doctor.head_problem import HeadCase, head_case, parts_budget, run_dpo, run_logp
 
 LOSSES = {
     "sigmoid": dict(loss="sigmoid", label_smoothing=0.1),
@@ -88,7 +88,7 @@ def dpo_failures(c: HeadCase, dtype, where: str) -> list[str]:
     ways = {
         "frozen": (False, dict(memory_budget=wide)),
         "trained": (True, dict(memory_budget=1 << 30)),
-        "grouped": (True, dict(memory_budget=wide // 2, groups=c.groups)),
+        "grouped": (True, dict(memory_budget=parts_budget(c, dtype), groups=c.groups)),
     }
     for loss, options in LOSSES.items():
         truth = run_dpo(reference.linear_dpo, c, torch.float64, True, options)

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastdpo_kernels import MEMORY_BUDGET
 from rich.console import Console
 from rich.table import Table
 
@@ -46,7 +45,7 @@ class Sizes:
     tokens: Sequence[int]
     mix: str
     head: tuple[int, int, int]  # scored rows, hidden, rows a response
-    budget: int  # bytes that the head may hold; see fastdpo_kernels.plan
+    budget: int | None  # bytes that the head may hold; see fastdpo_kernels.plan
     vocabularies: Sequence[int]
     responses: Sequence[int]  # a prompt
     group: tuple[int, int, int]  # groups, prompt tokens, tokens a response
@@ -59,7 +58,7 @@ GPU = Sizes(
     tokens=tuple(1024 << i for i in range(7)),
     mix="HH-RLHF",
     head=(8192, 2048, 256),
-    budget=MEMORY_BUDGET,
+    budget=None,
     vocabularies=(32_768, 65_536, 131_072, 262_144),
     responses=(2, 4, 8, 16),
     group=(4, 512, 128),

@@ -8,7 +8,6 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from fastdpo_kernels import MEMORY_BUDGET
 
 BETA = 0.1
 
@@ -20,7 +19,7 @@ class Shape:
     V: int
     response: int  # rows of each response; a group is a pair of them
     softcap: float | None = None
-    budget: int = MEMORY_BUDGET  # bytes of width V, for those of ours that are not told to keep all
+    budget: int | None = None  # memory_budget of those of ours that are not told to keep all
 
     def __str__(self):
         return f"{self.M} x {self.D} x {self.V}" + (" softcap" if self.softcap else "")

@@ -35,7 +35,7 @@ def by_dpo(inputs):
 
 
 def told(name: str, mode: str, inputs: Inputs) -> dict:
-    """The plan of a contender: {"plan", "flops", "peak_bytes" with what it counts as gradients}."""
+    """The plan of a contender: {"plan", "flops", "promised_bytes" with the gradients}."""
     dpo = name == "linear_dpo"
     how = plan(
         *_sizes(inputs),
@@ -49,8 +49,6 @@ def told(name: str, mode: str, inputs: Inputs) -> dict:
     gradients = (inputs.hidden.nbytes if mode != "forward" else 0) + inputs.shape.M * 4
     if mode == "trained":
         gradients += inputs.weight.nbytes
-        if len(how.parts) > 1 and inputs.weight.element_size() == 2:
-            gradients += 4 * inputs.weight.numel()
     return {"plan": how.name, "flops": how.flops, "promised_bytes": how.peak_bytes + gradients}
 
 

@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 import torch
-from fastdpo_kernels import MEMORY_BUDGET
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
@@ -222,7 +221,7 @@ def anew(minutes: float) -> None:
 def write(out: Path, results: dict, left: list[str], dtype: str, unfit: dict[str, str]) -> Path:
     """The JSON: every single time, and what it was measured on. unfit: who made the GPU unusable."""
     found = machine.versions(other_heads.DISTRIBUTIONS)
-    record = {"dtype": dtype, "memory_budget": MEMORY_BUDGET, "no_time_for": left, "unfit": unfit}
+    record = {"dtype": dtype, "no_time_for": left, "unfit": unfit}
     return write_result("head", record | {"peers": found, "results": results}, out)
 
 

@@ -30,13 +30,13 @@ from benchmarks.results import RESULTS, write_result
 from fastdpo.config.keys import Config
 from fastdpo.model.activations import set_up_activations
 from fastdpo.model.adapters import add_lora
+from fastdpo.model.lm_head import named_budget
 from fastdpo.model.policy import Policy, resolve_dtype, switch_off_dropout
 from fastdpo.optim.optimizers import make_optimizer
 from fastdpo.planning.prediction import predict, step_loads
 from fastdpo.planning.target import Target
 from fastdpo.training.job import stage_job
 from fastdpo.training.stage import Progress, Stage
-from fastdpo.values import as_bytes
 
 LIMIT = 0.05
 # glibc maps blocks from 64 KiB on by themselves and unmaps them when they are freed: the resident set then
@@ -135,7 +135,7 @@ def train(case: dict, model_config, groups) -> None:
     model = add_lora(model, config) if config.lora_rank else model
     model.train()
     set_up_activations(model, config)
-    policy = Policy(model, dtype, head_budget=as_bytes("head_memory", config.head_memory))
+    policy = Policy(model, dtype, head_budget=named_budget(config.head_memory))
     policy.set_sharing(True)
     stage = Stage(stage_job(config), policy, groups, [])
     stage.reference = _NoReference()

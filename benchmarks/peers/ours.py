@@ -20,6 +20,7 @@ from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError
 from fastdpo.model import adapters, support
 from fastdpo.model.activations import set_up_activations
+from fastdpo.model.lm_head import named_budget
 from fastdpo.model.policy import Policy
 from fastdpo.model.quantised import set_up_4bit
 from fastdpo.optim.library import check_library
@@ -28,7 +29,6 @@ from fastdpo.records import PreferenceGroup
 from fastdpo.reference.fill import load_reference
 from fastdpo.training.job import stage_job
 from fastdpo.training.stage import Progress, Stage
-from fastdpo.values import as_bytes
 
 ENDLESS = 1_000_000  # steps: the parent says when to stop
 QUIET = Console(quiet=True)
@@ -77,7 +77,7 @@ def prepare(job: Job) -> Prepared:
         model = adapters.add_lora(model, config)
         same_lora(model)
     set_up_activations(model.train(), config)
-    policy = Policy(model, job.dtype, head_budget=as_bytes("head_memory", config.head_memory))
+    policy = Policy(model, job.dtype, head_budget=named_budget(config.head_memory))
     groups = groups_of(job.all_rows)
     support.prepare(policy, groups, QUIET)
     if not policy.share:

@@ -3,7 +3,8 @@ from the newest results, and the tables of keys, objectives and formats.
 
     python -m benchmarks.tables [--check]      --check changes nothing, and exits 1 where a page differs
 
-A block without a result says what waits for one; a result measured on a red gate gives no numbers.
+A block without a result says what waits for one, or what a model predicts; a result measured on a red gate
+gives no numbers.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.process import ROOT
 from benchmarks.results import RESULTS, newest_shown
+from benchmarks.tables import head_blocks
 from benchmarks.tables.blocks import BLOCKS
 from benchmarks.tables.chips import tiles_table
 from benchmarks.tables.markdown import link
@@ -24,6 +26,7 @@ from fastdpo.objectives.catalogue import objectives_table
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WAITING = "Not measured yet: {} (`{}`)."
+PREDICTED = {"head-shapes": head_blocks.predicted}
 TABLES = {"keys": keys_table, "objectives": objectives_table, "formats": formats_table}
 TABLES["tiles"] = tiles_table
 
@@ -36,6 +39,8 @@ def block(name: str, folder: Path = RESULTS, up: str = "") -> str:
         return standing(folder, up)
     what, machine, text, missing, command = BLOCKS[name]
     record, path = newest_shown(what, machine, folder)
+    if path is None and name in PREDICTED:
+        return PREDICTED[name](up)
     if path is None:
         return WAITING.format(missing, command)
     if record is None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.tables import memory_blocks
+from benchmarks.tables import head_blocks, memory_blocks
 from benchmarks.tables.markdown import markdown, number, where
 
 
@@ -245,6 +245,7 @@ BLOCKS = {
     "steps-gpu": ("steps", "gpu", steps_on_a_gpu, "training steps on a GPU, beside TRL", _all("steps")),
     "dropin-gpu": ("dropin", "gpu", dropin, "TRL stock and patched on a GPU", _all("dropin")),
     "head-gpu": ("head", "gpu", head, "the lm_head on a GPU, beside every other one", _all("head")),
+    "head-shapes": ("head", "gpu", head_blocks.shapes, "the lm_head in every shape", _all("head")),
     "parity-gpu": ("parity", "gpu", parity, "learning beside TRL in bf16", _all("parity")),
     "memory-gpu": ("memory", "gpu", memory, "the largest pair and model that fit a GPU", _all("memory")),
     "fit-gpu": (

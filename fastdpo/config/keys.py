@@ -156,7 +156,12 @@ class Config:
         "the GPU memory that a run may take, as in 24GB or 22GiB: it then chooses max_tokens, head_memory, "
         "gradient_checkpointing, activation_offloading and tiled_mlp where they are left at their defaults",
     )
-    head_memory: str = _key("512MiB", "what the lm_head may take for its own buffers, above its gradients")
+    head_memory: str | None = _key(
+        None,
+        "what the lm_head may take for its own buffers, above its gradients, as in 512MiB (default: 512 MiB; "
+        "where it trains twice its weights in fp32 if that is more, on a GPU at most a quarter of what the "
+        "loaded model leaves free)",
+    )
     gradient_checkpointing: bool | int | str = _key(
         False,
         "recompute layers in the backward to save memory: true (every layer), a number k (layers 0, k, 2k, "

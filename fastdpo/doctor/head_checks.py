@@ -13,7 +13,15 @@ from fastdpo_kernels import avoid, linear_dpo, linear_logp, reference, tiles
 from torch import Tensor
 
 from fastdpo.doctor import machine
-from fastdpo.doctor.head_problem import HeadCase, dpo_slopes, head_case, rounded_once, run_dpo, run_logp
+from fastdpo.doctor.head_problem import (
+    HeadCase,
+    dpo_slopes,
+    head_case,
+    parts_budget,
+    rounded_once,
+    run_dpo,
+    run_logp,
+)
 from fastdpo.doctor.measuring import Measured, NotHere, beside, poisoned, short
 
 # A token's log-prob, in nats, from that of fp64 over the same inputs (and a hundred-thousandth of itself):
@@ -99,7 +107,9 @@ def _case(c: HeadCase, dtype) -> Iterator[Measured]:
         yield from _compared(name, got, truth, baseline, dtype)
     truth = run_dpo(reference.linear_dpo, c, torch.float64, True, {})
     with poisoned():
-        got = run_dpo(linear_dpo, c, dtype, True, {"memory_budget": kept // 2, "groups": c.groups})
+        got = run_dpo(
+            linear_dpo, c, dtype, True, {"memory_budget": parts_budget(c, dtype), "groups": c.groups}
+        )
     yield from _compared("dpo by parts", got, truth, _baseline(c, dtype, dpo_slopes(c)), dtype)
 
 

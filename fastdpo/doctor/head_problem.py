@@ -72,6 +72,13 @@ def head_case(device, dtype, lengths, V, D, *, softcap=None, bias=False, lora=Fa
     )
 
 
+def parts_budget(c: HeadCase, dtype) -> int:
+    """memory_budget in bytes by which linear_dpo goes by parts, where there are rows enough: room for half
+    of E, and beside it for the fp32 dW of parts of a half head, but not for all of E."""
+    kept, dw = len(c.hidden) * len(c.weight) * dtype.itemsize, 4 * c.weight.numel()
+    return min(kept - 1, kept // 2 + (dw if dtype.itemsize < 4 else 0))
+
+
 def run_logp(function, c: HeadCase, dtype, train_weight, train_hidden=True, **options) -> dict[str, Tensor]:
     """{"logp", each stat that options name, the gradients that there are by their tensor's name}."""
     leaves = c.leaves(dtype, train_weight, train_hidden)

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from fastdpo_kernels import MEMORY_BUDGET
 from rich.console import Console
 from torch import nn
 from transformers import AttentionInterface
@@ -87,7 +86,7 @@ class Inner(Policy):
         weight = model.get_input_embeddings().weight
         self.model = self.core = model
         self.device, self.dtype, self.dropout = weight.device, weight.dtype, {}
-        self.head_budget = MEMORY_BUDGET
+        self.head_budget = None
         if torch.is_autocast_enabled(self.device.type):
             self.dtype = torch.get_autocast_dtype(self.device.type)
         self.head = Head(model.get_output_embeddings(), *logit_transform(model.config.get_text_config()))

@@ -1,4 +1,4 @@
-"""The lm_head as linear_logp takes it."""
+"""A model's lm_head: its tensors, what the model does to its logits, the memory that it may take."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
+
+from fastdpo.values import as_bytes
 
 # How configs name a factor on the logits: (attribute, model types where it means that or None, power).
 _LOGIT_FACTORS = (
@@ -15,6 +17,7 @@ _LOGIT_FACTORS = (
     ("output_multiplier", None, 1),
     ("lm_head_multiplier", None, 1),
 )
+FREE_SHARE, STEP, LEAST = 4, 256 << 20, 64 << 20  # see within_free_memory
 
 
 @dataclass(frozen=True)
@@ -65,3 +68,16 @@ def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
             scale = float(factor) ** power
             break
     return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def named_budget(head_memory: str | None) -> int | None:
+    """The config's head_memory in bytes."""
+    return None if head_memory is None else as_bytes("head_memory", head_memory)
+
+
+def within_free_memory(budget: int, free: int | None) -> int:
+    """At most a quarter of the bytes that are free on the card, in steps of 256 MiB: what else runs there
+    takes a little more or less from run to run, and microbatches should be cut alike."""
+    if free is None or budget <= free // FREE_SHARE:
+        return budget
+    return max(LEAST, free // FREE_SHARE // STEP * STEP)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
-from fastdpo_kernels import MEMORY_BUDGET, Plan, backend, linear_logp, plan
+from fastdpo_kernels import Plan, backend, default_budget, linear_logp, plan
 from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -19,11 +19,10 @@ from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model import attention
 from fastdpo.model.activations import set_up_activations
 from fastdpo.model.adapters import add_lora, find_start, load_adapter, tell_tied
-from fastdpo.model.lm_head import Head, logit_transform
+from fastdpo.model.lm_head import Head, logit_transform, named_budget, within_free_memory
 from fastdpo.model.quantised import check_quantisation, loading_in_4bit, set_up_4bit
 from fastdpo.model.spec import ModelSpec
 from fastdpo.records import PackedGroups
-from fastdpo.values import as_bytes
 
 WithStats = tuple[Tensor, dict[str, Tensor]]
 
@@ -37,10 +36,10 @@ class Policy:
 
     def __init__(
         self, model: torch.nn.Module, dtype: torch.dtype, dropout: dict[str, float] | None = None,
-        head_budget: int = MEMORY_BUDGET,
+        head_budget: int | None = None,
     ) -> None:  # fmt: skip
         self.model = cast(Any, model)  # transformers' or peft's, with what only these have
-        self.head_budget = head_budget  # bytes that the lm_head may take, see fastdpo_kernels.plan
+        self.head_budget = head_budget  # bytes that the lm_head may take; None: as linear_logp has it
         self.dtype = dtype  # of the computation; trained weights are fp32
         self.core = self.model.get_base_model() if hasattr(model, "peft_config") else self.model
         self.head = Head(self.core.get_output_embeddings(), *logit_transform(self.core.config))
@@ -126,14 +125,26 @@ class Policy:
             backend=self.head_backend,
         )
 
+    def default_budget(self) -> int:
+        """Bytes that the lm_head may take where nobody says: as linear_logp has it, and on a GPU no more than
+        a share of what is free."""
+        V, D = self.core.get_output_embeddings().weight.shape
+        budget = default_budget(V, D, self.head.trained)
+        return within_free_memory(budget, self.free_memory())
+
+    def free_memory(self) -> int | None:
+        """Bytes that are free on the model's GPU; None on a CPU."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+
     @cached_property
     def max_scored(self) -> int | None:
         """The most scored tokens the packer puts into a microbatch: what the head can keep for its
-        backward (6MVD, where recomputing is 8MVD) in half of linear_logp's memory budget. The other
+        backward (6MVD, where recomputing is 8MVD) in half of head_budget. The other
         half is room for a single larger group. None with a frozen head, which keeps nothing."""
         if not self.head.trained:
             return None
-        recomputes = lambda m: self.plan(m, self.head_budget // 2).name != "keep"
+        budget = (self.head_budget or self.default_budget()) // 2
+        recomputes = lambda m: self.plan(m, budget).name != "keep"
         return bisect_left(range(1, 1 << 22), True, key=recomputes) or None
 
     def head_plan(self, batches: list[PackedGroups]) -> str:
@@ -208,7 +219,9 @@ def load_policy(spec: ModelSpec, console: Console) -> Policy:
     model.train()
     for line in set_up_activations(model, spec):
         console.print(line, highlight=False)
-    return Policy(model, dtype, dropped, head_budget=as_bytes("head_memory", spec.head_memory))
+    policy = Policy(model, dtype, dropped, named_budget(spec.head_memory))
+    policy.head_budget = policy.head_budget or policy.default_budget()
+    return policy
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:

@@ -23,4 +23,4 @@ class ModelSpec:
     gradient_checkpointing: bool | int | str = False
     activation_offloading: bool = False
     tiled_mlp: bool = False
-    head_memory: str = "512MiB"
+    head_memory: str | None = None

@@ -1,6 +1,7 @@
 """The policy of a config, as trainer.py would load it, of tensors without data. No weight file is read."""
 
 import re
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -8,26 +9,32 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from fastdpo.config.keys import Config
-from fastdpo.model.activations import set_up_activations
+from fastdpo.model.activations import decoder_layers, set_up_activations
 from fastdpo.model.adapters import add_lora, find_start, steady_dora
+from fastdpo.model.lm_head import named_budget
 from fastdpo.model.policy import Policy, switch_off_dropout
-from fastdpo.model.quantised import quantised_linears
+from fastdpo.model.quantised import nf4_bytes, quantised_linears
 from fastdpo.model.spec import ModelSpec
 from fastdpo.model.support import sharing_refusal
 from fastdpo.planning import stand_ins
 from fastdpo.planning.allocations import Tracker
-from fastdpo.planning.target import Target
+from fastdpo.planning.target import CONTEXT, Target
 from fastdpo.training.job import part
-from fastdpo.values import as_bytes
 
 
 class FakePolicy(Policy):
-    """A Policy on fake tensors that plans its head as the target would run it."""
+    """A Policy on fake tensors that plans its head as the target would run it. loaded: bytes of the whole
+    model's weights there."""
 
-    def __init__(self, model, config: Config, target: Target):
-        head_budget = as_bytes("head_memory", config.head_memory)
-        super().__init__(model, target.dtype(config), head_budget=head_budget)
-        self.target = target
+    def __init__(self, model, config: Config, target: Target, loaded: int = 0):
+        super().__init__(model, target.dtype(config), head_budget=named_budget(config.head_memory))
+        self.target, self.loaded = target, loaded
+        self.head_budget = self.head_budget or self.default_budget()
+
+    def free_memory(self) -> int | None:
+        """As a run finds it once its model is loaded."""
+        memory = self.target.memory
+        return None if memory is None else max(0, memory - CONTEXT - self.loaded)
 
     @property
     def head_backend(self) -> str:
@@ -74,10 +81,30 @@ def head_policy(config: Config, model_config, target: Target) -> FakePolicy:
     """A policy that can only plan its head: of one layer, on no device."""
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(with_layers(model_config, 1), dtype=torch.float32)
+        model.tie_weights()
+        loaded = _loaded_bytes(model, config, model_config.get_text_config().num_hidden_layers, target)
         if not trains_all(config):
             on_head = _lora_on_head(model, config)
             model = _with_lora(model, config) if on_head else model.requires_grad_(False)
-    return FakePolicy(model, config, target)
+    return FakePolicy(model, config, target, loaded)
+
+
+def with_head_memory(config: Config, model_config, target: Target) -> Config:
+    """The config with the head_memory of a run of it: some layers of the model would not tell."""
+    return replace(config, head_memory=f"{head_policy(config, model_config, target).head_budget}B")
+
+
+def _loaded_bytes(model, config: Config, layers: int, target: Target) -> int:
+    """Of the weights of a model of so many layers as a run loads them; model: its first layer."""
+    itemsize = target.dtype(config).itemsize
+    if trains_all(config) and not config.pure_bf16:
+        itemsize = 4
+    size = lambda module: sum(p.numel() for p in module.parameters()) * itemsize
+    saved = 0
+    if config.load_in_4bit:
+        sizes = quantised_linears(model).values()
+        saved = sum(out * inside * itemsize - nf4_bytes(out, inside) for out, inside in sizes)
+    return size(model) + (layers - 1) * sum(map(size, decoder_layers(model)[:1])) - layers * saved
 
 
 def _lora_on_head(model, config: Config) -> bool:

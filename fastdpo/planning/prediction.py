@@ -13,7 +13,7 @@ from fastdpo.data.packing import places, split_step
 from fastdpo.data.pairs import BY_GAP, select_pairs
 from fastdpo.model.support import sharing_refusal
 from fastdpo.planning.allocations import ADAPTERS, GRADIENTS, OWNERS, STATES, WEIGHTS, Peak
-from fastdpo.planning.fake_model import head_policy, with_layers
+from fastdpo.planning.fake_model import head_policy, with_head_memory, with_layers
 from fastdpo.planning.simulate import Load, simulate
 from fastdpo.planning.target import CONTEXT, SLACK, Target
 from fastdpo.records import Groups, Pair, PreferenceGroup, Response
@@ -83,6 +83,8 @@ def predict(
 ) -> Prediction:
     """The prediction for the largest of these microbatches. exact=False simulates a few layers only and goes
     on from there to all of them in a straight line, owner by owner: a second instead of many."""
+    if config.head_memory is None:
+        config = with_head_memory(config, model_config, target)
     of_load = simulate if exact else _from_few_layers
     peaks = [peak for load in loads for peak in of_load(config, model_config, load, target)]
     top = max(peaks, key=lambda peak: peak.total)

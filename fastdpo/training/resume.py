@@ -97,6 +97,12 @@ def clock_of(found: checkpoint.Checkpoint | None) -> datetime:
     return datetime.fromisoformat(started) if started else datetime.now()
 
 
+def head_budget_of(found: checkpoint.Checkpoint | None, job: Job) -> int | None:
+    """Bytes that the lm_head may take in a run that goes on: it cuts its steps as it did, whatever is free
+    now, unless the config names a head_memory. None: as for a run that starts."""
+    return found.state.get("head_budget") if found and job.model.head_memory is None else None
+
+
 def check_same_run(found: checkpoint.Checkpoint | None, job: Job, data: str, n_groups: int) -> None:
     """Raises ConfigError where the rows or the lengths of the stages do not fit the checkpoint."""
     if found is None:

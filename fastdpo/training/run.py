@@ -95,6 +95,7 @@ class Run:
             "progress": progress.state(),
             "data": self.data,
             "clock": self.clock.isoformat(),
+            "head_budget": self.policy.head_budget,
             "files": growing_sizes(self.folder),
             "config": self.job.settings,
         }

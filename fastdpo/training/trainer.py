@@ -27,7 +27,14 @@ from fastdpo.training import checkpoint
 from fastdpo.training.failures import check_weights
 from fastdpo.training.folder import free_folder, only_run_in, open_run, undone_if_refused
 from fastdpo.training.job import Around, Job, StageJob, job_of, resolve
-from fastdpo.training.resume import check_same_run, check_start, clock_of, find_checkpoint, rows_digest
+from fastdpo.training.resume import (
+    check_same_run,
+    check_start,
+    clock_of,
+    find_checkpoint,
+    head_budget_of,
+    rows_digest,
+)
 from fastdpo.training.run import Place, Run
 from fastdpo.training.stage import Progress, Stage
 from fastdpo.training.starts import Fill, make_reference, pairs_of_stage, stage_groups
@@ -48,7 +55,7 @@ def train(config: Config, console: Console, around: Around) -> Path:
         check_stages(job.stages, groups, eval_groups)
         data = rows_digest(groups, eval_groups)
         check_same_run(found, job, data, len(groups))
-        policy = ready_policy(job, groups, eval_groups, console)
+        policy = ready_policy(job, groups, eval_groups, console, head_budget_of(found, job))
         check_cache(job, console)
         with undone_if_refused(folder):
             open_run(folder, job, reports, found, passed, console)
@@ -105,9 +112,11 @@ def check_stages(stages: Sequence[StageJob], groups, eval_groups) -> None:
             check_rows(stage.objective, flipped)
 
 
-def ready_policy(job: Job, groups, eval_groups, console: Console) -> Policy:
-    """The policy at its start weights, compared with the model's own logits on some of these rows."""
+def ready_policy(job: Job, groups, eval_groups, console: Console, head_budget: int | None = None) -> Policy:
+    """The policy at its start weights, compared with the model's own logits on some of these rows.
+    head_budget: bytes that its head has, where they are known before."""
     policy = load_policy(job.model, console)
+    policy.head_budget = head_budget or policy.head_budget
     check_vocabulary(policy, groups + eval_groups)
     prepare(policy, groups, console)
     return policy

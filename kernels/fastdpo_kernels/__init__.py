@@ -4,10 +4,10 @@ from . import reference
 from .linear_dpo import linear_dpo
 from .linear_logp import linear_logp
 from .modules import FusedLinearCrossEntropyLoss, LinearCrossEntropy
-from .plan import MEMORY_BUDGET, Plan, plan
+from .plan import MEMORY_BUDGET, Plan, default_budget, plan
 from .reference import DPOStats
 from .tiles import avoid, backend
 
-__all__ = ["MEMORY_BUDGET", "DPOStats", "Plan", "avoid", "backend"]
+__all__ = ["MEMORY_BUDGET", "DPOStats", "Plan", "avoid", "backend", "default_budget"]
 __all__ += ["FusedLinearCrossEntropyLoss", "LinearCrossEntropy"]
 __all__ += ["linear_dpo", "linear_logp", "plan", "reference"]

@@ -77,7 +77,7 @@ def linear_logp(
     "mean_logit" (over the vocabulary), "is_top1" (1.0 where no token is more probable).
     Differentiable once in hidden and every head parameter, through logp and entropy; only the
     gradients somebody needs are computed, and the same inputs give the same bits. `plan` tells what
-    a call costs; memory_budget (bytes, plan.MEMORY_BUDGET when None) picks between keeping and
+    a call costs; memory_budget (bytes, `default_budget` when None) picks between keeping and
     recomputing logits when the head is trained. A gradient through entropy recomputes them in any
     plan, so naming it for its value alone is free.
 

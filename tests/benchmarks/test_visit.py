@@ -7,7 +7,6 @@ from argparse import Namespace
 
 import pytest
 import torch
-from fastdpo_kernels import MEMORY_BUDGET
 
 from benchmarks import figures, process, results
 from benchmarks.gpu import steps as gpu_steps
@@ -125,7 +124,7 @@ def test_a_mode_is_kept_when_the_next_one_breaks(tmp_path, monkeypatch, few_head
     monkeypatch.setattr(head, "draw", lambda *_: None)
     head.run(True, 1.0, tmp_path)
     found = heads(tmp_path)
-    assert found["memory_budget"] == MEMORY_BUDGET and asked == list(head.MODES)
+    assert asked == list(head.MODES)
     assert [bool(measured) for measured, _ in found["results"][few_heads].values()] == [True, False, True]
     assert "no room" in found["results"][few_heads]["frozen"][1]["all"]
     broken.clear()

@@ -85,6 +85,11 @@ def parts(b, budget, dtype=torch.float64):
     return [(part.name, part.rows) for part in told.parts]
 
 
+def parts_budget(b, rows, dtype):
+    """A budget at which parts of fewer rows keep their matrix, beside what dW is added up in."""
+    return budget_for(b, rows, dtype) - 1 + (4 * b.head.weight.numel() if dtype.itemsize < 4 else 0)
+
+
 def budget_for(b, rows, dtype=torch.float64):
     """The least budget at which this many rows keep their matrix."""
     V, D = b.head.weight.shape

@@ -127,9 +127,7 @@ def test_refusals():
     good = torch.zeros(V, D)
     wrong = (good.bfloat16(), good.double(), good[:-1], torch.zeros(D, V).t(), good.to("meta"))
     for into in (*wrong, torch.zeros(V, D, requires_grad=True)):
-        with pytest.raises(
-            ValueError, match=r"needs grad_into torch.float32 \(257, 33\) on cpu, contiguous"
-        ):
+        with pytest.raises(ValueError, match=r"needs grad_into torch.float32 \(257, 33\) on cpu, contiguous"):
             linear_logp(c.hidden, c.weight, c.target, grad_into=into)
 
 

@@ -21,8 +21,8 @@ import fastdpo_kernels as k
 weight = torch.randn(5, 3, requires_grad=True)
 k.linear_logp(torch.randn(2, 3), weight, torch.tensor([1, 4])).sum().backward()
 assert weight.grad.shape == (5, 3)
-names = {"MEMORY_BUDGET", "DPOStats", "Plan", "avoid", "backend", "linear_dpo", "linear_logp", "plan"}
-names |= {"reference", "FusedLinearCrossEntropyLoss", "LinearCrossEntropy"}
+names = {"MEMORY_BUDGET", "DPOStats", "Plan", "avoid", "backend", "default_budget", "linear_dpo"}
+names |= {"linear_logp", "plan", "reference", "FusedLinearCrossEntropyLoss", "LinearCrossEntropy"}
 assert set(k.__all__) == names
 k.linear_dpo(torch.randn(2, 3), weight, torch.tensor([1, 4]), torch.arange(3), torch.tensor([[0, 1]]))
 assert k.backend("cpu", torch.bfloat16) == "torch"

@@ -13,7 +13,7 @@ from fastdpo_kernels.pair_losses import PairLoss
 from torch.utils.flop_counter import FlopCounterMode
 
 from .cases import NAMES, many_chunks  # noqa: F401
-from .dpo_cases import assert_as_good, batch, budget_for, parts
+from .dpo_cases import assert_as_good, batch, budget_for, parts, parts_budget
 
 pytestmark = pytest.mark.usefixtures("many_chunks")
 
@@ -243,8 +243,9 @@ def test_refusals_repeat_what_they_got(change, says):
 
 
 def test_reference_computed_with_the_same_groups_gives_the_very_bits():
-    b = batch(4, V=1001)
-    budget = budget_for(b, max(b.groups), torch.bfloat16) - 1
+    b = batch(4, V=1001, D=5)
+    budget = parts_budget(b, max(b.groups), torch.bfloat16)
+    assert len(parts(b, budget, torch.bfloat16)) > 1
     assert_as_good(b, torch.bfloat16, memory_budget=budget, groups=b.groups)
     frozen = [t.bfloat16() for t in (b.head.hidden, b.head.weight)]
     rest = dict(target=b.head.target, cu_resp=b.cu_resp, pairs=b.pairs, groups=b.groups, memory_budget=budget)
