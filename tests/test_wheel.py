@@ -60,7 +60,8 @@ def test_it_holds_every_file_of_the_packages_and_nothing_else(wheel):
     """A package that setup.cfg forgets, or a file that is no .py and has no package-data, is missing here."""
     names = set(zipfile.ZipFile(wheel).namelist())
     about = {name for name in names if name.startswith(f"fastdpo-{PROJECT['version']}.dist-info/")}
-    ours = [name.removeprefix("kernels/") for name in tracked() if name.startswith(("fastdpo/", "kernels/"))]
+    packages = ("fastdpo/", "kernels/fastdpo_kernels/")
+    ours = [name.removeprefix("kernels/") for name in tracked() if name.startswith(packages)]
     assert names - about == set(ours)
     assert f"fastdpo-{PROJECT['version']}.dist-info/licenses/LICENSE" in about
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix
 from .checks import check_pair_values, check_pairs, check_softcap, check_target_values, operands, told
 from .head import Head
 from .head_pass import NONE, Gradients, backend_for
@@ -155,7 +156,9 @@ def forward_and_gradients(
         return [pair_loss.total(margin) * poison, token_logp, logratio, margin, *grads]
 
 
-operator = torch.library.custom_op("fastdpo::linear_dpo", forward_and_gradients, mutates_args=())
+operator = torch.library.custom_op(
+    add_op_namespace_prefix("linear_dpo"), forward_and_gradients, mutates_args=()
+)
 
 
 @operator.register_fake

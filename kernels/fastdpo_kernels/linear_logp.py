@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from . import reference
+from ._ops import add_op_namespace_prefix
 from .checks import check_grad_into, check_softcap, check_target_values, operands
 from .head import Head
 from .head_pass import Gradients, State, backend_for
@@ -247,8 +248,10 @@ def _backward(grad_into: Tensor | None, d_logp: Tensor, d_entropy: Tensor | None
     return [gradient.to(hidden.dtype) for gradient, wanted in zip(every, need) if wanted]
 
 
-operator = torch.library.custom_op("fastdpo::linear_logp", forward_pass, mutates_args=())
-backward_operator = torch.library.custom_op("fastdpo::linear_logp_backward", backward_pass, mutates_args=())
+operator = torch.library.custom_op(add_op_namespace_prefix("linear_logp"), forward_pass, mutates_args=())
+backward_operator = torch.library.custom_op(
+    add_op_namespace_prefix("linear_logp_backward"), backward_pass, mutates_args=()
+)
 
 
 @operator.register_fake
