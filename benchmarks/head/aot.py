@@ -124,11 +124,18 @@ def known(spec):
     return signature, constants, {(i,): BACKEND.parse_attr(hint) for i, hint in hints}
 
 
+def compiled(spec, capability):
+    """What triton.compile makes of the launch."""
+    source, target = ASTSource, GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    if spec.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
+    return compile(source(spec.kernel, *known(spec)), target=target, options=spec.options)
+
+
 def resources(spec, capability):
     """Registers, stack, local and shared bytes, and the matrix instructions of the compiled kernel; and what
     `k_steps`, `epilogue` and `row_sums` say of it."""
-    target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    done = compile(ASTSource(spec.kernel, *known(spec)), target=target, options=spec.options)
+    done = compiled(spec, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(done.asm["cubin"])
         dump = lambda *options: (
@@ -151,7 +158,7 @@ def resources(spec, capability):
         "local": number("LOCAL"),
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "shared": done.metadata.shared,
-        "warps": spec.warps,
+        "warps": done.metadata.num_warps,  # with those of partitions
         "matrix": found[0] if found else None,
         "k_steps": k_steps(sass),
         "epilogue": round(epilogue(sass) / per_thread, 2) if per_thread and "HGMMA" in sass else None,

@@ -1,7 +1,7 @@
 """Finds the row of fastdpo_kernels.tiles.TILES for the GPU at hand: times the passes over the head with
 every tile that compiles without spills, and prints the fastest.
 
-python -m benchmarks.head.tune_tiles [--rows 8192] [--hidden 4096] [--vocab 128256] [--minutes 60]
+python -m benchmarks.head.tune_tiles [--rows 8192] [--hidden 4096] [--vocab 128256] [--minutes 60] [--gluon]
 """
 
 import argparse
@@ -13,7 +13,7 @@ import torch
 from fastdpo_kernels import launch, triton_head
 from fastdpo_kernels.head import Head
 from fastdpo_kernels.ops import aligned_rows
-from fastdpo_kernels.tiles import TILES, Tile
+from fastdpo_kernels.tiles import TILES, Tile, allow
 
 from benchmarks.head import aot
 from benchmarks.process import gpu_unusable
@@ -138,7 +138,11 @@ def main():
     parser.add_argument("--hidden", type=int, default=HEAD[1])
     parser.add_argument("--vocab", type=int, default=HEAD[2])
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument(
+        "--gluon", action="store_true", help="where a pass can go by triton_gluon.py, it does"
+    )
     args = parser.parse_args()
+    allow(*["gluon"] * args.gluon)
     tell(tune(args.rows, args.hidden, args.vocab, args.minutes))
 
 

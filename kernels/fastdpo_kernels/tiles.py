@@ -49,7 +49,9 @@ TILES = {
 }
 
 RUNGS = ("triton", "plain_triton", "cublas", "torch")  # ways to run the head, the one to like best first
+UNPROVEN = ("gluon",)  # above those, once a GPU has shown them right and faster; until then see `allow`
 _avoided: frozenset[str] = frozenset()
+_allowed: frozenset[str] = frozenset()
 
 
 def avoid(*rungs: str) -> None:
@@ -70,6 +72,29 @@ def avoid(*rungs: str) -> None:
     before, _avoided = _avoided, frozenset(rungs)
     if _avoided != before and "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # what is compiled holds what `_backend` said as a constant
+
+
+def allow(*rungs: str) -> None:
+    """From now on heads in this process run by these where they can, though no GPU has shown them right;
+    by what only an earlier call named no longer. `allow()` takes all of them back.
+
+    gluon         a warp-specialised kernel (triton_gluon.py) for the forward's pass over a head without bias,
+                  softcap and statistics, on sm_90
+
+    Raises ValueError for other names.
+    """
+    global _allowed
+    if unknown := set(rungs) - set(UNPROVEN):
+        raise ValueError(f"allow knows {', '.join(UNPROVEN)}, got {', '.join(sorted(map(str, unknown)))}")
+    _allowed = frozenset(rungs)
+
+
+def takes_gluon(tile: Tile, head: Head, x: torch.Tensor) -> bool:
+    """Whether a pass that leaves E and its sums, or the sums, goes by triton_gluon.py."""
+    # what its registers and shared memory were counted for, and as it sums
+    fits = tile[:3] == (256, 128, 64) and tile.parts == 2
+    plain = head.bias is None and head.softcap is None and tile.descriptors and tile.diagonal
+    return "gluon" in _allowed and fits and plain and _capability(x.device) == (9, 0)
 
 
 def avoids(rung: str) -> bool:
