@@ -86,7 +86,7 @@ def launches(tile, dtype):
             "rows out of range, profile": profile,
             "rows out of range, E": settled_e,
         }
-        return passes | of(capped, "frozen", STATS)[1] | of_keep | chunk_launches(new, target, rows)
+        return passes | of_keep | of(capped, "frozen", STATS)[1] | chunk_launches(new, target, rows)
 
 
 def chunk_launches(new, target, rows):

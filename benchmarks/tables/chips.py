@@ -25,7 +25,7 @@ def tiles_table() -> str:
     newest = max(tables, key=lambda table: tuple(map(int, table["triton"].split("."))))
     tuned = {tuple(json.loads(path.read_text())["capability"]) for path in RESULTS.glob("tuning_*.json")}
     rows = []
-    for (chip, _), tile in TILES.items():
+    for (chip, _), tile in sorted(TILES.items(), key=lambda item: item[0][0]):
         name, size = ".".join(map(str, chip)), f"{tile.rows}x{tile.columns}x{tile.depth}"
         needs = newest["kernels"].get(f"sm_{chip[0]}{chip[1]} bfloat16", {}).get("E", {})
         numbers = (f"{needs[key]:,}" if needs else "" for key in ("registers", "shared"))

@@ -69,7 +69,7 @@ def ahead_of_time(triton: str | None) -> str:
     """What linear_logp would take on GPUs, told where there is none."""
     if triton is None:
         return "triton is not installed: on a GPU the lm_head would be computed by plain torch"
-    chips = ", ".join(f"{major}.{minor}" for (major, minor), _ in tiles.TILES)
+    chips = ", ".join(f"{major}.{minor}" for major, minor in sorted(chip for chip, _ in tiles.TILES))
     return (
         f"with triton {triton}, on a GPU of compute capability {chips}, linear_logp takes the Triton GEMM "
         "for bf16, with tiles that are compiled and not measured; on the others from 8.0 on, and for other "

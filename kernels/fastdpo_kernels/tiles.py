@@ -34,19 +34,13 @@ class Tile(NamedTuple):
 # (capability, dtype) -> the tile of the GEMM, of plan.TILE columns. Chosen by compiling alone (no spills,
 # shared memory within the chip's) until benchmarks/head/tune_tiles.py has run on the chip. Capabilities that
 # nothing was compiled for, as 8.7 or 12.1, have none.
-_WGMMA = Tile(256, 128, 64, 8, 8, 3, True)  # and tcgen05: the most rows whose accumulators and E fit
-# With 99 KB and mma.sync: more rows read less of L2 a FLOP, and half the depth leaves room for the stages.
-# No descriptors, for E then passes through what the stages held, and TMA wants a place of its own.
-_MMA = Tile(256, 128, 32, 8, 8, 4, False)
-TILES = {
-    ((8, 0), torch.bfloat16): Tile(128, 128, 64, 8, 8, 3, False),
-    ((8, 6), torch.bfloat16): _MMA,  # RTX 3090, A10
-    ((8, 9), torch.bfloat16): _MMA,  # RTX 4090, L4, L40S
-    ((9, 0), torch.bfloat16): _WGMMA._replace(parts=2),
-    ((10, 0), torch.bfloat16): _WGMMA._replace(parts=4),
-    ((10, 3), torch.bfloat16): _WGMMA._replace(parts=4),  # B300
-    ((12, 0), torch.bfloat16): _MMA,  # RTX 5090
-}
+# mma.sync, within 99 KB: E passes through what the stages held. By TMA (12.0 has it) E would have no place.
+_MMA = Tile(128, 128, 64, 8, 8, 3, False)
+_WGMMA = Tile(256, 128, 64, 8, 8, 3, True, parts=2)  # within 227 KB
+_TCGEN05 = _WGMMA._replace(parts=4)
+TILES = {(chip, torch.bfloat16): _MMA for chip in ((8, 0), (8, 6), (8, 9), (12, 0))}
+TILES[(9, 0), torch.bfloat16] = _WGMMA
+TILES |= {(chip, torch.bfloat16): _TCGEN05 for chip in ((10, 0), (10, 3))}
 
 RUNGS = ("triton", "plain_triton", "cublas", "torch")  # ways to run the head, the one to like best first
 UNPROVEN = ("gluon",)  # above those, once a GPU has shown them right and faster; until then see `allow`

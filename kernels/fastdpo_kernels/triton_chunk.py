@@ -118,15 +118,8 @@ def chunk_gradient(
     peak_ptr,  # f32[M]
     factor_ptr,  # f32[M]: dZ = E * (factor + by_logit * (z - peak))
     by_logit_ptr,  # f32[M] or None: from a gradient through entropy
-    N,
-    v0,
-    stride_z,
-    stride_out,
-    scale,
-    softcap,
-    STEP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    N, v0, stride_z, stride_out, scale, softcap, STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     N = N // STEP * STEP
     row = tl.program_id(0).to(tl.int64)
     target = (tl.load(target_ptr + row) - v0).to(tl.int32)

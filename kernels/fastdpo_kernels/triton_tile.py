@@ -24,8 +24,7 @@ NATS = tl.constexpr(0.6931471805599453)  # in a bit
 LOWEST = tl.constexpr(-3.0e38)  # stands for -inf where -inf minus itself would be NaN
 
 # What the model fixes: that a size is a multiple of 16, and where a matrix starts, makes its loads wide.
-FIXED = {"x_ptr", "w_ptr", "z_ptr", "out_ptr", "sums_ptr"}
-FIXED |= {"D", "V", "stride_x", "stride_w", "stride_z", "stride_out"}
+FIXED = set("D V x_ptr w_ptr z_ptr out_ptr sums_ptr stride_x stride_w stride_z stride_out".split())
 
 
 def kernel(function):

@@ -128,7 +128,7 @@ def needs_into(c, dtype, name, wanted):
     """Two calls of linear_logp into one gradient of weight, which is there before: the sum is right and has
     the same bits every time, and the other gradients are those of calls without."""
     c = c.to(dtype)
-    options, stats = {"memory_budget": budget(name, c)}, ("entropy",) if c.d_entropy is not None else ()
+    stats = () if c.d_entropy is None else ("entropy",)
     halves = slice(0, len(c.hidden) // 2 or 1), slice(len(c.hidden) // 2 or 1, None)
     by_row = ("hidden", "target", "d_logp", "d_entropy")
     cut = lambda rows: {n: getattr(c, n)[rows] for n in by_row if getattr(c, n) is not None}
@@ -139,6 +139,7 @@ def needs_into(c, dtype, name, wanted):
     for _ in range(2):
         into = start.clone()
         for part in parts:
+            options = {"memory_budget": budget(name, part)}
             got = part.run(linear_logp, wanted, stats, grad_into=into, **options)
             plain = part.run(linear_logp, {*wanted, "weight"}, stats, **options)
             plain["d_weight"] = None

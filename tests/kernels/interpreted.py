@@ -72,8 +72,7 @@ def many_chunks(monkeypatch):
 
     monkeypatch.setattr(triton_head, "MERGED", 1)
     monkeypatch.setattr(plan_module, "NARROWEST", SMALL.columns)
-    monkeypatch.setattr(plan_module, "BLOCK_ELEMENTS", 1)
-    monkeypatch.setattr(plan_module, "BLOCK_WIDTH", 7)
+    monkeypatch.setattr(plan_module, "CHUNK_BYTES", 1)
 
 
 def poison(monkeypatch):
@@ -97,15 +96,17 @@ def head_case(M=7, V=130, D=36, **options):
 
 def assert_right(c, wanted=(), stats=(), **options):
     """Every result in float32 is within 5e-6 of the truth, or twice as far as plain torch's. An exponent
-    near 40 nats is rounded to 3e-6, which is what E allows itself."""
+    near 40 nats is rounded to 3e-6, which is what E allows itself; and a softcap's tanh to 2^-22
+    (triton_tile.finished)."""
     c = c.to(torch.float32)
     assert c.a is None and c.weight.stride(1) == 1, "would take torch"
     truth = c.to(torch.float64).run(reference.linear_logp, wanted, stats)
     plain = c.run(reference.linear_logp, wanted, stats)
     got = c.run(linear_logp, wanted, stats, **options)
+    allowed = 5e-6 + (c.softcap or 0) * 2**-22
     for name, value in truth.items():
         if value is None:
             assert got[name] is None, f"{name}: nobody asked for it"
         else:
             ours, theirs = (error(values[name], value, least_of(name)) for values in (got, plain))
-            assert ours <= 2 * theirs + 5e-6, f"{name}: {ours:.2e}, plain torch {theirs:.2e}"
+            assert ours <= 2 * theirs + allowed, f"{name}: {ours:.2e}, plain torch {theirs:.2e}"

@@ -181,7 +181,7 @@ def test_target_and_bias_with_strides():
     assert torch.equal(linear_logp(c.hidden, c.weight, target, bias), same)
 
 
-@pytest.mark.parametrize("target", (-100, 20))
+@pytest.mark.parametrize("target", (-1, 20))
 def test_a_target_outside_the_vocabulary_is_nan(target, monkeypatch):
     # on a device, where looking would wait for it
     module = importlib.import_module("fastdpo_kernels.linear_logp")

@@ -9,6 +9,7 @@ from fastdpo_kernels import linear_logp, reference
 
 from .cases import STATS
 from .interpreted import (
+    SMALL,
     assert_right,
     head_case,
     interpreted,
@@ -20,7 +21,7 @@ from .interpreted import (
 if not interpreted:
     pytest.skip("test_interpreter.py runs this", allow_module_level=True)
 
-from fastdpo_kernels import Plan, launch, triton_tile
+from fastdpo_kernels import Plan, launch, triton_rows, triton_tile
 from fastdpo_kernels.head import Head
 from fastdpo_kernels.triton_head import forward
 
@@ -132,3 +133,38 @@ def test_flagged_blocks_are_found():
     find[(1,)](flags, out, 1300, triton_tile._flagged)
     blocks = flags.nonzero()[:, 0].int()
     assert out[1300] == len(blocks) and torch.equal(out[: len(blocks)], blocks)
+
+
+FLAGGED = [40, 69]  # of 70 rows, in the second and third block of 32
+FLAGS = torch.zeros(70 + 3, dtype=torch.int32)
+FLAGS[[*FLAGGED, 70 + 1, 70 + 2]] = 1
+
+
+def test_only_flagged_rows_are_written():
+    c = head_case(70, 130).to(torch.float32)
+    head = Head(c.weight, c.bias, None, None, 1.0, 1.0, None)
+    state, _ = forward(head, c.hidden, c.target, Plan("keep", 0, 0, 1, 70, 130))
+    out, partial = torch.full((70, 160), 7.0), torch.full((3, 3, 70), 7.0)
+    where = (SMALL.plain().half(), head, c.hidden, c.target, (0, 130), state)
+    launch.tile_pass(*where, out=out[:, :130], partial=partial, profile=True, flags=FLAGS)
+    others = [row for row in range(70) if row not in FLAGGED]
+    assert (out[others] == 7).all() and (out[:, 130:] == 7).all() and (partial[..., others] == 7).all()
+    own = torch.nn.functional.one_hot(c.target, 130)
+    torch.testing.assert_close(out[FLAGGED, :130], (state.kept[:, :130] * (1 - own))[FLAGGED])
+    assert (partial[1:, :, FLAGGED] != 7).all()
+
+
+def test_only_flagged_rows_are_settled():
+    """To the greatest peak of 20 tiles, by what the sums of E, 300 wide, shrink as well."""
+    peak, rest, sums, partial = torch.rand(70), torch.rand(70), torch.randn(70, 300), torch.rand(3, 20, 70)
+    partial[1] = 9 * torch.rand(20, 70) - 3
+    before = [t.clone() for t in (peak, rest, sums)]
+    arguments = (FLAGS, partial, partial.stride(0), peak, rest, sums, 70, 20, 300)
+    launch.run(triton_rows.settle, 3, *arguments, BM=32, BT=16, BD=128)
+    higher = torch.maximum(before[0], partial[1].amax(0))
+    shrink = torch.exp2(before[0] - higher)
+    after = (higher, before[1] * shrink + (partial[2] * torch.exp2(partial[1] - higher)).sum(0))
+    flagged = FLAGS[:70] == 1
+    for got, was, new in zip((peak, rest, sums), before, (*after, before[2] * shrink[:, None])):
+        torch.testing.assert_close(got[flagged], new[flagged])
+        assert torch.equal(got[~flagged], was[~flagged])

@@ -100,11 +100,11 @@ def test_gradients_of_rows_out_of_range_beside_others(name, many_chunks):  # noq
 def test_a_small_slope_over_a_large_sum_is_no_denormal():
     """A row's slope over its sum goes onto its hidden state, for dW: at a sum of 9e31 that would be 1e-42
     here, which has 10 bits in float32, and none in bfloat16."""
-    gap = 40 + math.log(9e31)
+    gap = 40 + math.log(9e31 / 69)
     c = logits_case([[-gap] + [0.0] * 69], [0])
     c.hidden = torch.cat((c.hidden, torch.full((1, 1), 1e-7)), 1)
     c.weight = torch.cat((c.weight, torch.zeros(70, 1)), 1)
-    c.hidden[:, -1], c.d_logp = 1e-7, torch.full((1,), 1e-3)
+    c.d_logp = torch.full((1,), 1e-3)
     truth = c.to(torch.float64).run(reference.linear_logp, ALL[:2])["d_weight"][:, -1]
     got = c.run(linear_logp, ALL[:2], **options_of("keep", c))["d_weight"][:, -1]
     assert error(got, truth) < 5e-6
@@ -154,7 +154,7 @@ def test_a_masked_target_is_minus_infinity():
     assert (got == -math.inf).all()
 
 
-@pytest.mark.parametrize("target", (-100, 70))
+@pytest.mark.parametrize("target", (-1, 70))
 def test_a_target_outside_the_vocabulary_is_nan(target, monkeypatch):
     # on a device, where looking would wait for it
     monkeypatch.setattr(

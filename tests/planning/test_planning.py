@@ -305,6 +305,12 @@ def test_a_card_is_known_by_whole_words(name, card):
     assert card_named(name) == (card and CARDS[card])
 
 
+def test_every_card_takes_the_triton_head_and_an_unknown_one_does_not():
+    taken = {name: Target.of_card(name).head_backend(torch.bfloat16) for name in CARDS}
+    assert taken == dict.fromkeys(CARDS, "triton")
+    assert Target().head_backend(torch.bfloat16) == "cublas"
+
+
 def test_a_model_that_is_an_adapter_trains_its_lora(tmp_path):
     """With DoRA's norms as the trainer takes them, and not timed as if all weights trained."""
     c = llama(num_hidden_layers=2)
