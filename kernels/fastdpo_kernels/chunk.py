@@ -55,7 +55,7 @@ def chunk_of(head, x, target, accumulate):
 
 
 class TorchChunk:
-    """The definition. `width`, for `prepare`: the widest chunk, by which its scratch is sized."""
+    """The definition. The first chunk that it reduces is the widest, by which scratch is sized."""
 
     def __init__(self, head, x, target, accumulate):
         self.head, self.target, self.like = head, target, torch.empty(0, dtype=accumulate, device=x.device)
@@ -74,15 +74,14 @@ class TorchChunk:
         """What `kept` made, which another pass may have kept, as [V, M]."""
         return kept
 
-    def prepare(self, width, softmax, leaves_e):
-        """Scratch for `reduce`."""
-        self.slope = self.block(width) if self.head.softcap is not None and leaves_e else None
-        self.spare = self.block(width) if softmax.plogp is not None or softmax.squares is not None else None
-
     def reduce(self, z, span, softmax, out=None):
         """Adds the chunk `span` with the product z to softmax, and writes E to out (which may be z itself).
         Returns by what the new peak makes the E of earlier chunks smaller, [M]. z is lost."""
         v = len(z)
+        if self.spare is None and (softmax.plogp is not None or softmax.squares is not None):
+            self.spare = self.block(v)
+        if self.slope is None and self.head.softcap is not None and out is not None:
+            self.slope = self.block(v)
         temp = None if self.spare is None else self.spare[:v]
         self.head.finish_logits(z, *span)
         where = _Target(self.target, *span)
@@ -162,9 +161,6 @@ class RowKernels:
 
     def entries(self, kept):
         return kept[:, : len(self.head.weight)].t()
-
-    def prepare(self, width, softmax, leaves_e):
-        pass
 
     def reduce(self, z, span, softmax, out=None):
         so_far, softmax.peak = softmax.peak, torch.empty_like(softmax.peak)

@@ -25,28 +25,24 @@ def forward(head, hidden, target, how, stats=()):
     x, accumulate = operand(hidden.contiguous()), torch.promote_types(hidden.dtype, torch.float32)
     chunk, cuts = chunk_of(head, x, target, accumulate), spans(len(head.weight), how.width)
     softmax = Softmax.start(len(x), stats, torch.empty(0, dtype=accumulate, device=x.device))
-    kept = peaks = entries = sums = None
+    kept = peaks = entries = sums = narrow = None
+    width = cuts[0][1]
     if how.name == "keep":
         kept, peaks = chunk.kept(hidden.dtype), softmax.peak.new_empty(len(cuts), len(x))
         entries = chunk.entries(kept)
     elif how.name == "frozen":
         sums = HiddenGrad(head, x, accumulate)
-    width = cuts[0][1]
-    chunk.prepare(width, softmax, leaves_e=kept is not None or sums is not None)
+        if x.dtype != accumulate:
+            narrow = chunk.block(width, x.dtype)  # E as GEMM operand
     logits = None if kept is not None and kept.dtype == accumulate else chunk.block(width)
-    narrow = None  # E as GEMM operand
-    if sums is not None and x.dtype != accumulate:
-        narrow = chunk.block(width, x.dtype)
     xa = head.low_rank(x)
     for i, (v0, v1) in enumerate(cuts):
         z = entries[v0:v1] if logits is None else logits[: v1 - v0]
         head.product(x, xa, v0, v1, out=z)
-        e = z if sums is not None else None
-        if narrow is not None:
-            e = narrow[: v1 - v0]
-        if kept is not None:
-            e = z if logits is None else entries[v0:v1]
-        shrink = chunk.reduce(z, (v0, v1), softmax, e)
+        e = z if narrow is None else narrow[: v1 - v0]
+        if kept is not None and logits is not None:
+            e = entries[v0:v1]
+        shrink = chunk.reduce(z, (v0, v1), softmax, e if how.name in ("keep", "frozen") else None)
         if sums is not None:
             sums.rescale(shrink)
             sums.add(e, v0, v1)
@@ -112,7 +108,13 @@ def gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, in
         if sums is not None:
             sums.add(dz, v0, v1)
         chunk.put_target(dz, (v0, v1), at_target)
-        _add_parameters(out, need, dz, x, xa, (v0, v1), accumulate, put)
+        if need.bias:
+            total = dz.sum(1, dtype=accumulate)
+            out.bias[v0:v1] = total if put("bias") is matmul else out.bias[v0:v1] + total
+        if need.weight:
+            put("weight")(dz, x, out.weight[v0:v1])
+        if need.lora_b:
+            put("lora_b")(dz, xa[:, : out.lora_b.shape[1]], out.lora_b[v0:v1])
     if sums is not None:
         sums.add_target(at_target, target)
         if need.lora_a:
@@ -121,15 +123,3 @@ def gradients(head, hidden, target, how, state, need, d_logp, d_entropy=None, in
         if need.hidden:
             out.hidden = sums.merged()
     return out
-
-
-def _add_parameters(out, need, dz, x, xa, span, accumulate, put):
-    """The chunk's rows of the parameters' gradients; put: name -> matmul, or matmul_add to what is there."""
-    v0, v1 = span
-    if need.bias:
-        total = dz.sum(1, dtype=accumulate)
-        out.bias[v0:v1] = total if put("bias") is matmul else out.bias[v0:v1] + total
-    if need.weight:
-        put("weight")(dz, x, out.weight[v0:v1])
-    if need.lora_b:
-        put("lora_b")(dz, xa[:, : out.lora_b.shape[1]], out.lora_b[v0:v1])

@@ -80,26 +80,25 @@ class HiddenGrad:
         zeros = lambda width: torch.zeros(len(x), width, dtype=accumulate, device=x.device)
         self.full = zeros(x.shape[1]) if full else None
         self.low = zeros(len(head.lora_a)) if head.lora_a is not None else None
+        parts = ((self.full, head.weight), (self.low, head.lora_b))
+        self.parts = [(part, matrix) for part, matrix in parts if part is not None]
 
     def rescale(self, factor):
-        for part in (self.full, self.low):
-            if part is not None:
-                part.mul_(factor[:, None])
+        for part, _ in self.parts:
+            part.mul_(factor[:, None])
 
     def add(self, dz, v0, v1):
-        for part, matrix in ((self.full, self.head.weight), (self.low, self.head.lora_b)):
-            if part is not None:
-                matmul_add(dz.t(), operand(matrix[v0:v1]), part)
+        for part, matrix in self.parts:
+            matmul_add(dz.t(), operand(matrix[v0:v1]), part)
 
     def add_target(self, coefficient, target):
         group = self.head.group
         if group is not None:
             coefficient, target = group.own(coefficient, target)
-        for part, matrix in ((self.full, self.head.weight), (self.low, self.head.lora_b)):
-            if part is not None:
-                part.addcmul_(coefficient[:, None], matrix[target].to(part.dtype))
-                if group is not None:
-                    group.sum(part)
+        for part, matrix in self.parts:
+            part.addcmul_(coefficient[:, None], matrix[target].to(part.dtype))
+            if group is not None:
+                group.sum(part)
 
     def merged(self):
         """The gradient of hidden [M, D], the LoRA part included."""

@@ -26,7 +26,7 @@ import torch
 
 from .head import Head, HiddenGrad
 from .ops import empty
-from .tiles import takes_triton
+from .tiles import backend_of
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ NONE: Gradients[torch.Tensor] = Gradients()
 
 def backend_for(head: Head, hidden: torch.Tensor) -> ModuleType:
     """The module that takes these tensors."""
-    if takes_triton(head, hidden):
+    if backend_of(hidden, head.weight, head.lora_a is not None) == "triton":
         from . import triton_head  # needs triton
 
         return triton_head

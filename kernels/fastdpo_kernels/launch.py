@@ -29,24 +29,15 @@ class Launch:
 
     @property
     def options(self):
-        return dict(
-            num_warps=self.warps,
-            num_stages=self.stages,
-            enable_fp_fusion=self.fuse,
-            maxnreg=self.registers,
-        )
+        fixed = dict(enable_fp_fusion=self.fuse, maxnreg=self.registers)
+        return dict(num_warps=self.warps, num_stages=self.stages, **fixed)
 
     def run(self):
-        if not self.programs:
-            return
-        # Descriptors made on the device need scratch. The allocator is a context variable, which
-        # autograd's backward thread does not inherit: so at each launch.
-        triton.set_allocator(_scratch)
-        self.kernel[(self.programs,)](**self.arguments, **self.options)
-
-
-def _scratch(size, alignment, stream):
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+        if self.programs:
+            # Descriptors made on the device need scratch. The allocator is a context variable, which
+            # autograd's backward thread does not inherit: so at each launch.
+            triton.set_allocator(lambda size, *_: torch.empty(size, dtype=torch.int8, device="cuda"))
+            self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 @cache
@@ -97,5 +88,5 @@ def tile_pass(tile, head, x, target, span, state, *, out=None, partial=None, sum
 def put_target(out, target, value, span):
     """out [M, v]: value f32[M] at each target within the chunk `span`."""
     M, (v0, v1) = len(target), span
-    arguments = (out, target, value, M, v1 - v0, v0, out.stride(0))
-    run(put_target_kernel, triton.cdiv(M, 128), *arguments, BLOCK=128)
+    programs, sizes = triton.cdiv(M, 128), (M, v1 - v0, v0, out.stride(0))
+    run(put_target_kernel, programs, out, target, value, *sizes, BLOCK=128)

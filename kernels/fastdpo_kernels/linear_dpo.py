@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from ._ops import add_op_namespace_prefix
 from .checks import check_pair_values, check_pairs, check_softcap, check_target_values, operands, told
@@ -25,27 +26,17 @@ from .tiles import backend_of
 
 
 def linear_dpo(
-    hidden: Tensor,  # [M, D]
-    weight: Tensor,  # [V, D]
-    target: Tensor,  # i64[M]
-    cu_resp: Tensor,  # i[R+1]
-    pairs: Tensor,  # i[P, 2]
+    hidden: Tensor, weight: Tensor, target: Tensor,  # [M, D], [V, D], i64[M]
+    cu_resp: Tensor, pairs: Tensor,  # i[R+1], i[P, 2]
     ref_token_logp: Tensor | None = None,  # [M]
-    *,
-    loss: str | Callable[[Tensor], Tensor] = "sigmoid",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    offset: Tensor | None = None,  # [P]
-    pair_weight: Tensor | None = None,  # [P]
+    *, loss: str | Callable[[Tensor], Tensor] = "sigmoid", beta: float = 0.1, label_smoothing: float = 0.0,
+    offset: Tensor | None = None, pair_weight: Tensor | None = None,  # [P] each
     token_weight: Tensor | None = None,  # [M]
     bias: Tensor | None = None,  # [V]
-    scale: float = 1.0,
-    softcap: float | None = None,
+    scale: float = 1.0, softcap: float | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,  # (A [r, D], B [V, r], s)
-    groups: Sequence[int] | Tensor | None = None,
-    memory_budget: int | None = None,
-    ignore_index: int = -100,
-) -> tuple[Tensor, DPOStats]:
+    groups: Sequence[int] | Tensor | None = None, memory_budget: int | None = None, ignore_index: int = -100,
+) -> tuple[Tensor, DPOStats]:  # fmt: skip
     """(sum over pairs of pair_weight x loss(margin), DPOStats): divide by your own number of pairs.
 
     Rows [cu_resp[i], cu_resp[i+1]) are response i's; pairs hold (winner, loser) response numbers.
@@ -82,16 +73,11 @@ def linear_dpo(
     tensors = (target, cu_resp, pairs, ref_token_logp, offset, pair_weight, token_weight, _as_tensor(groups))
     of_head = (lora_scale, float(scale), check_softcap(softcap))
     options = (loss, beta, label_smoothing, *of_head, memory_budget, ignore_index)
-    total, *stats = _op(loss)(*leaves, *tensors, *options, train_head, need)[:4]
+    run: Any = _LinearDPO.apply  # nothing stands between autograd and the work
+    if torch.compiler.is_compiling():  # sees one opaque op, which the caller's function is not for
+        run = torch.compiler.disable(run) if callable(loss) else operator
+    total, *stats = run(*leaves, *tensors, *options, train_head, need)[:4]
     return total, DPOStats(*stats)
-
-
-def _op(loss: str | Callable[[Tensor], Tensor]) -> Any:
-    """The compiler sees one opaque op; without it nothing stands between autograd and the work."""
-    if not torch.compiler.is_compiling():
-        return _LinearDPO.apply
-    # the caller's function is not for an opaque op
-    return torch.compiler.disable(_LinearDPO.apply) if callable(loss) else operator
 
 
 class _LinearDPO(torch.autograd.Function):
@@ -138,14 +124,10 @@ def forward_and_gradients(
     ignored = target == ignore_index
     target = target.masked_fill(ignored, 0)
     how = plan(
-        *(len(hidden), len(weight), hidden.shape[1]),
-        dtype=hidden.dtype,
-        train_weight=train_head,
-        groups=_groups(groups, target, cu_resp, pairs, len(weight)),
-        memory_budget=memory_budget,
-        need_grad=any(need),
-        backend=backend_of(hidden, weight, a is not None),
-    )
+        len(hidden), *weight.shape, dtype=hidden.dtype, train_weight=train_head,
+        groups=_groups(groups, target, cu_resp, pairs, len(weight)), memory_budget=memory_budget,
+        need_grad=any(need), backend=backend_of(hidden, weight, a is not None)
+    )  # fmt: skip
     by_pair = (offset, pair_weight, token_weight, loss, beta, label_smoothing)
     pair_loss = PairLoss(cu_resp, pairs, ignored, ref_token_logp, *by_pair)
     head = Head(weight, bias, a, b, lora_scale, scale, softcap)
@@ -156,9 +138,7 @@ def forward_and_gradients(
         return [pair_loss.total(margin) * poison, token_logp, logratio, margin, *grads]
 
 
-operator = torch.library.custom_op(
-    add_op_namespace_prefix("linear_dpo"), forward_and_gradients, mutates_args=()
-)
+operator = custom_op(add_op_namespace_prefix("linear_dpo"), forward_and_gradients, mutates_args=())
 
 
 @operator.register_fake
@@ -185,7 +165,7 @@ def _by_parts(
     need: Gradients[bool]
 ) -> tuple[Tensor, Tensor | float, list[Tensor]]:  # fmt: skip
     """(log-probs [M], a factor of the loss: NaN where the parts cut what belongs together, the gradients of
-    what is in need, in the dtypes of their tensors)."""
+    what is in need, in hidden's dtype)."""
     several, run = len(parts) > 1, backend_for(head, hidden)
     stops = list(accumulate(part.rows for part in parts))
     poison: Tensor | float = 1.0
@@ -213,12 +193,10 @@ def _by_parts(
         del state  # what it keeps of width V goes before the next part comes
     if d_hidden is not None:
         out.hidden = d_hidden
-    leaves: dict[str, Any] = dict(hidden=hidden, weight=head.weight, bias=head.bias)
-    leaves |= dict(lora_a=head.lora_a, lora_b=head.lora_b)
     grads = []
-    for name, leaf in leaves.items():
-        if getattr(need, name):
-            grads.append(getattr(out, name).to(leaf.dtype))
+    for name, wanted in vars(need).items():
+        if wanted:
+            grads.append(getattr(out, name).to(hidden.dtype))
             setattr(out, name, None)  # its accumulator may go before the next is rounded
     return token_logp, poison, grads
 

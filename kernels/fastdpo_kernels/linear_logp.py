@@ -11,6 +11,7 @@ from typing import Any, Unpack, overload
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.library import custom_op
 
 from . import reference
 from ._ops import add_op_namespace_prefix
@@ -26,7 +27,6 @@ STATS = ("entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
 ROWS = ("peak", "total", "target_logit")
 # What the backward needs of a forward's State beside logp and entropy, by the plan's name. Triton's kernels
 # have no peaks.
-SAVED: dict[str, tuple[str, ...]]
 SAVED = {"forward": (), "frozen": ROWS, "keep": (*ROWS, "kept", "peaks"), "recompute": ROWS}
 
 
@@ -53,21 +53,14 @@ def linear_logp(
     stats: tuple[str, ...], **options: Unpack[Options]
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]: ...  # fmt: skip
 def linear_logp(
-    hidden: Tensor,  # [..., D]
-    weight: Tensor,  # [V, D]
-    target: Tensor,  # i64[...]
+    hidden: Tensor, weight: Tensor, target: Tensor,  # [..., D], [V, D], i64[...]
     bias: Tensor | None = None,  # [V]
-    *,
-    scale: float = 1.0,
-    softcap: float | None = None,
+    *, scale: float = 1.0, softcap: float | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,  # (A [r, D], B [V, r], s)
-    stats: tuple[str, ...] = (),
-    memory_budget: int | None = None,
-    ignore_index: int = -100,
+    stats: tuple[str, ...] = (), memory_budget: int | None = None, ignore_index: int = -100,
     grad_into: Tensor | None = None,  # f32[V, D], f64 where weight is
-    process_group: ProcessGroup | None = None,
-    vocab_start: int | None = None,
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    process_group: ProcessGroup | None = None, vocab_start: int | None = None,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """log softmax(z)[target] for every row, z = softcap(scale * (h W^T + bias + s (h A^T) B^T)),
     without [M, V] logits.
 
@@ -131,13 +124,10 @@ def _of_rows(
     elif target.device.type == "cpu" and not torch.compiler.is_compiling():
         check_target_values(target, len(weight))
     how = plan(
-        *(len(hidden), len(weight), hidden.shape[1]),
-        dtype=hidden.dtype,
-        train_weight=train_weight,
+        len(hidden), *weight.shape, dtype=hidden.dtype, train_weight=train_weight,
         need_grad=torch.is_grad_enabled() and (train_weight or hidden.requires_grad),
-        memory_budget=memory_budget,
-        backend=backend_of(hidden, weight, head[-1] is not None),
-    )
+        memory_budget=memory_budget, backend=backend_of(hidden, weight, head[-1] is not None)
+    )  # fmt: skip
     # the compiler sees one opaque op; without it nothing stands between autograd and the work
     run: Callable[..., Any] = partial(_run, into)
     if torch.compiler.is_compiling():  # an operator's backward changes no tensor
@@ -244,14 +234,11 @@ def _backward(grad_into: Tensor | None, d_logp: Tensor, d_entropy: Tensor | None
         run, wants, into = backend_for(head, hidden), Gradients(*need), Gradients(weight=grad_into)
         wants.weight = need[1] or grad_into is not None
         out = run.gradients(head, hidden, target, how, state, wants, d_logp, d_entropy, into)
-    every = (out.hidden, out.weight, out.bias, out.lora_a, out.lora_b)
-    return [gradient.to(hidden.dtype) for gradient, wanted in zip(every, need) if wanted]
+    return [gradient.to(hidden.dtype) for gradient, wanted in zip(vars(out).values(), need) if wanted]
 
 
-operator = torch.library.custom_op(add_op_namespace_prefix("linear_logp"), forward_pass, mutates_args=())
-backward_operator = torch.library.custom_op(
-    add_op_namespace_prefix("linear_logp_backward"), backward_pass, mutates_args=()
-)
+operator = custom_op(add_op_namespace_prefix("linear_logp"), forward_pass, mutates_args=())
+backward_operator = custom_op(add_op_namespace_prefix("linear_logp_backward"), backward_pass, mutates_args=())
 
 
 @operator.register_fake
@@ -265,8 +252,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Any, a: Any, *rest: Any) -> list[Ten
         out += [new(M) for _ in ROWS]
     if name == "keep":
         backend = backend_of(hidden, weight, a is not None)
-        torchs = backend == "torch"
-        out.append(new(V, M, dtype=hidden.dtype) if torchs else aligned_rows(M, V, like=hidden))
+        out.append(new(V, M, dtype=hidden.dtype) if backend == "torch" else aligned_rows(M, V, like=hidden))
         if backend != "triton":
             out.append(new(-(-V // width), M))
     elif name == "frozen":

@@ -6,7 +6,10 @@ from .linear_logp import Options, linear_logp
 
 
 class _CrossEntropy(nn.Module):
-    def __init__(self, ignore_index: int, softcap: float | None, reduction: str, scale: float):
+    def __init__(
+        self, *, ignore_index: int = -100, softcap: float | None = None, reduction: str = "mean",
+        scale: float = 1.0
+    ):  # fmt: skip
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
@@ -29,7 +32,7 @@ class LinearCrossEntropy(_CrossEntropy):
         self, ignore_index: int = -100, softcap: float | None = None, reduction: str = "mean",
         shift: bool | int = 0, *, scale: float = 1.0
     ):  # fmt: skip
-        super().__init__(ignore_index, softcap, reduction, scale)
+        super().__init__(ignore_index=ignore_index, softcap=softcap, reduction=reduction, scale=scale)
         self.shift = int(shift)
 
     def forward(self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -43,12 +46,6 @@ class LinearCrossEntropy(_CrossEntropy):
 
 class FusedLinearCrossEntropyLoss(_CrossEntropy):
     """The same without a shift, called like Liger's, with options by name."""
-
-    def __init__(
-        self, *, ignore_index: int = -100, softcap: float | None = None, reduction: str = "mean",
-        scale: float = 1.0
-    ):  # fmt: skip
-        super().__init__(ignore_index, softcap, reduction, scale)
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None

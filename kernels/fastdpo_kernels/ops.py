@@ -15,8 +15,7 @@ def exact_on(like: torch.Tensor):
     """GEMMs of float32 in float32, whatever the caller allows: autocast, TF32, or bfloat16 on a CPU. And
     like's device is the current one, where Triton launches."""
     matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    allowed = [(matmul, matmul.fp32_precision) for matmul in matmuls]
-    lowered = [(matmul, precision) for matmul, precision in allowed if precision in ("tf32", "bf16")]
+    lowered = [(m, m.fp32_precision) for m in matmuls if m.fp32_precision in ("tf32", "bf16")]
     with torch.autocast(like.device.type, enabled=False), torch.cuda.device_of(like):
         try:
             for matmul, _ in lowered:

@@ -135,9 +135,7 @@ class PairLoss:
 
 def _sums(values, cu):
     """Sums of consecutive stretches of values, in order: index_add on a GPU has no order."""
-    if len(cu) == 1:
-        return values.new_zeros(0)
-    if not len(values):
+    if len(cu) == 1 or not len(values):
         return values.new_zeros(len(cu) - 1)
     return torch.segment_reduce(values, "sum", offsets=cu, axis=0, unsafe=True)
 
@@ -147,8 +145,7 @@ def groups_of(cu_resp: torch.Tensor, pairs: torch.Tensor) -> list[int]:
     device."""
     cu, ends = cu_resp.long(), pairs.long()
     steps = torch.zeros(len(cu), dtype=torch.int64, device=cu.device)
-    if len(ends):
-        one = torch.ones(len(ends), dtype=torch.int64, device=cu.device)
-        steps.index_add_(0, ends.amin(1), one).index_add_(0, ends.amax(1), -one)
+    one = torch.ones(len(ends), dtype=torch.int64, device=cu.device)
+    steps.index_add_(0, ends.amin(1), one).index_add_(0, ends.amax(1), -one)
     closed = steps.cumsum(0)[:-1] == 0  # after this response no pair is open
     return torch.cat((cu[:1], cu[1:][closed])).diff().tolist()

@@ -109,9 +109,8 @@ def plan(
     parts = tuple(of(m, budget - summed, need_grad) for m in rows)
     flops, peak_bytes = sum(part.flops for part in parts), max(part.peak_bytes for part in parts) + extra
     chunks, width = max(part.chunks for part in parts), min(part.width for part in parts)
-    if not need_grad:
-        return Plan("forward", flops, peak_bytes, chunks, M, width, parts)
-    return Plan("grouped", flops, peak_bytes + summed, chunks, M, width, parts)
+    name, summed = ("grouped", summed) if need_grad else ("forward", 0)
+    return Plan(name, flops, peak_bytes + summed, chunks, M, width, parts)
 
 
 def _whole(
@@ -137,9 +136,8 @@ def _torch(name: str, M: int, V: int, D: int, dtype: torch.dtype, budget: int) -
 
 def _cublas(name: str, M: int, V: int, D: int, dtype: torch.dtype, budget: int) -> Held:
     # of a token: logits, and E or dZ in half; rows of E are padded
-    name, width, held = _by_chunks(
-        name, M, V, dtype, budget, M * (6 if dtype.itemsize < 4 else dtype.itemsize)
-    )
+    column = M * (6 if dtype.itemsize < 4 else dtype.itemsize)
+    name, width, held = _by_chunks(name, M, V, dtype, budget, column)
     return name, width, held + (M * ALIGNED * 2 if name == "keep" else 0)
 
 

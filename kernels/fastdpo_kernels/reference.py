@@ -77,21 +77,11 @@ def linear_logp(
 
 
 def linear_dpo(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    cu_resp: Tensor,
-    pairs: Tensor,
-    ref_token_logp: Tensor | None = None,
-    *,
-    loss: str | Callable[[Tensor], Tensor] = "sigmoid",
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    offset: Tensor | None = None,
-    pair_weight: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    **head: Unpack[HeadOptions],
-) -> tuple[Tensor, DPOStats]:
+    hidden: Tensor, weight: Tensor, target: Tensor, cu_resp: Tensor, pairs: Tensor,
+    ref_token_logp: Tensor | None = None, *, loss: str | Callable[[Tensor], Tensor] = "sigmoid",
+    beta: float = 0.1, label_smoothing: float = 0.0, offset: Tensor | None = None,
+    pair_weight: Tensor | None = None, token_weight: Tensor | None = None, **head: Unpack[HeadOptions]
+) -> tuple[Tensor, DPOStats]:  # fmt: skip
     """The SUM over pairs of pair_weight x loss(margin); the caller divides by its own pair count.
 
     cu_resp i[R+1] bounds each response's rows, pairs i[P, 2] holds (winner, loser) response

@@ -147,8 +147,3 @@ _backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def backend_of(x: torch.Tensor, weight: torch.Tensor, lora: bool) -> str:
     """`backend` for a call with these hidden states and this head."""
     return _backend(x.device, x.dtype, not lora and weight.stride(1) == 1 and weight.shape[1] > 0)
-
-
-def takes_triton(head: Head, x: torch.Tensor) -> bool:
-    """Whether this call's tensors go to the Triton kernels that make no logits."""
-    return backend_of(x, head.weight, head.lora_a is not None) == "triton"

@@ -35,12 +35,18 @@ def _weighted(weight, value):
 
 
 @triton.jit
-def _leave_e(z_ptr, bias_ptr, out_ptr, target, peak, N, scale, softcap, BLOCK: tl.constexpr):
-    """Writes E of the row; it was read a moment ago, and lies in cache."""
+def _leave(
+    z_ptr, bias_ptr, out_ptr, row, target, peak, factor, by_logit_ptr, N, scale, softcap, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Writes dZ = E * (factor + by_logit * (z - peak)), or E by a factor of 1, of the row at z_ptr."""
     for n0 in range(0, N, BLOCK):
         cols = n0 + tl.arange(0, BLOCK)
         z, t = _logits(z_ptr, bias_ptr, cols, N, scale, softcap)
-        e = tl.where(cols == target, 0.0, tl.exp(z - peak))
+        by = factor
+        if by_logit_ptr is not None:
+            # E is 0 long before -1e4, and at -inf must stay so
+            by = factor + tl.load(by_logit_ptr + row) * tl.maximum(z - peak, -1.0e4)
+        e = tl.where(cols == target, 0.0, tl.exp(z - peak) * by)
         if softcap is not None:
             e *= 1 - t * t
         tl.store(out_ptr + cols, e.to(out_ptr.dtype.element_ty), mask=cols < N)
@@ -69,8 +75,7 @@ def chunk_sums(
     target = (tl.load(target_ptr + row) - v0).to(tl.int32)
     top = tl.full((BLOCK,), LOWEST, tl.float32)
     rest, plogp = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    squares, logits = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    own = tl.zeros((BLOCK,), tl.float32)
+    squares, logits, own = tl.zeros_like(rest), tl.zeros_like(rest), tl.zeros_like(rest)
     for n0 in range(0, N, BLOCK):
         cols = n0 + tl.arange(0, BLOCK)
         z, _ = _logits(z_ptr, bias_ptr, cols, N, scale, softcap)
@@ -105,8 +110,9 @@ def chunk_sums(
     tl.store(peak_ptr + row, peak)
     tl.store(shrink_ptr + row, shrink)
     tl.store(target_logit_ptr + row, tl.sum(own), mask=(target >= 0) & (target < N))
-    if out_ptr is not None:
-        _leave_e(z_ptr, bias_ptr, out_ptr + row * stride_out, target, peak, N, scale, softcap, BLOCK)
+    if out_ptr is not None:  # the row was read a moment ago, and lies in cache
+        out = out_ptr + row * stride_out
+        _leave(z_ptr, bias_ptr, out, row, target, peak, 1.0, None, N, scale, softcap, BLOCK)
 
 
 @kernel
@@ -116,7 +122,7 @@ def chunk_gradient(
     bias_ptr,  # [N] or None
     target_ptr,  # i64[M], in the whole vocabulary
     peak_ptr,  # f32[M]
-    factor_ptr,  # f32[M]: dZ = E * (factor + by_logit * (z - peak))
+    factor_ptr,  # f32[M]
     by_logit_ptr,  # f32[M] or None: from a gradient through entropy
     N, v0, stride_z, stride_out, scale, softcap, STEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -124,15 +130,5 @@ def chunk_gradient(
     row = tl.program_id(0).to(tl.int64)
     target = (tl.load(target_ptr + row) - v0).to(tl.int32)
     peak, factor = tl.load(peak_ptr + row), tl.load(factor_ptr + row)
-    for n0 in range(0, N, BLOCK):
-        cols = n0 + tl.arange(0, BLOCK)
-        z, t = _logits(z_ptr + row * stride_z, bias_ptr, cols, N, scale, softcap)
-        e = tl.exp(z - peak)
-        by = factor
-        if by_logit_ptr is not None:
-            # E is 0 long before -1e4, and at -inf must stay so
-            by = factor + tl.load(by_logit_ptr + row) * tl.maximum(z - peak, -1.0e4)
-        dz = tl.where(cols == target, 0.0, e * by)
-        if softcap is not None:
-            dz *= 1 - t * t
-        tl.store(out_ptr + row * stride_out + cols, dz.to(out_ptr.dtype.element_ty), mask=cols < N)
+    z, out = z_ptr + row * stride_z, out_ptr + row * stride_out
+    _leave(z, bias_ptr, out, row, target, peak, factor, by_logit_ptr, N, scale, softcap, BLOCK)

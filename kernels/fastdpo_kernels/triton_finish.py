@@ -23,9 +23,8 @@ def finish_rows(
     target_logit_ptr,  # f32[M]
     total_ptr,  # f32[M], written: the whole sum
     logp_ptr,  # f32[M], written
-    M,
-    BLOCK: tl.constexpr,
-):
+    M, BLOCK: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = rows < M
     rest = tl.load(rest_ptr + rows, mask=here, other=1.0)
@@ -41,19 +40,11 @@ def finish_rows(
 
 @kernel
 def finish_stats(
-    partial_ptr,  # f32[slots, T, M]
-    slot_stride,
+    partial_ptr, slot_stride,  # f32[slots, T, M]
     target_logit_ptr,  # f32[M]
-    entropy_ptr,  # f32[M] or None, written, as are the others
-    squares_ptr,
-    mean_ptr,
-    top1_ptr,
-    M,
-    T,
-    V,
-    BM: tl.constexpr,
-    BT: tl.constexpr,
-):
+    entropy_ptr, squares_ptr, mean_ptr, top1_ptr,  # f32[M] or None each, written
+    M, T, V, BM: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
     """Merges the tiles' profiles, each relative to its own peak, and puts the target back."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     here = rows < M
@@ -117,11 +108,8 @@ def hidden_gradient(
     factor_ptr,  # f32[M] or None (1): of the sums
     coefficient_ptr,  # f32[M]: of the target's row of W, what the sums lack of it
     out_ptr,  # [M, D], written
-    V,
-    D,
-    stride_w,
-    BLOCK: tl.constexpr,
-):
+    V, D, stride_w, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out = factor * sums + coefficient * W[target]: adding the target in fp32, not through a rounded
     E, keeps what 1 - p leaves of a sure row."""
     row = tl.program_id(0).to(tl.int64)

@@ -55,7 +55,7 @@ def forward(head, hidden, target, how, stats=()):
     elif how.name == "frozen":
         chunk = aligned_rows(M, width, like=x)
         state.sums = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    scratch = new(3, cdiv(width, tile.plain().columns), M)
+    scratch = new(3, cdiv(width, tile.columns), M)
     profile = new(SLOTS, cdiv(V, tile.columns), M) if stats else None
     for v0, v1 in cuts:
         where = (head, x, target, (v0, v1), state)
@@ -94,13 +94,13 @@ def _add_sums(tile, where, partial, rest, scratch, out):
     are by one tile, so that their logits have the same bits: E adds up to `rest` however large they are.
     """
     head, x, _, (v0, v1), state = where
-    (M, D), again = x.shape, _tile_again(tile, head)
-    blocks, tiles_in = cdiv(M, again.rows), lambda tile: cdiv(v1 - v0, tile.columns)
+    (M, D), T, again = x.shape, cdiv(v1 - v0, tile.columns), _tile_again(tile, head)
+    blocks = cdiv(M, again.rows)
     flags = torch.empty(M + blocks, dtype=torch.int32, device=x.device)
     merged = dict(BM=again.rows, BT=MERGED)
-    launch.run(triton_rows.merge_sums, blocks, partial, rest, flags, M, tiles_in(tile), **merged)
+    launch.run(triton_rows.merge_sums, blocks, partial, rest, flags, M, T, **merged)
     launch.tile_pass(again, *where, partial=scratch, profile=True, flags=flags)
-    profiles = (flags, scratch, scratch.stride(0), state.peak, rest, state.sums, M, tiles_in(again), D)
+    profiles = (flags, scratch, scratch.stride(0), state.peak, rest, state.sums, M, T, D)
     launch.run(triton_rows.settle, blocks, *profiles, **merged, BD=128)
     if out is not None:
         launch.tile_pass(again, *where, out=out, flags=flags)

@@ -74,8 +74,7 @@ def merge_sums(
 @kernel
 def settle(
     flags_ptr,  # i32[M + blocks of BM rows]
-    partial_ptr,  # f32[slots, T, M]: the flagged rows' PEAK and TOTAL
-    slot_stride,
+    partial_ptr, slot_stride,  # f32[slots, T, M]: the flagged rows' PEAK and TOTAL
     reference_ptr,  # f32[M]: raised to the chunk's peak
     rest_ptr,  # f32[M]: the sum so far, of the new reference
     sums_ptr,  # f32[M, D] or None: brought to the new reference

@@ -79,13 +79,6 @@ def product_of_pointers(x_ptr, w_ptr, rows, cols, here, valid, stride_x, stride_
 
 
 @triton.jit
-def _bias(bias_ptr, valid, TAIL: tl.constexpr):
-    spot = bias_ptr + tl.arange(0, valid.shape[0])
-    bias = tl.load(spot, mask=valid, other=0.0) if TAIL else tl.load(spot)
-    return bias.to(tl.float32)[None, :]
-
-
-@triton.jit
 def finished(z, scale, softcap):
     """(The logit, and t: a softcap's slope is 1 - t^2), for `scale` and `softcap` of Head.ends."""
     t = z
@@ -126,25 +119,15 @@ def _leave_profile(partial_ptr, slot_stride, z, at, here, ENTROPY: tl.constexpr,
 
 
 @triton.jit
-def _gradient(e, bits, factor_ptr, by_logit_ptr, rows, here):
-    """dZ = E * (factor + by_logit * (z - r)); by_logit comes from a gradient through entropy."""
-    by = tl.load(factor_ptr + rows, mask=here, other=0.0)[:, None]
-    if by_logit_ptr is not None:
-        slope = tl.load(by_logit_ptr + rows, mask=here, other=0.0) * NATS
-        by = tl.fma(tl.maximum(bits, LOWEST), slope[:, None], by)
-        by = tl.where(e == 0, 0.0, by)
-    return e * by
-
-
-@triton.jit
 def _tile(
-    z, t, rows, at, here, n0, N, v0, target_ptr, target_logit_ptr, reference_ptr, factor_ptr,
-    by_logit_ptr, partial_ptr, slot_stride, softcap,
+    z, rows, at, here, n0, N, v0, target_ptr, target_logit_ptr, reference_ptr, factor_ptr, by_logit_ptr,
+    partial_ptr, slot_stride, scale, softcap,
     BN: tl.constexpr, TAIL: tl.constexpr, DIAGONAL: tl.constexpr, PARTS: tl.constexpr, EXP: tl.constexpr,
     SUMS: tl.constexpr, PROFILE: tl.constexpr, ENTROPY: tl.constexpr, SQUARED: tl.constexpr,
     MEAN: tl.constexpr,
 ):  # fmt: skip
     """Writes a tile's partial results, and returns the tile of E or dZ."""
+    z, t = finished(z, scale, softcap)
     # within the tile, where columns are constants of the program and take no registers
     column = tl.arange(0, BN)[None, :]
     target = (tl.load(target_ptr + rows, mask=here, other=-1) - v0).to(tl.int32) - n0
@@ -172,7 +155,12 @@ def _tile(
         if SUMS:
             tl.store(partial_ptr + SUM * slot_stride + at, _row_sums(e, PARTS), mask=here)
         if factor_ptr is not None:
-            e = _gradient(e, bits, factor_ptr, by_logit_ptr, rows, here)
+            by = tl.load(factor_ptr + rows, mask=here, other=0.0)[:, None]
+            if by_logit_ptr is not None:
+                slope = tl.load(by_logit_ptr + rows, mask=here, other=0.0) * NATS
+                by = tl.fma(tl.maximum(bits, LOWEST), slope[:, None], by)
+                by = tl.where(e == 0, 0.0, by)
+            e *= by
         if softcap is not None:
             e *= 1 - t * t
     return e
@@ -188,7 +176,7 @@ def head_tiles(
     target_logit_ptr,  # f32[M], written with SUMS and without DIAGONAL
     reference_ptr,  # f32[M]: r in bits
     factor_ptr,  # f32[M] or None: dZ = E * (factor + by_logit * (z - r))
-    by_logit_ptr,  # f32[M] or None
+    by_logit_ptr,  # f32[M] or None: from a gradient through entropy
     partial_ptr,  # f32[slots, tiles of N, M] or None
     flags_ptr,  # i32[M + blocks of BM rows] or None: only the flagged rows are computed and written
     M, N, D,
@@ -205,10 +193,8 @@ def head_tiles(
     N = N // STEP * STEP  # the same, but then the compiler knows, and stores without descriptors are wide
     TAIL: tl.constexpr = STEP < BN  # the last tile's columns may pass N
     slot_stride = tl.cast(slot_stride, tl.int64)  # a slot's number times it passes 32 bits first
-    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    if flags_ptr is not None:
-        blocks = tiles_m
-        tiles_m, _ = _flagged(flags_ptr + M, blocks, 0)
+    blocks, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    tiles_m = blocks if flags_ptr is None else _flagged(flags_ptr + M, blocks, 0)[0]
     if DESCRIPTORS:
         x = tl.make_tensor_descriptor(x_ptr, [M, D], [stride_x, 1], [BM, BK])
         w = tl.make_tensor_descriptor(w_ptr, [N, D], [stride_w, 1], [BN, BK])
@@ -217,11 +203,9 @@ def head_tiles(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=DESCRIPTORS):
         m, n = _place(tile, tiles_m, tiles_n, GROUP)
         if flags_ptr is not None:
-            _, m = _flagged(flags_ptr + M, blocks, m)
+            m = _flagged(flags_ptr + M, blocks, m)[1]
         rows = m * BM + tl.arange(0, BM)
-        here = rows < M
-        if flags_ptr is not None:
-            here = tl.load(flags_ptr + rows, mask=here, other=0) != 0
+        here = rows < M if flags_ptr is None else tl.load(flags_ptr + rows, mask=rows < M, other=0) != 0
         cols = n * BN + tl.arange(0, BN)
         valid = cols < N
         if DESCRIPTORS:
@@ -229,12 +213,13 @@ def head_tiles(
         else:
             z = product_of_pointers(x_ptr, w_ptr, rows, cols, here, valid, stride_x, stride_w, D, BK)
         if bias_ptr is not None:
-            z += _bias(bias_ptr + n * BN, valid, TAIL)
-        z, t = finished(z, scale, softcap)
+            spot = bias_ptr + n * BN + tl.arange(0, BN)
+            bias = tl.load(spot, mask=valid, other=0.0) if TAIL else tl.load(spot)
+            z += bias.to(tl.float32)[None, :]
         e = _tile(
-            z, t, rows, n.to(tl.int64) * M + rows, here, n * BN, N, v0, target_ptr,
-            target_logit_ptr, reference_ptr, factor_ptr, by_logit_ptr, partial_ptr, slot_stride, softcap,
-            BN, TAIL, DIAGONAL, PARTS, SUMS or out_ptr is not None, SUMS, PROFILE, ENTROPY, SQUARED, MEAN,
+            z, rows, n.to(tl.int64) * M + rows, here, n * BN, N, v0, target_ptr, target_logit_ptr,
+            reference_ptr, factor_ptr, by_logit_ptr, partial_ptr, slot_stride, scale, softcap, BN, TAIL,
+            DIAGONAL, PARTS, SUMS or out_ptr is not None, SUMS, PROFILE, ENTROPY, SQUARED, MEAN,
         )  # fmt: skip
         if out_ptr is not None:
             if DESCRIPTORS:

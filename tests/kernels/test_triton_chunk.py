@@ -204,7 +204,6 @@ def test_both_sides_of_the_seam(leaves_e, softcap):
     for side in (TorchChunk, RowKernels):
         one = side(head, x, target, torch.float32)
         softmax = Softmax.start(6, STATS, torch.empty(0))
-        one.prepare(50, softmax, leaves_e)
         for v0, v1 in ((0, 50), (50, 90)):
             z, dz = one.block(50)[: v1 - v0], one.block(50, torch.float16)
             head.product(x, None, v0, v1, out=z)
