@@ -159,8 +159,8 @@ class Config:
     head_memory: str | None = _key(
         None,
         "what the lm_head may take for its own buffers, above its gradients, as in 512MiB (default: 512 MiB; "
-        "where it trains twice its weights in fp32 if that is more, on a GPU at most a quarter of what the "
-        "loaded model leaves free)",
+        "where it trains that or its weights in fp32, if they are more, and once these on top; on a GPU at "
+        "most a quarter of what the loaded model leaves free)",
     )
     gradient_checkpointing: bool | int | str = _key(
         False,

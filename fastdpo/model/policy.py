@@ -133,8 +133,11 @@ class Policy:
         return within_free_memory(budget, self.free_memory())
 
     def free_memory(self) -> int | None:
-        """Bytes that are free on the model's GPU; None on a CPU."""
-        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+        """Bytes that are free on the model's GPU, for what torch has in reserve too; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return torch.cuda.mem_get_info(self.device)[0] + held
 
     @cached_property
     def max_scored(self) -> int | None:

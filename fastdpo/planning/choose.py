@@ -11,6 +11,7 @@ from fastdpo.config.keys import Config
 from fastdpo.console.formatting import gigabytes
 from fastdpo.errors import ConfigError
 from fastdpo.planning import show
+from fastdpo.planning.fake_model import with_head_memory
 from fastdpo.planning.prediction import Prediction, selected
 from fastdpo.planning.search import CHOSEN, SURE, Planner, at_default
 from fastdpo.planning.target import Target
@@ -49,7 +50,9 @@ def choose(config: Config, model_config, groups, console: Console, target: Targe
         words = f"[bold]{show.words(found.changes)}[/]: {total} predicted, {gigabytes(left)} left"
         say(f"memory: {why}. Chosen: {words}")
         chosen |= found.changes
-    return replace(config, **chosen) if chosen else config
+    config = replace(config, **chosen)
+    # as predicted, where a run of its own would ask what is free, and one resumed on another card the first
+    return config if config.head_memory else with_head_memory(config, model_config, target)
 
 
 def budget_of(config: Config, target: Target, console: Console) -> int | None:

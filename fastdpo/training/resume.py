@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from fastdpo.config.keys import FIELDS, Config
 from fastdpo.errors import ConfigError, TrainingError
+from fastdpo.model.lm_head import named_budget
 from fastdpo.records import PreferenceGroup
 from fastdpo.reference.fingerprint import response_keys
 from fastdpo.training import checkpoint
@@ -100,7 +101,10 @@ def clock_of(found: checkpoint.Checkpoint | None) -> datetime:
 def head_budget_of(found: checkpoint.Checkpoint | None, job: Job) -> int | None:
     """Bytes that the lm_head may take in a run that goes on: it cuts its steps as it did, whatever is free
     now, unless the config names a head_memory. None: as for a run that starts."""
-    return found.state.get("head_budget") if found and job.model.head_memory is None else None
+    if found is None or job.model.head_memory is not None:
+        return None
+    # before it was kept, the config named the default of then
+    return found.state.get("head_budget") or named_budget(found.state["config"].get("head_memory"))
 
 
 def check_same_run(found: checkpoint.Checkpoint | None, job: Job, data: str, n_groups: int) -> None:

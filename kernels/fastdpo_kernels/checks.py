@@ -10,16 +10,16 @@ def told(**tensors: torch.Tensor | None) -> str:
     )
 
 
-def operands(op: str, hidden, target, weight, bias, lora) -> list:
+def operands(op: str, hidden, target, weight, bias, lora, whole: bool = True) -> list:
     """[hidden, target, weight, bias, A, B] as the kernels take them: frozen DTensors gathered, float tensors
     in autocast's dtype where it is on, but for float64 (as torch's linear). ValueError for other DTensors,
-    and for what check_head refuses."""
+    for all of a head that is not `whole`, and for what check_head refuses."""
     tensors = [hidden, target, weight, bias, *(lora or (None, None))[:2]]
     for i, name in enumerate(("hidden", "target", "weight", "bias", "lora A", "lora B")):
         t = tensors[i]
         if not hasattr(t, "full_tensor"):  # a DTensor has; asking for its class would import its package
             continue
-        if i < 2 or (t.requires_grad and torch.is_grad_enabled()):
+        if i < 2 or not whole or (t.requires_grad and torch.is_grad_enabled()):
             raise ValueError(
                 f"{op} needs a plain tensor for {name}, got a DTensor of placements {t.placements}: "
                 "unshard its module first, or pass to_local() or full_tensor(grad_placements=...)"
@@ -67,9 +67,11 @@ def check_head(op: str, hidden, target, weight, bias, a, b) -> None:
 def check_grad_into(weight: torch.Tensor, into: torch.Tensor) -> None:
     """ValueError unless weight's gradient can be added to `into`."""
     wanted = torch.promote_types(weight.dtype, torch.float32), weight.shape, weight.device
-    if (into.dtype, into.shape, into.device) != wanted or not into.is_contiguous() or into.requires_grad:
+    unfit = not into.is_contiguous() or into.requires_grad or hasattr(into, "full_tensor")
+    if (into.dtype, into.shape, into.device) != wanted or unfit:
         needs = f"{wanted[0]} {tuple(weight.shape)} on {weight.device}, contiguous, without requires_grad"
-        raise ValueError(f"linear_logp needs grad_into {needs}, got {told(grad_into=into)}, {into.stride()}")
+        got = f"{type(into).__name__} {told(grad_into=into)}, {into.stride()}"
+        raise ValueError(f"linear_logp needs grad_into {needs}, got {got}")
 
 
 def check_softcap(softcap: float | None) -> float | None:
@@ -110,8 +112,11 @@ def check_target_values(target: torch.Tensor, V: int) -> None:
             raise ValueError(f"target must be in [0, {V}) or ignore_index: got {low} to {high}")
 
 
-def check_owners(owners: torch.Tensor) -> None:
-    """ValueError for a target that not exactly one rank has. Waits for the device."""
+def check_owners(owners: torch.Tensor, alike: torch.Tensor) -> None:
+    """ValueError for a target that not exactly one rank has, and for ranks that are not alike. Waits for the
+    device."""
+    if not alike.all():
+        raise ValueError("the head is frozen on some ranks of process_group and trained on others")
     if lost := int((owners != 1).sum()):
         raise ValueError(f"each target must be in one rank's slice of the vocabulary, {lost} are not")
 

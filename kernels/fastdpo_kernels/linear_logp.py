@@ -100,10 +100,12 @@ def linear_logp(
     if unknown:
         raise ValueError(f"linear_logp has the stats {', '.join(STATS)}, got {unknown}")
     options = (1.0 if lora is None else float(lora[2]), float(scale), check_softcap(softcap), ",".join(stats))
-    hidden, target, *head = operands("linear_logp", hidden, target, weight, bias, lora)
+    hidden, target, *head = operands("linear_logp", hidden, target, weight, bias, lora, process_group is None)
+    if process_group is None and vocab_start is not None:
+        raise ValueError(f"vocab_start={vocab_start} is of a slice: it needs process_group")
     shape, ignored = target.shape, target == ignore_index
     target = target.masked_fill(ignored, 0).reshape(-1)
-    hidden = hidden.reshape(len(target), hidden.shape[-1])
+    hidden = hidden.reshape(target.shape[0], hidden.shape[-1])  # len() would fix M in torch.export
     out = _of_rows(hidden, head, target, options, memory_budget, grad_into, process_group, vocab_start)
     logp, *values = [t.reshape(shape).masked_fill(ignored, 0.0) for t in out[: 1 + len(stats)]]
     return (logp, dict(zip(stats, values))) if stats else logp
@@ -124,7 +126,7 @@ def _of_rows(
     elif target.device.type == "cpu" and not torch.compiler.is_compiling():
         check_target_values(target, len(weight))
     how = plan(
-        len(hidden), *weight.shape, dtype=hidden.dtype, train_weight=train_weight,
+        hidden.shape[0], *weight.shape, dtype=hidden.dtype, train_weight=train_weight,
         need_grad=torch.is_grad_enabled() and (train_weight or hidden.requires_grad),
         memory_budget=memory_budget, backend=backend_of(hidden, weight, head[-1] is not None)
     )  # fmt: skip
@@ -197,7 +199,8 @@ def forward_pass(
     gradient, d logp / d hidden [M, D]]. stats: their names with a comma between (an operator takes no list of
     names). group: the name of a process group."""
     names = tuple(stats.split(",")) if stats else ()
-    head = Head(weight, bias, a, b, lora_scale, scale, softcap, VocabGroup(group, weight) if group else None)
+    slices = VocabGroup(group, weight, name == "frozen") if group else None
+    head = Head(weight, bias, a, b, lora_scale, scale, softcap, slices)
     how = Plan(name, 0, 0, 0, len(hidden), width)
     run = backend_for(head, hidden)
     with exact_on(hidden):

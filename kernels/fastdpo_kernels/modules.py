@@ -26,7 +26,8 @@ class _CrossEntropy(nn.Module):
 class LinearCrossEntropy(_CrossEntropy):
     """F.cross_entropy(softcap(scale * (e c^T + bias)), targets) in float32: the mean over targets that are
     not ignore_index, the sum, or "none". shift: a position tells the target so many later, and the last ones
-    tell nothing. Called like cut_cross_entropy's (Wijmans et al. 2024); other options of it are refused."""
+    tell nothing; the first targets, which nothing tells, are 0 of "none". Called like cut_cross_entropy's
+    (Wijmans et al. 2024); other options of it are refused."""
 
     def __init__(
         self, ignore_index: int = -100, softcap: float | None = None, reduction: str = "mean",
@@ -41,7 +42,8 @@ class LinearCrossEntropy(_CrossEntropy):
             if not 0 < self.shift < targets.shape[-1]:
                 raise ValueError(f"shift must be in [0, {targets.shape[-1]}), got {self.shift}")
             e, targets = e[..., : -self.shift, :], targets[..., self.shift :]
-        return self._loss(e, c, targets, bias)
+        loss = self._loss(e, c, targets, bias)
+        return nn.functional.pad(loss, (self.shift, 0)) if self.reduction == "none" else loss
 
 
 class FusedLinearCrossEntropyLoss(_CrossEntropy):

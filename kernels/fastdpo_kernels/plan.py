@@ -25,7 +25,7 @@ ALIGNED = 64  # tokens that chunks begin at multiples of, if they are no narrowe
 # What the Triton kernels hold beside E, of 128 tokens of a row: fp32 sums to settle it with and, for
 # statistics, its profile (triton_head.SLOTS). Their chunks are of whole merges of tiles (triton_head.MERGED):
 # that keeps the order of sums the same however many chunks there are, so a pass without gradient gives the
-# same log-probs.
+# same log-probs (but of rows out of E's range, which are settled chunk by chunk, to rounding).
 SETTLE_BYTES, PROFILE_BYTES, TILE, NARROWEST = 3 * 4, 6 * 4, 128, 2048
 # linear_dpo's vectors of a number per row, response or pair, beside the head's own: log-ratios and
 # their sums in fp64, response numbers, slopes
@@ -40,7 +40,8 @@ class Plan:
     name        forward (no gradient), frozen (of hidden only), keep or recompute (head trained),
                 grouped (head trained, by parts that keep or recompute)
     flops       of the GEMMs, forward and backward; hidden and weight both get gradients if trained
-    peak_bytes  at most this is allocated beyond the inputs, the results and the gradients
+    peak_bytes  at most this is allocated beyond the inputs (with autocast's copies), the results and the
+                gradients
     chunks      the vocabulary is cut into this many (by the part that cuts it most)
     rows        M
     width       tokens of a chunk, the last one's aside
@@ -165,8 +166,8 @@ def _triton(name: str, M: int, V: int, D: int, dtype: torch.dtype, budget: int) 
         width = min(V, _up(-(-V // -(-V // widest)), NARROWEST))
     sums = M * (_up(width, TILE) * SETTLE_BYTES + _up(V, TILE) * PROFILE_BYTES) // TILE
     block = row * _up(width, ALIGNED)
-    if name == "keep":  # a gradient through entropy makes dZ in chunks, after the sums are gone
-        return name, width, block + max(sums, row * min(V + ALIGNED, NARROWEST))
+    if name == "keep":  # once the sums are gone, entropy's gradient makes dZ in chunks, a bias' has columns
+        return name, width, block + max(sums, row * min(V + ALIGNED, NARROWEST), 12 * V)
     return name, width, {"forward": sums, "frozen": block + sums, "recompute": max(block, sums)}[name]
 
 

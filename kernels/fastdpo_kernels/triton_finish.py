@@ -33,7 +33,9 @@ def finish_rows(
     e_target = tl.exp2(gap)
     # where the target is more probable than not, log(1 + rest / e_target) keeps a small rest
     ratio = tl.where(rest <= e_target, rest, 0.0) / tl.where(e_target > 0, e_target, 1.0)
-    logp = tl.where(rest <= e_target, -_log1p(ratio), gap * NATS - tl.log(rest + e_target))
+    # where all are 0 every logit is -inf, and the log-prob NaN
+    sure = (rest <= e_target) & (e_target > 0)
+    logp = tl.where(sure, -_log1p(ratio), gap * NATS - tl.log(rest + e_target))
     tl.store(total_ptr + rows, rest + e_target, mask=here)
     tl.store(logp_ptr + rows, logp, mask=here)
 

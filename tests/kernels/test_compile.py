@@ -129,6 +129,17 @@ def test_another_number_of_rows_compiles_nothing_again(run, wanted):
     assert counter.frame_count == 1
 
 
+def test_an_exported_module_takes_any_number_of_rows():
+    class Model(torch.nn.Module):
+        def forward(self, hidden, weight, target):
+            return linear_logp(hidden, weight, target)
+
+    draw = lambda M: (torch.randn(M, 8), torch.randn(50, 8), torch.arange(M))
+    sizes = ({0: torch.export.Dim.DYNAMIC}, None, {0: torch.export.Dim.DYNAMIC})
+    made, inputs = torch.export.export(Model(), draw(7), dynamic_shapes=sizes), draw(11)
+    assert torch.equal(made.module()(*inputs), linear_logp(*inputs))
+
+
 def test_an_operators_results_are_not_scaled_by_its_backward():
     b = batch(3, lora=False, bias=False).head
     tensors = (None, None, None, b.target, torch.tensor([0, 3, len(b.target)]), torch.tensor([[0, 1]]))

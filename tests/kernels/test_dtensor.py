@@ -72,12 +72,23 @@ def the_callers_way_to_a_gradient(rank, mesh, function):
     torch.testing.assert_close(shard.grad.full_tensor(), sum(of_ranks) / 2)
 
 
+def slices_and_main_gradients_are_plain(rank, mesh, function):
+    """A gathered head would be no slice, and what a GEMM adds to has to be plain."""
+    (weight, *_), hidden, target = drawn(rank)
+    shard = distribute_tensor(weight, mesh, [Shard(0)])
+    with pytest.raises(ValueError, match="tensor for weight, got a DTensor"):
+        linear_logp(hidden, shard, target, process_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match=r"needs grad_into .* got DTensor"):
+        linear_logp(hidden, weight, target, grad_into=distribute_tensor(0 * weight, mesh, [Shard(0)]))
+
+
 def work(rank, store):
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     for check in (frozen_is_gathered, trained_is_refused, the_callers_way_to_a_gradient):
         for function in (linear_logp, linear_dpo):
             check(rank, mesh, function)
+    slices_and_main_gradients_are_plain(rank, mesh, linear_logp)
     dist.destroy_process_group()
 
 

@@ -134,7 +134,7 @@ def test_a_target_that_no_slice_or_two_have(target, start, monkeypatch):
 
 def test_such_a_target_is_nan_on_a_device(monkeypatch):
     # where looking would wait for it
-    monkeypatch.setattr("fastdpo_kernels.parallel.check_owners", lambda owners: None)
+    monkeypatch.setattr("fastdpo_kernels.parallel.check_owners", lambda *_: None)
     c = case(M=3, V=60, lora=False)
     c.target[1] = 60
 
@@ -159,6 +159,23 @@ def test_ignored_rows(monkeypatch):
                 assert_a_slice_is_right(c, group, (0, 30, 60), wanted, stats, **options_of(way))
 
     Threads(2, monkeypatch).run(work)
+
+
+def test_ranks_are_frozen_or_trained_alike(monkeypatch):
+    """Else they would meet in different collectives, and hidden's gradient would be wrong without a word."""
+    hidden, weight, target = torch.randn(3, 8), torch.randn(20, 8), torch.tensor([1, 12, 3])
+
+    def work(group):
+        mine = weight.chunk(2)[group.rank()].clone().requires_grad_(group.rank() == 0)
+        with pytest.raises(ValueError, match="frozen on some ranks"):
+            linear_logp(hidden.clone().requires_grad_(), mine, target, process_group=group)
+
+    Threads(2, monkeypatch).run(work)
+
+
+def test_a_slice_needs_its_group():
+    with pytest.raises(ValueError, match=r"vocab_start=10 .* needs process_group"):
+        linear_logp(torch.randn(3, 8), torch.randn(20, 8), torch.tensor([1, 12, 3]), vocab_start=10)
 
 
 def test_no_rows(monkeypatch):

@@ -44,3 +44,23 @@ def test_peak_bytes_is_a_bound(name, entropy, monkeypatch):
     handed_back = 4 * M * 5 + sum(t.nbytes for t in (hidden, weight) if t.requires_grad)
     # of so few columns a frozen head's chunk is all of them, and not the six that its plan allows
     assert told.peak_bytes / (6 if name == "frozen" else 3) <= peak_of(run) <= told.peak_bytes + handed_back
+
+
+@pytest.mark.parametrize("M", (1, 12))
+def test_the_gradient_of_a_bias_is_within_the_bound(M, monkeypatch):
+    """Two fp32 columns of V beside a kept matrix of few rows."""
+    monkeypatch.setattr(tiles, "tile", lambda device, dtype: SMALL._replace(columns=128))
+    for product in ("matmul", "matmul_add"):
+        monkeypatch.setattr(triton_head, product, lambda a, b, out: out.zero_())
+    V, D = 9001, 8
+    c = case(M, V, D, lora=False).to(torch.bfloat16)
+    told = plan(M, V, D, dtype=torch.bfloat16, backend="triton", train_weight=True)
+    assert told.name == "keep"
+    leaves = [t.requires_grad_() for t in (c.hidden, c.weight, c.bias)]
+
+    def run():
+        logp = linear_logp(c.hidden, c.weight, c.target, c.bias)
+        gc.collect()
+        logp.sum().backward()
+
+    assert peak_of(run) <= told.peak_bytes + 4 * M * 5 + sum(t.nbytes for t in leaves)

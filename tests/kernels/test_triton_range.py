@@ -188,3 +188,12 @@ def test_the_targets_logit_is_the_accumulators(monkeypatch):
             torch.testing.assert_close(value, right[key], rtol=1e-5, atol=1e-5)
     monkeypatch.setattr(tiles, "tile", lambda device, dtype: SMALL)
     assert (c.run(linear_logp, ())["logp"] - right["logp"]).min() > 0.005, "the diagonal's stands"
+
+
+def test_a_row_whose_every_logit_is_minus_infinity_is_nan():
+    """inf in a dimension that all tokens weigh negatively: NaN as in torch, for 0 would be the best of all."""
+    c = head_case(3, 130, bias=False, scale=1).to(torch.float32)
+    c.weight[:, 0] = -c.weight[:, 0].abs()
+    c.hidden[1, 0] = math.inf
+    assert c.run(reference.linear_logp, ())["logp"][1].isnan()
+    assert c.run(linear_logp, ())["logp"][1].isnan()

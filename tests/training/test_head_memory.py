@@ -10,6 +10,7 @@ from fastdpo_kernels import default_budget
 from rich.console import Console
 
 from fastdpo.config.keys import Config
+from fastdpo.files import durable
 from fastdpo.model.lm_head import within_free_memory
 from fastdpo.model.policy import Policy, load_policy
 from fastdpo.model.spec import ModelSpec
@@ -92,6 +93,24 @@ def test_a_resumed_run_keeps_it(make, free):  # noqa: F811
     assert outcome(cut) == outcome(whole) and set(states(cut)) == {12_000}
     run(other)
     assert outcome(other)[1] != outcome(whole)[1] and set(states(other)) == {80_000}
+
+
+def test_a_checkpoint_from_before_it_was_kept(make, free):  # noqa: F811
+    """Its config names the default of then."""
+    whole, cut = make("whole"), make("cut")
+    free(12_000)
+    run(whole)
+    with stopped_in_step(3):
+        run(cut)
+    for path in checkpoint.found(Path(cut.output_dir) / "checkpoints"):
+        state = json.loads((path / "state.json").read_text())["state"]
+        del state["head_budget"]
+        state["config"]["head_memory"] = "12000B"
+        text = json.dumps({"digest": durable.json_digest(state), "state": state})
+        (path / "state.json").write_text(text)
+    free(80_000)
+    run(replace(cut, resume=True))
+    assert outcome(cut) == outcome(whole)
 
 
 def test_a_named_one_is_taken_at_resume_too(make, free):  # noqa: F811
