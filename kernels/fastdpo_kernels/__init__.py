@@ -8,6 +8,5 @@ from .plan import MEMORY_BUDGET, Plan, default_budget, plan
 from .reference import DPOStats
 from .tiles import avoid, backend
 
-__all__ = ["MEMORY_BUDGET", "DPOStats", "Plan", "avoid", "backend", "default_budget"]
-__all__ += ["FusedLinearCrossEntropyLoss", "LinearCrossEntropy"]
-__all__ += ["linear_dpo", "linear_logp", "plan", "reference"]
+__all__ = ["MEMORY_BUDGET", "DPOStats", "FusedLinearCrossEntropyLoss", "LinearCrossEntropy", "Plan", "avoid"]
+__all__ += ["backend", "default_budget", "linear_dpo", "linear_logp", "plan", "reference"]

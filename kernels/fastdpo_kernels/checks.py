@@ -5,9 +5,8 @@ import torch
 
 def told(**tensors: torch.Tensor | None) -> str:
     """'hidden (4, 3) torch.float32 cpu, ...' of those that are there."""
-    return ", ".join(
-        f"{name} {tuple(t.shape)} {t.dtype} {t.device}" for name, t in tensors.items() if t is not None
-    )
+    there = [(name, t) for name, t in tensors.items() if t is not None]
+    return ", ".join(f"{name} {tuple(t.shape)} {t.dtype} {t.device}" for name, t in there)
 
 
 def operands(op: str, hidden, target, weight, bias, lora, whole: bool = True) -> list:
@@ -56,12 +55,10 @@ def check_head(op: str, hidden, target, weight, bias, a, b) -> None:
         raise ValueError(f"{op} needs one float dtype: cast hidden or the head first, got {told(**named)}")
     if any(t.device != hidden.device for t in floats):
         raise ValueError(f"{op} needs one device, got {told(**named)}")
-    rows = list(hidden.shape[:-1])
-    if list(target.shape) != rows or target.dtype != torch.int64 or target.device != hidden.device:
-        raise ValueError(
-            f"{op} needs target int64 {rows} on {hidden.device}, one per row of hidden, got "
-            + told(hidden=hidden, target=target)
-        )
+    rows, device = list(hidden.shape[:-1]), hidden.device
+    if list(target.shape) != rows or target.dtype != torch.int64 or target.device != device:
+        got = told(hidden=hidden, target=target)
+        raise ValueError(f"{op} needs target int64 {rows} on {device}, one per row of hidden, got {got}")
 
 
 def check_grad_into(weight: torch.Tensor, into: torch.Tensor) -> None:
@@ -93,11 +90,9 @@ def check_pairs(hidden, cu_resp, pairs, by_row: dict, by_pair: dict) -> None:
         raise ValueError(f"linear_dpo needs pairs int32 or int64 [P, 2], got {got()}")
     for group, length, letter in ((by_row, len(hidden), "M"), (by_pair, len(pairs), "P")):
         for name, t in group.items():
-            if t is None:
-                continue
-            if t.shape != (length,) or not t.dtype.is_floating_point:
+            if t is not None and (t.shape != (length,) or not t.dtype.is_floating_point):
                 raise ValueError(f"linear_dpo needs {name} float [{letter}={length}], got {got()}")
-            if t.requires_grad:
+            if t is not None and t.requires_grad:
                 raise ValueError(f"linear_dpo has no gradient for {name}: detach it, got {got()}")
     every = (cu_resp, pairs, *by_row.values(), *by_pair.values())
     if any(t is not None and t.device != hidden.device for t in every):

@@ -26,7 +26,7 @@ def forward(head, hidden, target, how, stats=()):
     chunk, cuts = chunk_of(head, x, target, accumulate), spans(len(head.weight), how.width)
     softmax = Softmax.start(len(x), stats, torch.empty(0, dtype=accumulate, device=x.device))
     kept = peaks = entries = sums = narrow = None
-    width = cuts[0][1]
+    xa, width = head.low_rank(x), cuts[0][1]
     if how.name == "keep":
         kept, peaks = chunk.kept(hidden.dtype), softmax.peak.new_empty(len(cuts), len(x))
         entries = chunk.entries(kept)
@@ -35,7 +35,6 @@ def forward(head, hidden, target, how, stats=()):
         if x.dtype != accumulate:
             narrow = chunk.block(width, x.dtype)  # E as GEMM operand
     logits = None if kept is not None and kept.dtype == accumulate else chunk.block(width)
-    xa = head.low_rank(x)
     for i, (v0, v1) in enumerate(cuts):
         z = entries[v0:v1] if logits is None else logits[: v1 - v0]
         head.product(x, xa, v0, v1, out=z)

@@ -176,10 +176,9 @@ def _by_parts(
     token_logp = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
     if pair_loss.ref_token_logp is not None:
         token_logp.copy_(pair_loss.ref_token_logp)
-    d_hidden: Tensor | None = None
     out: Any = NONE
-    if several and need.hidden:
-        d_hidden = empty(*hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    new = lambda: empty(*hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    d_hidden = new() if several and need.hidden else None
     for part, stop in zip(parts, stops):
         rows = slice(stop - part.rows, stop)
         of_part = (head, hidden[rows], target[rows], part)

@@ -82,11 +82,7 @@ class PairLoss:
 
     def total(self, margin):
         """The sum over pairs of weight times loss: a scalar of margin's dtype."""
-        if callable(self.loss):
-            each = self._call(margin)
-        else:
-            each, _ = LOSSES[self.loss](margin, self.beta, self.label_smoothing)
-        return self._weighted(each).sum().to(margin.dtype)
+        return self._weighted(self._each(margin)[0]).sum().to(margin.dtype)
 
     def token_slope(self, token_logp):
         """d total / d token_logp, [M]. The slope of a group's rows needs right log-probs of that group's
@@ -95,10 +91,9 @@ class PairLoss:
         if callable(self.loss):
             with torch.enable_grad():
                 margin.requires_grad_()
-                slope = torch.autograd.grad(self._weighted(self._call(margin)).sum(), margin)[0]
+                slope = torch.autograd.grad(self._weighted(self._each(margin)[0]).sum(), margin)[0]
         else:
-            _, slope = LOSSES[self.loss](margin, self.beta, self.label_smoothing)
-            slope = self._weighted(slope)
+            slope = self._weighted(self._each(margin)[1])
         slope = self.beta * slope.double()
         d_resp = _sums(torch.cat((slope, -slope))[self.by_resp], self.cu_ends)
         if self.number is not None:
@@ -121,13 +116,15 @@ class PairLoss:
             cut |= (left & right).any() | apart.any()
         return cut
 
-    def _call(self, margin):
-        assert callable(self.loss)
+    def _each(self, margin):
+        """(The loss of each pair, its slope or None)."""
+        if not callable(self.loss):
+            return LOSSES[self.loss](margin, self.beta, self.label_smoothing)
         each = self.loss(margin)
         if not isinstance(each, torch.Tensor) or each.shape != margin.shape:
             got = tuple(each.shape) if isinstance(each, torch.Tensor) else type(each).__name__
             raise ValueError(f"loss(margin) must give one value per pair, [{len(margin)}], got {got}")
-        return each
+        return each, None
 
     def _weighted(self, each):
         return each if self.pair_weight is None else each * self.pair_weight
@@ -141,8 +138,7 @@ def _sums(values, cu):
 
 
 def groups_of(cu_resp: torch.Tensor, pairs: torch.Tensor) -> list[int]:
-    """Rows of each of the smallest blocks of neighbouring responses that no pair leaves. Waits for the
-    device."""
+    """Rows of the smallest blocks of neighbouring responses that no pair leaves. Waits for the device."""
     cu, ends = cu_resp.long(), pairs.long()
     steps = torch.zeros(len(cu), dtype=torch.int64, device=cu.device)
     one = torch.ones(len(ends), dtype=torch.int64, device=cu.device)

@@ -95,20 +95,16 @@ def break_one_logit(monkeypatch):
     real = chunk.TorchChunk.reduce
 
     def reduce(self, z, span, softmax, out=None):
-        z[3, 0] += 2.0  # one token of one row
+        z[-1, 0] += 2.0  # one token of one row
         return real(self, z, span, softmax, out)
 
     monkeypatch.setattr(chunk.TorchChunk, "reduce", reduce)
 
 
 def leave_unwritten(monkeypatch):
-    real = chunked._add_parameters
-
-    def add(out, need, dz, x, xa, span, accumulate, put):
-        if span[0] == 0:
-            real(out, need, dz, x, xa, span, accumulate, put)
-
-    monkeypatch.setattr(chunked, "_add_parameters", add)
+    real = chunked.matmul
+    only_first = lambda a, b, out: None if out.storage_offset() else real(a, b, out)
+    monkeypatch.setattr(chunked, "matmul", only_first)
 
 
 def round_logits(monkeypatch):

@@ -191,7 +191,7 @@ def test_the_targets_logit_is_the_accumulators(monkeypatch):
 
 
 def test_a_row_whose_every_logit_is_minus_infinity_is_nan():
-    """inf in a dimension that all tokens weigh negatively: NaN as in torch, for 0 would be the best of all."""
+    """inf in a dimension that all tokens weigh negatively: NaN as in torch, 0 would be the best of all."""
     c = head_case(3, 130, bias=False, scale=1).to(torch.float32)
     c.weight[:, 0] = -c.weight[:, 0].abs()
     c.hidden[1, 0] = math.inf
