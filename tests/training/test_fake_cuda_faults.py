@@ -67,7 +67,7 @@ FAULTS = {
         *(Stage, "add_metrics"),
         lambda none, args: torch.equal(args[2].score, args[2].score),
     ),
-    "item in the head's backward": (head, "backward_pass", lambda grads, args: grads[0].sum().item()),
+    "item in the head's backward": (head, "_backward", lambda grads, args: grads[0].sum().item()),
     "isfinite in the optimizer": (
         *(Library, "step"),
         lambda none, args: [bool(p.isfinite().all()) for p in args[1][0][0]],
