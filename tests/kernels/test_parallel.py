@@ -42,6 +42,7 @@ def worker(rank, port):
     check(dist.group.WORLD)
     pairs = [dist.new_group(ranks) for ranks in ((0, 1), (2, 3))]
     check(pairs[rank // 2])
+    dist.barrier()  # else one might close what the other still reads
     dist.destroy_process_group()
 
 
