@@ -142,8 +142,8 @@ class Policy:
     @cached_property
     def max_scored(self) -> int | None:
         """The most scored tokens the packer puts into a microbatch: what the head can keep for its
-        backward (6MVD, where recomputing is 8MVD) in half of head_budget. The other
-        half is room for a single larger group. None with a frozen head, which keeps nothing."""
+        backward (6MVD, where recomputing is 8MVD) in half of head_budget. The other half is room for a
+        single larger group. None with a frozen head, which keeps nothing."""
         if not self.head.trained:
             return None
         budget = (self.head_budget or self.default_budget()) // 2

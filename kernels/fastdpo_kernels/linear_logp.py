@@ -80,14 +80,14 @@ def linear_logp(
     over microbatches, as of Megatron-LM's fused weight gradient. Hooks of weight see nothing of it.
 
     Where target is ignore_index, the results and gradients are 0, with no wait for the device. Such a
-    row's work is done all the same: leave them out where they are many. NaN or inf in a row of hidden,
-    an ignored one too, stays in that row of the results and of hidden's gradient; the head's gradients
-    sum over rows, so they are lost. A bias of -inf masks a token out.
+    row's work is done all the same: leave them out where they are many. NaN or inf in a row of hidden stays
+    in that row of the results, and of hidden's gradient also where it is ignored; the head's gradients sum
+    over rows, so they are lost. A bias of -inf masks a token out.
 
     `backend` tells what runs it: Triton kernels for bfloat16 on the GPUs of tiles.TILES (not with a
     LoRA or a weight whose rows are strided), cuBLAS and row kernels on other CUDA tensors, plain torch
     elsewhere, with the same plans and accuracy. torch.compile takes a call as one operator, and
-    leaves one with grad_into out of its graph. A DTensor of a frozen head is gathered.
+    leaves one with grad_into out of its graph. A DTensor of a frozen head is gathered, but not in a graph.
 
     process_group: V is spread over its ranks, weight, bias and B hold the rows from vocab_start on (None:
     rank * V), and the rest is alike on all; parallel.py says more.
