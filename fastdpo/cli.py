@@ -1,18 +1,15 @@
 """The `fastdpo` command: cyclopts reads the words and writes the help. What a command needs is imported when
 it runs, so that help is quick."""
 
-import functools
-import inspect
-import re
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from cyclopts import UNSET, App, CycloptsError, Group, Parameter, UnusedCliTokensError
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
-from fastdpo.config.keys import FIELDS, GROUPS, Config, from_values
-from fastdpo.config.reading import default_word, read_yaml
+from fastdpo.config.reading import read_yaml
 from fastdpo.errors import ConfigError, FastDPOError, Stopped
+from fastdpo.flags import UNEXPECTED, takes_keys, with_values
 
 
 def _version() -> str:
@@ -48,95 +45,14 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except UnusedCliTokensError as error:
-        print(f"error: {_UNEXPECTED.format(error.unused_tokens[0])}", file=sys.stderr)  # type: ignore[index]
+        print(f"error: {UNEXPECTED.format(error.unused_tokens[0])}", file=sys.stderr)  # type: ignore[index]
         return 2
     except (FastDPOError, CycloptsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError | CycloptsError) else 1
 
 
-def with_values(argv: list[str]) -> list[str]:
-    """`--key -x` as `--key=-x`: a value may start with a dash."""
-    out: list[str] = []
-    for word in argv:
-        if out and re.fullmatch("--[^=]+", out[-1]) and re.match("-[^-]", word) and word != "-h":
-            out[-1] += f"={word}"
-        else:
-            out.append(word)
-    return out
-
-
-def _texts(kind, tokens) -> list[str | None]:
-    """What a flag was given, each time; None where it was bare."""
-    if isinstance(tokens, dict):
-        raise ConfigError(f"a key has no dots in it: .{next(iter(tokens))}")
-    for token in tokens:
-        if token.index > 0:
-            raise ConfigError(_UNEXPECTED.format(token.value))
-    return [token.value if token.implicit_value is UNSET else None for token in tokens]
-
-
-# a flag may come bare, and again: the last one counts
-_VALUE = Parameter(converter=_texts, consume_multiple=True, n_tokens=1, allow_repeating=True, metavar="VALUE")
-_UNEXPECTED = "unexpected argument {!r}: keys are given as --key value"
-
-
-@functools.cache
-def _key_flags() -> list[inspect.Parameter]:
-    """Each key as a flag under its heading; what is no key of ours may be another trainer's."""
-    out = []
-    for place, (heading, names) in enumerate(GROUPS.items()):
-        group = Group(heading, sort_key=place)
-        for name in names:
-            word = default_word(name)
-            shown = (lambda value, word=word: word) if word else False
-            flag = Parameter(group=group, help=FIELDS[name].metadata["doc"], show_default=shown)
-            kind = Annotated[list[str], _VALUE, flag]
-            out.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
-    others = Annotated[list[str], _VALUE, Parameter(show=False)]
-    return [*out, inspect.Parameter("others", inspect.Parameter.VAR_KEYWORD, annotation=others)]
-
-
-def _takes_keys(command):
-    """command(config, *, its own flags) as `[CONFIG_YAML] [--key value ...]`."""
-    about = Parameter(help="a YAML file of keys; flags win over it", show_default=False)
-    file = Annotated[Path, about]
-    first = inspect.Parameter("config_yaml", inspect.Parameter.POSITIONAL_ONLY, default=None, annotation=file)
-    own = list(inspect.signature(command).parameters.values())[1:]
-
-    def run(config_yaml=None, /, **flags):
-        options = {param.name: flags.pop(param.name) for param in own if param.name in flags}
-        return command(config_of(config_yaml, flags), **options)
-
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__signature__ = inspect.Signature([first, *own, *_key_flags()])  # type: ignore[attr-defined]
-    return run
-
-
-def config_of(file: Path | None, flags: dict[str, list[str | None]]) -> Config:
-    """Flags win over the file; keys of other trainers are translated in both, and said. Raises
-    ConfigError."""
-    given = {}
-    for name, texts in flags.items():
-        name, text = name.replace("-", "_"), texts[-1] if texts else None
-        if text is None and name in FIELDS and FIELDS[name].type is not bool:
-            raise ConfigError(f"--{name}: no value given")
-        given[name] = "true" if text is None else text  # a key of others may be a switch, too
-    return from_values(_in_our_words(read_yaml(file) if file else {}) | _in_our_words(given, whole=False))
-
-
-def _in_our_words(values: dict, whole: bool = True) -> dict:
-    if all(name in FIELDS for name in values):
-        return values
-    from fastdpo.convert.convert import translate
-
-    values, notes = translate(values, whole=whole)
-    for note in notes:
-        print(note, file=sys.stderr)
-    return values
-
-
-@_takes_keys
+@takes_keys
 def train(config):
     """train on preference rows; the model ends up in OUTPUT_DIR/model"""
     from fastdpo.api import train
@@ -144,7 +60,7 @@ def train(config):
     train(config)
 
 
-@_takes_keys
+@takes_keys
 def ref(config):
     """compute the reference's log-probs into the cache, before any training"""
     from fastdpo.api import fill_reference
@@ -152,7 +68,7 @@ def ref(config):
     fill_reference(config)
 
 
-@_takes_keys
+@takes_keys
 def data(config):
     """show what the rows become: counts, lengths, drops, one row decoded"""
     from rich.console import Console
@@ -163,7 +79,7 @@ def data(config):
     show_data(config, load_tokenizer(config), Console())
 
 
-@_takes_keys
+@takes_keys
 def plan(config, *, card: str | None = None, device: Literal["cpu", "cuda"] = "cuda"):
     """predict the GPU memory of a run, whose it is, and what would make it fit
 

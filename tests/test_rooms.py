@@ -34,6 +34,7 @@ FASTDPO = (
         "integrations": HOUSE | {"doctor"},
         "api": HOUSE | {"doctor", "planning", "publish", "report"},
         "demo": HOUSE | {"api"},
+        "flags": GROUND | {"config", "convert"},
         "moved": set(),
     }
 )

@@ -1,6 +1,7 @@
 """A config as the command makes it."""
 
-from fastdpo.cli import app, config_of, with_values
+from fastdpo.cli import app
+from fastdpo.flags import config_of, with_values
 
 
 def load_config(argv):
