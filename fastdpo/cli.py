@@ -121,6 +121,42 @@ def push(folder: str, /, *, to: str):
     push(model, to, Console())
 
 
+def cache(file: Path | None = None, /):
+    """show the reference cache: its size, and what is in it by model and data
+
+    :param file: default: that of reference_cache: auto
+    """
+    from rich.console import Console
+
+    from fastdpo.reference.cache_contents import show
+
+    show(file, Console())
+
+
+def prune(
+    file: Path | None = None,
+    /,
+    *,
+    older_than: str | None = None,
+    namespace: list[str] | None = None,
+    dry_run: bool = False,
+):
+    """remove namespaces from the reference cache, and give their space back
+
+    Asks nothing. With an age and namespaces, only those of both go.
+
+    :param file: default: that of reference_cache: auto
+    :param older_than: those last filled longer ago, as in 12h, 30d or 2w; a run that finds all is no fill
+    :param namespace: how its id begins, as `fastdpo cache` shows it; may be given again
+    :param dry_run: only say what would go
+    """
+    from rich.console import Console
+
+    from fastdpo.reference.cache_contents import prune
+
+    prune(file, older_than, namespace or [], dry_run, Console())
+
+
 def convert(theirs: Path, /, *, output: Path | None = None):
     """write the config of TRL, Axolotl or LLaMA-Factory as one of ours
 
@@ -182,9 +218,10 @@ def completion(shell: Literal["bash", "zsh", "fish", "powershell"], /):
 
 
 for place, command in enumerate(
-    (train, ref, data, plan, merge, push, convert, doctor, objectives, demo, completion)
+    (train, ref, cache, data, plan, merge, push, convert, doctor, objectives, demo, completion)
 ):
     app.command(command, sort_key=place)
+app["cache"].command(prune)
 
 if __name__ == "__main__":
     sys.exit(main())

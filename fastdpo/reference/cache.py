@@ -120,7 +120,9 @@ class RefCache(CacheFile):
     def _store(self, db) -> None:
         with transaction(db):
             self._read_new(db)
-            fill, last = self._fill or self._insert_fill(db), self._last_pack
+            # `fastdpo cache prune` may have removed it, and the namespace with it
+            there = db.execute("SELECT 1 FROM fills WHERE id = ?", (self._fill,)).fetchone()
+            fill, last = self._fill if there else self._insert_fill(db), self._last_pack
             for pack in filter(None, self._pending):
                 content = _packed(pack)
                 row = (self._namespace, fill, _digest(self._namespace, *content), *content)

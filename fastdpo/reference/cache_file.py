@@ -17,6 +17,7 @@ VERSION = 1  # of the file format
 BUSY_SECONDS = 60
 WAY_OUT = "Set reference_cache to another file, or to off to compute the log-probs anew in every run"
 _APPLICATION = 0x66647063  # "fdpc": how SQLite files of different programs are told apart
+_MAGIC = b"SQLite format 3\0"
 _SCHEMA = {
     "CREATE TABLE namespaces (id BLOB PRIMARY KEY, created TEXT, parts TEXT) WITHOUT ROWID",
     "CREATE TABLE fills (id INTEGER PRIMARY KEY AUTOINCREMENT, namespace BLOB, started TEXT, "
@@ -24,6 +25,9 @@ _SCHEMA = {
     "CREATE TABLE packs (id INTEGER PRIMARY KEY AUTOINCREMENT, namespace BLOB, fill INTEGER, "
     "digest BLOB, keys BLOB, lengths BLOB, logps BLOB)",
 }
+# What only our files hold in their first pages: the schema, and how the parts of a namespace begin.
+_SIGNS = (*(statement.encode() for statement in _SCHEMA), b'{"numerics": ')
+_FIRST_PAGES = 1 << 16
 
 
 def cache_path(reference_cache: str) -> Path | None:
@@ -41,10 +45,14 @@ class _Damaged(Exception):
 
 
 class CacheFile(contextlib.AbstractContextManager):
-    """A cache file, opened when there is work on it, all of which goes through `run`. Use it in `with`."""
+    """A cache file, opened when there is work on it, all of which goes through `run`. Use it in `with`.
 
-    def __init__(self, path: Path | None, console):
-        self.path, self._console = path, console
+    as_it_is: no file is made, and none moved aside; one that is damaged is a TrainingError.
+    """
+
+    def __init__(self, path: Path | None, console, *, as_it_is: bool = False):
+        self.path, self._console, self._as_it_is = path, console, as_it_is
+        self._way_out = "Nothing was changed" if as_it_is else WAY_OUT
         self._db: sqlite3.Connection | None = None
 
     def __exit__(self, *_):
@@ -58,6 +66,11 @@ class CacheFile(contextlib.AbstractContextManager):
             try:
                 self._try(work)
             except _Damaged as damage:
+                if self._as_it_is:
+                    raise TrainingError(
+                        f"reference_cache: {self.path} is damaged ({damage}). The next run moves it aside "
+                        "and starts a new one. Nothing was changed"
+                    ) from None
                 self._move_aside(damage)
                 self._try(work)
         except _Damaged as damage:
@@ -78,27 +91,31 @@ class CacheFile(contextlib.AbstractContextManager):
                 self._open()
             work(self._db)
         except sqlite3.Error as error:
-            raise _explained(self.path, error) from None
+            raise _explained(self.path, error, self._way_out) from None
         except UnicodeDecodeError:  # Python cannot even read SQLite's message, which quotes the file
             raise _Damaged("database disk image is malformed") from None
         except OSError as error:
-            raise ConfigError(f"reference_cache: {self.path}: {error.strerror}. {WAY_OUT}") from None
+            raise ConfigError(f"reference_cache: {self.path}: {error.strerror}. {self._way_out}") from None
 
     def _open(self) -> None:
         assert self.path is not None
         if self.path.is_dir():
             raise ConfigError(f"reference_cache: {self.path} is a folder; name a file in it")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._as_it_is:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         if not _may_be_ours(self.path):
-            raise ConfigError(f"reference_cache: {self.path} is no SQLite file, and is left alone. {WAY_OUT}")
-        db = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
+            raise ConfigError(
+                f"reference_cache: {self.path} is no SQLite file, and is left alone. {self._way_out}"
+            )
+        uri = f"{self.path.absolute().as_uri()}?mode={'rw' if self._as_it_is else 'rwc'}"
+        db = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
         db.text_factory = bytes  # damaged text must not stop a query
         file = os.stat(self.path)
         self._db, self._inode = db, file.st_ino
         try:
             if 0 < file.st_size < 512:
                 raise _Damaged("it is cut short")  # SQLite would take it for an empty database
-            if not _schema(db):
+            if not self._as_it_is and not _schema(db):
                 _create(db)
             self._check(db)
         except BaseException as error:
@@ -111,7 +128,9 @@ class CacheFile(contextlib.AbstractContextManager):
         (application,) = db.execute("PRAGMA application_id").fetchone()
         (version,) = db.execute("PRAGMA user_version").fetchone()
         if application != _APPLICATION:
-            raise ConfigError(f"reference_cache: {self.path} is some other SQLite database. {WAY_OUT}")
+            if _schema(db) == _SCHEMA:
+                raise _Damaged("its header is not that of a reference cache")
+            raise ConfigError(f"reference_cache: {self.path} is some other SQLite database. {self._way_out}")
         if version > VERSION:
             raise ConfigError(
                 f"reference_cache: {self.path} has format {version}, of a newer fastdpo; this one knows "
@@ -159,14 +178,26 @@ def cannot_write(error: sqlite3.Error) -> bool:
 
 
 def _may_be_ours(path: Path) -> bool:
-    """Whether a file is empty, absent, or begins as ours do, cut or with room for one damaged place."""
+    """Whether a file is absent, or begins as ours do, cut or with room for one damaged place. One that begins
+    with zeros, as a power cut may leave it, is ours by what follows; one of zeros alone by how it is named;
+    and nobody keeps anything else where reference_cache: auto has its file."""
     try:
         with path.open("rb") as file:
-            head = file.read(72)
+            first = file.read(_FIRST_PAGES)
     except FileNotFoundError:
         return True
-    magic = b"SQLite format 3\0".startswith(head[:16])
-    return magic or head[68:] == _APPLICATION.to_bytes(4, "big")
+    ours = _APPLICATION.to_bytes(4, "big")
+    if _MAGIC.startswith(first[:16]) or first[68:72] == ours or path == cache_path("auto"):
+        return True
+    if any(byte not in (0, magic) for byte, magic in zip(first, _MAGIC)):
+        return False
+    named_so = path.suffix in (".sqlite", ".sqlite3", ".db")
+    return any(sign in first for sign in _SIGNS) or (named_so and _all_zeros(path))
+
+
+def _all_zeros(path: Path) -> bool:
+    with path.open("rb") as file:
+        return not any(any(piece) for piece in iter(lambda: file.read(1 << 20), b""))
 
 
 def _schema(db) -> set[str]:
@@ -184,7 +215,7 @@ def _create(db) -> None:
         db.execute(f"PRAGMA user_version = {VERSION}")
 
 
-def _explained(path: Path, error: sqlite3.Error) -> Exception:
+def _explained(path: Path, error: sqlite3.Error, way_out: str) -> Exception:
     """What an SQLite error means for a run, and the way out."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
     if code == sqlite3.SQLITE_READONLY_DBMOVED:
@@ -192,14 +223,14 @@ def _explained(path: Path, error: sqlite3.Error) -> Exception:
     if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return _Damaged(str(error))
     if cannot_write(error):
-        return ConfigError(f"reference_cache: {path}: cannot be written ({error}). {WAY_OUT}")
+        return ConfigError(f"reference_cache: {path}: cannot be written ({error}). {way_out}")
     if code & 0xFF == sqlite3.SQLITE_BUSY:
         return TrainingError(
             f"reference_cache: {path}: another process has kept it locked for {BUSY_SECONDS} s. Run again "
-            f"(what is stored stays). {WAY_OUT}"
+            f"(what is stored stays). {way_out}"
         )
     full = "the disk is full" if code & 0xFF == sqlite3.SQLITE_FULL else str(error)
     return TrainingError(
-        f"reference_cache: {path}: {full}. What was stored before is kept: make room and run again, and "
-        f"only the rest is computed. {WAY_OUT}"
+        f"reference_cache: {path}: {full}. What was stored before is kept, and found again: make room "
+        f"and run again. {way_out}"
     )

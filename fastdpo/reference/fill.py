@@ -54,6 +54,7 @@ def load_reference(
     console,
     check: Callable[[], None] = lambda: None,
     expected_namespace: str | None = None,
+    source: dict | None = None,
 ) -> ReferenceTable:
     """The reference of all responses: the policy as it stands, so call this before the first step.
 
@@ -61,6 +62,7 @@ def load_reference(
     and a pack with a missing response is computed whole: an interrupted fill then ends with the bits of
     one that was not. `check` is called after each pack and may raise; what has arrived is then stored.
     `expected_namespace` is what a resumed run was started from; TrainingError where this is not it.
+    `source` is what `fastdpo cache` shows of it: model, adapter, stage, data, as they were named.
     """
     start = time.perf_counter()
     fingerprint = reference_fingerprint(policy, fresh_lora)
@@ -72,7 +74,7 @@ def load_reference(
         hits = len(cache.values)
         packs = tokens = 0
         if hits < len(wanted):
-            cache.start_fill(_environment(policy))
+            cache.start_fill(_environment(policy) | (source or {}))
             # no cap on scored tokens: that one is for the backward, and would make other packs of full
             # fine-tuning than of a LoRA
             parts = [part for g in groups_sets for part in in_row_order(g, max_tokens, share=policy.share)]
@@ -170,13 +172,15 @@ def _computed(policy: Policy, groups: Groups) -> _Computed:
 
 
 def _environment(policy: Policy) -> dict:
-    """What the values may depend on in their last digits: recorded with each fill, not keyed."""
+    """The model's name, and what the values may depend on in their last digits: recorded with each fill,
+    not keyed."""
     gpu = policy.device.type == "cuda"
     return {
         "versions": versions("fastdpo", "torch", "transformers", "peft", "triton", "flash-attn"),
         "device": torch.cuda.get_device_name(policy.device) if gpu else policy.device.type,
         "attention": policy.core.config._attn_implementation,
         "share": policy.share,
+        "model": policy.core.config.name_or_path,
     }
 
 

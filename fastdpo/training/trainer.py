@@ -162,6 +162,7 @@ def run_stage(run: Run, resumed: checkpoint.Checkpoint | None) -> Progress:
     run.log.stage = place.stage
     options: dict[str, Any] = dict(path=cache_path(run.job.reference_cache), fresh_lora=run.fresh_lora)
     options |= dict(max_tokens=job.max_tokens, console=run.console, check=run.stopping.check)
+    options |= dict(source=_source(run.job, place.stage if place.start else 0))
     fill = partial(load_reference, policy, **options, expected_namespace=expected)
     explain = partial(run.around.explain, run.job.config.per_stage()[place.stage], policy.core.config)
     stage = Stage(job, policy, stage_groups(run, job, fill), run.eval_groups, explain)
@@ -193,7 +194,13 @@ def fill_reference(config: Config, console: Console, around: Around) -> None:
         policy = ready_policy(job, groups, eval_groups, console)
         stopping.saves = True
         options: dict[str, Any] = dict(path=path, max_tokens=first.max_tokens, check=stopping.check)
-        options |= dict(console=console, fresh_lora=job.model.lora_rank is not None)
+        options |= dict(console=console, fresh_lora=job.model.lora_rank is not None, source=_source(job))
         fill: Fill = partial(load_reference, policy, **options)
         groups, _ = pairs_of_stage(first, groups, fill)
         fill(Stage(first, policy, groups, eval_groups).reference_sets())
+
+
+def _source(job: Job, stage: int = 0) -> dict:
+    """What a reference is of, as the config names it; stage: how many have trained the model before."""
+    data = [name for name in (job.data.data, job.data.eval_data) if isinstance(name, str)]
+    return {"model": job.model.model, "adapter": job.model.adapter, "stage": stage, "data": data}

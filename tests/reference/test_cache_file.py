@@ -1,10 +1,12 @@
 """Damaged cache files, and ones that cannot be used: never a wrong value, never silence."""
 
+import io
 import os
 import random
 import shutil
 import sqlite3
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -47,8 +49,8 @@ def say_and_compare(path, groups, values):
     counted = Counted()
     try:
         table, said = counted.load(path, groups)
-    except ConfigError as error:  # a flip in the header can make it another program's file, or a newer one
-        assert "format" in str(error) or "other SQLite database" in str(error) or "written" in str(error)
+    except ConfigError as error:  # a flip in the header can make it a newer one
+        assert "format" in str(error) or "written" in str(error)
         return "refused"
     assert torch.equal(table.of(groups), values)
     if counted.batches:
@@ -103,6 +105,135 @@ def test_what_is_no_database_is_left_alone(counted, path):
     with pytest.raises(ConfigError, match="is no SQLite file, and is left alone"):
         counted.load(path, make_groups(2))
     assert path.read_text() == "somebody's notes" and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def load_damaged(path, groups):
+    """(values, what was said); ConfigError passes, and must leave the file as it was."""
+    before = path.read_bytes()
+    try:
+        table, said = Counted().load(path, groups)
+    except ConfigError:
+        assert path.read_bytes() == before
+        raise
+    if "moved to" in said:
+        (aside,) = path.parent.glob(f"{path.name}.damaged-1")
+        assert aside.read_bytes() == before and f"moved to {aside}" in said
+    return table.of(groups), said
+
+
+@pytest.mark.parametrize("zeros", [1, 16, 72, 100, 512, 4096])
+def test_a_header_of_zeros_is_damage(truth, tmp_path, zeros):
+    groups, path, values = truth
+    copy = tmp_path / "named/by.hand"
+    copy.parent.mkdir()
+    copy.write_bytes(bytes(zeros) + path.read_bytes()[zeros:])
+    found, said = load_damaged(copy, groups)
+    assert torch.equal(found, values) and "is damaged (file is not a database): moved to" in said
+
+
+@pytest.mark.parametrize("size", [5, 100, 40_960, 1 << 22])
+def test_zeros_alone_are_ours_by_their_name(truth, tmp_path, size):
+    groups, _, values = truth
+    for name in ("sweep.sqlite", "sweep.sqlite3", "sweep.db"):
+        path = tmp_path / name
+        path.touch()
+        os.truncate(path, size)  # sparse, as after a power cut
+        found, said = load_damaged(path, groups)
+        assert torch.equal(found, values) and "moved to" in said
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(size))
+    with pytest.raises(ConfigError, match="is no SQLite file, and is left alone"):
+        load_damaged(path, groups)
+
+
+def foreign(truth):
+    """Files that may quote or hold ours, and are somebody's."""
+    _, path, _ = truth
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.add(path, "reference.sqlite")
+        archive.add(cache_file.__file__, "cache_file.py")
+    yield "backup.tar", buffer.getvalue()
+    yield "source.py", Path(cache_file.__file__).read_bytes()
+    yield "notes.sqlite", b"somebody's notes"
+    yield "zeros_first.sqlite", bytes(5000) + b"somebody's numbers" * 1000
+    yield "zeros_long.sqlite", bytes(1 << 21) + b"1"
+    yield "other_magic.db", b"SQLite format 2\0" + bytes(9000)
+
+
+def test_what_is_somebody_s_is_left_alone_unless_it_is_where_only_ours_is(truth, tmp_path):
+    groups, _, values = truth
+    for name, content in foreign(truth):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match="is no SQLite file, and is left alone"):
+            load_damaged(tmp_path / name, groups)
+        auto = cache_file.cache_path("auto")
+        shutil.rmtree(auto.parent, ignore_errors=True)
+        auto.parent.mkdir(parents=True)
+        auto.write_bytes(content)
+        found, said = load_damaged(auto, groups)
+        assert torch.equal(found, values) and "moved to" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(name for name, _ in foreign(truth))
+
+
+def test_our_tables_under_another_program_s_header_are_damage(truth, tmp_path):
+    groups, path, values = truth
+    copy = Path(shutil.copy(path, tmp_path / "copy.bin"))
+    change(copy, "PRAGMA application_id = 7")
+    found, said = load_damaged(copy, groups)
+    assert torch.equal(found, values) and "its header is not that of a reference cache" in said
+
+
+def half_written(path):
+    """(file, journal) of a cache that was killed in a commit, when part of it was in the file already."""
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("PRAGMA cache_size = 2")
+    database.execute("BEGIN IMMEDIATE")
+    database.execute("DELETE FROM packs WHERE id % 2 = 0")
+    database.executemany("INSERT INTO packs (keys) VALUES (randomblob(?))", [(900,)] * 30)
+    database.execute("INSERT INTO namespaces VALUES (randomblob(16), '', ?)", ("x" * 900,))
+    written = path.read_bytes(), Path(f"{path}-journal").read_bytes()
+    database.execute("ROLLBACK")
+    database.close()
+    return written
+
+
+def damaged(content, draw, kind):
+    out = bytearray(content)
+    at = draw.randrange(600 if draw.random() < 0.3 else len(out))  # the header often
+    length = draw.choice([1, 16, 512, 4096])
+    if kind == "flip":
+        out[at] ^= 1 << draw.randrange(8)
+    elif kind == "zeros":
+        out[at : at + length] = bytes(len(out[at : at + length]))
+    elif kind == "head":
+        out[:length] = bytes(length)
+    else:
+        del out[at:]
+    return bytes(out)
+
+
+def test_damage_to_a_file_and_its_journal_never_changes_a_value(truth, tmp_path):
+    groups, path, values = truth
+    file, journal = half_written(Path(shutil.copy(path, tmp_path / "half.sqlite")))
+    cases, draw = [(file, journal), (file, None), (file, b"")], random.Random(2)
+    for kind in ("flip", "zeros", "head", "cut"):
+        for _ in range(12):
+            cases += [(damaged(file, draw, kind), journal), (file, damaged(journal, draw, kind))]
+    outcomes = []
+    for number, (file, journal) in enumerate(cases):
+        copy = tmp_path / f"{number}/reference.bin"
+        copy.parent.mkdir()
+        copy.write_bytes(file)
+        if journal is not None:
+            Path(f"{copy}-journal").write_bytes(journal)
+        counted = Counted()
+        table, said = counted.load(copy, groups)
+        assert torch.equal(table.of(groups), values)
+        assert not counted.batches or "is damaged" in said or copy.stat().st_size == 0, said
+        outcomes.append("moved" if "moved to" in said else "pack" if counted.batches else "harmless")
+        shutil.rmtree(copy.parent)
+    assert outcomes[0] == "harmless" and {"moved", "pack", "harmless"} == set(outcomes)
 
 
 def test_a_damaged_pack_is_named_and_only_it_is_computed(truth, tmp_path, counted):
