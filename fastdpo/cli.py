@@ -32,7 +32,8 @@ app = App(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns 0, or 1 when it could not go on, 2 for a wrong config or command, or 128 + the
+    """Runs a command; returns 0, or 1 when it could not go on, 2 for a wrong config or command, 3 for a plan
+    that does not fit, or 128 + the
     number of the signal that stopped it (130 for SIGINT, 143 for SIGTERM)."""
     argv = with_values(sys.argv[1:] if argv is None else argv)
     try:
@@ -83,14 +84,16 @@ def data(config):
 def plan(config, *, card: str | None = None, device: Literal["cpu", "cuda"] = "cuda"):
     """predict the GPU memory of a run, whose it is, and what would make it fit
 
-    Reads the model's config.json and the data, never a weight.
+    Reads the model's config.json and the data, never a weight. Exit code 3 where
+    it does not fit, and nothing that leaves the learning as it is would make it;
+    0 where it fits, or would, or no memory is known.
 
     :param card: a card's name, as in 4090; a wrong one is told all (default: the GPU here)
     :param device: cpu plans a run on a CPU
     """
     from fastdpo.planning.command import plan
 
-    plan(config, card, device)
+    return 0 if plan(config, card, device) else 3
 
 
 def merge(folder: str, /, *, output: str | None = None, dtype: Literal["auto", "bf16", "fp32"] = "auto"):

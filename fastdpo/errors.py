@@ -23,6 +23,10 @@ class TrainingError(FastDPOError):
     """A run cannot go on (the loss is no longer a number)."""
 
 
+class DeadEndError(TrainingError):
+    """A run cannot go on, and would not by --resume."""
+
+
 class Stopped(BaseException):
     """A signal ended the run; the exit code is the shell's 128 + its number. Like KeyboardInterrupt no
     Exception, so that nothing takes it for a failure and goes on."""

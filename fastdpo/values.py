@@ -10,11 +10,17 @@ import yaml
 
 from fastdpo.errors import ConfigError
 
+_WORDS: dict[object, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_WORDS |= {dict: "{option: value, ...}", list: "a list"}
 
-def as_type(name: str, value, kind):
-    """A YAML value or a flag's string as a type hint (a type, or a union of some). Raises ConfigError."""
+
+def as_type(name: str, value, kind, doc: str):
+    """A YAML value or a flag's string as a type hint (a type, or a union of some). Raises ConfigError, which
+    says by `doc` what the key is."""
     kind = str if typing.get_origin(kind) is typing.Literal else kind  # config.checks says which texts may be
     allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    plain, text = [typing.get_origin(kind) or kind for kind in allowed], value
+    fits = lambda value: any(isinstance(value, k) and k in (bool, type(value)) for k in plain)
     if isinstance(value, str) and allowed != (str,):
         with contextlib.suppress(yaml.YAMLError, ValueError):
             value = yaml.safe_load(value)
@@ -25,20 +31,28 @@ def as_type(name: str, value, kind):
         value = float(value)
     if isinstance(value, list) and list[str] in allowed and not all(isinstance(v, str) for v in value):
         raise ConfigError(f"{name}: expected names, got {value!r}")
-    for kind in allowed:
-        if isinstance(value, typing.get_origin(kind) or kind) and (
-            kind is bool or not isinstance(value, bool)
-        ):
-            return value
-    words: dict[object, str] = {type(None): "nothing", dict: "{option: value, ...}", str: "text"}
-    plain = [typing.get_origin(kind) or kind for kind in allowed]
-    wanted = " or ".join(words.get(k, getattr(k, "__name__", str(k))) for k in plain)
-    raise ConfigError(f"{name}: expected {wanted}, got {value!r}")
+    if fits(value):
+        return value
+    if str in plain and not isinstance(value, list | dict | None):
+        if isinstance(text, str):  # of a flag: 2024 may be a folder's name
+            return text
+        raise ConfigError(f"{name}: YAML reads {value} as no text; write it in quotes: '{value}'")
+    wanted = " or ".join(_WORDS[k] for k in plain if k in _WORDS)
+    raise ConfigError(f"{name}: expected {wanted}, got {value!r}. Its help: {doc}")
 
 
 def nearest(name, names) -> str:
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}? " if close else ""
+    """Which of some names is meant by one that is none of them, as a question; nothing where none is near."""
+    spelled = lambda name: str(name).lower().replace("-", "_")
+    known = {spelled(name): name for name in names}
+    close = difflib.get_close_matches(spelled(name), known, n=1, cutoff=0.5)
+    return f"Did you mean {known[close[0]]!r}? " if close else ""
+
+
+def not_one_of(key: str, value, names, others=()) -> ConfigError:
+    """What to raise for a value that is none of some names; `others` are taken, too."""
+    known, close = ", ".join(names), nearest(value, [*names, *others])
+    return ConfigError(f"{key}: {value!r} is not one of {known}. {close}".rstrip(". "))
 
 
 _UNITS = {"": 1, "B": 1} | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
@@ -47,6 +61,9 @@ _UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
 
 def as_bytes(name: str, text: str) -> int:
     """ "24GB" (24e9), "512MiB" (512 * 2^20) -> bytes. Raises ConfigError."""
+    if re.fullmatch(r"\s*[0-9.]+\s*", text):
+        unit = "B" if len(text) > 6 else "MiB" if name == "head_memory" else "GB"
+        raise ConfigError(f"{name}: {text} has no unit; {text.strip()}{unit}?")
     found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?B)\s*", text.upper())
     try:
         size = int(float(found[1]) * _UNITS[found[2]])  # type: ignore[index]  # None is a TypeError

@@ -126,6 +126,7 @@ def test_model_that_cannot_share_runs_and_says_so(run, tmp_path):
 def test_nan_stops_with_the_rows_and_a_way_out(run, tmp_path):
     code, said = run(rows(16), "--learning_rate", "1e30", "--max_steps", "5")
     assert code == 1 and "step 2" in said and "rows" in said and "lower learning_rate" in said
+    assert "the same command" not in said  # which would end the same way
     assert not (tmp_path / "run/model").exists()
 
 
@@ -133,12 +134,14 @@ def test_nan_stops_with_the_rows_and_a_way_out(run, tmp_path):
     "flags, words",
     [
         (["--bta", "1"], ["unknown key 'bta'", "'beta'"]),
-        (["--lr_scheduler_type", "linaer"], ["lr_scheduler_type"]),
+        (["--lr_scheduler_type", "linaer"], ["lr_scheduler_type", "Did you mean 'linear'?"]),
         (["--lora_rank", "2", "--lora_target_modules", "[nothing]"], ["lora_target_modules"]),
-        (["--objective", "dpoo"], ["objective", "sigmoid, sigmoid_norm"]),
+        (["--lora_rank", "2", "--lora_target_modules", "q_proj,v_prog"], ["'v_prog'", "mean 'v_proj'?"]),
+        (["--objective", "dpoo"], ["objective", "sigmoid, sigmoid_norm", "Did you mean 'dpo'?"]),
+        (["--objective", "cdpo"], ["'cdpo' is sigmoid with label_smoothing: 0.1"]),
         (["--max_length", "4096"], ["max_length", "256"]),
         (["--chat_template", "none.jinja"], ["chat_template"]),
-        (["--lr_scheduler_type", "reduce_lr_on_plateau"], ["lr_scheduler_type"]),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], ["lr_scheduler_type", "no function of the step"]),
         (["--stages", "[{objective: sft}, {lr_scheduler_type: linaer}]"], ["lr_scheduler_type"]),
         (["--beta", ".nan"], ["beta", "finite"]),
         (["--num_epochs", "0"], ["num_epochs"]),

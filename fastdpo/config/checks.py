@@ -3,10 +3,11 @@
 import math
 import typing
 
+from fastdpo.config.names import SAME
 from fastdpo.data.chat.arguments import check_kwargs
 from fastdpo.data.formats.layouts import layout_of
 from fastdpo.errors import ConfigError
-from fastdpo.values import as_bytes
+from fastdpo.values import as_bytes, not_one_of
 
 _TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -27,7 +28,7 @@ def check(config) -> None:
         _refuse(is_endless, f"{name}: {value} is not a finite number")
         _refuse(None not in (value, low) and value < low, f"{name}: {value} is below {low}")
         if typing.get_origin(f.type) is typing.Literal and value not in typing.get_args(f.type):
-            raise ConfigError(f"{name}: {value!r} is not one of {', '.join(typing.get_args(f.type))}")
+            raise not_one_of(name, value, typing.get_args(f.type), SAME.get(name, ()))
     steps = config.warmup_steps
     whole_or_share = steps <= 1 or steps == int(steps)
     _refuse(not whole_or_share, f"warmup_steps: {steps} is neither a whole number nor a share below 1")
@@ -36,7 +37,8 @@ def check(config) -> None:
     if config.load_best and config.eval_data is None:
         raise ConfigError("load_best: needs held-out rows to judge by; set eval_data")
     for name in config.trackers:
-        _refuse(name not in _TRACKERS, f"report_to: {name!r} is not one of {', '.join(_TRACKERS)}")
+        if name not in _TRACKERS:
+            raise not_one_of("report_to", name, _TRACKERS)
     noise, held_out = config.label_smoothing or 0, config.eval_data
     _refuse(not 0 <= noise < 0.5, f"label_smoothing: {noise} is not in [0, 0.5)")
     _refuse(config.flip_pairs > 1, f"flip_pairs: {config.flip_pairs} is a share, not over 1")

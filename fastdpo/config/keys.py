@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastdpo.config.checks import check
+from fastdpo.config.names import in_our_words, meant
 from fastdpo.errors import ConfigError
-from fastdpo.values import as_type, nearest
+from fastdpo.values import as_type
 
 Optimizer = Literal[
     "adamw_torch_fused",
@@ -61,8 +62,8 @@ class Config:
     )
     objective: str | dict[str, Any] | list[Any] = _key(
         "sigmoid",
-        "the loss: sigmoid is DPO, sft trains on the chosen responses, `fastdpo objectives` lists all; "
-        "or several with their weights: {sigmoid: 0.8, sft: 0.2}",
+        "the loss: sigmoid (or dpo) is DPO, sft trains on the chosen responses, `fastdpo objectives` lists "
+        "all; or several with their weights: {sigmoid: 0.8, sft: 0.2}",
     )
     objective_args: dict[str, Any] | None = _key(
         None, "the objective's options, as `fastdpo objectives` lists them"
@@ -220,7 +221,7 @@ class Config:
             for name in own:
                 if name not in STAGE_KEYS:
                     raise ConfigError(
-                        f"stages: stage {number} sets {name!r}. {nearest(name, STAGE_KEYS)}"
+                        f"stages: stage {number} sets {name!r}. {meant(name, STAGE_KEYS)}"
                         f"A stage can set: {', '.join(STAGE_KEYS)}"
                     )
             try:
@@ -256,8 +257,9 @@ GROUPS = {  # of the help and of docs/keys.md: each key once
 def coerce(name: str, value: Any) -> Any:
     """Checks one key and brings its value (a YAML value or a flag's string) to the field's type."""
     if name not in FIELDS:
-        raise ConfigError(f"unknown key {name!r}. {nearest(name, FIELDS)}`--help` lists all keys.")
-    return as_type(name, value, FIELDS[name].type)
+        raise ConfigError(f"unknown key {name!r}. {meant(name, FIELDS)}`--help` lists all keys.")
+    field = FIELDS[name]
+    return as_type(name, in_our_words(name, value), field.type, field.metadata["doc"])
 
 
 def from_values(values: dict[str, Any]) -> Config:

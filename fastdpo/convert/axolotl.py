@@ -1,5 +1,6 @@
 """Axolotl's configs key by key."""
 
+from fastdpo.config.names import OPTIMIZERS
 from fastdpo.convert import shared
 from fastdpo.convert.axolotl_data import data
 from fastdpo.convert.rules import Draft, Tool, beside, only, unread
@@ -66,7 +67,7 @@ def _optim(
     evals_per_epoch=None,
 ) -> None:
     if optimizer is not None:
-        draft.set("optim", shared.OPTIMIZERS.get(optimizer, optimizer), f"optimizer {optimizer}")
+        draft.set("optim", OPTIMIZERS.get(optimizer, optimizer), f"optimizer {optimizer}")
     if excess_length_strategy == "raise":
         draft.set("strict", True, "excess_length_strategy raise")
     if excess_length_strategy is not None:

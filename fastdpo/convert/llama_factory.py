@@ -1,5 +1,7 @@
 """LLaMA-Factory's configs key by key."""
 
+from pathlib import Path
+
 from fastdpo.convert import shared
 from fastdpo.convert.rules import Draft, Tool, beside, only, unread
 from fastdpo.convert.shared import LOOKS, NO_DROPOUT, NO_SUCH, QUANTISED, SAME, SPEED
@@ -70,6 +72,8 @@ def _data(draft: Draft, dataset=None, eval_dataset=None, dataset_dir="data", max
         names = [one.strip() for one in name.split(",")] if isinstance(name, str) else name
         if len(names) != 1:
             draft.refuse(key, name, f"give one data set; write the rows of these into one file as {ours}")
+        if "/" in names[0] or Path(names[0]).suffix in (".jsonl", ".json", ".csv", ".parquet"):
+            draft.refuse(key, name, f"it is no name in a dataset_info.json; did you mean {ours}?")
         draft.set(ours, f"{dataset_dir}:{names[0]}{cut}", f"{key} {names[0]}{more}")
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from fastdpo.config.keys import FIELDS
+from fastdpo.config.names import meant
 from fastdpo.errors import ConfigError
-from fastdpo.values import nearest
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Tool:
             else:
                 raise ConfigError(
                     f"{key}: not a key that is known of {self.name}, so what it does to training is not "
-                    f"known. {nearest(key, [*self.rules, *FIELDS])}Remove it, or replace it by a key of "
+                    f"known. {meant(key, [*self.rules, *FIELDS])}Remove it, or replace it by a key of "
                     "`fastdpo train --help`"
                 )
         return draft

@@ -1,7 +1,7 @@
 """What the tools have in common: transformers' TrainingArguments, LoRA's modules, losses and options."""
 
+from fastdpo.config.names import OPTIMIZERS
 from fastdpo.convert.rules import Draft, beside, only, to, unread
-from fastdpo.errors import ConfigError
 
 DEFAULTS = {"num_train_epochs": 3.0, "per_device_train_batch_size": 8}  # TrainingArguments'
 SAME = to()
@@ -14,14 +14,6 @@ QUANTISED = "fastdpo quantises to 4 bits only; set load_in_4bit: true"
 SHUFFLED = "rows are shuffled by seed; remove it"
 READ_ONCE = only(False, fix="rows are read once, before training; set it to false")
 NOT_ON_PROMPTS = only(False, fix="responses are what is scored; set it to false")
-OPTIMIZERS = {
-    "adamw_torch": "adamw_torch_fused",
-    "adamw_hf": "adamw_torch_fused",
-    "adamw_bnb_8bit": "adamw_8bit",
-    "paged_adamw": "paged_adamw_32bit",
-    "ao_adamw_8bit": "adamw_torch_8bit",
-    "ao_adamw_4bit": "adamw_torch_4bit",
-}
 _ADAM = "fastdpo's AdamW has betas 0.9 and 0.999 and eps 1e-8; remove it"
 
 TRANSFORMERS = {  # rows of every tool: TrainingArguments, and two more
@@ -192,12 +184,8 @@ _MUST_BE_READ = ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "us
 
 def objective(draft: Draft, parts: dict[str, float], options: dict) -> None:
     """Our objective of weighted losses, with those options (theirs, by our names) that one of them reads."""
-    from fastdpo.objectives.catalogue import NAMES
     from fastdpo.objectives.make import options_read
 
-    for name in parts:
-        if name not in NAMES:
-            raise ConfigError(f"{name}: fastdpo has no loss of that name; `fastdpo objectives` lists all")
     losses = ", ".join(parts)
     if list(parts.values()) == [1]:
         draft.set("objective", losses, f"loss {losses}")

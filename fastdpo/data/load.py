@@ -45,10 +45,11 @@ def load_data(
         report.print(console)
         return groups, report.to_dict()
 
-    groups, report = load(spec.data)
-    if isinstance(spec.eval_data, str):
+    if isinstance(spec.eval_data, str):  # it is the smaller one: what is wrong in it shows soon
         eval_groups, eval_report = load(spec.eval_data, "eval_data")
+        groups, report = load(spec.data)
         return groups, eval_groups, {"data": report, "eval_data": eval_report}
+    groups, report = load(spec.data)
     held = math.ceil((spec.eval_data or 0) * len(groups))
     order = epoch_order(len(groups), spec.seed, epoch=2**31)  # a stream that no training reaches
     eval_groups = [groups[i] for i in sorted(order[:held])]

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.spec import ModelSpec
+from fastdpo.values import not_one_of
 
 _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -101,9 +102,21 @@ def _with_lora(model, lora):
         return _peft().get_peft_model(model, lora)
 
 
+def _check_targets(model, targets: str | list[str]) -> None:
+    """Raises ConfigError for a name that no module has: peft passes over it where another one fits."""
+    modules = dict(model.named_modules())
+    last = {
+        path.rpartition(".")[2] for path, module in modules.items() if isinstance(module, torch.nn.Linear)
+    }
+    for name in targets if isinstance(targets, list) else ():
+        if not any(path == name or path.endswith(f".{name}") for path in modules):
+            raise not_one_of("lora_target_modules", name, sorted(last))
+
+
 def add_lora(model, spec: ModelSpec):
     """A fresh LoRA on a model: it starts as no change at all."""
     assert spec.lora_rank is not None
+    _check_targets(model, spec.lora_target_modules)
     torch.manual_seed(spec.seed)
     lora = _peft().LoraConfig(
         r=spec.lora_rank,

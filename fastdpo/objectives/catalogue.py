@@ -9,13 +9,14 @@ from typing import Annotated
 from torch import Tensor
 
 from fastdpo.objectives import batch, dpo, reference_free, shifted, tokens
+from fastdpo.objectives.names import NOTE, SAME
 from fastdpo.objectives.options import NotBelow0, Option, Scope, Switch, one_of
 from fastdpo.objectives.seam import Reward
 
 LOG_RATIO: Reward = lambda logps: logps.log_ratio
 LOGP: Reward = lambda logps: logps.logp
 AVERAGE: Reward = reference_free.average_logp
-BaseLoss = Annotated[str, lambda key, value: one_of(*BASES)(key, value)]
+BaseLoss = Annotated[str, lambda key, value: one_of(*BASES)(key, SAME.get(value, value))]
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ NOTES = (
     "(weighted DPO, 2406.06496: the weight of tokens that the row's spans or token weights call irrelevant)",
     "weighting: use_weighting (WPO's weights, 2406.11827, as TRL) and clamp_weights (at 1, as its authors)",
     "several at once: `objective: {sigmoid: 1, sft: 0.2}`, summed; an option goes to all that read it",
+    NOTE,
 )
 
 

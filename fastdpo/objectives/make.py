@@ -9,6 +9,7 @@ from typing import Any
 from fastdpo.errors import ConfigError
 from fastdpo.objectives.batch import drdpo
 from fastdpo.objectives.catalogue import CATALOGUE, MIXTURES, NAMES, Entry, options_of, own_options
+from fastdpo.objectives.names import ours
 from fastdpo.objectives.options import above_0
 from fastdpo.objectives.seam import Coupled, Decomposable, Objective, Rescaled, Term
 from fastdpo.objectives.tokens import on_policy_weight, transformed
@@ -42,6 +43,14 @@ def make_objective(objective: str | dict | list, given: dict[str, Any]) -> Objec
     return _sum(objective if isinstance(objective, str) else together, made, list(parts.values()))
 
 
+def same_objective(one, other) -> bool:
+    """Whether two objectives of a config are the same loss under other names."""
+    try:
+        return _parts_of(one) == _parts_of(other)
+    except ConfigError:
+        return False
+
+
 def options_read(objective: str | dict | list, base_loss: str | None = None) -> set[str]:
     """The names of all options that an objective reads, beta and label_smoothing among them."""
     base = _base_loss(base_loss or "sigmoid")
@@ -53,12 +62,10 @@ def _parts_of(objective) -> dict[str, float]:
     items = objective if isinstance(objective, list | tuple) else [objective]
     if not items or not all(isinstance(item, str | Mapping) and item for item in items):
         raise ConfigError(f"objective: {objective!r} is neither a name nor names with weights")
-    named = [pair for item in items for pair in ([(item, 1.0)] if isinstance(item, str) else item.items())]
+    given = [pair for item in items for pair in ([(item, 1.0)] if isinstance(item, str) else item.items())]
+    named = [(ours(name, NAMES), weight) for name, weight in given]
     out: dict[str, float] = {}
     for i, (name, weight) in enumerate(named):
-        if name not in NAMES:
-            close = nearest(name, NAMES)
-            raise ConfigError(f"objective: {name!r} is not one of {', '.join(NAMES)}. {close}".rstrip())
         weight = above_0(f"objective: the weight of {name}", weight)
         if name in [other for other, _ in named[:i]]:
             raise ConfigError(f"objective: {name} is given twice")

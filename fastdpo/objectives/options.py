@@ -6,6 +6,7 @@ from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 from fastdpo.errors import ConfigError
+from fastdpo.values import not_one_of
 
 
 class Option(NamedTuple):
@@ -48,7 +49,7 @@ def one_of(*choices: str) -> Callable[[str, Any], str]:
     def check(key: str, value) -> str:
         if value in choices:
             return value
-        raise ConfigError(f"{key}: {value!r} is not one of {', '.join(choices)}")
+        raise not_one_of(key, value, choices)
 
     return check
 

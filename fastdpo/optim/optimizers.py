@@ -4,12 +4,13 @@ import math
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 
 from fastdpo.errors import ConfigError
 from fastdpo.model.policy import Policy
 from fastdpo.optim.spec import OptimSpec
 from fastdpo.optim.stepping import InBackward, WeightOptimizer
+from fastdpo.values import not_one_of
 
 
 def make_optimizer(policy: Policy, spec: OptimSpec, total: int) -> tuple[WeightOptimizer, LambdaLR]:
@@ -40,12 +41,15 @@ def set_schedule(schedule: LambdaLR, steps: int) -> None:
 
 def check_schedule(spec: OptimSpec) -> None:
     """Raises ConfigError for a schedule that cannot be made or stepped, by trying one on no model."""
+    names = [kind.value for kind in SchedulerType]
+    if spec.lr_scheduler_type not in names:
+        raise not_one_of("lr_scheduler_type", spec.lr_scheduler_type, names)
     try:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.1)
         schedule = get_scheduler(spec.lr_scheduler_type, optimizer, warmup(spec, 100), 100)
-        optimizer.step()
-        schedule.step()
         if not isinstance(schedule, LambdaLR):
             raise ValueError("it is no function of the step, so a run could not go on after a stop")
+        optimizer.step()
+        schedule.step()
     except (ValueError, TypeError) as error:
         raise ConfigError(f"lr_scheduler_type: {spec.lr_scheduler_type!r}: {error}") from None

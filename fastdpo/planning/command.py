@@ -4,7 +4,7 @@ from rich.console import Console
 
 from fastdpo.config.keys import Config
 from fastdpo.data.load import load_data
-from fastdpo.errors import ConfigError, DataError, ModelError
+from fastdpo.errors import DataError, ModelError
 from fastdpo.model.policy import load_model_config, load_tokenizer
 from fastdpo.model.spec import ModelSpec
 from fastdpo.planning import show
@@ -13,28 +13,33 @@ from fastdpo.planning.prediction import assumed_groups, selected, step_loads
 from fastdpo.planning.search import SURE, Option, Planner
 from fastdpo.planning.target import CARDS, Target
 from fastdpo.training.job import check_stepping, job_of, part, stage_job
+from fastdpo.values import not_one_of
 
 WIDTH = 100
 
 
-def plan(config: Config, card: str | None, device: str, console: Console | None = None) -> None:
-    """Prints the plan of each stage. Raises ConfigError and ModelError."""
+def plan(config: Config, card: str | None, device: str, console: Console | None = None) -> bool:
+    """Prints the plan of each stage; False where one does not fit, and nothing that leaves its learning as it
+    is would make it. Raises ConfigError and ModelError."""
     console = console or Console(width=WIDTH)
     target = _target(card, device)
-    model_config = load_model_config(part(ModelSpec, config))
-    groups = _groups(config, console)
-    budget = budget_of(config, target, console)
     stages = config.per_stage()
     for stage in stages:
         check_stepping(stage_job(stage))
+    model_config = load_model_config(part(ModelSpec, config))
+    groups = _groups(config, console)
+    budget = budget_of(config, target, console)
+    fits = []
     for number, stage in enumerate(stages, 1):
         if len(stages) > 1:
             console.rule(f"stage {number}")
-        plan_stage(stage, model_config, groups, target, budget, console)
+        fits.append(plan_stage(stage, model_config, groups, target, budget, console))
+    return all(fits)
 
 
-def plan_stage(config: Config, model_config, groups, target: Target, budget, console) -> None:
-    """Prints one stage's plan. groups: its rows, or None where there are none to read."""
+def plan_stage(config: Config, model_config, groups, target: Target, budget, console) -> bool:
+    """Prints one stage's plan; whether it fits, or would. groups: its rows, or None where there are none to
+    read."""
     assumed = groups is None
     rows = assumed_groups(config) if assumed else groups
     planner = Planner(model_config, selected(config, rows), target)
@@ -47,7 +52,7 @@ def plan_stage(config: Config, model_config, groups, target: Target, budget, con
     for line in (*lines, show.time_line(now.time, target)):
         console.print(line, highlight=False, soft_wrap=True)
     if budget is None or now.prediction.total <= budget:
-        return
+        return True
     options = list(planner.singles(config))
     found = planner.fitting(config, budget)
     if found is not None:
@@ -56,9 +61,11 @@ def plan_stage(config: Config, model_config, groups, target: Target, budget, con
     options = [option for option in options if option.prediction.total < 0.98 * now.prediction.total]
     options += [found] if found else planner.offloaded(config, budget)
     options += planner.other_learning(config, budget)
-    console.print(show.options_table(options, now.time, budget, target))
+    if options:
+        console.print(show.options_table(options, now.time, budget, target))
     advice = _advice(options, found, budget, config.memory)
     console.print(f"[bold]next:[/] {advice}", highlight=False, soft_wrap=True)
+    return any(option.same_learning and option.prediction.total <= budget for option in options)
 
 
 def _advice(options: list[Option], found: Option | None, budget: int, memory: str | None) -> str:
@@ -79,7 +86,7 @@ def _target(card: str | None, device: str) -> Target:
         return Target(is_cpu=True)
     if target := Target.here() if card is None else Target.of_card(card):
         return target
-    raise ConfigError(f"--card: {card!r} is not one of {', '.join(CARDS)}")
+    raise not_one_of("--card", card, CARDS)
 
 
 def _groups(config: Config, console: Console):

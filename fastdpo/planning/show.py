@@ -61,8 +61,9 @@ def words(changes: dict) -> str:
 
 
 def order(option: Option) -> tuple:
-    """What leaves the learning as it is first, then by time, then what changes little."""
-    return not option.same_learning, round(option.time.seconds, 1), len(option.changes)
+    """What leaves the learning as it is first, by time, then what changes little. The rest stays as it was
+    found, from what alters the learning least to what alters it most."""
+    return (0, round(option.time.seconds, 1), len(option.changes)) if option.same_learning else (1,)
 
 
 def options_table(options: list[Option], now: StepTime, budget: int, target: Target) -> Table:
@@ -74,7 +75,9 @@ def options_table(options: list[Option], now: StepTime, budget: int, target: Tar
     for option in sorted(options, key=order):
         if same and not option.same_learning:
             table.add_section()
-            table.add_row("[yellow]these change what is learnt; no run takes them by itself:")
+            table.add_row(
+                "[yellow]these change what is learnt, the least first; no run takes them by itself:"
+            )
         same = option.same_learning
         size, cost = option.prediction.total, option.time.seconds / now.seconds - 1
         fits = "[green]yes" if size <= budget else f"[red]{gigabytes(size - budget)} over"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdpo.console.progress import make_progress
 from fastdpo.data.packing import in_row_order, pack
-from fastdpo.errors import FastDPOError, TrainingError
+from fastdpo.errors import DeadEndError, FastDPOError, TrainingError
 from fastdpo.files.installed import versions
 from fastdpo.model.policy import Policy
 from fastdpo.moving import to_host
@@ -61,7 +61,7 @@ def load_reference(
     Each set (training rows, held-out rows) is cut into packs in row order, whatever is stored already,
     and a pack with a missing response is computed whole: an interrupted fill then ends with the bits of
     one that was not. `check` is called after each pack and may raise; what has arrived is then stored.
-    `expected_namespace` is what a resumed run was started from; TrainingError where this is not it.
+    `expected_namespace` is what a resumed run was started from; DeadEndError where this is not it.
     `source` is what `fastdpo cache` shows of it: model, adapter, stage, data, as they were named.
     """
     start = time.perf_counter()
@@ -184,12 +184,13 @@ def _environment(policy: Policy) -> dict:
     }
 
 
-def _other_weights(fingerprint: Fingerprint, expected: dict | None) -> TrainingError:
+def _other_weights(fingerprint: Fingerprint, expected: dict | None) -> DeadEndError:
     differ = fingerprint.differs_from(expected) if expected else []
     what = f" (what differs: {', '.join(differ)})" if differ else ""
-    return TrainingError(
+    return DeadEndError(
         f"reference: these are not the start weights of the run to resume{what}, so its reference cannot "
-        "be computed from them. Give the model it was started with, or start a new run (overwrite: true)"
+        "be computed from them. Give the model it was started with, or start a new run, by --overwrite and "
+        "without --resume"
     )
 
 

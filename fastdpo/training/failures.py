@@ -7,12 +7,15 @@ from collections.abc import Callable
 import torch
 
 from fastdpo.data.packing import pack
-from fastdpo.errors import TrainingError
+from fastdpo.errors import DeadEndError, TrainingError
 from fastdpo.model.policy import Policy
 from fastdpo.records import PackedGroups, PreferenceGroup
 
 Explain = Callable[[PackedGroups], str]  # what is to be said of a microbatch that took too much memory
-WAY_OUT = "Try a lower learning_rate, more warmup_steps, or dtype: fp32; look at the rows with `fastdpo data`"
+WAY_OUT = (
+    "Start anew (--overwrite) with a lower learning_rate, more warmup_steps, or dtype: fp32; look at the "
+    "rows with `fastdpo data`"
+)
 
 
 def memory_guard(step: int, batch: PackedGroups, explain: Explain | None = None):
@@ -48,7 +51,7 @@ def _guard(step: int, where: Callable[[], str], batch: Callable[[], PackedGroups
     raise TrainingError(text if explain is None else f"{text}\n{explain(batch())}")
 
 
-def not_finite(step: int, done, norm=None, updated: bool = False) -> TrainingError:
+def not_finite(step: int, done, norm=None, updated: bool = False) -> DeadEndError:
     """Says which rows made the loss (an accumulate.StepLoss) or the gradient something else than a
     number. norm: None where no gradient was computed; updated: whether weights were, in the backward."""
     parts = torch.stack(done.parts).tolist()
@@ -60,10 +63,10 @@ def not_finite(step: int, done, norm=None, updated: bool = False) -> TrainingErr
     weights = "The weights of this step were not updated"
     if updated:
         weights = "optimizer_in_backward has updated weights by it: only the newest checkpoint is good"
-    return TrainingError(f"step {step}: {values}; not a number first {where}. {weights}. {WAY_OUT}")
+    return DeadEndError(f"step {step}: {values}; not a number first {where}. {weights}. {WAY_OUT}")
 
 
 def check_weights(policy: Policy) -> None:
-    """Raises TrainingError rather than let a broken model be saved."""
+    """Raises DeadEndError rather than let a broken model be saved."""
     if not all(bool(p.isfinite().all()) for p in policy.trained()):
-        raise TrainingError(f"the trained weights are no longer numbers; nothing was saved. {WAY_OUT}")
+        raise DeadEndError(f"the trained weights are no longer numbers; nothing was saved. {WAY_OUT}")

@@ -8,13 +8,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastdpo.config.keys import FIELDS, Config
-from fastdpo.errors import ConfigError, TrainingError
+from fastdpo.errors import ConfigError, DeadEndError
 from fastdpo.model.lm_head import named_budget
+from fastdpo.objectives.make import same_objective
 from fastdpo.records import PreferenceGroup
 from fastdpo.reference.fingerprint import response_keys
 from fastdpo.training import checkpoint
 from fastdpo.training.folder import RUN_FILES
-from fastdpo.training.job import Job, total_steps
+from fastdpo.training.job import Job, StageJob, total_steps
 
 # What a resumed run may set anew. The lengths decide when the run ends (and, by the schedule, its
 # learning rate from there on); the rest changes no step, but for rounding: max_tokens', checkpointing's, the
@@ -72,8 +73,10 @@ def check_settings(saved: dict, settings: dict) -> None:
 
 def _check_keys(old: dict, new: dict, free: set, where: str) -> None:
     for name in sorted((old.keys() | new.keys()) - free):
-        if old.get(name) != new.get(name) and not _same_file(old.get(name), new.get(name)):
-            raise _changed(where + name, old.get(name), new.get(name))
+        a, b = old.get(name), new.get(name)
+        is_same = same_objective(a, b) if name == "objective" else a == b or _same_file(a, b)
+        if not is_same:
+            raise _changed(where + name, a, b)
 
 
 def _same_file(old, new) -> bool:
@@ -107,8 +110,11 @@ def head_budget_of(found: checkpoint.Checkpoint | None, job: Job) -> int | None:
     return found.state.get("head_budget") or named_budget(found.state["config"].get("head_memory"))
 
 
-def check_same_run(found: checkpoint.Checkpoint | None, job: Job, data: str, n_groups: int) -> None:
-    """Raises ConfigError where the rows or the lengths of the stages do not fit the checkpoint."""
+def check_same_run(
+    found: checkpoint.Checkpoint | None, job: Job, data: str, n_groups: int, console: Console
+) -> None:
+    """Raises ConfigError where the rows or the lengths of the stages do not fit the checkpoint; says where a
+    stage becomes longer or shorter."""
     if found is None:
         return
     if found.state["data"] != data:
@@ -129,14 +135,30 @@ def check_same_run(found: checkpoint.Checkpoint | None, job: Job, data: str, n_g
             f"max_steps: {total}, but {found.name} is already {found.steps} steps into its stage; train that "
             "long at least, or name another output_dir"
         )
+    for number, (old, new) in enumerate(list(zip(before, now))[stage:], stage + 1):
+        if text := _other_length(old, new, n_groups):
+            where = f"stage {number}: " if len(now) > 1 else ""
+            console.print(f"[yellow]{where}{text}", highlight=False, soft_wrap=True)
+
+
+def _other_length(old: Config, new: StageJob, n_groups: int) -> str:
+    """What is said of a stage that takes other steps than the run was started with."""
+    was, steps = total_steps(old, n_groups), total_steps(new, n_groups)
+    if was == steps:
+        return ""
+    keys = [name for name in ("max_steps", "num_epochs") if getattr(old, name) != getattr(new, name)]
+    word = lambda stage, name: "none" if getattr(stage, name) is None else f"{getattr(stage, name):g}"
+    changes = ", ".join(f"{name}: {word(old, name)}, now {word(new, name)}" for name in keys)
+    steps_now = f"{steps:,} steps, not {was:,}"
+    return f"the run had {changes}: it takes {steps_now}, and the learning rate follows from here on"
 
 
 def check_start(expected: str | None, namespace: str) -> None:
-    """Raises TrainingError where the stage's start weights are not those it started from."""
+    """Raises DeadEndError where the stage's start weights are not those it started from."""
     if expected not in (None, namespace):
-        raise TrainingError(
+        raise DeadEndError(
             "model: these are not the start weights of the run in output_dir any more; give it the model it "
-            "was started with, or start another run"
+            "was started with, or start a new run, by --overwrite and without --resume"
         )
 
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from fastdpo.errors import FastDPOError, Stopped, TrainingError
+from fastdpo.errors import ConfigError, DeadEndError, FastDPOError, Stopped, TrainingError
 from fastdpo.files import durable
 from fastdpo.files.installed import versions
 from fastdpo.model.policy import Policy
@@ -186,7 +186,7 @@ class Run:
             raise TrainingError(f"cannot write: {error}. Nothing saved is lost: {self.way_on()}") from None
         except Exception as error:
             self._end("error", message=f"{type(error).__name__}: {error}")
-            if isinstance(error, FastDPOError):
+            if isinstance(error, FastDPOError) and not isinstance(error, ConfigError | DeadEndError):
                 error.args = (f"{error}\n{self.way_on()}",)
             raise
         self._end("done", seconds=round(time.perf_counter() - self.start, 1))

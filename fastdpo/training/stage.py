@@ -13,7 +13,7 @@ from torch import Tensor
 from fastdpo.config.keys import Config
 from fastdpo.data.mismatched import mismatched
 from fastdpo.data.packing import Packing, epoch_order, in_row_order, pack, split_step
-from fastdpo.errors import TrainingError
+from fastdpo.errors import DeadEndError
 from fastdpo.model.experts import Balance, coefficient, mean_of
 from fastdpo.model.policy import Policy
 from fastdpo.objectives import Rescaled
@@ -285,7 +285,7 @@ class Stage:
         run.log.held_out(step, sums)
         progress.eval_loss = sums.means()["loss"]
         if not math.isfinite(progress.eval_loss):
-            raise TrainingError(f"step {step}: the held-out loss is {progress.eval_loss}; {WAY_OUT}")
+            raise DeadEndError(f"step {step}: the held-out loss is {progress.eval_loss}; {WAY_OUT}")
 
 
 def step_groups(groups, job: StageJob | Config, n_steps: int, skip: int = 0) -> Iterator[Groups]:

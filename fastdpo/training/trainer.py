@@ -54,7 +54,7 @@ def train(config: Config, console: Console, around: Around) -> Path:
         job, tokenizer, groups, eval_groups, reports = read(job, console, around, clock)
         check_stages(job.stages, groups, eval_groups)
         data = rows_digest(groups, eval_groups)
-        check_same_run(found, job, data, len(groups))
+        check_same_run(found, job, data, len(groups), console)
         policy = ready_policy(job, groups, eval_groups, console, head_budget_of(found, job))
         check_cache(job, console)
         with undone_if_refused(folder):

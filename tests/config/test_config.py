@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastdpo.cli import main
+from fastdpo.config import names
 from fastdpo.config.keys import FIELDS, GROUPS, STAGE_KEYS, Config
 from fastdpo.config.reading import to_yaml
 from fastdpo.errors import ConfigError
@@ -69,14 +70,14 @@ def test_flags_are_read_as_yaml(words, key, value):
     "argv, message",
     [
         (["--leraning_rate", "1"], "unknown key 'leraning_rate'. Did you mean 'learning_rate'?"),
-        (["--beta", "high"], "beta: expected float or nothing, got 'high'"),
-        (["--batch_size", "2.5"], "batch_size: expected int, got 2.5"),
+        (["--beta", "high"], "beta: expected a number, got 'high'. Its help: strength of the pull"),
+        (["--batch_size", "2.5"], "batch_size: expected a whole number, got 2.5"),
         (["--batch_size", "0"], "batch_size: 0 is below 1"),
-        (["--strict", "maybe"], "strict: expected bool"),
+        (["--strict", "maybe"], "strict: expected true or false, got 'maybe'"),
         (["--beta"], "--beta: no value given"),
         (["beta", "1"], "unexpected argument 'beta': keys are given as --key value"),
         (["--batch_size", "-1"], "batch_size: -1 is below 1"),
-        (["--beta", "-high"], "beta: expected float or nothing, got '-high'"),
+        (["--beta", "-high"], "beta: expected a number, got '-high'"),
         (["--beta", "1", "2"], "unexpected argument '2': keys are given as --key value"),
         (["--beta=1", "c.yaml"], "unexpected argument 'c.yaml'"),
         (["--beta", "1", "-x"], "unknown key 'x'"),
@@ -84,8 +85,23 @@ def test_flags_are_read_as_yaml(words, key, value):
         (["--label_smoothing", "0.5"], "label_smoothing: 0.5 is not in"),
         (["--eval_data", "1.5"], "eval_data: 1.5 is neither"),
         (["--stages", "[{modle: x}]"], "stage 1 sets 'modle'"),
-        (["--stages", "[{beta: x}]"], "beta: expected float"),
+        (["--stages", "[{beta: x}]"], "beta: expected a number"),
         (["--stages", "[3]"], "stage 1 is not a set of keys"),
+        (["--stages", "[{lr: 1}]"], "stage 1 sets 'lr'. Did you mean 'learning_rate'?"),
+        (["--lr", "1"], "unknown key 'lr'. Did you mean 'learning_rate'?"),
+        (["--epochs", "1"], "unknown key 'epochs'. Did you mean 'num_epochs'?"),
+        (["--bs", "1"], "unknown key 'bs'. Did you mean 'batch_size'?"),
+        (["--output", "x"], "unknown key 'output'. Did you mean 'output_dir'?"),
+        (["--max-seq-len", "9"], "unknown key 'max_seq_len'. Did you mean 'max_length'?"),
+        (["--dataset", "rows.jsonl"], "it is no name in a dataset_info.json; did you mean data?"),
+        (["--memory", "24"], "memory: 24 has no unit; 24GB?"),
+        (["--head_memory", "512"], "head_memory: 512 has no unit; 512MiB?"),
+        (["--optim", "adamw8bit"], "sgd. Did you mean 'adamw_8bit'?"),
+        (["--optim", "adam"], "sgd. Did you mean 'adamw'?"),
+        (["--dtype", "fp16"], "fp32. Did you mean 'bf16'?"),
+        (["--truncation", "Keep-End"], "drop. Did you mean 'keep_end'?"),
+        (["--pairs", "best"], "hard. Did you mean 'best_worst'?"),
+        (["--report_to", "tensorbord"], "trackio. Did you mean 'tensorboard'?"),
     ],
 )
 def test_wrong_flags(file, argv, message, capsys):
@@ -107,6 +123,52 @@ def test_wrong_flags(file, argv, message, capsys):
 def test_wrong_files(file, text, message):
     with pytest.raises(ConfigError, match=message):
         load_config([file(text)])
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("reference_cache: off", "reference_cache", "off"),
+        ("reference_cache: no", "reference_cache", "off"),
+        ("reference_cache: on", "reference_cache", "auto"),
+        ("reference_cache: no.sqlite", "reference_cache", "no.sqlite"),
+        ("optim: adamw_bnb_8bit", "optim", "adamw_8bit"),
+        ("optim: AdamW", "optim", "adamw_torch_fused"),
+        ("dtype: bfloat16", "dtype", "bf16"),
+        ("lora_target_modules: all_linear", "lora_target_modules", "all-linear"),
+        ("lora_target_modules: q_proj", "lora_target_modules", ["q_proj"]),
+        ("lora_target_modules: q_proj, v_proj", "lora_target_modules", ["q_proj", "v_proj"]),
+        ("lora_target_modules: .*q_proj", "lora_target_modules", ".*q_proj"),
+    ],
+)
+def test_other_words_for_the_same(file, text, key, value):
+    for argv in (
+        [file(f"model: m\ndata: d\n{text}")],
+        ["--model=m", "--data=d", "--" + text.replace(": ", "=")],
+    ):
+        assert getattr(load_config(argv), key) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("memory: 24", "memory: 24 has no unit; 24GB?"),
+        ("output_dir: 2024", "output_dir: YAML reads 2024 as no text; write it in quotes: '2024'"),
+        ("adapter: true", "adapter: YAML reads True as no text"),
+        ("reference_cache: [x]", "reference_cache: expected text, got ['x']. Its help: SQLite file"),
+    ],
+)
+def test_what_yaml_reads_as_no_text(file, text, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config([file(f"model: m\ndata: d\n{text}")])
+    assert message in str(caught.value)
+    assert load_config(["--model=m", "--data=d", "--adapter", "2024"]).adapter == "2024"
+
+
+def test_every_other_word_is_of_a_key():
+    assert set(names.CALLED) | set(names.SAME) <= set(FIELDS)
+    words = " ".join(names.CALLED.values()).split()
+    assert len(words) == len(set(words)) and not set(words) & set(FIELDS)
 
 
 def test_missing_file():

@@ -225,7 +225,7 @@ REFUSED = [
     ("TRL", {"fp16": True}, "fp16: true: fastdpo computes in bf16 or fp32"),
     ("TRL", {"neftune_noise_alpha": 5}, "neftune_noise_alpha: 5: fastdpo does not have it"),
     ("TRL", {"loss_weights": [1]}, "loss_weights: .*a weight for each of sigmoid, bco_pair, sft"),
-    ("TRL", {"loss_type": "dpo2", "loss_weights": None}, "dpo2: fastdpo has no loss of that name"),
+    ("TRL", {"loss_type": "dpo2", "loss_weights": None}, "objective: 'dpo2' is not one of"),
     ("TRL", {"per_device_train_batch_size": 0}, "per_device_train_batch_size: 0: a whole number"),
     (
         "TRL",

@@ -195,7 +195,7 @@ def test_flipped_pairs_are_said_and_only_trained_on(run, tmp_path):
 @pytest.mark.parametrize(
     "data, keys, error, says",
     [
-        ("paired", dict(objective="dpo"), ConfigError, "'dpo' is not one of"),
+        ("paired", dict(objective="dpoo"), ConfigError, "'dpoo' is not one of"),
         (
             "paired",
             dict(objective="ipo", label_smoothing=0.1),

@@ -13,6 +13,8 @@ from fastdpo.data.packing import pack
 from fastdpo.errors import ConfigError
 from fastdpo.objectives import dpo, make, objectives_table, table
 from fastdpo.objectives.catalogue import CATALOGUE, NAMES, options_of, rows
+from fastdpo.objectives.make import same_objective
+from fastdpo.objectives.names import SAME, spelled
 from fastdpo.objectives.seam import Coupled, Decomposable, Rescaled
 from fastdpo.objectives.tokens import transformed
 from fastdpo.records import ResponseLogps
@@ -227,9 +229,48 @@ def test_nothing_given_is_the_default():
 
 
 @pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        *SAME.items(),
+        ("DPO", "sigmoid"),
+        ("SLiC-HF", "slic"),
+        ("Dr. DPO", "drdpo"),
+        ("R-DPO", "rdpo"),
+        ("dpo positive", "dpop"),
+        ("APO-zero", "apo_zero"),
+        ("SimPO", "simpo"),
+    ],
+)
+def test_other_names_make_the_same_objective(name, ours):
+    assert make(name).name == ours
+    assert same_objective(name, ours) and not same_objective(name, "ipo")
+    assert same_objective({name: 0.8, "sft": 0.2}, {ours: 0.8, "sft": 0.2})
+    assert not same_objective({name: 0.8, "sft": 0.2}, {ours: 0.7, "sft": 0.2})
+
+
+def test_other_names_are_shown_and_lead_to_one_loss():
+    assert make("drdpo", base_loss="dpo").name == "drdpo"
+    assert all(ours in NAMES for ours in SAME.values()) and not SAME.keys() & set(NAMES)
+    assert len({spelled(name) for name in (*NAMES, *SAME)}) == len(NAMES) + len(SAME)
+    console = Console(file=io.StringIO(), width=200)
+    table(console)
+    assert "dpo is sigmoid, " in console.file.getvalue() and "dpo is sigmoid, " in objectives_table()
+
+
+@pytest.mark.parametrize(
     "values, message",
     [
         (dict(objective="sigmod"), r"objective: 'sigmod' is not one of .* Did you mean 'sigmoid'\?"),
+        (dict(objective="dpoo"), r"objective: 'dpoo' is not one of .* Did you mean 'dpo'\?"),
+        (dict(objective="cDPO"), "objective: 'cDPO' is sigmoid with label_smoothing: 0.1"),
+        (dict(objective="ld-dpo"), "objective: 'ld-dpo' is sigmoid with objective_args: {ld_alpha: 0.5}"),
+        (dict(objective="rDPO"), "objective: 'rDPO' is said of two losses: robust .* and rdpo"),
+        (dict(objective="rso"), "objective: 'rso' is hinge"),
+        (dict(objective="tdpo"), "objective: 'tdpo' is a loss that fastdpo does not have"),
+        (dict(objective="GRPO"), "objective: 'GRPO' is no loss of preference rows"),
+        (dict(objective="nca"), r"Did you mean 'nca_pair'\?"),
+        (dict(objective="exo"), r"Did you mean 'exo_pair'\?"),
+        (dict(objective={"dpo": 1, "sigmoid": 1}), "sigmoid is given twice"),
         (dict(objective=[]), "neither a name nor names with weights"),
         (dict(objective={"sigmoid": 0}), "the weight of sigmoid: 0 is not above 0"),
         (dict(objective={"sigmoid": "much"}), "the weight of sigmoid: 'much' is not a number"),

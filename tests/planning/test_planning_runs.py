@@ -14,7 +14,7 @@ from fastdpo.cli import main
 from fastdpo.config.keys import Config
 from fastdpo.data.packing import pack
 from fastdpo.errors import ConfigError, TrainingError
-from fastdpo.planning import command
+from fastdpo.planning import command, show
 from fastdpo.planning.choose import budget_of, choose
 from fastdpo.planning.out_of_memory import explain
 from fastdpo.planning.search import CHOSEN, Planner
@@ -172,6 +172,37 @@ def test_the_command_prints_tables_of_100_columns(tmp_path):
     ):
         assert word in text, word
     assert max(len(line) for line in text.splitlines() if "│" in line) <= 100
+
+
+def test_the_exit_code_says_whether_it_fits(tmp_path, capsys):
+    llama(num_key_value_heads=2).save_pretrained(tmp_path)
+    plan = ["plan", "--model", str(tmp_path), "--data", "none.jsonl", "--max_length", "256", "--card=4090"]
+    assert main(plan) == 0 and " are left" in capsys.readouterr().out
+    assert main([*plan, "--memory", "730MB"]) == 0 and "does not fit" in capsys.readouterr().out
+    assert main([*plan, "--memory", "1MB"]) == 3 and "nothing tried fits" in capsys.readouterr().out
+    assert main([*plan, "--device=cpu"]) == 0  # no memory is known
+
+
+def test_names_are_answered_before_anything_is_loaded(capsys):
+    for flag, told in (("--lr_scheduler_type=cosin", "'cosine'"), ("--objective=dpoo", "'dpo'")):
+        assert main(["plan", "--model=no/such-model", "--data=none.jsonl", flag]) == 2
+        assert f"Did you mean {told}?" in capsys.readouterr().err
+
+
+def test_no_table_without_a_candidate(monkeypatch):
+    for way in ("singles", "offloaded", "other_learning"):
+        monkeypatch.setattr(Planner, way, lambda *args: [])
+    said = console()
+    assert not command.plan_stage(config(), llama(), rows(), GPU, 1, said)
+    assert "What would make it fit" not in said.file.getvalue() and "next:" in said.file.getvalue()
+
+
+def test_what_changes_the_learning_comes_last_and_stays_in_its_order():
+    planner = Planner(llama(), rows(), GPU)
+    other = list(planner.other_learning(config(), 10**15))
+    assert len(other) > 2 and not any(option.same_learning for option in other)
+    same = list(planner.singles(config()))
+    assert sorted([*other, *same], key=show.order)[-len(other) :] == other
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from fastdpo.api import train
 from fastdpo.config.keys import Config
-from fastdpo.errors import ConfigError, Stopped, TrainingError
+from fastdpo.data.groups import load_groups
+from fastdpo.errors import ConfigError, DataError, Stopped, TrainingError
 from fastdpo.training import checkpoint
 from fastdpo.training.stage import Stage
 from tests.tiny import rows, save_model, write_jsonl
@@ -302,8 +303,48 @@ def test_other_rows_and_other_weights_are_refused(make, inputs, tmp_path):
         run(replace(config, resume=True))
     shutil.copy(inputs["data"], tmp_path)
     save_model(tmp_path / "m", initializer_range=0.2)
-    with pytest.raises(TrainingError, match=r"start weights of the run.*what differs: config, weights"):
+    with pytest.raises(
+        TrainingError, match=r"start weights of the run.*what differs: config, weights"
+    ) as stop:
         run(replace(config, resume=True))
+    said = str(stop.value)
+    assert "--overwrite and without --resume" in said and "the same command" not in said
+    run(replace(config, overwrite=True))
+
+
+def test_a_resumed_run_says_that_it_takes_other_steps(make):
+    """20 rows but for the 4 held out, 4 a step: an epoch is 4 steps."""
+    config = make(max_steps=2, num_epochs=2.0)
+    run(config)
+    assert "the run had" not in run(replace(config, resume=True))
+    said = run(replace(config, resume=True, max_steps=None))
+    assert (
+        "the run had max_steps: 2, now none: it takes 8 steps, not 2, and the learning rate follows" in said
+    )
+    assert outcome(config)[0][-1]["step"] == 8
+
+
+def test_another_name_of_the_loss_is_no_other_run(make):
+    config = make(max_steps=2, objective="dpo")
+    run(config)
+    run(replace(config, resume=True, objective="sigmoid"))
+    staged = make("staged", stages=[dict(objective="SFT", max_steps=1), dict(objective="dpo", max_steps=1)])
+    run(staged)
+    same = [dict(objective="sft", max_steps=1), dict(objective="sigmoid", max_steps=1)]
+    run(replace(staged, resume=True, stages=same))
+    with pytest.raises(ConfigError, match="objective: the run in output_dir was started with 'dpo'"):
+        run(replace(config, resume=True, objective="ipo"))
+
+
+def test_a_wrong_eval_data_shows_before_the_rows_are_read(make, monkeypatch):
+    read = []
+    load = "fastdpo.data.load.load_groups"
+    monkeypatch.setattr(
+        load, lambda name, *args, _load=load_groups, **k: read.append(name) or _load(name, *args, **k)
+    )
+    with pytest.raises(DataError, match=r"eval_data: 'nowhere\.jsonl' does not exist here"):
+        run(make(eval_data="nowhere.jsonl"))
+    assert read == ["nowhere.jsonl"]
 
 
 def test_a_folder_with_a_run_is_refused_without_resume_or_overwrite(make):

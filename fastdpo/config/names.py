@@ -1,0 +1,76 @@
+"""Other words for keys and their values: what means the same is taken, and for a key that is none of ours the
+nearest is named."""
+
+import re
+
+from fastdpo.values import nearest
+
+# ours for the same by another word: transformers' optimizers and dtypes, peft's modules, YAML's off and on
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_torch": "adamw_torch_fused",
+    "adamw_hf": "adamw_torch_fused",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "ao_adamw_8bit": "adamw_torch_8bit",
+    "ao_adamw_4bit": "adamw_torch_4bit",
+}
+_OFF = {False: "off", "false": "off", "no": "off", "none": "off"}
+SAME: dict[str, dict] = {
+    "optim": OPTIMIZERS,
+    "dtype": {"bfloat16": "bf16", "float32": "fp32"},
+    "lora_target_modules": {"all_linear": "all-linear", "all": "all-linear"},
+    "reference_cache": _OFF | {True: "auto", "true": "auto", "yes": "auto", "on": "auto"},
+}
+_MODULES = re.compile(r"\w[\w.]*(\s*,\s*\w[\w.]*)*")  # what is more is a regular expression of whole names
+# what else a key is called
+CALLED = {
+    "model": "model_name model_path model_id pretrained policy",
+    "data": "dataset datasets dataset_name train_file train_data train_dataset",
+    "eval_data": "eval_dataset test_data val_data validation eval_file",
+    "output_dir": "output out save_dir run_dir",
+    "objective": "loss loss_type method algorithm",
+    "learning_rate": "lr",
+    "lr_scheduler_type": "scheduler schedule lr_schedule lr_scheduler",
+    "warmup_steps": "warmup",
+    "weight_decay": "wd",
+    "max_grad_norm": "grad_clip clip_grad gradient_clipping clip",
+    "optim": "optimizer opt",
+    "batch_size": "bs train_batch_size batch global_batch_size",
+    "num_epochs": "epochs n_epochs epoch num_train_epochs",
+    "max_steps": "steps iters num_steps n_steps",
+    "max_length": "max_len max_seq_length max_seq_len seq_len context_length",
+    "lora_rank": "lora rank r lora_r lora_dim",
+    "lora_alpha": "alpha",
+    "lora_target_modules": "target_modules lora_modules",
+    "load_in_4bit": "qlora quantize 4bit",
+    "dtype": "precision mixed_precision compute_dtype",
+    "report_to": "logger tracker log_with wandb tensorboard",
+    "logging_steps": "log_every log_steps log_interval",
+    "save_steps": "save_every checkpoint_steps",
+    "eval_steps": "eval_every eval_interval",
+    "gradient_checkpointing": "grad_checkpointing activation_checkpointing",
+    "push_to_hub": "hub hub_repo",
+    "resume": "continue",
+    "overwrite": "force",
+}
+_KEYS = {word: key for key, words in CALLED.items() for word in words.split()}
+
+
+def in_our_words(key: str, value):
+    """A value as ours, where it says the same by another word; of a size without its unit, the text."""
+    if key in ("memory", "head_memory") and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str | bool):
+        return value
+    word = value.lower().replace("-", "_") if isinstance(value, str) else value
+    ours = SAME.get(key, {}).get(word, value)
+    if key == "lora_target_modules" and ours != "all-linear" and _MODULES.fullmatch(str(ours)):
+        return [name.strip() for name in ours.split(",")]
+    return ours
+
+
+def meant(key: str, keys) -> str:
+    """`nearest`, by what keys are called elsewhere, too."""
+    called = _KEYS.get(str(key).lower().replace("-", "_"))
+    return nearest(called if called in keys else key, keys)

@@ -1,0 +1,59 @@
+"""What losses are called elsewhere: in papers and in TRL, LLaMA-Factory, Axolotl."""
+
+import re
+from collections.abc import Iterable
+
+from fastdpo.errors import ConfigError
+from fastdpo.values import not_one_of
+
+SAME = {  # the very same loss by another name
+    "dpo": "sigmoid",
+    "dpo_norm": "sigmoid_norm",
+    "length_normalized_dpo": "sigmoid_norm",
+    "robust_dpo": "robust",
+    "dpo_positive": "dpop",
+    "slic_hf": "slic",
+    "aot_pair": "aot",
+}
+_NOT_HERE = "a loss that fastdpo does not have; `fastdpo objectives` lists all"
+_ONLINE = "no loss of preference rows, which are what fastdpo trains on: it learns from what the model writes"
+_MEANING = {  # what takes more than a name, or is not here
+    "cdpo": "sigmoid with label_smoothing: 0.1",
+    "conservative_dpo": "sigmoid with label_smoothing: 0.1",
+    "length_normalised_dpo": "sigmoid_norm",
+    "rso": "hinge, on pairs that RSO draws",
+    "ld_dpo": "sigmoid with objective_args: {ld_alpha: 0.5}",
+    "f_dpo": "sigmoid with objective_args: {f_divergence_type: js_divergence}",
+    "cpo_simpo": "objective: {simpo: 1, sft: 1}",
+    "curry_dpo": "sigmoid with pairs: easy, then medium, then hard, as stages",
+    "apo": "apo_zero or apo_down",
+    "sppo": "sppo_hard",
+    "nll": "sft",
+    "kto_pair": "an older loss of TRL that is neither kto nor here; kto reads pairs, too",
+    **dict.fromkeys(("tdpo", "beta_dpo", "dpo_shift", "cal_dpo", "mdpo", "gdpo"), _NOT_HERE),
+    **dict.fromkeys(("ppo", "grpo", "rloo", "online_dpo"), _ONLINE),
+}
+_TWO = "said of two losses: robust (a known share of pairs is flipped) and rdpo (R-DPO, by length)"
+NOTE = (
+    "other names: case, dashes and underscores do not matter, and "
+    f"{', '.join(f'{name} is {ours}' for name, ours in SAME.items())}"
+)
+
+
+def spelled(name) -> str:
+    """A name without what is spelled one way or another: case, dashes, underscores, spaces."""
+    return re.sub(r"[\W_]+", "", str(name)).lower()
+
+
+def ours(name, known: Iterable[str]) -> str:
+    """Which of the known objectives another name is of. Raises ConfigError."""
+    if name == "rDPO":
+        raise ConfigError(f"objective: {name!r} is {_TWO}")
+    word, names = spelled(name), {one: one for one in known}
+    found = {spelled(other): one for other, one in (SAME | names).items()}
+    if word in found:
+        return found[word]
+    for other, meaning in _MEANING.items():
+        if spelled(other) == word:
+            raise ConfigError(f"objective: {name!r} is {meaning}")
+    raise not_one_of("objective", name, names, SAME)
