@@ -139,7 +139,7 @@ for line in "${plan[@]}"; do
             echo "this tree has no fastdpo doctor"
             continue
         fi
-        run "$seconds" "$PYTHON" -m fastdpo.cli doctor
+        run "$seconds" "$PYTHON" -m fastdpo doctor
         continue
     fi
     # shellcheck disable=SC2086

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import fastdpo.moved  # noqa: F401 (old import paths)
 from fastdpo.console.quiet import leave_out_noise
 
+__version__ = "0.1.0"
+
 _HOME = {
     "Config": "config.keys",
     "FastDPOError": "errors",
@@ -17,6 +19,7 @@ _HOME = {
     "Policy": "model.policy",
     "PreferenceGroup": "records",
     "ResponseLogps": "records",
+    "fill_reference": "api",
     "load_groups": "data.groups",
     "pack": "data.packing",
     "prepare": "model.support",
@@ -24,12 +27,12 @@ _HOME = {
     "to_group": "data.groups",
     "train": "api",
 }
-__all__ = ["Config", "FastDPOError", "Limits", "Policy", "PreferenceGroup", "ResponseLogps", "load_groups"]
-__all__ += ["pack", "prepare", "split_step", "to_group", "train"]
+__all__ = ["Config", "FastDPOError", "Limits", "Policy", "PreferenceGroup", "ResponseLogps", "fill_reference"]
+__all__ += ["load_groups", "pack", "prepare", "split_step", "to_group", "train"]
 leave_out_noise()
 
 if TYPE_CHECKING:  # the same in words that a type checker reads
-    from fastdpo.api import train
+    from fastdpo.api import fill_reference, train
     from fastdpo.config.keys import Config
     from fastdpo.data.groups import Limits, load_groups, to_group
     from fastdpo.data.packing import pack, split_step

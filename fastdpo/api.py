@@ -1,11 +1,18 @@
 """`train` and `fill_reference` as anyone calls them: the trainer, with what the other rooms do around it."""
 
+import dataclasses
+from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from fastdpo.config.keys import Config
+from fastdpo.config.reading import read_yaml
+from fastdpo.convert.convert import config_of
 from fastdpo.doctor import settle_backends
+from fastdpo.errors import ConfigError
 from fastdpo.planning.choose import choose
 from fastdpo.planning.out_of_memory import explain
 from fastdpo.publish.hub import check_hub, push
@@ -13,20 +20,54 @@ from fastdpo.publish.model_card import add_card
 from fastdpo.report.page import write_report
 from fastdpo.training import trainer
 from fastdpo.training.job import Around
+from fastdpo.values import plain
+
+Given = Config | Mapping[str, Any] | str | PathLike[str]
 
 
 def around() -> Around:
     return Around(settle_backends, choose, explain, write_report, add_card, check_hub, push)
 
 
-def train(config: Config, console: Console | None = None) -> Path:
-    """Runs a config's stages and returns the run folder; the trained model is in its `model/`.
+def train(config: Given | None = None, console: Console | None = None, **keys: Any) -> Path:
+    """Trains, and returns the run folder: the model is in its `model/`, what happened in its `report.html`.
 
-    Raises Stopped after SIGINT or SIGTERM, with a checkpoint written once there was a step to save.
+    Takes what `fastdpo train` takes: keys by name, and before them a YAML file of keys, a dict of them or a
+    Config, which they win over. Values and keys of other trainers are read as in YAML.
+
+        >>> import fastdpo
+        >>> folder = fastdpo.train(model="Qwen/Qwen2.5-0.5B-Instruct", data="train.jsonl", beta=0.2)
+        >>> shared = {"model": "Qwen/Qwen2.5-0.5B-Instruct", "data": "train.jsonl", "max_steps": 2}
+        >>> for rate in (1e-6, 5e-6):
+        ...     folder = fastdpo.train(shared, learning_rate=rate, output_dir=f"runs/rate-{rate}")
+
+    Raises FastDPOError, whose message says what to do; and Stopped (no Exception, like KeyboardInterrupt)
+    after SIGINT or SIGTERM, with a checkpoint written once there was a step to save.
     """
-    return trainer.train(config, console or Console(), around())
+    return trainer.train(_config(config, keys), console or _console(), around())
 
 
-def fill_reference(config: Config, console: Console | None = None) -> None:
-    """Computes the reference's log-probs of a config's first stage into the cache, and trains nothing."""
-    trainer.fill_reference(config, console or Console(), around())
+def fill_reference(config: Given | None = None, console: Console | None = None, **keys: Any) -> None:
+    """Computes the reference's log-probs of a config's first stage into the cache, and trains nothing; takes
+    what `train` takes."""
+    trainer.fill_reference(_config(config, keys), console or _console(), around())
+
+
+def _config(given: Given | None, keys: dict[str, Any]) -> Config:
+    if isinstance(given, Config):
+        if not keys:
+            return given
+        given = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
+    elif isinstance(given, str | PathLike):
+        given = read_yaml(Path(given))
+    elif not isinstance(given, Mapping | None):
+        raise ConfigError(
+            f"expected keys, a dict of keys, a Config or a YAML file's name, got a {type(given).__name__}"
+        )
+    return config_of(plain(given or {}), plain(keys))
+
+
+def _console() -> Console:
+    """In a notebook plain lines, as in a file: rich redraws no bar there without ipywidgets, and warns."""
+    console = Console()
+    return Console(force_jupyter=False, force_terminal=False) if console.is_jupyter else console

@@ -7,22 +7,16 @@ from typing import Literal
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
+from fastdpo import __version__
 from fastdpo.config.reading import read_yaml
 from fastdpo.errors import ConfigError, FastDPOError, Stopped
 from fastdpo.flags import UNEXPECTED, takes_keys, with_values
-
-
-def _version() -> str:
-    from fastdpo.files.installed import versions  # late: email and socket come with it
-
-    return f"fastdpo {versions('fastdpo').get('fastdpo', 'from its sources, not installed')}"
-
 
 app = App(
     name="fastdpo",
     help="Preference training (DPO and its family) at the limit of one GPU. `train --help` lists the keys.",
     help_format="plaintext",
-    version=_version,
+    version=f"fastdpo {__version__}",
     default_parameter=Parameter(name_transform=lambda name: name, negative=()),
     result_action="return_value",
     print_error=False,

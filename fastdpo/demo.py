@@ -110,7 +110,7 @@ def write_data(folder: Path) -> None:
             scores = {"score_chosen": RATINGS[helpful], "score_rejected": RATINGS[rude]}
             files["held_out" if dish in HELD_OUT else "train"].append(pair | scores)
             files["sft"] += [pair, row | {"chosen": answers[1], "rejected": answers[0]}]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")

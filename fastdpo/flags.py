@@ -3,13 +3,12 @@
 import functools
 import inspect
 import re
-import sys
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import UNSET, Group, Parameter
 
-from fastdpo.config.keys import FIELDS, GROUPS, Config, from_values
+from fastdpo.config.keys import FIELDS, GROUPS, Config
 from fastdpo.config.reading import default_word, read_yaml
 from fastdpo.errors import ConfigError
 
@@ -76,21 +75,12 @@ def takes_keys(command):
 def config_of(file: Path | None, flags: dict[str, list[str | None]]) -> Config:
     """Flags win over the file; keys of other trainers are translated in both, and said. Raises
     ConfigError."""
+    from fastdpo.convert import convert
+
     given = {}
     for name, texts in flags.items():
         name, text = name.replace("-", "_"), texts[-1] if texts else None
         if text is None and name in FIELDS and FIELDS[name].type is not bool:
             raise ConfigError(f"--{name}: no value given")
         given[name] = "true" if text is None else text  # a key of others may be a switch, too
-    return from_values(_in_our_words(read_yaml(file) if file else {}) | _in_our_words(given, whole=False))
-
-
-def _in_our_words(values: dict, whole: bool = True) -> dict:
-    if all(name in FIELDS for name in values):
-        return values
-    from fastdpo.convert.convert import translate
-
-    values, notes = translate(values, whole=whole)
-    for note in notes:
-        print(note, file=sys.stderr)
-    return values
+    return convert.config_of(read_yaml(file) if file else {}, given)

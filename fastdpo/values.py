@@ -2,9 +2,11 @@
 
 import contextlib
 import difflib
+import os
 import re
 import types
 import typing
+from collections.abc import Mapping
 
 import yaml
 
@@ -39,6 +41,18 @@ def as_type(name: str, value, kind, doc: str):
         raise ConfigError(f"{name}: YAML reads {value} as no text; write it in quotes: '{value}'")
     wanted = " or ".join(_WORDS[k] for k in plain if k in _WORDS)
     raise ConfigError(f"{name}: expected {wanted}, got {value!r}. Its help: {doc}")
+
+
+def plain(value):
+    """A value from Python as YAML would bring it: a path as text, a tuple as a list, a number of numpy as
+    Python's own; within dicts and lists, too."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def nearest(name, names) -> str:

@@ -7,13 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 
 import pytest
 
+import fastdpo
 from benchmarks.process import ROOT
 from fastdpo.cli import app, main
-from fastdpo.files import installed
 from tests.tiny import rows, save_model, write_jsonl
 
 TURN = {"role": "user", "content": "the cat"}
@@ -237,13 +236,8 @@ def test_help_and_unknown_commands(capsys):
     assert main(["objectives", "now"]) == 2 and "unexpected argument 'now'" in capsys.readouterr().err
 
 
-def test_the_version_installed_and_carried(capsys, monkeypatch):
-    def nothing(name):
-        raise metadata.PackageNotFoundError(name)
-
-    for found, said in ((str.upper, "FASTDPO"), (nothing, "from its sources, not installed")):
-        monkeypatch.setattr(installed, "version", found)
-        assert main(["--version"]) == 0 and capsys.readouterr().out == f"fastdpo {said}\n"
+def test_the_version(capsys):
+    assert main(["--version"]) == 0 and capsys.readouterr().out == f"fastdpo {fastdpo.__version__}\n"
 
 
 @pytest.mark.parametrize("command", [name for name in app if not name.startswith("-")])
@@ -253,7 +247,7 @@ def test_each_command_has_help(command, capsys):
 
 
 def test_the_installed_command_runs():
-    done = subprocess.run([sys.executable, "-m", "fastdpo.cli", "data"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "fastdpo", "data"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: model: missing")
 
 

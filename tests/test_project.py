@@ -7,6 +7,7 @@ import tomllib
 
 import yaml
 
+import fastdpo
 from benchmarks.process import ROOT
 from fastdpo.cli import app
 
@@ -25,6 +26,10 @@ def test_the_version_has_an_entry_in_the_changelog():
     assert all(re.fullmatch(r"Unreleased|\d{4}-\d\d-\d\d", date) for _, date in headings)
 
 
+def test_the_package_says_the_same_version():
+    assert fastdpo.__version__ == PROJECT["version"]
+
+
 def test_a_citation_is_of_this_version():
     cited = from_yaml("CITATION.cff")
     assert cited["version"] == PROJECT["version"] and cited["license"] == PROJECT["license"]
@@ -38,7 +43,7 @@ def test_the_licence_is_as_published():
 
 def test_one_address():
     """pyproject.toml's, wherever the project is named; and a file that it is followed by is there."""
-    grep = ["git", "grep", "-hoIE", rf"https?://github\.com/[A-Za-z0-9_.-]+/{PROJECT['name']}\b[^]) \">]*"]
+    grep = ["git", "grep", "-hoIE", rf"https?://github\.com/[A-Za-z0-9_.-]+/{PROJECT['name']}\b[^]) \">`]*"]
     found = set(subprocess.run(grep, cwd=ROOT, capture_output=True, text=True).stdout.split())
     assert set(PROJECT["urls"].values()) < found
     for link in found:

@@ -32,13 +32,14 @@ FASTDPO = (
         "planning": HOUSE,
         "convert": GROUND | {"config", "objectives"},
         "integrations": HOUSE | {"doctor"},
-        "api": HOUSE | {"doctor", "planning", "publish", "report"},
+        "api": HOUSE | {"convert", "doctor", "planning", "publish", "report"},
         "demo": HOUSE | {"api"},
         "flags": GROUND | {"config", "convert"},
         "moved": set(),
     }
 )
-FASTDPO["cli"] = FASTDPO.keys()
+FASTDPO["cli"] = FASTDPO.keys() | {"fastdpo"}  # __version__
+FASTDPO["__main__"] = {"cli"}
 # what is named at the top comes when it is asked for; the imports are for type checkers alone
 FASTDPO["fastdpo"] = GROUND | {"moved", "api", "config", "data", "model"}
 TOOLS = {"process", "results", "lengths", "models", "inputs", "flops", "ceilings", "figures", "workers"}

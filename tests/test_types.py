@@ -46,6 +46,10 @@ def rows(model: torch.nn.Module) -> Tensor:
 
 
 def run() -> Path:
+    version: str = fastdpo.__version__
+    fastdpo.train(model="model", data=Path("a.jsonl"), beta=0.2, output_dir=version)
+    fastdpo.train({"model": "model", "data": "a.jsonl"}, resume=True)
+    fastdpo.fill_reference("config.yaml", Console())
     return fastdpo.train(Config(model="model", data="a.jsonl", objective={"sigmoid": 1.0}))
 
 
@@ -55,7 +59,7 @@ def wrong(h: Tensor) -> None:
     linear_dpo(h, h, h, h, [(0, 1)])  # wrong
     reference.linear_dpo(h, h, h, h, h, softcaps=2.0)  # wrong
     plan(8, 32, 16, dtype="bf16", train_weight=True)  # wrong
-    fastdpo.train("config.yaml")  # wrong
+    fastdpo.train(["config.yaml"])  # wrong
     Config(model="model", learning_rat=1e-6)  # wrong
     Policy("model", torch.float32)  # wrong
     load_groups("a.jsonl", "model", Limits(64), strict=True, console=Console())  # wrong

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from email import message_from_bytes
@@ -30,15 +31,35 @@ def tracked() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built of the tracked files alone."""
-    folder = tmp_path_factory.mktemp("wheel")
+def tree(tmp_path_factory):
+    """The tracked files as they are now, in a repository of their own."""
+    folder = tmp_path_factory.mktemp("wheel") / "tree"
     for name in tracked():
-        (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / "tree" / name)
-    options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder)
-    run(sys.executable, "-m", "pip", "wheel", *options, folder / "tree", cwd=folder)
-    (path,) = folder.glob("*.whl")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    someone = (
+        "-c",
+        "user.name=someone",
+        "-c",
+        "user.email=someone@example.org",
+        "-c",
+        "commit.gpgsign=false",
+    )
+    for words in (
+        ("init", "--quiet"),
+        ("add", "--all", "--force"),
+        (*someone, "commit", "--quiet", "-m", "all"),
+    ):
+        run("git", *words, cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(tree):
+    """Built as by `pip install git+https://...`: of a clone."""
+    options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", tree.parent)
+    run(sys.executable, "-m", "pip", "wheel", *options, f"git+file://{tree}", cwd=tree.parent)
+    (path,) = tree.parent.glob("*.whl")
     return path
 
 
@@ -64,6 +85,18 @@ def test_it_holds_every_file_of_the_packages_and_nothing_else(wheel):
     ours = [name.removeprefix("kernels/") for name in tracked() if name.startswith(packages)]
     assert names - about == set(ours)
     assert f"fastdpo-{PROJECT['version']}.dist-info/licenses/LICENSE" in about
+
+
+def test_the_sdist_has_what_it_is_built_of(wheel, tree):
+    """It has the packages and what builds them; tests need the rest of the tree, so none of them."""
+    build = "import setuptools.build_meta as b; print(b.build_sdist('..'))"
+    archive = tree.parent / run(sys.executable, "-c", build, cwd=tree).splitlines()[-1]
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    packages = ("fastdpo/", "kernels/fastdpo_kernels/")
+    needed = {name for name in tracked() if name.startswith(packages)}
+    assert names >= needed | {"pyproject.toml", "setup.cfg", "README.md", "LICENSE"}
+    assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
 
 
 def test_it_says_whose_it_is(wheel):

@@ -1,9 +1,11 @@
 """Other trainers' configs as ours: each key is mapped, left out with a reason, or refused; nothing is dropped
 in silence. A tool is recognised by keys that only it has (`only_here` in its table)."""
 
+import sys
+
 import yaml
 
-from fastdpo.config.keys import FIELDS, Config, coerce
+from fastdpo.config.keys import FIELDS, Config, coerce, from_values
 from fastdpo.convert.axolotl import AXOLOTL
 from fastdpo.convert.llama_factory import LLAMA_FACTORY
 from fastdpo.convert.rules import Tool
@@ -39,6 +41,21 @@ def translate(values: dict, *, whole: bool = True) -> tuple[dict, list[str]]:
         return dict(values), []
     draft = tool.translate(values, whole and "model" not in values)
     return draft.ours, [f"read as a config of {tool.name}", *draft.notes]
+
+
+def config_of(whole: dict, over: dict) -> Config:
+    """The config of a whole one's keys (a file's), and of keys that win over them (flags). Keys of other
+    trainers are translated in both, and said on stderr. Raises ConfigError."""
+    return from_values(_in_our_words(whole, whole=True) | _in_our_words(over, whole=False))
+
+
+def _in_our_words(values: dict, whole: bool) -> dict:
+    if all(name in FIELDS for name in values):
+        return values
+    values, notes = translate(values, whole=whole)
+    for note in notes:
+        print(note, file=sys.stderr)
+    return values
 
 
 def converted(values: dict) -> str:

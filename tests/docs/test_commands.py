@@ -23,7 +23,7 @@ from fastdpo.config.keys import FIELDS
 from tests.docs.snippets import ALL, ROOT
 from tests.docs.workplace import furnish
 
-TAKEN_DOWN = ("make", "pip", "python", "python3", "git", "bash", "pre-commit", ".venv/bin/python")
+TAKEN_DOWN = ("make", "pip", "python", "python3", "git", "bash", "docker", "pre-commit", ".venv/bin/python")
 SHORTER = {"--max_steps 2000": "--max_steps 1", "--max_steps 3000": "--max_steps 2"}
 FILE = re.compile(r"# (\S+\.yaml)\n")
 BLOCKS = {
@@ -77,7 +77,7 @@ def test_the_commands_of_a_page(page, tmp_path, monkeypatch):
 
 def inline() -> list:
     """Commands in sentences."""
-    begins = re.compile(r"(fastdpo|make|python|bash|pip) \S")
+    begins = re.compile(r"(fastdpo|make|python|bash|pip|docker) \S")
     return sorted({s.text for s in ALL if s.language == "" and begins.match(s.text)})
 
 
@@ -109,6 +109,13 @@ def check(words: list[str], monkeypatch) -> None:
         if words[0] == "benchmarks/gpu_all.sh":
             stages = re.findall(r"^#   ([a-z][a-z0-9-]*)  ", (ROOT / words[0]).read_text(), re.M)
             assert set(words[1:]) - {"--dry-run"} <= set(stages)
+    elif name == "docker":
+        found = re.findall(r"--build-arg (\w+)=", shlex.join(words))
+        assert all(f"\nARG {arg}=" in (ROOT / "Dockerfile").read_text() for arg in found)
+        if words[0] == "run":
+            check_fastdpo(words[words.index("fastdpo") + 1 :])
+        else:
+            assert words[0] == "build" and words[-1] == "."
     elif name == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         named = {extra for found in re.findall(r"\[(.*?)\]", " ".join(words)) for extra in found.split(",")}
