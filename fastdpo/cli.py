@@ -188,6 +188,21 @@ def doctor():
     return doctor()
 
 
+def report(*runs: Path, output: Path | None = None):
+    """write a run's report.html anew, or compare several runs on one page
+
+    Works while runs are going on, and of runs that were killed.
+
+    :param runs: run folders, as in runs/beta-*
+    :param output: the page of several runs (default: comparison.html in the folder that holds them)
+    """
+    from rich.console import Console
+
+    from fastdpo.report.compare import report
+
+    report(runs, output, Console())
+
+
 def objectives():
     """list every loss: what it is, its options, its paper"""
     from rich.console import Console
@@ -215,7 +230,7 @@ def completion(shell: Literal["bash", "zsh", "fish", "powershell"], /):
 
 
 for place, command in enumerate(
-    (train, ref, cache, data, plan, merge, push, convert, doctor, objectives, demo, completion)
+    (train, ref, cache, data, plan, report, merge, push, convert, doctor, objectives, demo, completion)
 ):
     app.command(command, sort_key=place)
 app["cache"].command(prune)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file's content in one step."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(
+        f".{path.name}.{os.getpid()}.part"
+    )  # of this process: a report may be written by two
     try:
         part.write_text(text, encoding="utf-8")
         sync(part)

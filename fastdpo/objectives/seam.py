@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastdpo.objectives.batch import drdpo
@@ -18,21 +19,25 @@ Reward = Callable[[ResponseLogps], Tensor]  # -> f32[R]
 
 
 class Unit(NamedTuple):
-    """What a loss is a mean over: how many a group holds, and how many a batch."""
+    """What a loss is a mean over: how many a group holds, how many a batch, and which response each value is
+    of (of a pair: the winner)."""
 
     of_group: Callable[[PreferenceGroup], int]
     of_logps: Callable[[ResponseLogps], int]
+    responses: Callable[[ResponseLogps], Tensor]  # -> i64[n]
 
 
 UNITS = {
-    "pair": Unit(lambda group: len(group.pairs), lambda logps: len(logps.pairs)),
+    "pair": Unit(lambda group: len(group.pairs), lambda logps: len(logps.pairs), lambda logps: logps.winner),
     "chosen token": Unit(
         lambda group: sum(int(group.responses[i].target_mask.sum()) for i in group.chosen),
         lambda logps: int(logps.lengths[logps.chosen].sum()),
+        lambda logps: logps.chosen,
     ),
     "judged response": Unit(
         lambda group: len(group.judged(True)) + len(group.judged(False)),
         lambda logps: len(logps.desirable) + len(logps.undesirable),
+        lambda logps: torch.cat([logps.desirable, logps.undesirable]),
     ),
 }
 
@@ -46,10 +51,14 @@ class Term:
     unit: str = "pair"  # a key of UNITS
     weight: float = 1.0
 
-    def sum(self, logps: ResponseLogps) -> Tensor:
-        """The weighted sum over a batch; pairs count with their own weight."""
+    def each(self, logps: ResponseLogps) -> Tensor:
+        """The losses, before the term's weight; pairs count with their own."""
         losses = self.losses(logps)
-        return self.weight * (logps.weight * losses if self.unit == "pair" else losses).sum()
+        return logps.weight * losses if self.unit == "pair" else losses
+
+    def sum(self, logps: ResponseLogps) -> Tensor:
+        """The weighted sum over a batch."""
+        return self.weight * self.each(logps).sum()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,8 +114,8 @@ def read_run(run: Path) -> RunHistory:
     history.config_text, history.config = _mapping(history, "config.yaml", yaml.safe_load)
     _, history.data = _mapping(history, "data_report.json", json.loads)
     history.numbers = _columns(history)
-    history.events = list(_lines(history, "events.jsonl"))
-    history.samples = list(_lines(history, "samples.jsonl"))
+    history.events = list(json_lines(history, "events.jsonl"))
+    history.samples = list(json_lines(history, "samples.jsonl"))
     return history
 
 
@@ -144,7 +144,7 @@ def _mapping(history: RunHistory, name: str, parse) -> tuple[str, dict]:
     return text, {}
 
 
-def _lines(history: RunHistory, name: str):
+def json_lines(history: RunHistory, name: str):
     """The records of a .jsonl file. A line that a kill cut short, or that is damaged, is named."""
     damaged = []
     lines = _text(history, name).splitlines()
@@ -169,7 +169,7 @@ def _lines(history: RunHistory, name: str):
 def _columns(history: RunHistory) -> dict[str, Series]:
     """metrics.jsonl by name: columns, since a long run's lines as dicts would take hundreds of MB."""
     columns: dict[str, list[array]] = defaultdict(lambda: [array("d") for _ in range(3)])
-    for record in _lines(history, "metrics.jsonl"):
+    for record in json_lines(history, "metrics.jsonl"):
         stage, step = record.pop("stage", 0), record.pop("step", None)
         if not isinstance(step, int) or not isinstance(stage, int):
             continue

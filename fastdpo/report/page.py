@@ -44,7 +44,7 @@ def render(history: RunHistory) -> str:
         "stage_tables": stage_tables,
         "figures": _figures,
         "said": lambda h: [said(c) for c in charts(h) if not drawable(c)],
-        "samples": _samples,
+        "samples": samples,
         "data": _data,
         "lengths": _lengths,
         "stages": lambda h: [s for s in h.stages() if "first_step_tokens" in s],
@@ -60,16 +60,17 @@ def render(history: RunHistory) -> str:
             why = f"{type(error).__name__}: {error}"
             history.problems.append(f"The part '{name}' of this report could not be made ({why}).")
     parts |= {"folder": history.run.resolve(), "written": datetime.now(UTC), "fields": FIELDS}
-    return _template().render(history=history, **parts)
+    return template("report.html.jinja").render(history=history, **parts)
 
 
 @functools.cache
-def _template():
+def template(name: str):
+    """A page of this folder, with the filters that pages use."""
     here = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=here, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     for filter in (significant, percent, duration, counted, first_few, shortened):
         environment.filters[filter.__name__] = filter
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
 def shortened(text) -> str:
@@ -118,7 +119,7 @@ def _lengths(history: RunHistory) -> dict | None:
     return {"title": "Lengths", "note": f"Prompt + response in tokens: {note}.", "words": words, "svg": svg}
 
 
-def _samples(history: RunHistory) -> list[dict]:
+def samples(history: RunHistory) -> list[dict]:
     """One entry a prompt: its first completion and, where there is a later one, its last."""
     found: dict[tuple, dict] = {}
     for sample in history.samples:

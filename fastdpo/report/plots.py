@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -29,7 +30,8 @@ COLOURS = {
     "grid": "#dfe3e8",
 }
 _MOST_POINTS = 400  # of a curve: more than its pixels show nothing, and only make the page heavy
-_DASHED = (0, (4, 2))
+DASHED = (0, (4, 2))
+DOTTED = (0, (1, 1.3))
 _SMALL_PRINT: dict = dict(textcoords="offset points", color=COLOURS["muted"], size=8.5)
 _STYLE: dict = {
     "svg.fonttype": "none",  # text stays text: readable by machines, in the page's own font
@@ -49,6 +51,7 @@ class Curve:
     colour: str
     series: Series
     dots: bool
+    style: Any = None  # of the line; None: dashed where it is held-out
 
 
 @dataclass
@@ -62,6 +65,7 @@ class Chart:
     levels: list[tuple[float, str]]  # to compare with, such as chance or the clip
     log_scale: bool = False
     note: str = ""  # what a reader should know
+    legend: bool = True  # False where the page has one for all charts
 
 
 @dataclass
@@ -91,7 +95,7 @@ def draw(chart: Chart, marks: list[Mark], folder: Path | None) -> Markup:
             axes.annotate(label, (0.998, value), **at_the_right, **_SMALL_PRINT)
         first = min(curve.series.step[0] for curve in chart.curves)
         _mark(axes, [mark for mark in marks if mark.step >= first or (mark.is_stage and first <= 1)])
-        _legend(axes, chart.curves)
+        _legend(axes, chart.curves if chart.legend else [])
         return _render(axes, chart.name, chart.title, folder)
 
 
@@ -121,19 +125,21 @@ def _axes(x_label: str, y_label: str) -> Axes:
 
 
 def _plot(axes: Axes, curve: Curve) -> None:
-    colour = COLOURS[curve.colour]
+    colour, style = COLOURS[curve.colour], curve.style or (DASHED if curve.dots else "-")
     label: str | None = curve.label
     for stage in np.unique(curve.series.stage):
         part = curve.series.of_stage(stage)
         if curve.dots or len(part) < 20:
             part = thinned(part)
-            marker: dict = dict(marker="o", ms=4 if len(part) <= 40 else 0, ls=_DASHED if curve.dots else "-")
+            marker: dict = dict(marker="o", ms=4 if len(part) <= 40 else 0, ls=style)
             axes.plot(part.step, part.value, color=colour, lw=1.6, label=label, **marker)
         else:
             raw = thinned(part)
             some = np.unique(np.linspace(0, len(part) - 1, _MOST_POINTS // 2).astype(int))
             axes.plot(raw.step, raw.value, color=colour, lw=1, alpha=0.28)
-            axes.plot(part.step[some], smoothed(part.value)[some], color=colour, lw=1.8, label=label)
+            axes.plot(
+                part.step[some], smoothed(part.value)[some], color=colour, lw=1.8, ls=style, label=label
+            )
         label = None  # a legend entry for all stages
 
 
@@ -158,7 +164,7 @@ def _legend(axes: Axes, curves: list[Curve]) -> None:
     handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
     if len(curves) > 2:
         handles = {curve.label: handles[curve.label] for curve in curves if not curve.dots}
-        handles["held-out"] = Line2D([], [], color=COLOURS["ink"], lw=1.6, ls=_DASHED, marker="o", ms=4)
+        handles["held-out"] = Line2D([], [], color=COLOURS["ink"], lw=1.6, ls=DASHED, marker="o", ms=4)
     place: dict = dict(loc="lower left", bbox_to_anchor=(-0.02, 0.985), ncols=4, columnspacing=1.2)
     look: dict = dict(frameon=False, labelcolor=COLOURS["ink"], handlelength=1.8, handletextpad=0.5)
     axes.legend(handles.values(), handles.keys(), borderpad=0.1, **place, **look)

@@ -105,10 +105,20 @@ def stage_tables(history: RunHistory) -> list[dict]:
         best = loss.step[np.argmin(loss.value)] if held_out else first
         steps = (first, None if best in (first, last) else best, last)
         rows = [_row(history, history.series(f"{prefix}{n[0]}", number), steps, *n) for n in _NUMBERS]
+        for metric, *_, written, _ in _NUMBERS if held_out else ():
+            error = history.series(f"eval_{metric}_stderr", number).at(last)
+            for row in rows:
+                if row and row["metric"] == metric and error is not None:
+                    row["error"] = size(error, written)
         table = {"stage": number, "objective": stage["objective"], "held_out": held_out}
         table |= {"steps": steps if first < last else (None, None, last), "rows": list(filter(None, rows))}
         out.append(table)
     return out
+
+
+def size(error: float, written) -> str:
+    """A standard error of a number that is written so."""
+    return f"{significant(100 * error, 2)} pp" if written is percent else significant(error, 2)
 
 
 def _row(history, series, steps, metric, title, tile, written, lower_is_better) -> dict | None:

@@ -19,10 +19,14 @@ from fastdpo.training.checkpoint import Checkpoint
 from fastdpo.training.job import Job
 
 RUN_FILES = (
-    *("config.yaml", "metrics.jsonl", "events.jsonl", "samples.jsonl", "data_report.json"),
+    *("config.yaml", "metrics.jsonl", "held_out.jsonl", "events.jsonl", "samples.jsonl", "data_report.json"),
     *("report.html", "plots", "tensorboard", "wandb", "tracker_id", "checkpoints", "model"),
 )
-GROWING = ("metrics.jsonl", "samples.jsonl")  # a resumed run cuts them back to its checkpoint
+GROWING = (
+    "metrics.jsonl",
+    "held_out.jsonl",
+    "samples.jsonl",
+)  # a resumed run cuts them back to its checkpoint
 
 
 def free_folder(job: Job) -> Path:

@@ -11,6 +11,7 @@ from fastdpo.data.packing import places
 from fastdpo.files import durable
 from fastdpo.model.experts import experts
 from fastdpo.objectives.seam import Coupled
+from fastdpo.training.held_out import standard_error
 from fastdpo.training.metrics import Sums, Window
 from fastdpo.training.stage import Stage, step_groups
 
@@ -32,7 +33,7 @@ class RunLog:
 
     def __init__(self, run: Path, console: Console, trackers):
         self.console, self.stage = console, 0
-        self._file, self._trackers = run / "metrics.jsonl", trackers
+        self._file, self._by_prompt, self._trackers = run / "metrics.jsonl", run / "held_out.jsonl", trackers
 
     @contextmanager
     def bar(self, name: str, done: int, total: int):
@@ -59,9 +60,12 @@ class RunLog:
         record = {"step": step, "epoch": round(epoch, 4), **window.sums.means(), **window.throughput()}
         self._tell(record, f"step {step:>5}", record)
 
-    def held_out(self, step: int, sums: Sums) -> None:
+    def held_out(self, step: int, sums: Sums, by_prompt: dict[str, list[float]]) -> None:
         means = sums.means()
         record = {"step": step, **{f"eval_{name}": value for name, value in means.items()}}
+        errors = {f"eval_{name}_stderr": standard_error(values) for name, values in by_prompt.items()}
+        record |= {name: error for name, error in errors.items() if error is not None}
+        durable.add_lines(self._by_prompt, {"stage": self.stage, "step": step, **by_prompt})
         self._tell(record, f"[bold]held-out at {step}[/]", means)
 
     def _tell(self, record: dict, what: str, values: dict) -> None:

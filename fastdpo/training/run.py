@@ -25,6 +25,7 @@ from fastdpo.training import checkpoint
 from fastdpo.training.folder import growing_sizes
 from fastdpo.training.job import Around, Job
 from fastdpo.training.log import RunLog
+from fastdpo.training.resume import rows_digest
 from fastdpo.training.samples import complete
 from fastdpo.training.stopping import Stopping
 from fastdpo.training.trackers import Trackers
@@ -173,6 +174,7 @@ class Run:
             "versions": here,
             "device": device_name(),
             "clock": self.clock.isoformat(),
+            "rows": {"training": rows_digest(self.groups), "held-out": rows_digest(self.eval_groups)},
         }
         self.event("resume" if found else "start", **begun, **facts)
         try:

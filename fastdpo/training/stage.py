@@ -23,6 +23,7 @@ from fastdpo.reference.columns import ReferenceColumns
 from fastdpo.reference.fill import ReferenceTable
 from fastdpo.training.accumulate import Accumulator, NotFinite, context_of
 from fastdpo.training.failures import WAY_OUT, Explain, memory_guard, not_finite, update_guard
+from fastdpo.training.held_out import by_prompt
 from fastdpo.training.job import RESCALES, StageJob, total_steps
 from fastdpo.training.metrics import EVAL_STATS, Sums, Window, add_kl, add_pair_metrics, add_token_metrics
 
@@ -282,7 +283,8 @@ class Stage:
         sums.add("loss", loss)
         if "z0" in context:
             sums.add("z0", context["z0"])
-        run.log.held_out(step, sums)
+        kl = bool(self.reference and self.reference.per_token)
+        run.log.held_out(step, sums, by_prompt(self.objective, logps, self.eval_groups, kl))
         progress.eval_loss = sums.means()["loss"]
         if not math.isfinite(progress.eval_loss):
             raise DeadEndError(f"step {step}: the held-out loss is {progress.eval_loss}; {WAY_OUT}")

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shlex
 import uuid
 from pathlib import Path
 
@@ -47,11 +48,18 @@ def trackio(library, run: Path, run_id: str, config: dict, resumed_at: int | Non
     return library.init(project=project, name=name, config=config, resume="allow")
 
 
-# name, also of the package to install -> (module, what opens it for a run)
-TRACKERS = {
-    "tensorboard": ("torch.utils.tensorboard", TensorBoard),
-    "wandb": ("wandb", wandb),
-    "trackio": ("trackio", trackio),
+def _tensorboard_command(run: Path) -> str:
+    """All runs beside this one too, unless it lies among other things."""
+    runs = run if run.parent in (Path(), Path.cwd(), Path.home(), Path("/")) else run.parent
+    return f"tensorboard --logdir {shlex.quote(str(runs))}"
+
+
+# name, also of the package to install -> (module, what opens it for a run, the command that shows it while it
+# goes; the others say it themselves)
+TRACKERS: dict[str, tuple] = {
+    "tensorboard": ("torch.utils.tensorboard", TensorBoard, _tensorboard_command),
+    "wandb": ("wandb", wandb, None),
+    "trackio": ("trackio", trackio, None),
 }
 
 
@@ -106,6 +114,8 @@ def open_trackers(
         except Exception as error:
             Trackers(opened, console).close()
             raise ConfigError(f"report_to: {name} does not start: {type(error).__name__}: {error}") from None
+        if console and (command := TRACKERS[name][2]):
+            console.print(f"watch the run: {escape(command(run))}", highlight=False, soft_wrap=True)
     return Trackers(opened, console)
 
 

@@ -90,6 +90,18 @@ def test_tensorboard_purges_what_comes_again(tmp_path, fake):
     assert [call[0] for call in calls].count("add_text") == 1
 
 
+@pytest.mark.parametrize(
+    ("run", "where"), [("runs/first", "runs"), ("first", "first"), ("my runs/first", "'my runs'")]
+)
+def test_the_command_that_shows_a_run_is_said(tmp_path, fake, monkeypatch, run, where):
+    console = Console(file=io.StringIO(), width=40)
+    fake("torch.utils.tensorboard")
+    monkeypatch.chdir(tmp_path)
+    Path(run).mkdir(parents=True)
+    open_trackers(["tensorboard"], Path(run), {}, None, console).close()
+    assert console.file.getvalue() == f"watch the run: tensorboard --logdir {where}\n"
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_tracker_is_named_before_training(tmp_path, monkeypatch, name):
     module = "torch.utils.tensorboard" if name == "tensorboard" else name
