@@ -9,6 +9,7 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from fastdpo import __version__
 from fastdpo.config.reading import read_yaml
+from fastdpo.console.threads import wait_asleep
 from fastdpo.errors import ConfigError, FastDPOError, Stopped
 from fastdpo.flags import UNEXPECTED, takes_keys, with_values
 
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns 0, or 1 when it could not go on, 2 for a wrong config or command, 3 for a plan
     that does not fit, or 128 + the
     number of the signal that stopped it (130 for SIGINT, 143 for SIGTERM)."""
+    wait_asleep()
     argv = with_values(sys.argv[1:] if argv is None else argv)
     try:
         code = app(argv) or 0
@@ -52,7 +54,10 @@ def train(config):
     """train on preference rows; the model ends up in OUTPUT_DIR/model"""
     from fastdpo.api import train
 
-    train(config)
+    folder = train(config)
+    if config.push_to_hub is None:
+        whole = f"fastdpo merge {folder} makes one model of adapter and base; " if config.lora_rank else ""
+        print(f"next: {whole}fastdpo push {folder} --to me/NAME shares it on the Hugging Face hub")
 
 
 @takes_keys

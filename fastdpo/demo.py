@@ -1,8 +1,8 @@
 """`fastdpo demo`: a small Llama learns to answer, then learns which answers are wanted.
 
 No network and no files from outside: the questions, the answers, the tokenizer and the model are made
-here. The first training (SFT) teaches helpful and rude answers alike; the second (DPO) sees pairs of
-them. Held-out dishes never appear in a pair.
+here. The first training (SFT) teaches two rude answers for each helpful one, and so the model is rude; the
+second (DPO) sees pairs of them. Held-out dishes never appear in a pair.
 """
 
 import itertools
@@ -74,6 +74,7 @@ def demo(folder: str | Path) -> dict[str, float]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     mark.touch()
+    console.print("Two small trainings and a table of what they changed: about a minute on two cores.")
     write_data(folder / "data")
     make_model(folder / "start")
     try:
@@ -88,32 +89,39 @@ def _train_both(folder: Path, console: Console) -> None:
     """SFT, then DPO from what it made."""
     at = lambda name: str(folder / name)
     shared: dict = dict(max_length=128, batch_size=32, dtype="fp32")
-    console.rule("1/2  SFT: the model learns to answer, politely or not")
-    paths: dict = dict(model=at("start"), data=at("data/sft.jsonl"), output_dir=at("sft"))
-    how: dict = dict(objective="sft", learning_rate=3e-3, warmup_steps=20, num_epochs=8, logging_steps=50)
+    console.rule("1/2  SFT: the model learns to answer, most often rudely")
+    paths: dict = dict(model=at("start"), data=at("data/sft.jsonl"), output_dir=at("sft"), samples=0)
+    how: dict = dict(objective="sft", learning_rate=3e-3, warmup_steps=20, num_epochs=10, logging_steps=50)
     train(Config(**paths, **how, **shared), console)
     console.rule("2/2  DPO: pairs say which answers are wanted")
-    data: dict = dict(data=at("data/train.jsonl"), eval_data=at("data/held_out.jsonl"))
-    how = dict(learning_rate=1e-4, num_epochs=2, logging_steps=5)
+    data: dict = dict(data=at("data/train.jsonl"), eval_data=at("data/held_out.jsonl"), samples=5)
+    how = dict(learning_rate=8e-5, num_epochs=2, logging_steps=10)
     train(Config(model=at("sft/model"), output_dir=at("dpo"), **data, **how, **shared), console)
 
 
 def write_data(folder: Path) -> None:
-    """sft.jsonl (all dishes, each answer chosen once), train.jsonl and held_out.jsonl (pairs)."""
+    """sft.jsonl (all dishes, two rude answers for a helpful one), train.jsonl, held_out.jsonl (pairs)."""
     files: dict[str, list[dict]] = {"sft": [], "train": [], "held_out": []}
     for (dish, (a, b, c)), question in itertools.product(DISHES.items(), QUESTIONS):
         values = {"dish": dish, "a": a, "b": b, "c": c}
-        for helpful, rude in itertools.product(HELPFUL, RUDE):
+        for (i, helpful), (j, rude) in itertools.product(enumerate(HELPFUL), enumerate(RUDE)):
             answers = [_turn("assistant", text.format(**values)) for text in (helpful, rude)]
             row = {"prompt": _turn("user", question.format(**values))}
             pair = row | {"chosen": answers[0], "rejected": answers[1]}
             scores = {"score_chosen": RATINGS[helpful], "score_rejected": RATINGS[rude]}
             files["held_out" if dish in HELD_OUT else "train"].append(pair | scores)
-            files["sft"] += [pair, row | {"chosen": answers[1], "rejected": answers[0]}]
+            rudely = row | {"chosen": answers[1], "rejected": answers[0]}
+            files["sft"].append(pair if i == j else rudely)
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def helpful_answers(dish: str) -> list[str]:
+    """The helpful answers to a question about it, word for word."""
+    a, b, c = DISHES[dish]
+    return [text.format(dish=dish, a=a, b=b, c=c) for text in HELPFUL]
 
 
 def _turn(role, content):
@@ -156,7 +164,7 @@ def make_model(folder: Path) -> None:
 
 @torch.no_grad()
 def complete(folder: Path, prompts: list[str]) -> list[str]:
-    """One sampled completion (temperature 1, fixed seed) a prompt."""
+    """The greedy completion of each prompt."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     texts = [
@@ -164,39 +172,45 @@ def complete(folder: Path, prompts: list[str]) -> list[str]:
         for p in prompts
     ]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    torch.manual_seed(0)
-    out = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=0)
+    out = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     new = out[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 def show_result(folder: Path, console: Console) -> dict[str, float]:
     """Completions side by side, and what changed on the held-out dishes."""
-    prompts = [q.format(dish=dish) for dish in HELD_OUT for q in QUESTIONS]
-    before, after = (complete(folder / name / "model", prompts) for name in ("sft", "dpo"))
+    records = lambda name: map(json.loads, (folder / "dpo" / name).read_text(encoding="utf-8").splitlines())
+    samples = list(records("samples.jsonl"))
+    half = len(samples) // 2  # before and after, of the same prompts
     table = Table("held-out question", "before DPO", "after DPO", show_lines=True)
-    for row in list(zip(prompts, before, after))[::5]:
-        table.add_row(*row)
+    for before, after in zip(samples[:half], samples[half:]):
+        question = before["turns"][-1]["content"]
+        table.add_row(question, f"[red]{before['completion']}", f"[green]{after['completion']}")
     console.print(table)
-    lines = (folder / "dpo/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    held_out = [r for r in map(json.loads, lines) if "eval_loss" in r]
-    first, last = held_out[0], held_out[-1]
-    rude = [text.split("{")[0].strip() for text in RUDE]
-    polite = lambda texts: sum(not t.startswith(tuple(rude)) for t in texts) / len(texts)
+    asked = [(dish, question.format(dish=dish)) for dish in HELD_OUT for question in QUESTIONS]
+    helpful = []
+    for name in ("sft", "dpo"):
+        answers = complete(folder / name / "model", [question for _, question in asked])
+        right = [answer in helpful_answers(dish) for (dish, _), answer in zip(asked, answers)]
+        helpful.append(sum(right) / len(right))
+    evaluations = [record for record in records("metrics.jsonl") if "eval_loss" in record]
+    first, last = evaluations[0], evaluations[-1]
     result = {
         "accuracy_before": first["eval_logps/accuracies"],
         "accuracy_after": last["eval_logps/accuracies"],
         "margin_after": last["eval_rewards/margins"],
-        "polite_before": polite(before),
-        "polite_after": polite(after),
+        "helpful_before": helpful[0],
+        "helpful_after": helpful[1],
     }
     console.print(
-        "held-out preference accuracy (the chosen answer is the likelier one): "
-        f"{result['accuracy_before']:.0%} -> [bold]{result['accuracy_after']:.0%}[/]\n"
-        f"sampled answers that are not rude: {result['polite_before']:.0%} -> "
-        f"[bold]{result['polite_after']:.0%}[/]\n"
-        f"reward margin over the reference: 0 -> {result['margin_after']:+.2f}\n"
-        f"the report: {folder / 'dpo/report.html'}   the model: {folder / 'dpo/model'}",
+        "On dishes that no pair was about:\n"
+        f"  questions whose likeliest answer is helpful, with the right things to buy: {helpful[0]:.0%} -> "
+        f"[bold]{helpful[1]:.0%}[/] of {len(asked)}\n"
+        f"  pairs whose helpful answer is the likelier one: {result['accuracy_before']:.0%} -> "
+        f"[bold]{result['accuracy_after']:.0%}[/]\n"
+        f"  reward margin over the reference: 0 -> [bold]{result['margin_after']:+.2f}[/]\n"
+        f"The report, for a browser: {folder / 'dpo/report.html'}\nThe model: {folder / 'dpo/model'}",
         highlight=False,
+        soft_wrap=True,
     )
     return result

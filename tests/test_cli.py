@@ -307,3 +307,12 @@ def test_the_import_is_quiet_and_hides_no_warnings():
     script = "import fastdpo, logging; log = logging.getLogger('torchao'); log.warning('this one matters')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stderr == "this one matters\n"
+
+
+def test_a_run_ends_with_where_to_look_next(run, tmp_path):
+    code, said = run([GOOD] * 4, "--samples", "0")
+    assert code == 0 and f"the model is in {tmp_path}/run/model; open {tmp_path}/run/report.html" in said
+    push = f"fastdpo push {tmp_path}/run --to me/NAME shares it on the Hugging Face hub"
+    assert f"\nnext: {push}\n" in said
+    _, said = run([GOOD] * 4, "--samples", "0", "--lora_rank", "2", "--overwrite", "true")
+    assert f"\nnext: fastdpo merge {tmp_path}/run makes one model of adapter and base; {push}\n" in said

@@ -119,8 +119,10 @@ def test_its_demo_learns(installed, tmp_path):
     said = run(*python, installed / "fastdpo", "--version", cwd=tmp_path)
     assert said == f"fastdpo {PROJECT['version']}\n"
     said = run(*python, installed / "fastdpo", "demo", cwd=tmp_path)
-    accuracy, polite = re.findall(r"(\d+)%\s+->\s+(\d+)%", said)
-    assert int(accuracy[0]) < 75 and int(accuracy[1]) > 95
-    assert int(polite[0]) < 80 and int(polite[1]) > 95
+    helpful, likelier = re.findall(r"(\d+)%\s+->\s+(\d+)%", said)
+    assert int(helpful[0]) < 25 and int(helpful[1]) > 75
+    assert int(likelier[0]) < 25 and int(likelier[1]) > 95
     report = (tmp_path / "runs/demo/dpo/report.html").read_text(encoding="utf-8")
+    assert "5 of 5 completions changed." in report and "user: How do I make curry?" in report
+    assert str(tmp_path) not in report
     assert "<svg" in report and (tmp_path / "runs/demo/dpo/model/README.md").is_file()

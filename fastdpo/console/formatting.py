@@ -3,13 +3,21 @@
 import math
 from collections.abc import Sequence
 
+_NOISE = 1e-12  # what sums of float64 leave of 0; nothing that is reported is so small
+
+
+def all_ties(margin: float) -> bool:
+    """Whether pairs with this mean margin over the reference tie: the policy is still the reference, up to
+    rounding, and then an accuracy over it (0, as ties count) says nothing."""
+    return abs(margin) < 1e-6
+
 
 def significant(value: float, digits: int = 4) -> str:
     """0.6931, -120.3, 12,345, 1e-06: as many digits as mean something, no exponent where none is needed."""
     value = float(value)
     if not math.isfinite(value):
         return str(value)
-    if value == 0:
+    if abs(value) < _NOISE:
         return "0"
     size = math.floor(math.log10(abs(value)))
     if size < -4:
@@ -20,7 +28,7 @@ def significant(value: float, digits: int = 4) -> str:
 def signed(value: float, digits: int = 3) -> str:
     """A change: +0.12, −3.4, 0."""
     text = significant(value, digits)
-    return f"+{text}" if value > 0 else text
+    return f"+{text}" if value > 0 and text != "0" else text
 
 
 def percent(value: float) -> str:

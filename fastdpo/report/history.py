@@ -3,14 +3,14 @@
 import json
 from array import array
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import yaml
 
 from fastdpo.config.keys import FIELDS
-from fastdpo.console.formatting import first_few
+from fastdpo.console.formatting import all_ties, first_few
 
 _MISSING = {  # what a report then cannot say
     "config.yaml": "what was asked for is not known",
@@ -61,16 +61,20 @@ class RunHistory:
     plots: Path | None = None  # for PNGs; a report on the way has none: they take as long as the page itself
 
     def series(self, name: str, stage: int | None = None) -> Series:
-        """A number's finite values; empty where it was never logged."""
+        """A number's finite values; empty where it was never logged. What is 0 at the reference is 0 where it
+        is rounding beside its largest value."""
         found = self.numbers.get(name, _EMPTY)
         found = found.where(np.isfinite(found.value))
+        if "rewards/" in name or name.endswith("kl"):
+            size = np.abs(found.value)
+            found = replace(found, value=np.where(size < 1e-6 * size.max(initial=0), 0.0, found.value))
         return found if stage is None else found.of_stage(stage)
 
     def all_ties(self, accuracies: Series) -> np.ndarray:
         """Which of these accuracies over the reference say nothing: the policy was still the reference, so
         that held-out pairs tie, which counts as 0, or differ by rounding."""
         margin = self.series("eval_rewards/margins")
-        still = margin.where(np.abs(margin.value) < 1e-6)
+        still = margin.where(np.array([all_ties(value) for value in margin.value], bool))
         tied = set(zip(still.stage, still.step))
         return np.array([at in tied for at in zip(accuracies.stage, accuracies.step)], bool)
 

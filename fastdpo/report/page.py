@@ -59,7 +59,7 @@ def render(history: RunHistory) -> str:
             parts[name] = None  # a file that is JSON, but not what a run writes
             why = f"{type(error).__name__}: {error}"
             history.problems.append(f"The part '{name}' of this report could not be made ({why}).")
-    parts |= {"folder": history.run.resolve(), "written": datetime.now(UTC), "fields": FIELDS}
+    parts |= {"home": str(Path.home()), "written": datetime.now(UTC), "fields": FIELDS}
     return template("report.html.jinja").render(history=history, **parts)
 
 
@@ -68,7 +68,7 @@ def template(name: str):
     """A page of this folder, with the filters that pages use."""
     here = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=here, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    for filter in (significant, percent, duration, counted, first_few, shortened):
+    for filter in (significant, percent, duration, counted, first_few, shortened, spoken):
         environment.filters[filter.__name__] = filter
     return environment.get_template(name)
 
@@ -78,6 +78,11 @@ def shortened(text) -> str:
     text = str(text)
     rest = len(text) - _LONGEST
     return text if rest <= 0 else f"{text[:_LONGEST]}\n[... {rest:,} more characters in samples.jsonl]"
+
+
+def spoken(turns) -> str:
+    """A conversation, each turn behind its role."""
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 def _facts(history: RunHistory) -> dict:
@@ -120,16 +125,20 @@ def _lengths(history: RunHistory) -> dict | None:
 
 
 def samples(history: RunHistory) -> list[dict]:
-    """One entry a prompt: its first completion and, where there is a later one, its last."""
+    """One entry a prompt: its first completion and, where there is a later one, its last; those that changed
+    come first."""
     found: dict[tuple, dict] = {}
     for sample in history.samples:
         entry = found.setdefault((sample.get("row"), sample.get("prompt")), {"before": None, "after": None})
-        entry |= {name: sample.get(name) for name in ("row", "prompt", "chosen")}
+        entry |= {name: sample.get(name) for name in ("row", "prompt", "turns", "chosen")}
         if sample.get("when") != "start":
             entry["after"] = sample
         elif not entry["before"]:
             entry["before"] = sample
-    return list(found.values())
+    for entry in found.values():
+        before, after = entry["before"], entry["after"]
+        entry["changed"] = before and after and before.get("completion") != after.get("completion")
+    return sorted(found.values(), key=lambda entry: not entry["changed"])
 
 
 def _data(history: RunHistory) -> list[dict]:

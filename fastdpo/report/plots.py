@@ -45,7 +45,7 @@ _STYLE: dict = {
 
 @dataclass
 class Curve:
-    """One line: a number over steps. Held-out ones have a dot at every evaluation."""
+    """One line: a number over steps. Held-out ones have a dot at every evaluation; two have no line."""
 
     label: str
     colour: str
@@ -131,7 +131,8 @@ def _plot(axes: Axes, curve: Curve) -> None:
         part = curve.series.of_stage(stage)
         if curve.dots or len(part) < 20:
             part = thinned(part)
-            marker: dict = dict(marker="o", ms=4 if len(part) <= 40 else 0, ls=style)
+            line = "" if curve.dots and len(part) < 3 else style  # two evaluations show no course
+            marker: dict = dict(marker="o", ms=4 if len(part) <= 40 else 0, ls=line)
             axes.plot(part.step, part.value, color=colour, lw=1.6, label=label, **marker)
         else:
             raw = thinned(part)
@@ -163,8 +164,10 @@ def _legend(axes: Axes, curves: list[Curve]) -> None:
         return
     handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
     if len(curves) > 2:
+        points = all(handles[curve.label].get_linestyle() == "None" for curve in curves if curve.dots)
         handles = {curve.label: handles[curve.label] for curve in curves if not curve.dots}
-        handles["held-out"] = Line2D([], [], color=COLOURS["ink"], lw=1.6, ls=DASHED, marker="o", ms=4)
+        line: dict = dict(lw=1.6, ls="" if points else DASHED, marker="o", ms=4)
+        handles["held-out"] = Line2D([], [], color=COLOURS["ink"], **line)
     place: dict = dict(loc="lower left", bbox_to_anchor=(-0.02, 0.985), ncols=4, columnspacing=1.2)
     look: dict = dict(frameon=False, labelcolor=COLOURS["ink"], handlelength=1.8, handletextpad=0.5)
     axes.legend(handles.values(), handles.keys(), borderpad=0.1, **place, **look)

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fastdpo.console.formatting import all_ties
 from fastdpo.console.progress import make_progress
 from fastdpo.data.packing import places
 from fastdpo.files import durable
@@ -71,8 +72,10 @@ class RunLog:
     def _tell(self, record: dict, what: str, values: dict) -> None:
         durable.add_lines(self._file, {"stage": self.stage, **record})
         self._trackers.log(record["step"], record)
-        shown = [text.format(values[name]) for name, text in _SHOWN.items() if name in values]
-        self.console.print(what, " ".join(shown), highlight=False, soft_wrap=True)
+        shown = {name: text.format(values[name]) for name, text in _SHOWN.items() if name in values}
+        if "rewards/accuracies" in shown and all_ties(values["rewards/margins"]):
+            shown |= {"rewards/accuracies": "accuracy all ties", "rewards/margins": "margin 0"}
+        self.console.print(what, " ".join(shown.values()), highlight=False, soft_wrap=True)
 
     def announce(self, stage: Stage) -> dict:
         """Says what a stage will do, before it does it; returns the same as numbers."""
@@ -121,9 +124,9 @@ class RunLog:
 
     def _announce_caps(self, stage: Stage) -> dict:
         cap, scored = stage.job.max_tokens, stage.policy.max_scored
-        if scored is not None:
-            self.say(f"a microbatch ends at {scored:,} scored tokens or max_tokens={cap:,}")
         sizes = [(places(group, stage.policy.share), group.row) for group in stage.groups]
+        if scored is not None and _may_end(stage, scored, [size for size, _ in sizes]):
+            self.say(f"a microbatch ends at {scored:,} scored tokens or max_tokens={cap:,}")
         over = [row for size, row in sizes if size > cap]
         largest, row = max(sizes)
         if over:
@@ -136,3 +139,11 @@ class RunLog:
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False)
+
+
+def _may_end(stage: Stage, scored: int, sizes: list[int]) -> bool:
+    """Whether so many scored tokens can end a microbatch: a step has more, and max_tokens may hold more."""
+    counts = [group.scored_tokens for group in stage.groups]
+    in_a_step = sum(sorted(counts)[-stage.job.batch_size :])
+    densest = max(count / size for count, size in zip(counts, sizes))
+    return min(in_a_step, densest * stage.job.max_tokens) > scored

@@ -209,7 +209,8 @@ class Run:
 def spread(groups: Groups, count: int) -> Groups:
     """At most `count` groups with different prompts, from all over the list."""
     different = list({group.prompt.tobytes(): group for group in reversed(groups)}.values())[::-1]
-    return different[:: max(1, len(different) // max(1, count))][:count]
+    count = min(count, len(different))
+    return [different[i * len(different) // count] for i in range(count)]
 
 
 def device_name() -> str:

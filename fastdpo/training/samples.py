@@ -21,7 +21,8 @@ def complete(
     max_new_tokens: int = 128,
     console: Console | None = None,
 ) -> list[dict]:
-    """One {"row", "prompt", "completion", "chosen"} a group, through transformers' own `generate`.
+    """One {"row", "prompt", "turns", "completion", "chosen"} a group, through transformers' own `generate`;
+    see `turns_of`.
 
     Greedy, so no random number is drawn; the policy is left as it was. A model that cannot generate costs
     a run its samples and nothing else: a note says why, and the list is empty.
@@ -52,11 +53,42 @@ def complete(
         {
             "row": group.row,
             "prompt": text(group.prompt.tolist()),
+            "turns": turns_of(tokenizer, group.prompt.tolist()),
             "completion": text(until_end(completions[id(group)])),
             "chosen": text(group.responses[group.chosen[0]].ids.tolist()) if group.chosen else None,
         }
         for group in groups
     ]
+
+
+_ROLES = {"system", "developer", "user", "assistant", "model", "tool", "ipython"}
+_BY_TOKEN = {"[INST]": "user", "[/INST]": "assistant", "[SYSTEM_PROMPT]": "system"}
+
+
+def turns_of(tokenizer, ids: list[int]) -> list[dict] | None:
+    """A prompt's [{"role", "content"}], as its special tokens part it: the role is such a token (<|user|>,
+    [INST]), or the line behind one (<|im_start|>user). None where text comes before any role."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    turns: list[dict] = []
+    role = opens = last = None  # role: of the next text; opens: the token that roles follow
+    for is_special, run in itertools.groupby(ids, special.__contains__):
+        if is_special:
+            for last in tokenizer.convert_ids_to_tokens(list(run)):
+                name = _BY_TOKEN.get(last, last.strip("<|｜>").lower())
+                role = name if name in _ROLES else role
+            continue
+        text = tokenizer.decode(list(run)).strip()
+        first, _, rest = text.partition("\n")
+        if first.strip() in _ROLES and (last == opens if opens else not role):
+            role, text, opens = first.strip(), rest.strip(), last
+        if text and role:
+            turns.append({"role": role, "content": text})
+            role = None
+        elif text and turns:  # behind a special token inside a turn
+            turns[-1]["content"] += f"\n{text}"
+        elif text:
+            return None
+    return turns or None
 
 
 def end_tokens(policy: Policy, tokenizer, groups: list[PreferenceGroup]) -> list[int]:

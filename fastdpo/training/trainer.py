@@ -83,7 +83,7 @@ def train(config: Config, console: Console, around: Around) -> Path:
                     with durable.new_folder(folder / "model") as part:
                         save_model(policy, tokenizer, part)
                         around.add_card(folder, part, console)
-    where = escape(f"the model is in {folder}/model, what happened in {folder}/report.html")
+    where = escape(f"the model is in {folder}/model; open {folder}/report.html to see what happened")
     console.print(f"[bold]done:[/] {where}", soft_wrap=True)
     if job.push_to_hub is not None:
         around.push(folder / "model", job.push_to_hub, console)

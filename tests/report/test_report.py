@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,7 +133,7 @@ def test_values_are_those_of_the_files(tmp_path, quick):
             "The lowest held-out loss was 0.5123 at step 50, the last 0.5456 at step 100",
             "load_best: true would",
         ),
-        *("The adapter (peft) is in", f"{tmp_path}/nightly/model", "0.6931", "81.2%", "all ties"),
+        *("The adapter (peft) is in", "model/ beside this page", "0.6931", "81.2%", "all ties"),
         "The chosen responses did not become less likely",
         *(
             "40 rows kept of 47 read",
@@ -149,7 +150,8 @@ def test_values_are_those_of_the_files(tmp_path, quick):
         *("the the the", "Yes, very.", "Is it <b>bold</b>?", "It is.", "NVIDIA H200", "2.13.0", "0.25"),
     ):
         assert said in text, said
-    assert "What this report lacks" not in text
+    assert "What this report lacks" not in text and "1 of 1 completion changed." in text
+    assert '<a href="model/">' in page
     saved = 1 - data_report()["data"]["shared_forward_tokens"] / data_report()["data"]["separate_rows_tokens"]
     assert f"{saved:.1%} saved" in text
 
@@ -172,6 +174,67 @@ def test_charts_are_inline_svg_and_png_files(tmp_path):
     }
     assert 'aria-label="Loss, steps 0 to 100: training from 0.6980 to 0.5000; held-out from 0.6931' in page
     assert "#0072b2" not in re.sub(r"<style>.*?</style>", "", page, flags=re.S)  # all follow the theme
+
+
+def test_what_changed_comes_first_behind_its_roles(tmp_path, quick):
+    turns = [{"role": "system", "content": "Be <short>."}, {"role": "user", "content": "Why?"}]
+    samples = []
+    for row, (before, after) in enumerate(
+        [("same", "same"), ("old", "new"), ("still", "still"), ("cut", None)]
+    ):
+        one = {
+            "stage": 0,
+            "row": row,
+            "prompt": f"prompt {row}",
+            "chosen": None,
+            "turns": turns if row else None,
+        }
+        samples += [one | {"when": "start", "step": 0, "completion": before}]
+        samples += [one | {"when": "end", "step": 100, "completion": after}] if after else []
+    page = page_of(write_run(tmp_path / "run", samples=samples))
+    text = words(page)
+    assert "1 of 3 completions changed." in text
+    assert [int(row) for row in re.findall(r'aria-label="Row (\d)"', page)] == [1, 0, 2, 3]
+    assert "system: Be <short>. user: Why?" in text and "prompt 0" in text and "prompt 1" not in text
+    unchanged = [sample for sample in samples if sample["row"] in (0, 2)]
+    assert "None of 2 completions changed." in words(page_of(write_run(tmp_path / "run", samples=unchanged)))
+
+
+def test_rounding_is_0(tmp_path, quick):
+    """At the reference rewards are what rounding leaves; small losses and learning rates are none of it."""
+    lines = [train_line(0, step) for step in range(1, 31)]
+    noise = {"eval_rewards/chosen": -5.39e-14, "eval_rewards/rejected": 3e-7, "eval_kl": 1e-15}
+    moved = {"eval_rewards/chosen": 1.25, "eval_rewards/rejected": -2.0, "eval_kl": 0.5}
+    lines += [eval_line(0, 0, 0.7, **noise), eval_line(0, 30, 1e-9, **moved)]
+    run = write_run(tmp_path / "run", lines)
+    text = words(page_of(run))
+    assert "reward of the chosen 0 1.250 +1.25" in text and "reward of the rejected 0 −2.000" in text
+    assert "KL from the reference, nats a token 0 0.5000" in text and "1e-09" in text
+    assert read_run(run).series("eval_loss").value[-1] == 1e-9
+
+
+def test_two_evaluations_are_points_and_three_a_line(tmp_path):
+    dashed = "stroke-dasharray: 6.4"
+    for steps, there in (((0, 100), False), ((0, 50, 100), True)):
+        lines = [train_line(0, step) for step in range(1, 101)]
+        lines += [eval_line(0, step, 0.7 - step / 1000) for step in steps]
+        loss = (
+            page_of(write_run(tmp_path / "run", lines))
+            .partition('aria-label="Loss')[2]
+            .partition("</figure>")[0]
+        )
+        assert (dashed in loss) == there and "xlink" not in loss
+
+
+def test_no_absolute_path(tmp_path, quick, monkeypatch):
+    """A page that is sent on does not tell where it was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    events = [event(0, "start"), event(1, "stage", **STAGE)]
+    file = f"{tmp_path}/.cache/fastdpo/reference.sqlite"
+    events += [event(2, "reference", stage=0, source="cache", file=file, hits=1, misses=0)]
+    page = page_of(write_run(Path("runs/first"), events=events))
+    assert str(tmp_path) not in page and "~/.cache/fastdpo/reference.sqlite" in page
 
 
 def test_falling_chosen_logps_are_pointed_out(tmp_path, quick):
@@ -354,6 +417,8 @@ def test_thinning_keeps_spikes_and_smoothing_keeps_lines():
         (formatting.significant(-120.34), "−120.3"),
         (formatting.significant(123456.7), "123,457"),
         (formatting.significant(1e-6), "1e-06"),
+        (formatting.significant(-5.39e-14), "0"),
+        (formatting.signed(-5.39e-14), "0"),
         (formatting.significant(math.nan), "nan"),
         (formatting.signed(0.1234), "+0.123"),
         (formatting.duration(3.21), "3.2 s"),

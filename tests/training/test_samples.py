@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from transformers import GenerationConfig
+from transformers import AddedToken, GenerationConfig
 
 from fastdpo.model import support
 from fastdpo.model.policy import Policy
-from fastdpo.training.samples import complete
+from fastdpo.training.samples import complete, turns_of
 from tests import tiny
 
 
@@ -59,6 +59,64 @@ def test_each_prompt_is_completed_as_if_alone(tokenizer, model_type):
         assert row["prompt"] == tokenizer.decode(group.prompt, skip_special_tokens=True).strip()
         chosen = group.responses[group.chosen[0]].ids
         assert row["chosen"] == tokenizer.decode(chosen, skip_special_tokens=True).strip()
+
+
+class Spelling:
+    """A tokenizer whose tokens are words; some are special."""
+
+    def __init__(self, special):
+        self.words: list[str] = []
+        self.special = special
+
+    def ids(self, *words):
+        self.words += [word for word in words if word not in self.words]
+        return [self.words.index(word) for word in words]
+
+    @property
+    def added_tokens_decoder(self):
+        return {
+            i: AddedToken(word, special=True) for i, word in enumerate(self.words) if word in self.special
+        }
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.words[i] for i in ids]
+
+    def decode(self, ids):
+        return "".join(self.convert_ids_to_tokens(ids))
+
+
+SAID = [("system", "Be kind."), ("user", "Hello\nthere"), ("assistant", "Hi."), ("user", "user")]
+TEMPLATES = {  # what stands before a turn's text, and after it
+    "ChatML": (lambda role: ["<|im_start|>", f"{role}\n"], ["<|im_end|>", "\n"]),
+    "Llama 3": (lambda role: ["<|start_header_id|>", role, "<|end_header_id|>", "\n\n"], ["<|eot_id|>"]),
+    "Phi": (lambda role: [f"<|{role}|>", "\n"], ["<|end|>", "\n"]),
+    "DeepSeek": (lambda role: [f"<｜{role.title()}｜>"], []),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_turns_have_their_roles(name):
+    before, after = TEMPLATES[name]
+    words = [word for role, text in SAID for word in (*before(role), text, *after)] + before("assistant")
+    spelling = Spelling({word for word in words if word[:1] == "<"})
+    turns = turns_of(spelling, spelling.ids(*words))
+    assert [(turn["role"], turn["content"]) for turn in turns] == SAID
+
+
+def test_an_empty_turn_and_a_special_token_inside_one():
+    spelling = Spelling({"<|im_start|>", "<|im_end|>", "<|image|>"})
+    empty = ["<|im_start|>", "system\n", "<|im_end|>", "\n"]
+    ids = spelling.ids(*empty, "<|im_start|>", "user\nSee", "<|image|>", "this", "<|im_end|>", "\n")
+    assert turns_of(spelling, ids) == [{"role": "user", "content": "See\nthis"}]
+
+
+def test_turns_without_a_role_are_not_guessed():
+    spelling = Spelling({"<s>", "[INST]", "[/INST]", "</s>"})
+    ids = spelling.ids("<s>", "[INST]", " Why?", "[/INST]", " So.", "</s>", "[INST]", " And?", "[/INST]")
+    roles = ["user", "assistant", "user"]
+    assert [turn["role"] for turn in turns_of(spelling, ids)] == roles
+    assert turns_of(spelling, spelling.ids("<s>", "Once upon a time")) is None
+    assert turns_of(spelling, spelling.ids("Once", " upon")) is None
 
 
 def test_nothing_of_the_policy_changes(tokenizer):
