@@ -12,6 +12,7 @@ from typing import Literal
 
 from benchmarks.lengths import PairLengths
 from benchmarks.models import BenchModel
+from fastdpo.model.flops import attended, causal, useful
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,6 @@ class Work:
     head_rows: int  # M
 
 
-def causal(L: int) -> int:
-    """(query, key) pairs of a causal row."""
-    return L * (L + 1) // 2
-
-
 def work(lengths: Sequence[PairLengths], how: How) -> Work:
     """One forward over these pairs.
 
@@ -58,9 +54,7 @@ def work(lengths: Sequence[PairLengths], how: How) -> Work:
     scored = sum(row.chosen + row.rejected for row in lengths)
     if how.shared_prompt:
         places = sum(row.prompt + row.chosen + row.rejected - 2 for row in lengths)
-        attended = sum(
-            causal(row.prompt) + sum((R - 1) * row.prompt + causal(R - 1) for R in row[1:]) for row in lengths
-        )
+        pairs = sum(attended(row.prompt, row[1:]) for row in lengths)
     else:
         size = how.padded_to or 1
         batches = [lengths[i : i + size] for i in range(0, len(lengths), size)]
@@ -68,8 +62,8 @@ def work(lengths: Sequence[PairLengths], how: How) -> Work:
         if how.padded_to:
             longest = [max(row.prompt + R for row in batch for R in row[1:]) for batch in batches]
             widths = [width for batch, width in zip(batches, longest) for _ in range(2 * len(batch))]
-        places, attended = sum(widths), sum(map(causal, widths))
-    return Work(places, attended, scored if how.scored_head_rows == "scored" else places)
+        places, pairs = sum(widths), sum(map(causal, widths))
+    return Work(places, pairs, scored if how.scored_head_rows == "scored" else places)
 
 
 def fewest(model: BenchModel) -> int:
@@ -101,10 +95,10 @@ def step_flops(model: BenchModel, lengths: Sequence[PairLengths], how: How) -> d
     """
     done = work(lengths, how)
     N, A = model.body_params, model.lora_params
-    weights = 2 * (N + A) + (A or N) + how.checkpointing * recomputed(model) + how.reference_forward * N
-    body = 2 * done.places * weights
     pair = 4 * model.head_dim * model.heads * model.layers
-    attention = pair * done.attended * (3 + how.checkpointing + how.reference_forward)
+    body, attention = useful(N, A, pair, done.places, done.attended)
+    body += 2 * done.places * (how.checkpointing * recomputed(model) + how.reference_forward * N)
+    attention += pair * done.attended * (how.checkpointing + how.reference_forward)
     units = (fewest(model) if how.head_units is None else how.head_units) + how.reference_forward
     head = units * 2 * done.head_rows * model.vocab * model.hidden
     return {"body": body, "attention": attention, "head": head, "total": body + attention + head}

@@ -52,6 +52,7 @@ import fastdpo
 WHAT = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 WORDS = "the a one red blue old cat dog bird house tree sees likes finds near under with no".split()
 UNTIMED = set("tokens_per_second pairs_per_second peak_memory_gb time seconds versions device clock".split())
+UNTIMED |= {"tflops_per_second", "idle_share", "idle_seconds", "seconds_left"}
 UNTIMED |= {"bytes", "digest", "files", "config"}  # of files that hold such; and what config.yaml has
 MASKS = (
     (r"━.*", "━"),  # how far a progress bar came, and how fast

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from datetime import datetime, timedelta
 
 _NOISE = 1e-12  # what sums of float64 leave of 0; nothing that is reported is so small
 
@@ -54,6 +55,20 @@ def duration(seconds: float) -> str:
         if count or parts:
             parts.append(f"{count} {unit}" if count else "")
     return " ".join(filter(None, parts[:2]))
+
+
+def about(seconds: float) -> str:
+    """An estimate, no finer than it can be: about 40 s, about 12 min, about 3 h 5 min."""
+    grains = ((100, 10), (600, 30), (3600, 60), (36000, 300))
+    grain = next((grain for limit, grain in grains if seconds < limit), 3600)
+    return f"about {duration(max(1, round(seconds / grain)) * grain)}"
+
+
+def at_time(when: datetime, now: datetime) -> str:
+    """18:40, Tue 18:40, 3 Dec: no more of it than is needed to find it."""
+    if when.date() == now.date():
+        return f"{when:%H:%M}"
+    return f"{when:%a %H:%M}" if when - now < timedelta(days=6) else f"{when.day} {when:%b}"
 
 
 def counted(number: int, noun: str) -> str:

@@ -95,7 +95,7 @@ def load_groups(
     seen: set[bytes] = set()
     numbered = enumerate(rows)
     with make_progress(console) as bar:
-        task = bar.add_task("reading rows", total=len(rows), info="")
+        task = bar.add_task("reading rows", total=len(rows), unit="rows", info="")
         while chunk := list(islice(numbered, _CHUNK)):
             outcomes = _outcomes(chunk, encoder, limits, chat, rows.layout, report)
             for (number, _), outcome in zip(chunk, outcomes):

@@ -67,7 +67,7 @@ def try_all(children: Children, ladders: tuple[Ladder, ...], console: Console) -
     trials += [(name, "", check) for name, check in OTHERS]
     outcomes = {}
     with make_progress(console) as progress:
-        bar = progress.add_task("checks", total=len(trials), info="")
+        bar = progress.add_task("checks", total=len(trials), unit="checks", info="")
         for name, rung, check in trials:
             progress.update(bar, info=f"{name} {rung}")
             arguments = {"device": device} | ({"rung": rung} if rung else {})

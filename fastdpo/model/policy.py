@@ -10,11 +10,13 @@ from typing import Any, cast, overload
 import torch
 from fastdpo_kernels import Plan, backend, default_budget, linear_logp, plan
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from fastdpo.console.formatting import gigabytes
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model import attention
 from fastdpo.model.activations import set_up_activations
@@ -199,6 +201,7 @@ def load_policy(spec: ModelSpec, console: Console) -> Policy:
     model_config = load_model_config(spec)
     in_4bit = spec.load_in_4bit or bool(getattr(model_config, "quantization_config", None))
     dropped = switch_off_dropout(model_config)
+    tell_loading(start.model, console)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             start.model,
@@ -225,6 +228,14 @@ def load_policy(spec: ModelSpec, console: Console) -> Policy:
     policy = Policy(model, dtype, dropped, named_budget(spec.head_memory))
     policy.head_budget = policy.head_budget or policy.default_budget()
     return policy
+
+
+def tell_loading(model: str, console: Console) -> None:
+    """Before weights that may take long: over 2 GB, or of the hub, which may have to be fetched."""
+    size = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+    if size > 2e9 or not Path(model).is_dir():
+        what = f" of {model}, {gigabytes(size)}" if size else f" of {model}"
+        console.print(escape(f"loading the weights{what}"), highlight=False, soft_wrap=True)
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:

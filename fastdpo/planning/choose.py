@@ -41,6 +41,7 @@ def choose(config: Config, model_config, groups, console: Console, target: Targe
         if now.total <= budget:
             say(f"memory: {show.verdict(now, budget)}, predicted")
             continue
+        say("memory: it does not fit as configured: what would is searched for, which takes a while")
         found = planner.fitting(stage, budget)
         found = found and planner.checked(stage, found, budget)
         if found is None:

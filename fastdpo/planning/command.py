@@ -5,13 +5,14 @@ from rich.console import Console
 from fastdpo.config.keys import Config
 from fastdpo.data.load import load_data
 from fastdpo.errors import DataError, ModelError
+from fastdpo.model.cards import CARDS
 from fastdpo.model.policy import load_model_config, load_tokenizer
 from fastdpo.model.spec import ModelSpec
 from fastdpo.planning import show
 from fastdpo.planning.choose import budget_of
 from fastdpo.planning.prediction import assumed_groups, selected, step_loads
 from fastdpo.planning.search import SURE, Option, Planner
-from fastdpo.planning.target import CARDS, Target
+from fastdpo.planning.target import Target
 from fastdpo.training.job import check_stepping, job_of, part, stage_job
 from fastdpo.values import not_one_of
 
@@ -53,6 +54,7 @@ def plan_stage(config: Config, model_config, groups, target: Target, budget, con
         console.print(line, highlight=False, soft_wrap=True)
     if budget is None or now.prediction.total <= budget:
         return True
+    console.print("it does not fit: each setting that saves memory is tried, which takes a while")
     options = list(planner.singles(config))
     found = planner.fitting(config, budget)
     if found is not None:

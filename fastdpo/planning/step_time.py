@@ -1,8 +1,7 @@
 """An estimate of an optimizer step's time: matrix products by formula, over a share of the card's rate.
 
-A multiply-add is 2. Letters: T places that go through the decoder layers, N weights of their linear layers, A
-weights of a LoRA, M scored rows, H heads, d a head's size. Experts of a mixture are not linear layers, and
-are not counted.
+The formula is model/flops.py's, with what is computed again on top. Experts of a mixture are not linear
+layers, and are not counted.
 """
 
 from dataclasses import dataclass
@@ -13,13 +12,15 @@ from transformers.initialization import no_init_weights
 
 from fastdpo.config.keys import Config
 from fastdpo.data.packing import places, split_step
+from fastdpo.model.cards import Card
+from fastdpo.model.flops import attended, useful
 from fastdpo.model.quantised import quantised_linears
 from fastdpo.model.support import sharing_refusal
 from fastdpo.optim.bytes import host_state_bytes, state_bytes
 from fastdpo.optim.spec import OptimSpec
 from fastdpo.planning.fake_model import head_policy, trains_all, with_layers
-from fastdpo.planning.target import Card, Target
-from fastdpo.records import Groups, PreferenceGroup
+from fastdpo.planning.target import Target
+from fastdpo.records import Groups
 from fastdpo.training.job import part
 
 # The share of a card's dense bf16 rate that a step's matrix products reach: an assumption, not measured yet.
@@ -92,18 +93,13 @@ def step_time(config: Config, model_config, groups: Groups, target: Target, shap
 
 
 def _body_flops(config: Config, shape: Shape, T: int, part: Groups) -> int:
-    """Forward 2 T (N + A), as much for the gradients of inputs, 2 T N or 2 T A for those of weights;
-    attention 4 d H a pair forward and 8 backward; recomputed layers a forward more."""
+    """Forward and backward, and of recomputed layers a forward more."""
     A, N, level = shape.lora(config), shape.body, config.gradient_checkpointing
     again = 0 if level in (False, "selective") else 1 / int(level)
-    attention = 4 * shape.head_dim * shape.heads * shape.layers * sum(map(_attended, part))
-    weights = 2 * (N + A) + (N if trains_all(config) else A) + again * (N + A)
+    forward = 4 * shape.head_dim * shape.heads * shape.layers
+    pairs = sum(attended(len(group.prompt), (len(r.ids) for r in group.responses)) for group in part)
+    body, attention = useful(N, A, forward, T, pairs)
+    more = again * (N + A)
     if config.tiled_mlp and not again:
-        weights += 2 / 3 * N  # the MLPs, about two thirds of a layer, once more
-    return int(2 * T * weights + attention * (3 + again))
-
-
-def _attended(group: PreferenceGroup) -> int:
-    """(query, key) pairs of a head, the prompt once."""
-    prompt, causal = len(group.prompt), lambda n: n * (n + 1) // 2
-    return causal(prompt) + sum(n * prompt + causal(n) for n in (len(r.ids) - 1 for r in group.responses))
+        more += 2 / 3 * N  # the MLPs, about two thirds of a layer, once more
+    return int(body + attention + 2 * T * more + again * forward * pairs)

@@ -1,12 +1,12 @@
 """The device that a plan is for: what it computes with, and what it needs beside what a step allocates."""
 
-import re
 from dataclasses import dataclass
 
 import torch
 from fastdpo_kernels import backend, tiles
 
 from fastdpo.config.keys import Config
+from fastdpo.model.cards import CARDS, Card, card_named
 
 # What a process takes of a card that torch's allocator does not count: the context, loaded kernels.
 # An assumption, not measured yet: 450 to 700 MB are usual with CUDA 12 and 13.
@@ -17,40 +17,6 @@ CUBLAS = {True: 64 << 20, False: 16 << 20}
 # Memory that the allocator holds and cannot use, as a share of what comes and goes in a step (weights and
 # states stay where they are). An assumption, not measured yet.
 SLACK = 0.05
-
-
-@dataclass(frozen=True)
-class Card:
-    """A GPU: dense bf16 tensor FLOP/s with fp32 accumulation, bytes/s of its memory, bytes of it,
-    capability."""
-
-    flops: float
-    bandwidth: float
-    memory: int
-    capability: tuple[int, int]
-
-
-# From NVIDIA's data sheets and architecture whitepapers (dense rates; the 30 and 40 series accumulate in
-# fp32 at half of their rate for fp16).
-CARDS = {
-    "RTX 3090": Card(71e12, 936e9, 24 << 30, (8, 6)),
-    "RTX 4090": Card(165.2e12, 1008e9, 24 << 30, (8, 9)),
-    "RTX 5090": Card(209.5e12, 1792e9, 32 << 30, (12, 0)),
-    "A10": Card(125e12, 600e9, 24 << 30, (8, 6)),
-    "L4": Card(121e12, 300e9, 24 << 30, (8, 9)),
-    "L40S": Card(362e12, 864e9, 48 << 30, (8, 9)),
-    "A100": Card(312e12, 2039e9, 80 << 30, (8, 0)),
-    "H100": Card(989e12, 3350e9, 80 << 30, (9, 0)),
-    "H200": Card(989e12, 4800e9, 141 * 10**9, (9, 0)),
-    "B200": Card(2250e12, 8000e9, 180 * 10**9, (10, 0)),
-}
-
-
-def card_named(name: str) -> Card | None:
-    """The card whose name is part of a device's name, as in "NVIDIA H100 80GB HBM3"; as words of it, for an
-    L40 is no L4."""
-    found = [known for known in CARDS if re.search(rf"\b{known}\b", name, re.IGNORECASE)]
-    return CARDS[max(found, key=len)] if found else None
 
 
 @dataclass(frozen=True)

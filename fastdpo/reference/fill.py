@@ -14,6 +14,7 @@ import torch
 from rich.markup import escape
 from torch import Tensor
 
+from fastdpo.console.formatting import counted
 from fastdpo.console.progress import make_progress
 from fastdpo.data.packing import in_row_order, pack
 from fastdpo.errors import DeadEndError, FastDPOError, TrainingError
@@ -101,8 +102,12 @@ def _fill(policy, packs, cache: RefCache, console, check) -> tuple[int, int]:
     """Computes and stores the packs with a missing response; returns (packs, tokens) computed."""
     todo = [(groups, keys) for groups, keys in packs if any(key not in cache.values for key in keys)]
     done = tokens = 0
+    if len(todo) > 1:
+        missing = sum(key not in cache.values for key in chain.from_iterable(keys for _, keys in todo))
+        text = f"reference: {counted(missing, 'response')} to compute, in {counted(len(todo), 'pack')}"
+        console.print(text, highlight=False, soft_wrap=True)
     with make_progress(console) as bar:
-        task = bar.add_task("reference", total=len(todo), info="")
+        task = bar.add_task("reference", total=len(todo), unit="packs", info="")
         try:
             for keys, computed in _in_turn(policy, todo, cache):
                 if computed is not None:

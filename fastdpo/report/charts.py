@@ -151,6 +151,20 @@ _KL = (
     "How far the policy has moved from the reference: Schulman's k2 estimate on the data's own tokens, "
     "not on text that the policy wrote."
 )
+
+
+def _share(of: str):
+    return lambda history, chart: f"Median {np.median(chart.curves[0].series.value):.0%} {of}."
+
+
+_MFU = _share(
+    "of the GPU's dense bf16 rate by its data sheet: what a step cannot do without, each shared prompt once, "
+    "only scored rows of the lm_head, nothing that is computed a second time"
+)
+_IDLE = _share(
+    "of the time: on a GPU between microbatches and updates, on a CPU of its threads, which also wait where "
+    "other processes have the cores"
+)
 _ONCE = _median("tokens/s, prompts counted once where they are shared")
 _CHARTS: tuple[tuple, ...] = (
     # (file name, title, unit, metric, levels to compare with, note or what writes it)
@@ -164,5 +178,7 @@ _CHARTS: tuple[tuple, ...] = (
     ("learning_rate", "Learning rate", "", "learning_rate", [], _learning_rate),
     ("pairs_per_second", "Pairs per second", "pairs/s", "pairs_per_second", [], _median("pairs/s")),
     ("tokens_per_second", "Tokens per second", "tokens/s", "tokens_per_second", [], _ONCE),
+    ("mfu", "Model FLOP utilisation", "share of the peak", "mfu", [], _MFU),
+    ("idle_share", "Idle share", "share of the time", "idle_share", [], _IDLE),
     ("memory", "Peak memory", "GB", "peak_memory_gb", [], _memory),
 )

@@ -14,7 +14,7 @@ from fastdpo.files import durable
 from fastdpo.report.charts import charts, description, drawable, marks, said
 from fastdpo.report.history import RunHistory, read_run
 from fastdpo.report.plots import draw, draw_lengths
-from fastdpo.report.story import ending, headline_numbers, stage_tables, timeline
+from fastdpo.report.story import ending, headline_numbers, stage_tables, throughput, timeline
 
 _LONGEST = 6000  # characters of a prompt or completion that the page shows
 _CHECKPOINTS = 20  # that the timeline shows
@@ -48,6 +48,7 @@ def render(history: RunHistory) -> str:
         "data": _data,
         "lengths": _lengths,
         "stages": lambda h: [s for s in h.stages() if "first_step_tokens" in s],
+        "throughput": throughput,
         "timeline": lambda h: timeline(h, _CHECKPOINTS),
         "environment": _environment,
     }

@@ -4,7 +4,7 @@ from datetime import datetime
 
 import numpy as np
 
-from fastdpo.console.formatting import counted, duration, gigabytes, percent, signed, significant
+from fastdpo.console.formatting import about, counted, duration, gigabytes, percent, signed, significant
 from fastdpo.report.history import RunHistory
 
 # (metric, what it is called, and at the top, how it is written, whether lower is better; None: neither)
@@ -41,7 +41,7 @@ def ending(history: RunHistory) -> dict:
         "stopped": ("stopped", f"Stopped by {last.get('signal') or 'a signal'} at {where}{took}", way_on),
         "error": ("failed", f"Failed at {where}{took}", str(last.get("message") or "")),
         None: ("unknown", f"At {where}", "events.jsonl does not say whether the run ended."),
-    }.get(last.get("event"), ("running", f"At {where}{took}", f"{going_on} {way_on}"))
+    }.get(last.get("event"), ("running", f"At {where}{took}{_left(history)}", f"{going_on} {way_on}"))
     return {
         "state": state,
         "headline": headline,
@@ -50,6 +50,32 @@ def ending(history: RunHistory) -> dict:
         "planned": planned if known else None,
         "model": _which_weights(history, state),
     }
+
+
+def _left(history: RunHistory) -> str:
+    """What the newest logged line knows of the time left."""
+    stages = history.stages()
+    if (
+        not stages
+        or not len(left := history.series("seconds_left", stages[-1]["stage"]).value)
+        or not left[-1]
+    ):
+        return ""
+    of = f" of stage {len(stages)}" if len(history.config.get("stages") or []) > 1 else ""
+    return f", {about(left[-1])} left{of}"
+
+
+def throughput(history: RunHistory) -> str:
+    """How fast it went, in a line: the medians of what was logged."""
+    median = lambda name: float(np.median(found)) if len(found := history.series(name).value) else None
+    wording = {
+        "pairs_per_second": lambda v: f"{significant(v, 3)} pairs/s",
+        "tokens_per_second": lambda v: f"{significant(v, 3)} tokens/s",
+        "tflops_per_second": lambda v: f"{significant(v, 3)} TFLOP/s",
+        "mfu": lambda v: f"model FLOP utilisation {v:.0%}",
+        "idle_share": lambda v: f"idle {v:.0%}",
+    }
+    return ", ".join(word(v) for name, word in wording.items() if (v := median(name)) is not None)
 
 
 def _which_weights(history: RunHistory, state: str) -> str:

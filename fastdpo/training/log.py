@@ -1,12 +1,13 @@
 """Where a run's numbers go: metrics.jsonl, the progress bar and the lines above it."""
 
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from fastdpo.console.formatting import all_ties
+from fastdpo.console.formatting import about, all_ties, at_time, counted, duration
 from fastdpo.console.progress import make_progress
 from fastdpo.data.packing import places
 from fastdpo.files import durable
@@ -14,6 +15,7 @@ from fastdpo.model.experts import experts
 from fastdpo.objectives.seam import Coupled
 from fastdpo.training.held_out import standard_error
 from fastdpo.training.metrics import Sums, Window
+from fastdpo.training.speed import Pace
 from fastdpo.training.stage import Stage, step_groups
 
 _SHOWN = {
@@ -27,38 +29,59 @@ _SHOWN = {
     "learning_rate": "lr {:.2e}",
     "pairs_per_second": "{:.1f} pairs/s",
 }
+SOON, MORE = 60, 5  # seconds; steps
 
 
 class RunLog:
     """The log of a run: what each line says goes to metrics.jsonl, the trackers and the screen."""
 
-    def __init__(self, run: Path, console: Console, trackers):
-        self.console, self.stage = console, 0
+    def __init__(self, run: Path, console: Console, trackers, stages: int = 1):
+        self.console, self.stage, self.stages = console, 0, stages
+        self._estimate = 0.0  # seconds left, as last said
         self._file, self._by_prompt, self._trackers = run / "metrics.jsonl", run / "held_out.jsonl", trackers
 
     @contextmanager
     def bar(self, name: str, done: int, total: int):
         with make_progress(self.console) as self._progress:
-            self._task = self._progress.add_task(name, completed=done, total=total, info="")
+            self._task = self._progress.add_task(name, completed=done, total=total, unit="steps", info="")
             yield
 
     def track(self, batches: list, what: str):
         """Yields the batches under a bar of their own, gone when they are done."""
-        task = self._progress.add_task(what, total=len(batches), info="", visible=len(batches) > 1)
+        total, visible = len(batches), len(batches) > 1
+        task = self._progress.add_task(what, total=total, unit="packs", info="", visible=visible)
         for batch in batches:
             yield batch
             self._progress.update(task, advance=1)
         self._progress.remove_task(task)
 
-    def advance(self, window: Window) -> None:
-        """One optimizer step done."""
+    def advance(self, window: Window, left: float) -> None:
+        """One optimizer step done, and about so many seconds of the stage left."""
         speed = window.throughput()
         pairs = f"{speed['pairs_per_second']:.1f} pairs/s · " if window.pairs else ""
-        info = f"{pairs}{speed['tokens_per_second']:,.0f} tokens/s · {speed['peak_memory_gb']:.1f} GB"
-        self._progress.update(self._task, advance=1, info=info)
+        info = f"{pairs}{speed['tokens_per_second']:,.0f} tokens/s · "
+        info += f"MFU {speed['mfu']:.0%} · " if "mfu" in speed else ""
+        info += f"idle {speed['idle_share']:.0%} · " if window.idle.on_gpu else ""
+        info += f"{speed['peak_memory_gb']:.1f} GB"
+        self._progress.update(self._task, advance=1, info=info, left=left)
 
-    def train(self, step: int, epoch: float, window: Window) -> None:
+    def estimate(self, step: int, steps_left: int, pace: Pace, left: float) -> None:
+        """Says how long a stage will take: after the first step, and, where five others have shown that to be
+        off by a fifth, after these. Of what is soon over, nothing."""
+        off = abs(left - self._estimate) > self._estimate / 5
+        if left < SOON or not (pace.steps == 0 or (pace.steps == MORE and off)):
+            return
+        self._estimate, now = left, datetime.now()
+        took = f"step {step} took {duration(pace.step)}"
+        if pace.steps:
+            took = f"steps {step - pace.steps + 1} to {step} took {duration(pace.step)} each"
+        of = f" of stage {self.stage + 1} of {self.stages}" if self.stages > 1 else ""
+        until = at_time(now + timedelta(seconds=left), now)
+        self.say(f"{took}: {about(left)} for the {counted(steps_left, 'step')} to come{of}, until {until}")
+
+    def train(self, step: int, epoch: float, window: Window, left: float) -> None:
         record = {"step": step, "epoch": round(epoch, 4), **window.sums.means(), **window.throughput()}
+        record["seconds_left"] = round(left)
         self._tell(record, f"step {step:>5}", record)
 
     def held_out(self, step: int, sums: Sums, by_prompt: dict[str, list[float]]) -> None:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastdpo.model.cards import card_named
 from fastdpo.moving import to_device
 from fastdpo.objectives.seam import Reward
 from fastdpo.records import PackedGroups, ResponseLogps
+from fastdpo.training.speed import Idle
 
 EVAL_STATS = ("entropy", "mean_logit", "is_top1")
 
@@ -118,7 +120,13 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-_COUNTS = ("num_tokens", "pairs", "responses", "tokens", "first_pass")
+def peak_flops() -> float | None:
+    """Dense bf16 FLOP/s of the GPU by its data sheet; None where it is not known, or there is none."""
+    card = card_named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return card.flops if card else None
+
+
+_COUNTS = ("num_tokens", "pairs", "responses", "tokens", "first_pass", "flops")
 
 
 @dataclass
@@ -132,8 +140,15 @@ class Window:
     responses: int = 0
     tokens: int = 0
     first_pass: int = 0  # tokens of forwards without gradient that the objective needed first
+    flops: int = 0  # see model/flops.py; 0 where they are not counted
+    idle: Idle = field(default_factory=Idle)
 
-    def count(self, batch: PackedGroups) -> None:
+    def next(self) -> "Window":
+        """The one after a log line."""
+        return Window(num_tokens=self.num_tokens, idle=self.idle.next())
+
+    def count(self, batch: PackedGroups, flops: int) -> None:
+        self.flops += flops
         self.pairs += len(batch.pairs)
         self.responses += len(batch.cu_resp) - 1
         self.tokens += batch.input_tokens
@@ -142,18 +157,22 @@ class Window:
     def state(self) -> dict:
         """What `restored` goes on from; JSON."""
         counts = {name: getattr(self, name) for name in _COUNTS}
-        return {"sums": self.sums.state(), "seconds": time.perf_counter() - self.start, "counts": counts}
+        seconds = time.perf_counter() - self.start
+        idle = self.idle.share(seconds) * seconds
+        return {"sums": self.sums.state(), "seconds": seconds, "idle_seconds": idle, "counts": counts}
 
     @classmethod
     def restored(cls, state: dict, device) -> "Window":
         start = time.perf_counter() - state["seconds"]
-        return cls(Sums.restored(state["sums"], device), start, **state["counts"])
+        idle = Idle.restored(state["seconds"], state["idle_seconds"])
+        return cls(Sums.restored(state["sums"], device), start, **state["counts"], idle=idle)
 
     @contextlib.contextmanager
     def paused(self):
         """Time spent inside is no training time."""
         start = time.perf_counter()
-        yield
+        with self.idle.paused():
+            yield
         self.start += time.perf_counter() - start
 
     def throughput(self) -> dict:
@@ -163,9 +182,33 @@ class Window:
             "responses_computed": self.responses,
             "tokens_per_second": round(self.tokens / seconds, 1),
             "peak_memory_gb": round(peak_memory_gb(), 3),
+            "idle_share": round(self.idle.share(seconds), 4),
         }
+        if self.flops:
+            out["tflops_per_second"] = float(f"{self.flops / seconds / 1e12:.4g}")
+            if peak := peak_flops():
+                out["mfu"] = round(self.flops / seconds / peak, 4)
         if self.first_pass:
             out["first_pass_tokens"] = self.first_pass
         if self.pairs:
             out["pairs_per_second"] = round(self.pairs / seconds, 3)
         return out
+
+
+@dataclass
+class Progress:
+    """How far a stage is: with the weights and the optimizer's state, all that its next step depends on."""
+
+    steps: int = 0
+    evaluated: bool = False  # False while held-out rows are due at this step
+    eval_loss: float | None = None  # at this step
+    best: dict | None = None  # {"step", "eval_loss"} of the stage's best checkpoint
+    memory: dict[str, float] = field(default_factory=dict)  # the objective's own (BCO's running mean)
+    window: Window = field(default_factory=Window)
+
+    def state(self) -> dict:
+        return {**vars(self), "window": self.window.state()}
+
+    @classmethod
+    def restored(cls, state: dict, device) -> "Progress":
+        return cls(**state | {"window": Window.restored(state["window"], device)})

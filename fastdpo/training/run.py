@@ -68,7 +68,7 @@ class Run:
 
     def __post_init__(self):
         self.checkpoints, self.start = self.folder / "checkpoints", time.perf_counter()
-        self.log = RunLog(self.folder, self.console, self.trackers)
+        self.log = RunLog(self.folder, self.console, self.trackers, len(self.job.stages))
 
     @property
     def fresh_lora(self) -> bool:

@@ -1,14 +1,17 @@
 """Greedy completions of a few prompts, before and after training, for the report."""
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from rich.console import Console
 from rich.markup import escape
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
+from fastdpo.console.progress import make_progress
 from fastdpo.model.policy import Policy
 from fastdpo.records import PreferenceGroup
 
@@ -37,9 +40,13 @@ def complete(
     )
     completions: dict[int, list[int]] = {}
     try:
-        with policy.stock(), policy.autocast():
-            for batch, room in batches(policy, groups, max_new_tokens):
-                completions |= zip(map(id, batch), generate(model, batch, room))
+        calls = list(batches(policy, groups, max_new_tokens))
+        with policy.stock(), policy.autocast(), make_progress(console or Console()) as bar:
+            total = sum(room for _, room in calls)
+            task = bar.add_task("sample completions", total=total, unit="tokens", info="")
+            for batch, room in calls:
+                completions |= zip(map(id, batch), generate(model, batch, room, partial(bar.advance, task)))
+            bar.update(task, completed=total)  # all may have ended before
     except Exception as error:  # whatever a model's own generation code raises
         why = escape(f"{type(error).__name__}: {error}")
         (console or Console()).print(f"[yellow]no sample completions: {why}", soft_wrap=True)
@@ -112,14 +119,22 @@ def batches(policy: Policy, groups: list[PreferenceGroup], max_new_tokens: int):
     yield from (([g], new) for g, new in zip(groups, room) if new < max_new_tokens)
 
 
-def generate(model, groups: list[PreferenceGroup], max_new_tokens: int) -> list[list[int]]:
-    """The new ids of each prompt, padding and all."""
+def generate(
+    model, groups: list[PreferenceGroup], max_new_tokens: int, each: Callable[[], object] = lambda: None
+) -> list[list[int]]:
+    """The new ids of each prompt, padding and all; `each` is called after each token of all of them."""
     prompts = [torch.tensor(group.prompt) for group in groups]
     padded = partial(pad_sequence, batch_first=True, padding_side="left")
     ids = padded(prompts, padding_value=model.generation_config.pad_token_id)
     mask = padded([torch.ones_like(prompt) for prompt in prompts])
     device = model.get_input_embeddings().weight.device
+
+    def goes_on(ids: Tensor, scores, **_) -> Tensor:
+        each()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     out = model.generate(
-        input_ids=ids.to(device), attention_mask=mask.to(device), max_new_tokens=max_new_tokens
+        **inputs, max_new_tokens=max_new_tokens, stopping_criteria=StoppingCriteriaList([goes_on])
     )
     return out[:, ids.shape[1] :].tolist()

@@ -4,8 +4,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from fastdpo.data.mismatched import mismatched
 from fastdpo.data.packing import Packing, epoch_order, in_row_order, pack, split_step
 from fastdpo.errors import DeadEndError
 from fastdpo.model.experts import Balance, coefficient, mean_of
+from fastdpo.model.flops import Counted
 from fastdpo.model.policy import Policy
 from fastdpo.objectives import Rescaled
 from fastdpo.optim.optimizers import make_optimizer, set_schedule
@@ -25,26 +25,8 @@ from fastdpo.training.accumulate import Accumulator, NotFinite, context_of
 from fastdpo.training.failures import WAY_OUT, Explain, memory_guard, not_finite, update_guard
 from fastdpo.training.held_out import by_prompt
 from fastdpo.training.job import RESCALES, StageJob, total_steps
-from fastdpo.training.metrics import EVAL_STATS, Sums, Window, add_kl, add_pair_metrics, add_token_metrics
-
-
-@dataclass
-class Progress:
-    """How far a stage is: with the weights and the optimizer's state, all that its next step depends on."""
-
-    steps: int = 0
-    evaluated: bool = False  # False while held-out rows are due at this step
-    eval_loss: float | None = None  # at this step
-    best: dict | None = None  # {"step", "eval_loss"} of the stage's best checkpoint
-    memory: dict[str, float] = field(default_factory=dict)  # the objective's own (BCO's running mean)
-    window: Window = field(default_factory=Window)
-
-    def state(self) -> dict:
-        return {**vars(self), "window": self.window.state()}
-
-    @classmethod
-    def restored(cls, state: dict, device) -> "Progress":
-        return cls(**state | {"window": Window.restored(state["window"], device)})
+from fastdpo.training.metrics import EVAL_STATS, Progress, Sums, add_kl, add_pair_metrics, add_token_metrics
+from fastdpo.training.speed import Pace
 
 
 class Stage:
@@ -70,6 +52,7 @@ class Stage:
         self.mismatched, self.eval_mismatched = aside(self.groups), aside(self.eval_groups)
         self.per_epoch = math.ceil(len(self.groups) / job.batch_size)
         self.total = total_steps(job, len(self.groups))
+        self.counted, self.pace = Counted.of(policy), Pace()
         self.drifts: list[Tensor] | None = None  # of the first step's microbatches, while it runs
         self.ahead: tuple = (None, None)  # (groups, the same packed) of a microbatch that is to come
 
@@ -98,6 +81,7 @@ class Stage:
             self.drifts = [] if self.reference and progress.steps == 0 else None
             steps = step_groups(self.groups, self.job, self.total, progress.steps)
             for groups, following in itertools.pairwise(itertools.chain(steps, [[]])):
+                self.pace.begin()
                 step = run.place.first + progress.steps + 1
                 norm = self.step(groups, progress, step, optimizer, following)
                 if self.drifts is not None:
@@ -105,11 +89,12 @@ class Stage:
                     self.drifts = None
                 progress.window.sums.add("grad_norm", norm)
                 progress.window.sums.add("learning_rate", schedule.get_last_lr()[0])
-                with self.updating(step, groups):
+                with self.updating(step, groups, progress):
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 schedule.step()
                 progress.steps += 1
+                self.pace.stepped()
                 self.log_step(run, progress)
                 settle()
         return progress
@@ -119,21 +104,34 @@ class Stage:
 
     def log_step(self, run, progress: Progress) -> None:
         i, job, window = progress.steps, self.job, progress.window
-        run.log.advance(window)
+        window.idle.read()
+        left = self.seconds_left(i)
+        run.log.advance(window, left)
         if self.due(i, job.logging_steps):
-            run.log.train(run.place.first + i, i / self.per_epoch, window)
-            progress.window = Window(num_tokens=window.num_tokens)
+            run.log.train(run.place.first + i, i / self.per_epoch, window, left)
+            progress.window = window.next()
+        run.log.estimate(run.place.first + i, self.total - i, self.pace, left)
         evaluates = self.due(i, job.eval_steps) or (job.load_best and self.due(i, job.save_steps))
         progress.evaluated, progress.eval_loss = not evaluates, None
+
+    def seconds_left(self, steps: int) -> float:
+        """Of this stage, after so many steps, about."""
+        due = lambda every: -(-self.total // every) - steps // every  # the last step's too
+        saves = due(self.job.save_steps or self.total)
+        checks = max(due(self.job.eval_steps or self.total), saves if self.job.load_best else 0)
+        return self.pace.left(self.total - steps, held_out=checks, checkpoint=saves)
 
     def settle(self, run, progress: Progress, eval_batches, optimizer) -> None:
         """Evaluates and saves where due; after a signal saves and raises Stopped."""
         with progress.window.paused():
-            self.evaluate(eval_batches, run, progress)
+            if not progress.evaluated:
+                with self.pace.of("held_out"):
+                    self.evaluate(eval_batches, run, progress)
             due = self.due(progress.steps, self.job.save_steps)
             if due or (run.stopping.requested and progress.steps):
                 # what only a signal made must not be the best, or the run would end as no other
-                run.save(optimizer, progress, may_be_best=due)
+                with self.pace.of("checkpoint"):
+                    run.save(optimizer, progress, may_be_best=due)
         run.stopping.check()
 
     def step(self, groups: Groups, progress: Progress, step: int, optimizer=None, following=None):
@@ -147,14 +145,14 @@ class Stage:
             if self.drifts is not None:
                 self.drifts.append(self.drift(logps))
             self.add_metrics(window.sums, logps)
-            window.count(batch)
+            window.count(batch, self.counted.flops(batch) if self.counted else 0)
 
         parameters, in_backward = self.policy.trained(), self.job.optim.optimizer_in_backward
         accumulator = Accumulator(
             parameters=parameters,
             microbatches=self.microbatches,
             score=self.score,
-            guard=partial(memory_guard, step, explain=self.explain),
+            guard=lambda batch: window.idle.busy(memory_guard(step, batch, self.explain)),
             see=see,
             memory=dict(progress.memory),
             in_backward=optimizer if in_backward else None,
@@ -165,7 +163,7 @@ class Stage:
         except NotFinite as stop:
             raise not_finite(step, *stop.args) from None
         clip, limit = torch.nn.utils.clip_grad_norm_, self.job.optim.max_grad_norm or math.inf
-        with self.updating(step, groups):
+        with self.updating(step, groups, progress):
             norm = optimizer.end_backward() if in_backward else clip(parameters, limit)
         if following:
             self.look_ahead(following)
@@ -180,10 +178,11 @@ class Stage:
         progress.memory = accumulator.memory
         return norm
 
-    def updating(self, step: int, groups: Groups):
+    def updating(self, step: int, groups: Groups, progress: Progress):
         """What goes around the update by these groups."""
         offloaded = self.job.optim.offload_optimizer
-        return update_guard(step, groups[0], self.policy.share, offloaded, self.explain)
+        guard = update_guard(step, groups[0], self.policy.share, offloaded, self.explain)
+        return progress.window.idle.busy(guard)
 
     @torch.no_grad()
     def drift(self, logps: ResponseLogps) -> Tensor:
@@ -253,10 +252,8 @@ class Stage:
 
     @torch.no_grad()
     def evaluate(self, batches, run, progress: Progress) -> None:
-        """Loss and metrics of the held-out rows as one batch, the vocabulary-wide ones too, where they are
-        due; after a signal they stay due."""
-        if progress.evaluated:
-            return
+        """Loss and metrics of the held-out rows as one batch, the vocabulary-wide ones too; after a signal
+        they stay due."""
         sums, seen, step = Sums(), [], run.place.first + progress.steps
         self.policy.model.eval()
         aside = self.in_row_order(list(self.eval_mismatched.values()))

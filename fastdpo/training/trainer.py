@@ -27,6 +27,7 @@ from fastdpo.training import checkpoint
 from fastdpo.training.failures import check_weights
 from fastdpo.training.folder import free_folder, only_run_in, open_run, undone_if_refused
 from fastdpo.training.job import Around, Job, StageJob, job_of, resolve
+from fastdpo.training.metrics import Progress
 from fastdpo.training.resume import (
     check_same_run,
     check_start,
@@ -36,7 +37,7 @@ from fastdpo.training.resume import (
     rows_digest,
 )
 from fastdpo.training.run import Place, Run
-from fastdpo.training.stage import Progress, Stage
+from fastdpo.training.stage import Stage
 from fastdpo.training.starts import Fill, make_reference, pairs_of_stage, stage_groups
 from fastdpo.training.stopping import Stopping
 from fastdpo.training.trackers import check_trackers, open_trackers

@@ -18,13 +18,14 @@ from fastdpo.data.packing import pack
 from fastdpo.errors import ModelError
 from fastdpo.model import attention
 from fastdpo.model.adapters import add_lora
+from fastdpo.model.cards import CARDS, card_named
 from fastdpo.model.policy import Policy
 from fastdpo.planning.allocations import ATTENTION, GRADIENTS, SAVED, STATES, WEIGHTS
 from fastdpo.planning.fake_model import head_policy
 from fastdpo.planning.prediction import assumed_groups, predict, selected, step_loads
 from fastdpo.planning.simulate import Load, simulate
 from fastdpo.planning.step_time import Shape, step_time, trains_all
-from fastdpo.planning.target import CARDS, Target, card_named
+from fastdpo.planning.target import Target
 from fastdpo.records import Pair
 from tests.tiny import group, model_config
 

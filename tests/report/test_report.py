@@ -36,6 +36,7 @@ def train_line(stage, step, pairs=True, **values):
     line = {"stage": stage, "step": step, "epoch": step / 50, "loss": 0.7 - step / 500}
     line |= {"logps/chosen": -40 - step / 10, "grad_norm": 0.5 + rng.random(), "learning_rate": 1e-6 * step}
     line |= {"num_tokens": 100 * step, "tokens_per_second": 900.0 + step, "peak_memory_gb": 1.25}
+    line |= {"tflops_per_second": 12.34, "mfu": 0.412, "idle_share": 0.03, "seconds_left": 90 * (100 - step)}
     if pairs:
         line |= {"logps/rejected": -45 - step / 5, "rewards/margins": step / 100, "kl": step / 1e4}
         line |= {"rewards/chosen": -step / 100, "rewards/rejected": -step / 50, "pairs_per_second": 8.5}
@@ -160,7 +161,7 @@ def test_charts_are_inline_svg_and_png_files(tmp_path):
     run = write_run(tmp_path / "run")
     page = page_of(run)
     names = {"loss", "margin", "accuracy", "logps", "rewards", "kl", "grad_norm", "learning_rate"}
-    names |= {"pairs_per_second", "tokens_per_second", "memory", "lengths"}
+    names |= {"pairs_per_second", "tokens_per_second", "mfu", "idle_share", "memory", "lengths"}
     assert {path.stem for path in (run / "plots").iterdir()} == names
     for path in (run / "plots").iterdir():
         with Image.open(path) as image:
@@ -284,6 +285,21 @@ def test_stages_and_a_resume_are_marked(tmp_path):
 def test_how_it_ended(tmp_path, quick, last, said):
     events = [event(0, "start"), event(1, "stage", **STAGE), last]
     assert said in words(page_of(write_run(tmp_path / "run", events=events)))
+
+
+def test_how_long_it_will_take_and_how_fast_it_went(tmp_path, quick):
+    lines = [train_line(0, step) for step in (10, 20)]
+    events = [event(0, "start"), event(1, "stage", **STAGE)]
+    events += [event(9, "checkpoint", step=20, folder="step-20", bytes=1, seconds=0.1)]
+    text = words(page_of(write_run(tmp_path / "run", lines, events)))
+    assert "At step 20 of 100 after 9 min, about 2 h left" in text
+    assert "8.50 pairs/s, 915 tokens/s, 12.3 TFLOP/s, model FLOP utilisation 41%, idle 3%." in text
+    lines = [train_line(0, 20), *(train_line(1, step) for step in (30, 40))]
+    events += [event(10, "stage", **STAGE | {"stage": 1})]
+    two = write_run(tmp_path / "two", lines, events, stages=[{"objective": "sft"}, {}])
+    assert "about 1 h 30 min left of stage 2" in words(page_of(two))
+    done = write_run(tmp_path / "done", lines, [*events, event(12, "done", seconds=1.0)])
+    assert " left of stage" not in words(page_of(done))
 
 
 def test_sft_without_pairs_eval_or_samples(tmp_path, quick):

@@ -56,6 +56,7 @@ def _replaced(device: FakeCuda, capability) -> list[tuple]:
         get_device_capability=lambda *args: capability,
         current_stream=lambda *args: _Stream(device),
         Stream=lambda *args: _Stream(device),
+        Event=lambda **keys: None,
         stream=lambda stream: contextlib.nullcontext(),
         synchronize=lambda *args: device.wait("synchronise"),
         is_current_stream_capturing=lambda: False,
@@ -112,6 +113,12 @@ class _Stream(SimpleNamespace):
 
     def record_event(self, event=None) -> "_Stream":
         return _Stream(self.device)
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, later) -> float:
+        return 0.0
 
     def synchronize(self) -> None:
         self.device.wait("synchronise")

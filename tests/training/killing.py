@@ -39,7 +39,8 @@ PHASES = {  # what the killer waits for: the first letter of a phase, written wh
     "model": (trainer, "save_model"),
 }
 LONGEST = {"fill": 0.01, "step": 0.03, "checkpoint": 0.03, "report": 0.5, "model": 0.05}  # seconds, about
-TIMED = {"tokens_per_second", "pairs_per_second", "peak_memory_gb"}
+TIMED = {"tokens_per_second", "pairs_per_second", "peak_memory_gb", "tflops_per_second"}
+TIMED |= {"idle_share", "seconds_left"}
 SHARED = dict(
     eval_data=0.2,
     learning_rate=1e-3,

@@ -76,7 +76,7 @@ def train(made: Stage, device) -> None:
     run = MagicMock()
     run.log.bar.return_value.__exit__.return_value = False
     run.log.track = lambda batches, what: batches
-    run.log.train = lambda step, epoch, window: window.sums.means()
+    run.log.train = lambda step, epoch, window, left: window.sums.means()
     run.place.first, run.stopping.requested = 0, False
     with device:
         made.run(run)
