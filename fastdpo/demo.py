@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from fastdpo.api import train
 from fastdpo.config.keys import Config
+from fastdpo.console.quiet import no_bars
 from fastdpo.errors import ConfigError, Stopped
 
 DISHES = {
@@ -64,6 +65,7 @@ TEMPLATE = (
 )
 
 
+@no_bars()
 def demo(folder: str | Path) -> dict[str, float]:
     """Runs the demo into `folder`, replacing an earlier demo there and nothing else; returns the numbers
     it prints. Raises ConfigError where the folder holds something that no demo wrote."""

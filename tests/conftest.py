@@ -11,6 +11,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
+pytest_plugins = "tests.named"
+for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR"):  # whose terminal this is changes no output
+    os.environ.pop(name, None)
+
 
 @pytest.fixture(autouse=True)
 def all_allowed_again():

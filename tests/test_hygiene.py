@@ -64,6 +64,33 @@ def test_children_find_packages_that_are_carried(tmp_path, monkeypatch):
     assert found == {"process.py", "trials.py", "test_aot.py", "test_hygiene.py"}
 
 
+CLOCKS = {"sleep", "time", "monotonic", "perf_counter", "process_time", "Timer"}
+WITH_A_CLOCK = {
+    "golden.py": "prints how long a run took",
+    "test_doctor.py": "kills what hangs after minutes",
+    "test_dropin.py": "a time limit that is far",
+    "test_fit.py": "time limits that are far",
+    "test_memory.py": "a time limit that is far",
+    "test_resume.py": "looks for a line, however long it takes",
+    "test_steps.py": "parts are not longer than the whole",
+    "toy.py": "a step of at least so long",
+}
+
+
+def test_no_test_depends_on_how_busy_the_machine_is():
+    """A sleep that hopes and a limit that an idle machine keeps fail on a busy one. Wait for what happens (a
+    line, a file, a lock), count calls instead of seconds, or give the code a clock that stands still."""
+    found = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in CLOCKS:
+                if ast.unparse(node.value) in ("time", "threading"):
+                    found.add(path.name)
+            elif isinstance(node, ast.ImportFrom) and node.module in ("time", "threading"):
+                found.add(path.name)
+    assert found == set(WITH_A_CLOCK)
+
+
 def test_the_documented_tree_names_what_is_there():
     tree = re.search(r"## The tree\n+```text\n(.*?)```", (ROOT / "docs/architecture.md").read_text(), re.S)[1]
     named = set(re.findall(r"\w+\.(?:py|sh|yaml|md)\b|\b\w+/", tree))

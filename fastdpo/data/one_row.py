@@ -1,6 +1,9 @@
 """What is wrong with one row ends that row and no run: any exception is the row's own problem, and text that
 no tokenizer takes is found before it gets there."""
 
+import contextlib
+from collections.abc import Iterator
+
 from fastdpo.data.report import RowProblem
 from fastdpo.errors import FastDPOError
 
@@ -12,6 +15,17 @@ def problem_of(error: Exception) -> RowProblem:
     if isinstance(error, FastDPOError | MemoryError):
         raise error
     return RowProblem("faulty_row", "row", f"reading it failed with {type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """Inside, a panic of Rust's code (tokenizers) is an error: it is no Exception, and would end a run."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3_runtime's, which cannot be imported
+            raise
+        raise RuntimeError(f"the tokenizer panicked: {error}") from None
 
 
 def refuse_lone_surrogates(row: object) -> None:

@@ -1,11 +1,13 @@
 """Where rows come from: a local file or folder, a hub data set, or a name in a dataset_info.json."""
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastdpo.console.formatting import printable
+from fastdpo.console.quiet import no_bars
 from fastdpo.data.files.arrow_rows import ArrowRows
 from fastdpo.data.files.csv_rows import read_csv
 from fastdpo.data.files.json_rows import read_json
@@ -15,6 +17,7 @@ from fastdpo.data.formats.layouts import Layout, layout_of
 from fastdpo.data.one_row import problem_of
 from fastdpo.data.report import RowProblem
 from fastdpo.errors import DataError
+from fastdpo.files.names import look_up, similar
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _DATA = {*_READERS, ".ndjson", ".tsv", ".arrow"}  # what a folder's files hold rows in
@@ -93,7 +96,7 @@ def _load(spec: str, data_format: str | dict | None) -> Rows:
         else:
             rows = _from_hub(spec, entry.hub["path"], split=split, **entry.hub)
     elif path.suffix in _READERS or not (hub := _HUB_NAME.fullmatch(name)):
-        raise DataError(f"data: {name!r} does not exist here. Give {_FORMS}.")
+        raise DataError(f"data: {name!r} does not exist here{similar(path) or '.'} Give {_FORMS}.")
     else:
         rows = _from_hub(spec, name, split=split or "train", path=hub["name"], name=hub["config"])
     if not len(rows):
@@ -102,11 +105,30 @@ def _load(spec: str, data_format: str | dict | None) -> Rows:
 
 
 def _from_hub(spec: str, looked_up: str, **options) -> Rows:
+    answer = look_up(options["path"], "dataset", options.get("revision"))
+    if answer.found is False:
+        raise DataError(f"data: {looked_up!r} cannot be loaded: it {answer.why}{similar(looked_up)}")
     way_out = (
         f"{looked_up!r} is not a local path, so it was looked up on the Hugging Face hub. Check the "
         "name, :config and #split, and the network (or log-in); or download it and give a path"
     )
-    return Rows(spec, ArrowRows(_with_datasets("load_dataset", spec, way_out, **options)))
+    if answer.found:
+        return Rows(spec, ArrowRows(_with_datasets("load_dataset", spec, way_out, **options)))
+    way_out = f"{looked_up!r} is not a local path, and only the cache of datasets can be read: {answer.why}"
+    with _out_of_reach():
+        return Rows(spec, ArrowRows(_with_datasets("load_dataset", spec, way_out, **options)))
+
+
+@contextlib.contextmanager
+def _out_of_reach() -> Iterator[None]:
+    """Inside, datasets asks for nothing over the network: it would try for half a minute."""
+    from datasets import config
+
+    was, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = was
 
 
 def _load_path(path: Path, split: str, spec: str, layout: Layout | None) -> Rows:
@@ -157,7 +179,8 @@ def _with_datasets(function: str, spec: str, way_out: str, *args, **options):
     import datasets
 
     try:
-        return getattr(datasets, function)(*args, **options)
+        with no_bars():
+            return getattr(datasets, function)(*args, **options)
     except Exception as error:
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
             error = error.__cause__  # what says more than "An error occurred while generating the dataset"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastdpo.data.chat.scripts import Script
+from fastdpo.data.one_row import panics_are_errors
 from fastdpo.data.report import RowProblem
 from fastdpo.data.spans import Places, closed, places_by_decoding, weigh
 from fastdpo.errors import ModelError
@@ -43,6 +44,7 @@ class Encoder:
         self.special = _any_of(tokenizer)
         self.seams = self._find_seams()
 
+    @panics_are_errors()
     def encode(self, texts: Iterable[str]) -> dict[str, np.ndarray]:
         """Token ids by text, without special tokens other than those that the text spells.
 
@@ -54,6 +56,7 @@ class Encoder:
         empty = np.zeros(0, np.int64)
         return {text: np.concatenate([empty, *(ids[p] for p in some)]) for text, some in parts.items()}
 
+    @panics_are_errors()
     def places(self, text: str, by_decoding: bool = True) -> Places | None:
         """The characters that each token of `encode` spells; a piece of a character counts as all of it. None
         where the tokenizer does not tell, `by_decoding` neither, which is slow."""
@@ -73,6 +76,7 @@ class Encoder:
             before += len(part)
         return tuple(np.concatenate(found, axis=1))
 
+    @panics_are_errors()
     def decode(self, ids: np.ndarray) -> str:
         return self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
 

@@ -34,7 +34,7 @@ def main() -> None:
     os.set_inheritable(int(sys.argv[2]), False)  # for its end tells the parent of ours
     parent = Connection(int(sys.argv[2]))
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR1, chain=True)  # says where it hangs, and dies
     import torch
 
     torch.set_num_threads(1)  # on a busy machine each small operation of two would wait for the slower one

@@ -17,7 +17,7 @@ from fastdpo.doctor.measuring import Measured
 START_SECONDS = 180  # to import torch and to reach the device
 SECONDS = 90  # of a check, with the compilation of its kernels, some 25
 KILLED_SECONDS = 10  # until a killed process is gone; one that waits for a driver may never be
-HANG_SECONDS = 0.5  # for a hung one to say where
+HANG_SECONDS = 5  # for a hung one to say where
 WHY_LENGTH = 200  # of a reason
 TAIL_LINES = 12  # of what a failed child said
 # How reasons begin that may be gone next time: the machine was busy, or is not well.
@@ -128,8 +128,9 @@ class Children:
                 return Answer(**self._connection.recv())
         except (EOFError, OSError):
             return Answer(failed=self._death())
-        self._process.send_signal(signal.SIGUSR1)  # it writes down where it hangs, for the detail
-        time.sleep(HANG_SECONDS)
+        self._process.send_signal(signal.SIGUSR1)  # it writes down where it hangs, for the detail, and ends
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(HANG_SECONDS)
         return Answer(failed=f"{NO_ANSWER} {seconds:g} s")
 
     def _death(self) -> str:

@@ -11,11 +11,12 @@ from rich.markup import escape
 from safetensors import safe_open
 
 from fastdpo.errors import ConfigError, ModelError
+from fastdpo.files.names import similar
+from fastdpo.model.source import TOKENIZERS, Source, damage, find_source
 from fastdpo.model.spec import ModelSpec
 from fastdpo.values import not_one_of
 
 _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 _OF_A_FRESH_LORA = ("lora_rank", "lora_alpha", "lora_target_modules")
 # What these do depends on more than a module's input (the tokens around it, other adapters), or
 # changes layers that the head or the reference would not know of.
@@ -32,30 +33,39 @@ class Start(NamedTuple):
     settings: dict  # what is in its adapter_config.json
 
     @property
-    def tokenizer(self) -> str:
-        """Where the tokenizer is: beside the adapter where it has one, as it was trained with it."""
+    def tokenizer(self) -> str | None:
+        """The adapter's folder, where one is beside it, as it was trained with it; None: the model's."""
         beside = self.adapter and any((self.adapter / name).exists() for name in TOKENIZERS)
-        return str(self.adapter) if beside else self.model
+        return str(self.adapter) if beside else None
+
+    def source(self) -> Source:
+        """Where the model is. Raises ModelError where it is not."""
+        if self.adapter is None:
+            return find_source(self.model, f"model: {self.model!r}")
+        label = f"model: {self.model!r}, the base of the adapter {self.adapter},"
+        way_out = f"if it is elsewhere now, set model to where, and adapter: {self.adapter}"
+        return find_source(self.model, label, way_out=way_out)
 
 
 def find_start(spec: ModelSpec) -> Start:
     """The base model and the adapter that `model` and `adapter` name; `model` may be an adapter folder."""
-    model_is_adapter = Path(spec.model, _SETTINGS).exists()
+    given = str(Path(spec.model).expanduser()) if spec.model.startswith("~") else spec.model
+    model_is_adapter = Path(given, _SETTINGS).exists()
     if model_is_adapter and spec.adapter is not None:
         raise ConfigError(
             f"adapter: model {spec.model} is a peft adapter already, and there can be one only; "
             "give as model the base of the one to start from"
         )
     if not model_is_adapter and spec.adapter is None:
-        return Start(spec.model, None, {})
+        return Start(given, None, {})
     if spec.pure_bf16:
         raise ConfigError("pure_bf16: a LoRA's weights stay in fp32 (they are few); leave the key out")
-    folder = Path(spec.model if spec.adapter is None else spec.adapter)
+    folder = Path(given if spec.adapter is None else spec.adapter).expanduser()
     settings = _read_settings(folder)
     for key in _OF_A_FRESH_LORA:
         if getattr(spec, key) != getattr(ModelSpec, key):
             raise ConfigError(f"{key}: the adapter {folder} has its own, so leave the key out")
-    base = settings.get("base_model_name_or_path") if model_is_adapter else spec.model
+    base = settings.get("base_model_name_or_path") if model_is_adapter else given
     if not base:
         raise ModelError(
             f"model: {folder} is a peft adapter that does not say what its base is; "
@@ -68,6 +78,8 @@ def find_start(spec: ModelSpec) -> Start:
 
 def _read_settings(folder: Path) -> dict:
     """A folder's adapter_config.json, when it is an adapter that can be trained on."""
+    if not (folder / _SETTINGS).exists():
+        raise ModelError(f"adapter: {folder} {_no_adapter(folder)}")
     try:
         settings = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -84,7 +96,20 @@ def _read_settings(folder: Path) -> dict:
             f"adapter: {folder} needs its weights as {_WEIGHTS}, and there is {found}; "
             "save it with peft's save_pretrained"
         )
+    if problem := damage(folder / _WEIGHTS):
+        raise ModelError(f"adapter: {folder} has weights in {_WEIGHTS} that {problem}")
     return settings
+
+
+def _no_adapter(folder: Path) -> str:
+    """What a path is instead of an adapter's folder."""
+    if not folder.exists():
+        way_out = "; give the folder of a peft adapter (one of the hub is brought by `hf download`)"
+        return f"does not exist here{similar(folder) or way_out}"
+    if (folder / "config.json").exists():
+        return "is a whole model, not an adapter; give it as model, and leave adapter out"
+    inside = sorted(str(found.parent) for found in folder.glob(f"*/{_SETTINGS}"))
+    return f"holds no {_SETTINGS}" + (f"; the adapter is in {' or '.join(inside[:3])}" if inside else "")
 
 
 def _peft():

@@ -12,13 +12,13 @@ from fastdpo_kernels import Plan, backend, default_budget, linear_logp, plan
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from fastdpo.console.formatting import gigabytes
-from fastdpo.errors import ConfigError, ModelError
-from fastdpo.model import attention
+from fastdpo.console.quiet import no_bars
+from fastdpo.errors import ConfigError
+from fastdpo.model import attention, source
 from fastdpo.model.activations import set_up_activations
 from fastdpo.model.adapters import add_lora, find_start, load_adapter, tell_tied
 from fastdpo.model.lm_head import Head, logit_transform, named_budget, within_free_memory
@@ -171,11 +171,7 @@ def resolve_dtype(name: str) -> torch.dtype:
 def load_model_config(spec: ModelSpec) -> PreTrainedConfig:
     """The model's transformers config. Raises ModelError, or ConfigError for a max_length beyond it."""
     start = find_start(spec)
-    try:
-        model_config: PreTrainedConfig = AutoConfig.from_pretrained(start.model)
-    except Exception as error:  # whatever a broken folder makes transformers raise
-        whose = f", the base of the adapter {start.adapter}," if start.adapter else ""
-        raise ModelError(f"model: cannot load {start.model!r}{whose}: {error}") from None
+    model_config = source.load_config(start.source())
     limit = getattr(model_config, "max_position_embeddings", None)
     rope = getattr(model_config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
@@ -192,6 +188,11 @@ def load_model_config(spec: ModelSpec) -> PreTrainedConfig:
     return model_config
 
 
+def check_stored(spec: ModelSpec) -> None:
+    """Raises ModelError where the weights on this machine are not whole, without loading them."""
+    source.check_weights(find_start(spec).source())
+
+
 def load_policy(spec: ModelSpec, console: Console) -> Policy:
     """Loads the model, freezes what is not trained, adds a LoRA (a fresh one, or one to start from)
     where asked. Raises ModelError."""
@@ -202,15 +203,11 @@ def load_policy(spec: ModelSpec, console: Console) -> Policy:
     in_4bit = spec.load_in_4bit or bool(getattr(model_config, "quantization_config", None))
     dropped = switch_off_dropout(model_config)
     tell_loading(start.model, console)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            start.model,
-            config=model_config,
-            dtype=dtype if start.adapter or spec.lora_rank or spec.pure_bf16 else torch.float32,
-            **(loading_in_4bit(model_config, dtype, device) if in_4bit else {}),
-        )
-    except Exception as error:
-        raise ModelError(f"model: cannot load {start.model!r}: {type(error).__name__}: {error}") from None
+    model: Any = source.load_weights(
+        *(start.source(), model_config, console),
+        dtype=dtype if start.adapter or spec.lora_rank or spec.pure_bf16 else torch.float32,
+        **(loading_in_4bit(model_config, dtype, device) if in_4bit else {}),
+    )
     if in_4bit:
         set_up_4bit(model, dtype, console)
     else:
@@ -241,11 +238,10 @@ def tell_loading(model: str, console: Console) -> None:
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The tokenizer of the model, or of the adapter to start from where that has one, with the
     spec's chat template where it names one."""
-    where = find_start(spec).tokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    except Exception as error:
-        raise ModelError(f"model: no tokenizer in {where!r}: {error}") from None
+    start = find_start(spec)
+    found = start.source()
+    own = start.tokenizer
+    tokenizer = source.load_tokenizer(own or found.where, "model", {} if own else found.options)
     if spec.chat_template is not None:
         try:
             with open(spec.chat_template, encoding="utf-8") as file:
@@ -271,6 +267,7 @@ def switch_off_dropout(model_config: PreTrainedConfig) -> dict[str, float]:
     return changed
 
 
+@no_bars()
 def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
     """Writes a folder that `from_pretrained` loads: the model, or the LoRA adapter, and the tokenizer.
 

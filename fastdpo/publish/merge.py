@@ -3,24 +3,35 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo.config.reading import read_yaml
 from fastdpo.console.formatting import significant
+from fastdpo.console.quiet import no_bars
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.files import durable
-from fastdpo.model.adapters import TOKENIZERS
+from fastdpo.model.source import (
+    TOKENIZERS,
+    Source,
+    check_weights,
+    damage,
+    find_source,
+    load_config,
+    load_tokenizer,
+    load_weights,
+)
 from fastdpo.publish.model_card import SETTINGS, add_card, base_of, model_folder, run_of
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _TOKENS = 32  # of the row on which the merged model is compared with base + adapter
 
 
+@no_bars()
 def merge(
     source: str | Path, output: str | Path | None = None, dtype: str = "auto", console: Console | None = None
 ) -> Path:
@@ -40,7 +51,14 @@ def merge(
     if output.exists():
         raise ConfigError(f"--output: {output} exists already; remove it, or name another folder")
     settings = _read_settings(adapter)
-    model_config = _base_config(adapter, settings)
+    base = _base(adapter, settings)
+    model_config: Any = load_config(base)
+    if getattr(model_config, "quantization_config", None):
+        raise ModelError(
+            f"{base.label} is stored quantised, and merged weights would be rounded to its few values again; "
+            f"{_way_out(adapter)} the model that it was made of"
+        )
+    check_weights(base)
     wanted = _DTYPES.get(dtype) or model_config.dtype or torch.float32
     named = f"merging {adapter} into {base_of(settings)}, in {str(wanted).removeprefix('torch.')}"
     console.print(escape(named), highlight=False, soft_wrap=True)
@@ -49,8 +67,9 @@ def merge(
         text = "load_in_4bit: the run trained on this base in 4 bits. The merged model has its whole "
         text += "weights, so its log-probs differ from the run's by what 4 bits lost"
         console.print(f"[yellow]{text}", soft_wrap=True)
-    tokenizer = _tokenizer(adapter, settings)
-    model = _with_adapter(adapter, settings, model_config, wanted)
+    own = any((adapter / name).exists() for name in TOKENIZERS)  # as it was trained with it
+    tokenizer = load_tokenizer(str(adapter) if own else base.where, "merge", {} if own else base.options)
+    model = _with_adapter(adapter, settings, base, model_config, wanted, console)
     merged = _merged(model, wanted, console)
     try:
         with durable.new_folder(output) as part:
@@ -76,38 +95,24 @@ def _read_settings(adapter: Path) -> dict:
         raise ModelError(f"merge: {adapter}/{SETTINGS} names no base; set base_model_name_or_path there")
     if not (adapter / weights).exists():
         raise ModelError(f"merge: {adapter} has no {weights}; save it with peft's save_pretrained")
+    if problem := damage(adapter / weights):
+        raise ModelError(f"merge: {adapter} has weights in {weights} that {problem}")
     if Path(base, SETTINGS).exists():
         raise ModelError(f"merge: {base}, the base of {adapter}, is an adapter itself; merge it first")
     return settings
 
 
-def _base_config(adapter: Path, settings: dict):
-    """The transformers config of the base."""
-    base, way_out = base_of(settings), f"set base_model_name_or_path in {adapter}/{SETTINGS} to"
-    try:
-        config = AutoConfig.from_pretrained(base, revision=settings.get("revision") or "main")
-    except Exception as error:  # whatever a missing or broken folder makes transformers raise
-        named = f"cannot load {base!r}, the base that {adapter} names"
-        raise ModelError(f"merge: {named} (if it is elsewhere now, {way_out} where): {error}") from None
-    if getattr(config, "quantization_config", None):
-        raise ModelError(
-            f"merge: {base}, the base of {adapter}, is stored quantised, and merged weights would be rounded "
-            f"to its few values again; {way_out} the model that it was made of"
-        )
-    return config
+def _base(adapter: Path, settings: dict) -> Source:
+    name = base_of(settings)
+    label = f"merge: {name!r}, the base that {adapter} names,"
+    return find_source(name, label, settings.get("revision"), f"{_way_out(adapter)} where it is")
 
 
-def _tokenizer(adapter: Path, settings: dict):
-    """The adapter's own, as it was trained with it, or the base's."""
-    beside = any((adapter / name).exists() for name in TOKENIZERS)
-    where = str(adapter) if beside else base_of(settings)
-    try:
-        return AutoTokenizer.from_pretrained(where)
-    except Exception as error:
-        raise ModelError(f"merge: no tokenizer in {where!r}: {error}") from None
+def _way_out(adapter: Path) -> str:
+    return f"set base_model_name_or_path in {adapter}/{SETTINGS} to"
 
 
-def _with_adapter(adapter: Path, settings: dict, model_config, dtype: torch.dtype):
+def _with_adapter(adapter: Path, settings: dict, base: Source, model_config, dtype: torch.dtype, console):
     """The base in `dtype` with the adapter on it in fp32, every tensor of which found its place."""
     try:
         import peft
@@ -118,22 +123,18 @@ def _with_adapter(adapter: Path, settings: dict, model_config, dtype: torch.dtyp
             raise ModelError(
                 f"merge: {adapter} sets {key}, which the installed peft does not know: update peft"
             )
-    name, revision = base_of(settings), settings.get("revision") or "main"
-    try:
-        base = AutoModelForCausalLM.from_pretrained(name, config=model_config, dtype=dtype, revision=revision)
-    except Exception as error:
-        raise ModelError(f"merge: cannot load the base {name!r}: {error}") from None
+    whole = load_weights(base, model_config, console, dtype=dtype)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's, on embeddings: what they fear is checked below
-            model = peft.get_peft_model(base, peft.PeftConfig.from_pretrained(str(adapter)))
+            model = peft.get_peft_model(whole, peft.PeftConfig.from_pretrained(str(adapter)))
             result = model.load_adapter(adapter, "default")
         odd = [f"{key} is not in the base" for key in result.unexpected_keys]
         odd += [f"{key} is not in the adapter" for key in result.missing_keys]
     except Exception as error:  # whatever shapes, names and newer settings make peft raise
         odd = [f"{type(error).__name__}: {str(error).strip()[:300]}"]
     if odd:
-        raise ModelError(f"merge: {adapter} does not fit {name}, the base that it names.\n{odd[0]}")
+        raise ModelError(f"merge: {adapter} does not fit {base.name}, the base that it names.\n{odd[0]}")
     return model.eval()
 
 

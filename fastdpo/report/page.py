@@ -60,7 +60,7 @@ def render(history: RunHistory) -> str:
             parts[name] = None  # a file that is JSON, but not what a run writes
             why = f"{type(error).__name__}: {error}"
             history.problems.append(f"The part '{name}' of this report could not be made ({why}).")
-    parts |= {"home": str(Path.home()), "written": datetime.now(UTC), "fields": FIELDS}
+    parts |= {"written": datetime.now(UTC), "fields": FIELDS}
     return template("report.html.jinja").render(history=history, **parts)
 
 

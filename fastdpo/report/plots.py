@@ -131,8 +131,8 @@ def _plot(axes: Axes, curve: Curve) -> None:
         part = curve.series.of_stage(stage)
         if curve.dots or len(part) < 20:
             part = thinned(part)
-            line = "" if curve.dots and len(part) < 3 else style  # two evaluations show no course
-            marker: dict = dict(marker="o", ms=4 if len(part) <= 40 else 0, ls=line)
+            is_course = len(part) > 2 or not curve.dots or curve.style  # two evaluations show none
+            marker: dict = dict(marker="o", ms=4 if len(part) <= 40 else 0, ls=style if is_course else "")
             axes.plot(part.step, part.value, color=colour, lw=1.6, label=label, **marker)
         else:
             raw = thinned(part)
@@ -162,7 +162,7 @@ def _legend(axes: Axes, curves: list[Curve]) -> None:
     if len(curves) < 2:
         axes.set_position((0.15, 0.165, 0.83, 0.8))  # the room is the plot's
         return
-    handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
+    handles: dict[str, Any] = {label: h for h, label in zip(*axes.get_legend_handles_labels())}
     if len(curves) > 2:
         points = all(handles[curve.label].get_linestyle() == "None" for curve in curves if curve.dots)
         handles = {curve.label: handles[curve.label] for curve in curves if not curve.dots}

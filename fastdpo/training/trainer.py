@@ -16,7 +16,14 @@ from fastdpo.data.pairs import flip_pairs, select_pairs
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.files import durable
 from fastdpo.model.experts import coefficient
-from fastdpo.model.policy import Policy, load_model_config, load_policy, load_tokenizer, save_model
+from fastdpo.model.policy import (
+    Policy,
+    check_stored,
+    load_model_config,
+    load_policy,
+    load_tokenizer,
+    save_model,
+)
 from fastdpo.model.support import prepare
 from fastdpo.objectives import check_rows
 from fastdpo.records import PreferenceGroup
@@ -93,8 +100,9 @@ def train(config: Config, console: Console, around: Around) -> Path:
 
 def read(job: Job, console: Console, around: Around, clock: datetime | None = None):
     """(the job with what `memory` chose, the tokenizer, the rows, the held-out rows, their account)."""
-    tokenizer = load_tokenizer(job.model)
     model_config = load_model_config(job.model)  # what is wrong with it shows before the data is read
+    check_stored(job.model)
+    tokenizer = load_tokenizer(job.model)
     for stage in job.stages:
         coefficient(model_config, stage.router_aux_loss_coef)
     groups, eval_groups, reports = load_data(job.data, tokenizer, console, clock)

@@ -85,7 +85,7 @@ def test_a_microbatch_fills_its_tokens():
 
 
 def test_the_whole_run(tmp_path, capsys):
-    path = attention.run(attention.TOY[:1], tokens=64, turns=1, minutes=5, out=tmp_path)
+    path = attention.run(attention.TOY[:1], tokens=64, turns=1, minutes=60, out=tmp_path)
     record = json.loads(path.read_text())
     assert record["no_time_for"] == [] and record["git"] and record["problems"][0]["model"] == "CPU"
     assert attention.OURS in capsys.readouterr().out

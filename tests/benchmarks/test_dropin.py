@@ -58,9 +58,9 @@ def fake(monkeypatch):
     return make
 
 
-def race(seconds=60.0):
+def race(seconds=600.0):
     now = time.monotonic()
-    return dropin.race(PLAN, Path("rows.json"), 8, now + seconds, now + 100)
+    return dropin.race(PLAN, Path("rows.json"), 8, now + seconds, now + 1000)
 
 
 def test_turns_and_medians(fake):
@@ -71,7 +71,7 @@ def test_turns_and_medians(fake):
     assert (stock["pairs_per_second"], patched["pairs_per_second"]) == (2.0, 4.0)
     assert (stock["peak_bytes"], patched["peak_bytes"]) == (2e9, 1e9)
     assert [worker.asked[0][0] for worker in made.values()] == [{"batch_size": 8, "best": True}] * 2
-    assert all(0 < seconds <= 100 for worker in made.values() for _, seconds in worker.asked)
+    assert all(0 < seconds <= 1000 for worker in made.values() for _, seconds in worker.asked)
 
 
 def test_no_turn_begins_when_the_time_is_over(fake):
@@ -92,7 +92,7 @@ def test_failures_are_results(fake):
 
 def test_what_is_written_and_shown(fake, tmp_path):
     fake()
-    record = dropin.measure([replace(PLAN, minutes=0.5)], (1, 8), tmp_path)
+    record = dropin.measure([replace(PLAN, minutes=60)], (1, 8), tmp_path)
     assert dropin.complete(record) and dropin.table(record).row_count == 2
     (path,) = tmp_path.glob("dropin_*.json")
     assert '"hh real"' in path.read_text()
@@ -101,14 +101,14 @@ def test_what_is_written_and_shown(fake, tmp_path):
     row = "| hh real, batch size 8 | 2.00 (2.00 to 2.00) | 2.00 GB | 4.00 (4.00 to 4.00) | 1.00 GB "
     assert row + "| 2.0x faster, 0.50x memory |" in text and "2 cores of an AMD EPYC, fp32" in text
     fake(fail_at=1)
-    record = dropin.measure([replace(PLAN, minutes=0.5)], (8,), tmp_path)
+    record = dropin.measure([replace(PLAN, minutes=60)], (8,), tmp_path)
     assert not dropin.complete(record)
     text = blocks.dropin(record | machine, "")
     assert "No numbers for hh real, batch size 8: patched: no answer within 3 s." in text
 
 
 def test_a_second_visit_measures_what_is_left(fake, tmp_path):
-    plan = replace(PLAN, minutes=0.5)
+    plan = replace(PLAN, minutes=60)
     fake(fail_at=1)
     dropin.measure([plan], (1,), tmp_path)
     fake()

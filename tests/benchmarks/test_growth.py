@@ -65,7 +65,7 @@ def test_the_whole_run(tmp_path, capsys, monkeypatch):
     drawn = {}
     monkeypatch.setattr(growth, "loglog", lambda name, *rest: drawn.update({name: rest}))
     sizes = replace(growth.DRY, tokens=(256, 600))
-    path = growth.run(sizes, minutes=5, out=tmp_path)
+    path = growth.run(sizes, minutes=60, out=tmp_path)
     record = json.loads(path.read_text())
     assert set(record["series"]) == {*growth.SERIES, "cache"} and record["no_time_for"] == []
     for found in record["series"].values():

@@ -91,7 +91,7 @@ def pretend(monkeypatch):
 
 
 def test_every_question_is_answered(pretend, tmp_path, capsys):
-    path = memory.run(LIMITS, minutes=1, out=tmp_path)
+    path = memory.run(LIMITS, minutes=60, out=tmp_path)
     record = json.loads(path.read_text())
     found = {(f["kind"], f["gigabytes"], f["contender"]): f for f in record["found"]}
     assert len(found) == 8 and not any("no_answer" in f for f in found.values())
@@ -114,10 +114,10 @@ def test_a_second_run_goes_on(pretend, tmp_path):
     path = memory.run(LIMITS, minutes=-1, out=tmp_path)
     found = json.loads(path.read_text())["found"]
     assert [f["no_answer"] for f in found] == ["no time left"] * 8 and not Pretender.started
-    memory.run(LIMITS, minutes=1, out=tmp_path)
+    memory.run(LIMITS, minutes=60, out=tmp_path)
     found, started = json.loads(path.read_text())["found"], len(Pretender.started)
     assert len(found) == 8 and not any("no_answer" in f for f in found)
-    memory.run(LIMITS, minutes=1, out=tmp_path)
+    memory.run(LIMITS, minutes=60, out=tmp_path)
     assert json.loads(path.read_text())["found"] == found and len(Pretender.started) == started
 
 
@@ -130,13 +130,14 @@ def test_no_time_and_other_failures_are_no_answers(pretend, tmp_path, monkeypatc
         raise WorkerFailed("absent", "no trl here")
 
     monkeypatch.setattr(Pretender, "prepare", absent)
-    found = memory.answer(LIMITS, first, until=time.perf_counter() + 60)
+    found = memory.answer(LIMITS, first, until=time.perf_counter() + 600)
     assert found["no_answer"] == "absent: no trl here" and found["trials"] == []
 
 
 def test_room_is_waited_for():
     room, order = Room(10), []
     first, second = room.take(7), room.take(2)  # side by side
+    wait_for = room.changed.wait_for
 
     def give_back():
         order.append("given back")
@@ -144,12 +145,16 @@ def test_room_is_waited_for():
             with room.back(taken):
                 pass
 
-    timer = threading.Timer(0.2, give_back)
-    timer.start()
+    def waiting(enough):
+        order.append("waits")
+        giver.start()  # and cannot begin before this thread has let go of the lock
+        return wait_for(enough)
+
+    giver, room.changed.wait_for = threading.Thread(target=give_back), waiting
     assert room.take(100) == 10  # more than there is: all of it, when it is free
     order.append("taken")
-    timer.join()
-    assert order == ["given back", "taken"]
+    giver.join()
+    assert order == ["waits", "given back", "taken"]
 
 
 def test_the_limit_is_real():

@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shlex
 
 import pytest
 from rich.console import Console
@@ -58,7 +60,8 @@ def test_an_array_in_a_jsonl_is_told_its_name(tmp_path):
 
 @pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
 def test_objects_over_several_lines_are_told_how_to_become_rows(tmp_path, name):
-    with pytest.raises(DataError, match=rf"over several lines: jq -c \. {tmp_path}/{name} > rows\.jsonl"):
+    path = shlex.quote(f"{tmp_path}/{name}")
+    with pytest.raises(DataError, match=rf"over several lines: jq -c \. {re.escape(path)} > rows\.jsonl"):
         rows_of(tmp_path, json.dumps(ROW, indent=1) * 2, name)
 
 
@@ -147,7 +150,7 @@ def test_rows_under_a_key_are_told_how_to_get_out(tmp_path, indent):
     assert str(caught.value) == (
         f"data: {tmp_path}/d.json is one object that holds rows under 'the data' and 'more'; "
         """give the list alone: jq '.["the data"]' """
-        f"{tmp_path}/d.json > rows.json"
+        f"{shlex.quote(f'{tmp_path}/d.json')} > rows.json"
     )
 
 

@@ -119,6 +119,26 @@ class Failing:
         return self.backend.encode_batch_fast(texts, **options)
 
 
+class PanicException(BaseException):
+    """As pyo3 raises it where Rust's code panics."""
+
+
+def test_a_panic_of_the_tokenizer_is_its_rows(tmp_path, monkeypatch):
+    tokenizer = small_tokenizer()
+    failing = Failing(tokenizer.backend_tokenizer, PanicException("index out of bounds"))
+    monkeypatch.setattr(type(tokenizer), "backend_tokenizer", failing)
+    groups, report, _ = load(
+        write_lines(tmp_path / "d.jsonl", [text_row(rejected=" wor"), text_row(rejected=" old")]), tokenizer
+    )
+    assert [group.row for group in groups] == [1]
+    ((reason, tally),) = report.dropped.items()
+    assert (reason, tally.examples) == ("faulty_row", [0])
+    assert "the tokenizer panicked: index out of bounds" in tally.message
+    with pytest.raises(KeyboardInterrupt):  # what stops a run still does
+        failing.error = KeyboardInterrupt()
+        load(write_lines(tmp_path / "d.jsonl", [text_row(rejected=" wor")]), tokenizer)
+
+
 @pytest.mark.parametrize("error", [ValueError("no such bytes"), TypeError("\x1b[31m")])
 def test_the_row_that_the_tokenizer_fails_on_is_found(tmp_path, monkeypatch, error):
     tokenizer = small_tokenizer()

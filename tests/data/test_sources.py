@@ -12,6 +12,7 @@ from fastdpo.data.rows import RowProblem, parse_row
 from fastdpo.data.sources import load_rows
 from fastdpo.errors import DataError
 from tests.data.shared_data import chat_row, ranked_row, text_row, write_lines
+from tests.hub import running
 
 TEXT, CHAT = text_row(), chat_row()
 RANKED = ranked_row(("a", 2), ("b", 1))
@@ -159,11 +160,38 @@ def test_a_folder_is_not_read_in_part(tmp_path, name, kinds):
         load_rows(str(tmp_path))
 
 
+def test_a_name_like_that_of_a_file(tmp_path):
+    write_lines(tmp_path / "rows.jsonl", [TEXT])
+    with pytest.raises(DataError, match=r"does not exist here; did you mean '.*/rows\.jsonl'\? Give a"):
+        load_rows(f"{tmp_path}/row.jsonl")
+
+
+ANSWERS = {  # of the hub -> what is said of the data set
+    "not there": "'org/rows:config' cannot be loaded: it is neither a path here nor a dataset that the",
+    "gated": "'org/rows:config' cannot be loaded: it is gated: ask for access at http://127.0.0.1:",
+    "down": "'org/rows:config#test' cannot be loaded: ",
+    None: "'org/rows:config#test' cannot be loaded: ",
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_the_hub_is_asked_once(answer, tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it tries again"))
+    with running(monkeypatch, tmp_path) as hub, pytest.raises(DataError) as caught:
+        hub.answer = answer
+        load_rows("org/rows:config#test", key="eval_data")
+    assert str(caught.value).startswith(f"eval_data: {ANSWERS[answer]}")
+    assert hub.asked == ["HEAD /datasets/org/rows/resolve/main/README.md"]
+    if answer in ("down", None):
+        assert "only the cache of datasets can be read: the hub, http://127.0.0.1:" in str(caught.value)
+
+
 def test_hub_name_without_network():
     code = "from fastdpo.data.sources import load_rows; load_rows('nobody/nothing:config#train[:10]')"
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode and "DataError: data: 'nobody/nothing:config#train[:10]'" in done.stderr
-    assert "looked up on the Hugging Face hub" in done.stderr and "or download it" in done.stderr
+    assert "'nobody/nothing:config' is not a local path, and only the cache of datasets can be" in done.stderr
+    assert "read: HF_HUB_OFFLINE is set" in done.stderr
     assert done.stderr.count("Traceback") == 1, done.stderr

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 
 import pytest
 from rich.console import Console
@@ -35,7 +36,8 @@ TEXT = {
 def test_utf_16_and_32_are_told_by_name(tmp_path, kind, encoding, name):
     path = tmp_path / f"d.{kind}"
     path.write_bytes(TEXT[kind].encode(encoding))
-    way_out = f"Save it as UTF-8, or: iconv -f {name} -t UTF-8 {path} > {tmp_path}/d_utf8.{kind}"
+    old, new = shlex.quote(str(path)), shlex.quote(f"{tmp_path}/d_utf8.{kind}")
+    way_out = f"Save it as UTF-8, or: iconv -f {name} -t UTF-8 {old} > {new}"
     with pytest.raises(DataError, match=re.escape(f"{path} is {name}, not UTF-8. {way_out}")):
         load_rows(str(path))
 
@@ -67,7 +69,7 @@ def test_a_line_that_is_not_utf_8_is_dropped_and_counted(tmp_path):
 def test_an_array_and_a_csv_have_to_be_utf_8_as_a_whole(tmp_path, name, raw):
     (tmp_path / name).write_bytes(raw)
     match = rf"{name}: byte 0xe9 on line 3 is not UTF-8. Correct it; or, .*: iconv -f CP1252 -t UTF-8 "
-    with pytest.raises(DataError, match=match + f"{tmp_path}/{name}"):
+    with pytest.raises(DataError, match=match + re.escape(shlex.quote(f"{tmp_path}/{name}"))):
         load_rows(str(tmp_path / name))
 
 

@@ -24,6 +24,9 @@ PASSED_ON = {  # (file, function) whose errors say what they were given: where t
     ("fastdpo/data/formats/layouts.py", "problem"): "a RowProblem once more",
     ("fastdpo/data/sources.py", "load_rows"): "the same, beginning with the config's key",
     ("fastdpo/data/spans.py", "_bad_spans"): "its callers",
+    ("fastdpo/model/source.py", "_of_hub"): "fastdpo.files.names",
+    ("fastdpo/model/source.py", "find_source"): "_no_model",
+    ("fastdpo/model/source.py", "load_config"): "_unknown",
     ("fastdpo/planning/choose.py", "choose"): "_nothing_fits",
     ("fastdpo/training/checkpoint.py", "load"): "Python's own words",
 }

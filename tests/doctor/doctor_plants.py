@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-import time
+import threading
 
 from fastdpo.doctor.measuring import Measured, NotHere
 
@@ -31,7 +31,13 @@ def out_of_memory(device, rung=""):
 
 
 def hangs(device, rung=""):
-    time.sleep(600)
+    threading.Event().wait()
+
+
+def interrupts(device, rung=""):
+    """Ctrl-C while a check runs, which then goes on and on."""
+    os.kill(os.getppid(), signal.SIGINT)
+    hangs(device)
 
 
 def segfaults(device, rung=""):

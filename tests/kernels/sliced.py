@@ -73,7 +73,7 @@ class Threads:
     def _wait(self):
         self.turn.release()
         try:
-            self.all_here.wait(timeout=60)
+            self.all_here.wait(timeout=300)  # should one rank make fewer calls
         finally:
             self.turn.acquire()
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -169,12 +170,12 @@ def test_a_push_that_fails_loses_nothing(api, run, tmp_path, where):
         train(asking(run, tmp_path / "run"), QUIET)
     said = str(caught.value)
     assert "me/mine was not pushed: ConnectionError: cut off" in said
-    command = f"fastdpo push {tmp_path}/run/model --to me/mine"
+    command = f"fastdpo push {shlex.quote(f'{tmp_path}/run/model')} --to me/mine"
     assert said.endswith(command)
     assert (tmp_path / "run/model/adapter_model.safetensors").exists()
     assert '"event": "done"' in (tmp_path / "run/events.jsonl").read_text()
     api.fails.clear()
-    assert main(command.split()[1:]) == 0  # as it says
+    assert main(shlex.split(command)[1:]) == 0  # as it says
 
 
 def test_an_interrupted_push_says_the_same(api, run):
@@ -182,7 +183,8 @@ def test_an_interrupted_push_says_the_same(api, run):
     api.fails["upload_folder"] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         push(run.folder / "model", "me/mine", console)
-    assert f"fastdpo push {run.folder}/model --to me/mine" in console.file.getvalue()
+    folder = shlex.quote(f"{run.folder}/model")
+    assert f"fastdpo push {folder} --to me/mine" in console.file.getvalue()
 
 
 def test_a_run_does_not_start_without_a_log_in(api, run, tmp_path):

@@ -319,7 +319,7 @@ def stacked(folder):
 REFUSED = {
     "base gone": (
         lambda f: edit(f, base_model_name_or_path="/gone/base"),
-        r"cannot load '/gone/base', the base that .*adapter names \(if it is elsewhere now, set base_model_n",
+        "'/gone/base', the base that .*adapter names, does not exist here; set base_model_name_or_path in",
     ),
     "no base": (
         lambda f: edit(f, base_model_name_or_path=None),

@@ -1,19 +1,19 @@
 """Trainings that are killed: `python -m tests.training.killing --kills 12 --seed 0`.
 
-Each trial forks a training, kills it (SIGKILL) at a random moment of a random phase, sometimes damages
+Each trial forks a training, which is killed at a random moment of a random phase, sometimes damages
 what it left, resumes it, perhaps kills it again, and at last compares weights, metrics and samples with
 a run that nothing disturbed, bit by bit. The parent forks and never computes, so forks are safe.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import random
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ from fastdpo.reference import cache as ref_cache
 from fastdpo.training import checkpoint, run, stage, trainer
 from tests.tiny import rows, save_model, write_jsonl
 
-PHASES = {  # what the killer waits for: the first letter of a phase, written when the run enters it
+PHASES = {  # what a run calls when it enters one
     "fill": (ref_cache.RefCache, "add"),
     "step": (stage.Stage, "step"),
     "checkpoint": (checkpoint, "save"),
@@ -73,20 +73,9 @@ class Trial:
 
     def go(self, resume: bool, kill: tuple[str, int, float] | None) -> bool:
         """Runs in a fork; kill = (phase, how often it is entered, seconds after). Whether it finished."""
-        out, into = os.pipe()
         pid = os.fork()
         if pid == 0:
-            os.close(out)
-            child(replace(self.config, resume=resume), into, draw_report=bool(kill) and kill[0] == "report")
-        os.close(into)
-        if kill:
-            phase, count, delay = kill
-            while count and (byte := os.read(out, 1)):
-                count -= byte == phase[0].encode()
-            if not count:
-                time.sleep(delay)
-                os.kill(pid, signal.SIGKILL)
-        os.close(out)
+            child(replace(self.config, resume=resume), kill)
         _, status = os.waitpid(pid, 0)
         if os.WIFSIGNALED(status):
             return False
@@ -102,19 +91,21 @@ class Trial:
         return {
             "metrics": untimed,
             "samples": (folder / "samples.jsonl").read_text(),
+            "held_out": (folder / "held_out.jsonl").read_text(),
             "weights": weights.read_bytes(),
         }
 
 
-def child(config: Config, into: int, draw_report: bool):
-    """The training process: says which phase it enters, trains, and is gone. Drawing takes longer than
-    these trainings, so it draws only where it may be killed at it."""
+def child(config: Config, kill: tuple[str, int, float] | None):
+    """The training process: trains, and is gone. Drawing takes longer than these trainings, so it draws only
+    where it may be killed at it."""
     ref_cache.COMMIT_SECONDS = 0.0
     run.complete = functools.partial(run.complete, max_new_tokens=8)
-    if not draw_report:
-        run.write_report = lambda *_: None
-    for name, (owner, attribute) in PHASES.items():
-        announce(owner, attribute, into, name[0].encode())
+    if kill:
+        phase, count, delay = kill
+        plant(*PHASES[phase], count, delay)
+    if not kill or phase != "report":
+        api.write_report = lambda *_: None
     try:
         api.train(config, Console(quiet=True))
         os._exit(0)
@@ -123,14 +114,15 @@ def child(config: Config, into: int, draw_report: bool):
         os._exit(1)
 
 
-def announce(owner, attribute: str, into: int, letter: bytes) -> None:
-    inner = getattr(owner, attribute)
+def plant(owner, attribute: str, count: int, delay: float) -> None:
+    """Kills this process some time after the count-th call. By a timer, which no busy machine makes late, and
+    whose signal ends a process like SIGKILL: at once."""
+    inner, calls = getattr(owner, attribute), itertools.count(1)
 
     def outer(*args, **kwargs):
-        try:
-            os.write(into, letter)
-        except BrokenPipeError:
-            pass  # the killer has seen enough
+        if next(calls) == count:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, max(delay, 1e-6))
         return inner(*args, **kwargs)
 
     setattr(owner, attribute, outer)

@@ -18,7 +18,7 @@ def said(tmp_path, margin, accuracy):
     for name, value in (("loss", 0.69), ("rewards/accuracies", accuracy), ("rewards/margins", margin)):
         sums.add(name, value)
     log = RunLog(tmp_path, console, SimpleNamespace(log=lambda step, record: None))
-    log.held_out(0, sums)
+    log.held_out(0, sums, {})
     return console.file.getvalue()
 
 

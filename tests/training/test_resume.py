@@ -82,7 +82,7 @@ def stopped_in_step(n, number=signal.SIGTERM):
 
 def run(config):
     """Trains; everything it printed."""
-    console = Console(record=True, quiet=False, width=250, file=open(os.devnull, "w"))
+    console = Console(record=True, quiet=False, width=1000, file=open(os.devnull, "w"))
     train(config, console)
     return console.export_text()
 

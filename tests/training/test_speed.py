@@ -173,7 +173,7 @@ def test_the_first_step_tells_how_long_it_will_take(monkeypatch):
     (line,) = estimates(12, total=1001)
     assert line == "step 1 took 12 s: about 3 h 20 min for the 1,000 steps to come, until 20:20"
     first, better = estimates(40, *[10.0] * 9)
-    assert first.startswith("step 1 took 40 s: about 1 h 6 min for the 99 steps to come")
+    assert first.startswith("step 1 took 40 s: about 1 h 5 min for the 99 steps to come")
     assert better == "steps 2 to 6 took 10 s each: about 16 min for the 94 steps to come, until 17:15"
     (same,) = estimates(*[10.0] * 9)
     assert same.startswith("step 1 took 10 s")

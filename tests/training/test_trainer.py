@@ -136,8 +136,8 @@ def test_separate_rows_give_the_same_trajectory(truth, tmp_path, monkeypatch, ma
 
 def test_a_run_learns_and_leaves_a_usable_folder(tmp_path):
     run = Run(tmp_path, max_steps=40)
-    names = "config.yaml metrics.jsonl events.jsonl samples.jsonl data_report.json report.html plots"
-    assert {p.name for p in run.folder.iterdir()} == {*names.split(), "checkpoints", "model"}
+    names = "config.yaml metrics.jsonl held_out.jsonl events.jsonl samples.jsonl data_report.json report.html"
+    assert {p.name for p in run.folder.iterdir()} == {*names.split(), "plots", "checkpoints", "model"}
     assert run.losses[-4:].mean() < run.losses[:4].mean() - 0.1
     first, last = run.evals[0], run.evals[-1]
     assert first["eval_rewards/margins"] == 0 and first["eval_loss"] == pytest.approx(0.693147, abs=1e-6)

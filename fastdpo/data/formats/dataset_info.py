@@ -7,6 +7,7 @@ from pathlib import Path
 from fastdpo.data.formats.layouts import Layout
 from fastdpo.data.formats.turns import tags_of
 from fastdpo.errors import DataError
+from fastdpo.files.names import similar
 from fastdpo.values import nearest
 
 _FILE = "dataset_info.json"
@@ -71,7 +72,7 @@ def listed(name: str) -> Listed | None:
         raise DataError(f"{where}: {place} is not read; {way_out}")
     path = Path(folder).expanduser() / entry["file_name"]
     if not path.exists():
-        raise DataError(f"{where}: file_name {str(path)!r} does not exist")
+        raise DataError(f"{where}: file_name {str(path)!r} does not exist{similar(path)}")
     return Listed(path, {}, split, layout)
 
 
