@@ -1,6 +1,7 @@
 """The `fastdpo` command: cyclopts reads the words and writes the help. What a command needs is imported when
 it runs, so that help is quick."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Literal
@@ -28,8 +29,7 @@ app = App(
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns 0, or 1 when it could not go on, 2 for a wrong config or command, 3 for a plan
-    that does not fit, or 128 + the
-    number of the signal that stopped it (130 for SIGINT, 143 for SIGTERM)."""
+    that does not fit, or 128 + the number of the signal that stopped it (130 for SIGINT, 143 for SIGTERM)."""
     wait_asleep()
     argv = with_values(sys.argv[1:] if argv is None else argv)
     try:
@@ -56,8 +56,9 @@ def train(config):
 
     folder = train(config)
     if config.push_to_hub is None:
-        whole = f"fastdpo merge {folder} makes one model of adapter and base; " if config.lora_rank else ""
-        print(f"next: {whole}fastdpo push {folder} --to me/NAME shares it on the Hugging Face hub")
+        is_adapter, run = (folder / "model/adapter_config.json").exists(), shlex.quote(str(folder))
+        whole = f"fastdpo merge {run} makes one model of adapter and base; " if is_adapter else ""
+        print(f"next: {whole}fastdpo push {run} --to me/NAME shares it on the Hugging Face hub")
 
 
 @takes_keys

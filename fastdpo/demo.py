@@ -130,6 +130,7 @@ def _turn(role, content):
     return [{"role": role, "content": content}]
 
 
+@no_bars()
 def make_model(folder: Path) -> None:
     """A byte-level BPE tokenizer trained on the demo's own text, and a small random Llama."""
     texts = [

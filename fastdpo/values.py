@@ -32,7 +32,7 @@ def as_type(name: str, value, kind, doc: str):
     if isinstance(value, int) and not isinstance(value, bool) and float in allowed:
         value = float(value)
     if isinstance(value, list) and list[str] in allowed and not all(isinstance(v, str) for v in value):
-        raise ConfigError(f"{name}: expected names, got {value!r}")
+        raise ConfigError(f"{name}: expected names, got {_shown(value)}")
     if fits(value):
         return value
     if str in plain and not isinstance(value, list | dict | None):
@@ -40,7 +40,13 @@ def as_type(name: str, value, kind, doc: str):
             return text
         raise ConfigError(f"{name}: YAML reads {value} as no text; write it in quotes: '{value}'")
     wanted = " or ".join(_WORDS[k] for k in plain if k in _WORDS)
-    raise ConfigError(f"{name}: expected {wanted}, got {value!r}. Its help: {doc}")
+    raise ConfigError(f"{name}: expected {wanted}, got {_shown(value)}. Its help: {doc}")
+
+
+def _shown(value) -> str:
+    """No more of it than people read: from Python it may be a whole data set."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def plain(value):

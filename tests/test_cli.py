@@ -3,6 +3,7 @@ way out, and in an exit code; never in a traceback, and never silently."""
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -252,6 +253,13 @@ def test_the_installed_command_runs():
     assert done.returncode == 2 and done.stderr.startswith("error: model: missing")
 
 
+def test_what_is_in_the_cache_is_told_without_torch(tmp_path):
+    script = "import sys; from fastdpo.cli import main; assert main(['cache', sys.argv[1]]) == 2; "
+    script += "assert not {'torch', 'transformers'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "no"], capture_output=True, text=True)
+    assert done.returncode == 0 and "there is no file" in done.stderr, done.stderr
+
+
 def test_help_is_quick():
     """Nothing is imported that takes long; CPU seconds, for the machine may be busy: 0.25 where it is not."""
     script = "import sys; from fastdpo.cli import main; main(['train', '--help']); "
@@ -322,7 +330,12 @@ def test_the_import_is_quiet_and_hides_no_warnings():
 def test_a_run_ends_with_where_to_look_next(run, tmp_path):
     code, said = run([GOOD] * 4, "--samples", "0")
     assert code == 0 and f"the model is in {tmp_path}/run/model; open {tmp_path}/run/report.html" in said
-    push = f"fastdpo push {tmp_path}/run --to me/NAME shares it on the Hugging Face hub"
-    assert f"\nnext: {push}\n" in said
+    where = lambda name: shlex.quote(str(tmp_path / name))
+    push = lambda name: f"fastdpo push {where(name)} --to me/NAME shares it on the Hugging Face hub\n"
+    merge = lambda name: f"fastdpo merge {where(name)} makes one model of adapter and base; {push(name)}"
+    assert f"\nnext: {push('run')}" in said
     _, said = run([GOOD] * 4, "--samples", "0", "--lora_rank", "2", "--overwrite", "true")
-    assert f"\nnext: fastdpo merge {tmp_path}/run makes one model of adapter and base; {push}\n" in said
+    assert f"\nnext: {merge('run')}" in said
+    on = ["--samples", "0", "--output_dir", str(tmp_path / "a second")]
+    _, said = run([GOOD] * 4, *on, model=str(tmp_path / "run/model"))
+    assert f"\nnext: {merge('a second')}" in said

@@ -11,7 +11,7 @@ from nbformat.v4 import new_code_cell
 
 from tests import notebook
 
-SHORTER = {"num_epochs=5": "num_epochs=0.1", "num_epochs=2": "max_steps=6"}
+SHORTER = {"num_epochs=10": "num_epochs=0.1", "num_epochs=2": "max_steps=6"}
 INTERRUPTED = """\
 import os, signal
 from fastdpo.training.log import RunLog

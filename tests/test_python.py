@@ -84,11 +84,11 @@ def test_other_trainers_keys_are_translated_and_said(asked, capsys):
     ("given", "said"),
     [
         ({"learning_rat": 1}, "unknown key 'learning_rat'. Did you mean 'learning_rate'?"),
-        ({"batch_size": "many"}, "batch_size: expected int, got 'many'"),
+        ({"batch_size": "many"}, "batch_size: expected a whole number, got 'many'"),
         ({"batch_size": 0}, "batch_size: 0 is below 1"),
         ({"data": None}, "data: expected text, got None"),
         (["m"], "expected keys, a dict of keys, a Config or a YAML file's name, got a list"),
-        ("no.yaml", "cannot read the config file no.yaml"),
+        ("no.yaml", "cannot read the config file no.yaml: No such file or directory"),
     ],
 )
 def test_mistakes_are_answered(given, said):

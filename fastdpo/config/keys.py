@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastdpo.config.checks import check
-from fastdpo.config.names import in_our_words, meant
+from fastdpo.config.names import ALSO_CALLED, in_our_words, meant
 from fastdpo.errors import ConfigError
 from fastdpo.values import as_type
 
@@ -201,6 +201,8 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        for name in ALSO_CALLED:  # from Python, too
+            object.__setattr__(self, name, in_our_words(name, getattr(self, name)))
         check(self)
         self.per_stage()  # a bad stage shows before any work
 

@@ -22,6 +22,8 @@ SAME: dict[str, dict] = {
     "lora_target_modules": {"all_linear": "all-linear", "all": "all-linear"},
     "reference_cache": _OFF | {True: "auto", "true": "auto", "yes": "auto", "on": "auto"},
 }
+_SIZES = ("memory", "head_memory")
+ALSO_CALLED = (*SAME, *_SIZES)  # the keys that `in_our_words` changes
 _MODULES = re.compile(r"\w[\w.]*(\s*,\s*\w[\w.]*)*")  # what is more is a regular expression of whole names
 # what else a key is called
 CALLED = {
@@ -59,7 +61,7 @@ _KEYS = {word: key for key, words in CALLED.items() for word in words.split()}
 
 def in_our_words(key: str, value):
     """A value as ours, where it says the same by another word; of a size without its unit, the text."""
-    if key in ("memory", "head_memory") and isinstance(value, int | float) and not isinstance(value, bool):
+    if key in _SIZES and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str | bool):
         return value

@@ -25,7 +25,8 @@ def read_yaml(path: Path) -> dict:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the config file {path}: {error}") from None
+        reason = getattr(error, "strerror", None) or error  # without the path once more
+        raise ConfigError(f"cannot read the config file {path}: {reason}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if values is None:

@@ -72,8 +72,8 @@ def at_time(when: datetime, now: datetime) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """1 row, 1,200 rows."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """1 row, 1,200 rows, 2 microbatches."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('ch') else 's'}"
 
 
 def first_few(items: Sequence, most: int = 5) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from rich import progress
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Column
 
 from fastdpo.console.formatting import about, duration
 
@@ -19,13 +20,14 @@ def make_progress(console: Console) -> progress.Progress:
     """Tasks need what they count and an `info` field: `add_task(name, total=n, unit="rows", info="")`."""
     if not console.is_terminal or console.is_dumb_terminal:
         return Lines(console)
+    whole = Column(no_wrap=True)  # where there is no room, the bar gives way, no number
     return progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
+        progress.MofNCompleteColumn(table_column=whole),
+        progress.TimeElapsedColumn(table_column=whole),
         progress.TextColumn("eta"),
-        progress.TimeRemainingColumn(),
+        progress.TimeRemainingColumn(table_column=whole),
         progress.TextColumn("{task.fields[info]}"),
         console=console,
         speed_estimate_period=MEASURED,

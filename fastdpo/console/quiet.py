@@ -17,6 +17,7 @@ _LOGGED = {  # by logger: all of it when they are imported
 }
 _WARNED = (
     "`is_gradient_checkpointing` is deprecated",  # peft asks transformers
+    r"Cannot \w+ progress bars: environment variable",  # the hub's, where HF_HUB_DISABLE_PROGRESS_BARS is set
     r"OptimState\dbit does not implement _stable_hash_for_caching",  # torch.compile asks torchao
 )
 

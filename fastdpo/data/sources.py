@@ -115,8 +115,14 @@ def _from_hub(spec: str, looked_up: str, **options) -> Rows:
     if answer.found:
         return Rows(spec, ArrowRows(_with_datasets("load_dataset", spec, way_out, **options)))
     way_out = f"{looked_up!r} is not a local path, and only the cache of datasets can be read: {answer.why}"
-    with _out_of_reach():
-        return Rows(spec, ArrowRows(_with_datasets("load_dataset", spec, way_out, **options)))
+    try:
+        with _out_of_reach():
+            return Rows(spec, ArrowRows(_with_datasets("load_dataset", spec, way_out, **options)))
+    except DataError as error:
+        if not isinstance(error.__context__, ConnectionError):
+            raise
+        where = f"{looked_up!r} is neither a path here nor in the cache of datasets, and {answer.why}"
+        raise DataError(f"data: {where}; check the name, or download it and give a path") from None
 
 
 @contextlib.contextmanager

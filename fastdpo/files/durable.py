@@ -11,9 +11,7 @@ from pathlib import Path
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file's content in one step."""
-    part = path.with_name(
-        f".{path.name}.{os.getpid()}.part"
-    )  # of this process: a report may be written by two
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two processes may write one report
     try:
         part.write_text(text, encoding="utf-8")
         sync(part)

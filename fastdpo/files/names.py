@@ -1,6 +1,7 @@
 """What a name stands for, found before a library is asked: a path that is like it, a name on the hub."""
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ class Answer(NamedTuple):
 
 def similar(path: Path | str) -> str:
     """`; did you mean 'X'?`, where its folder holds something of a similar name; else nothing."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         names = [other.name for other in path.parent.iterdir()]
     except OSError:

@@ -1,6 +1,7 @@
 """LoRA adapters: a fresh one on a model, or the one that a peft folder holds, to train on."""
 
 import json
+import os
 import warnings
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,7 @@ class Start(NamedTuple):
 
 def find_start(spec: ModelSpec) -> Start:
     """The base model and the adapter that `model` and `adapter` name; `model` may be an adapter folder."""
-    given = str(Path(spec.model).expanduser()) if spec.model.startswith("~") else spec.model
+    given = os.path.expanduser(spec.model)
     model_is_adapter = Path(given, _SETTINGS).exists()
     if model_is_adapter and spec.adapter is not None:
         raise ConfigError(
@@ -60,7 +61,7 @@ def find_start(spec: ModelSpec) -> Start:
         return Start(given, None, {})
     if spec.pure_bf16:
         raise ConfigError("pure_bf16: a LoRA's weights stay in fp32 (they are few); leave the key out")
-    folder = Path(given if spec.adapter is None else spec.adapter).expanduser()
+    folder = Path(given if spec.adapter is None else os.path.expanduser(spec.adapter))
     settings = _read_settings(folder)
     for key in _OF_A_FRESH_LORA:
         if getattr(spec, key) != getattr(ModelSpec, key):

@@ -38,6 +38,9 @@ def useful(N: int, A: int, pair: int, places: int, pairs: int) -> tuple[int, int
     return 2 * places * (2 * (N + A) + (A or N)), 3 * pair * pairs
 
 
+_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")  # transformers' layer_types
+
+
 @dataclass(frozen=True)
 class Counted:
     """What of a policy the FLOPs of its training depend on."""
@@ -49,13 +52,16 @@ class Counted:
 
     @classmethod
     def of(cls, policy: Policy) -> "Counted | None":
-        """None for a mixture of experts: how many of its weights a place goes through is not one number."""
+        """None for a mixture of experts, and where the layers' attention is not all alike, or is none: what a
+        place goes through is then not one number."""
         text = policy.core.config.get_text_config()
-        heads = getattr(text, "num_attention_heads", None)
-        if experts(text) or not isinstance(heads, int):
+        others = set(getattr(text, "layer_types", None) or ()) - set(_ATTENTION)
+        if experts(text) or others or getattr(text, "is_heterogeneous", False):
             return None
-        head = set(policy.head.module.modules())
-        body = [(name, m) for name, m in policy.core.named_modules() if m not in head]
+        heads = getattr(text, "num_attention_heads", None)
+        if not isinstance(heads, int):
+            return None
+        body = list(policy.core.get_decoder().named_modules())  # no head, and no tower for pictures
         sizes = [_size(module) for name, module in body if ".lora_" not in name]
         lora = [p for _, m in body for name, p in m.named_parameters(recurse=False) if p.requires_grad]
         has_lora = policy.core is not policy.model

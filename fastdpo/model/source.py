@@ -1,8 +1,8 @@
 """Where a model is read from, a folder or the hub: what is wrong with it is found at once, and told in a
 sentence; and no weight starts at random."""
 
-import contextlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -61,7 +61,7 @@ class Source:
 def find_source(name: str, label: str, revision: str | None = None, way_out: str = _WHOLE) -> Source:
     """Raises ModelError, which begins with the label, where there is no model of this name. The hub is asked
     once a process, and where it is out of reach its cache will do."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # a user who is not known is a folder's name, and no error
     if path.exists():
         if not (path / _CONFIG).is_file():
             raise ModelError(f"{label} {_no_model(path)}")
@@ -83,7 +83,8 @@ def _of_hub(name: str, label: str, revision: str | None) -> Source:
     cached = try_to_load_from_cache(name, _CONFIG, revision=revision)
     if not isinstance(cached, str):
         where = "is neither a folder here nor in the hub's cache"
-        raise ModelError(f"{label} {where}, and {answer.why}{similar(name)}")
+        way_out = similar(name) or f"; give a folder, or download it first (`hf download {name}`)"
+        raise ModelError(f"{label} {where}, and {answer.why}{way_out}")
     return Source(name, label, Path(cached).parent, revision, answer.why)
 
 
@@ -152,9 +153,11 @@ def check_weights(source: Source) -> None:
     folder = source.folder
     if folder is None:
         return
-    name = next((n for n in _WEIGHTS if (folder / n).exists() or (folder / f"{n}.index.json").exists()), None)
+    own = _stored_config(source).get("transformers_weights")  # a file that is called otherwise
+    names = [own.removesuffix(".index.json")] if isinstance(own, str) else _WEIGHTS
+    name = next((n for n in names if (folder / n).exists() or (folder / f"{n}.index.json").exists()), None)
     if name is None:
-        raise ModelError(f"{source.label} has no weights: no {_WEIGHTS[0]}, nor an index of its parts")
+        raise ModelError(f"{source.label} has no weights: no {names[0]}, nor an index of its parts")
     files = [name]
     if not (folder / name).exists():
         try:
@@ -191,16 +194,16 @@ def load_weights(source: Source, config: PreTrainedConfig, console: Console, **o
         text = f"{source.name}: {source.offline}; it is read from the hub's cache"
         console.print(f"[yellow]{escape(text)}", highlight=False, soft_wrap=True)
     options |= source.options | dict(output_loading_info=True, ignore_mismatched_sizes=True)
-    status = console.status(f"loading {escape(source.name)}") if source.folder else contextlib.nullcontext()
     try:
-        with status:  # a spinner on a terminal; a download has bars of its own
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source.where, config=config, **options)
-            model, told = loaded
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source.where, config=config, **options)
+        model, told = loaded
     except Exception as error:
         raise ModelError(f"{source.label} cannot be loaded: {_one_line(error)}") from None
     for key, stored, wanted in sorted(told["mismatched_keys"]):
         sizes = f"{key} is {list(stored)}, and by {_CONFIG} {list(wanted)}"
         raise ModelError(f"{source.label} has weights of other shapes than its {_CONFIG} says: {sizes}")
+    # Who trains on it names it, as an adapter its base: not by the cache's folder on this machine.
+    model.name_or_path = model.config.name_or_path = source.name
     name = type(model).__name__
     if missing := sorted(told["missing_keys"]):
         why = f"it lacks {_some(missing)}, which would start at random"
@@ -217,6 +220,7 @@ def load_tokenizer(name: str, key: str, options: dict) -> PreTrainedTokenizerBas
     label, folder = f"{key}: no tokenizer in {name!r}", Path(name)
     empty = f"{label}: there is no vocabulary (tokenizer.json); copy the files of the model's tokenizer there"
     try:
+        options = {"trust_remote_code": False} | options  # without a word on it transformers asks the user
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:
         if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):

@@ -9,14 +9,14 @@ from typing import Annotated
 from torch import Tensor
 
 from fastdpo.objectives import batch, dpo, reference_free, shifted, tokens
-from fastdpo.objectives.names import NOTE, SAME
+from fastdpo.objectives.names import NOTE, same
 from fastdpo.objectives.options import NotBelow0, Option, Scope, Switch, one_of
 from fastdpo.objectives.seam import Reward
 
 LOG_RATIO: Reward = lambda logps: logps.log_ratio
 LOGP: Reward = lambda logps: logps.logp
 AVERAGE: Reward = reference_free.average_logp
-BaseLoss = Annotated[str, lambda key, value: one_of(*BASES)(key, SAME.get(value, value))]
+BaseLoss = Annotated[str, lambda key, value: one_of(*BASES)(key, same(value, BASES) or value)]
 
 
 @dataclass(frozen=True)

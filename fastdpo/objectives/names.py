@@ -45,15 +45,20 @@ def spelled(name) -> str:
     return re.sub(r"[\W_]+", "", str(name)).lower()
 
 
+def same(name, known: Iterable[str]) -> str | None:
+    """Which of the known objectives another name is of, if it is one's."""
+    names = SAME | {one: one for one in known}
+    found = {spelled(other): one for other, one in names.items()}
+    return found.get(spelled(name)) if isinstance(name, str) else None
+
+
 def ours(name, known: Iterable[str]) -> str:
-    """Which of the known objectives another name is of. Raises ConfigError."""
+    """As `same`. Raises ConfigError where it is none's."""
     if name == "rDPO":
         raise ConfigError(f"objective: {name!r} is {_TWO}")
-    word, names = spelled(name), {one: one for one in known}
-    found = {spelled(other): one for other, one in (SAME | names).items()}
-    if word in found:
-        return found[word]
+    if found := same(name, known):
+        return found
     for other, meaning in _MEANING.items():
-        if spelled(other) == word:
+        if spelled(other) == spelled(name):
             raise ConfigError(f"objective: {name!r} is {meaning}")
-    raise not_one_of("objective", name, names, SAME)
+    raise not_one_of("objective", name, known, SAME)

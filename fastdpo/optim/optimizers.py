@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import SchedulerType, get_scheduler
 
 from fastdpo.errors import ConfigError
 from fastdpo.model.policy import Policy
@@ -12,10 +11,16 @@ from fastdpo.optim.spec import OptimSpec
 from fastdpo.optim.stepping import InBackward, WeightOptimizer
 from fastdpo.values import not_one_of
 
+# Tried by the tests. transformers' schedules come late: peft, torchao and bitsandbytes come with them, and a
+# wrong key or model would be told a second later.
+_KNOWN = ("linear", "cosine", "constant", "constant_with_warmup")
+
 
 def make_optimizer(policy: Policy, spec: OptimSpec, total: int) -> tuple[WeightOptimizer, LambdaLR]:
     """The optimizer with transformers' defaults, decaying matrices only, and a transformers
     schedule. close() the optimizer when no step follows."""
+    from transformers import get_scheduler
+
     parameters = policy.trained()
     grouped = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": spec.weight_decay},
@@ -41,6 +46,10 @@ def set_schedule(schedule: LambdaLR, steps: int) -> None:
 
 def check_schedule(spec: OptimSpec) -> None:
     """Raises ConfigError for a schedule that cannot be made or stepped, by trying one on no model."""
+    if spec.lr_scheduler_type in _KNOWN:
+        return
+    from transformers import SchedulerType, get_scheduler
+
     names = [kind.value for kind in SchedulerType]
     if spec.lr_scheduler_type not in names:
         raise not_one_of("lr_scheduler_type", spec.lr_scheduler_type, names)

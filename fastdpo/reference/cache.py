@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdpo.reference.cache_file import CacheFile, cannot_write, transaction
-from fastdpo.reference.fingerprint import KEY_BYTES, Fingerprint
+from fastdpo.reference.cache_file import KEY_BYTES, CacheFile, cannot_write, transaction
+from fastdpo.reference.fingerprint import Fingerprint
 
 COMMIT_SECONDS = 1.0  # a kill loses what was computed since the last commit; 0 commits every pack
 _COMMIT_SHARE = 0.02  # ... or rarer: a slow disk's commits may take this share of a fill's time

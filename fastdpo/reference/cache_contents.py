@@ -17,8 +17,7 @@ from rich.table import Table
 
 from fastdpo.console.formatting import counted, gigabytes, printable
 from fastdpo.errors import ConfigError, TrainingError
-from fastdpo.reference.cache_file import CacheFile, cache_path, transaction
-from fastdpo.reference.fingerprint import KEY_BYTES
+from fastdpo.reference.cache_file import KEY_BYTES, CacheFile, cache_path, transaction
 
 SHOWN = 8  # hex digits of a namespace
 _TABLES = {"packs": "namespace", "fills": "namespace", "namespaces": "id"}  # each by which column

@@ -103,8 +103,8 @@ def _fill(policy, packs, cache: RefCache, console, check) -> tuple[int, int]:
     todo = [(groups, keys) for groups, keys in packs if any(key not in cache.values for key in keys)]
     done = tokens = 0
     if len(todo) > 1:
-        missing = sum(key not in cache.values for key in chain.from_iterable(keys for _, keys in todo))
-        text = f"reference: {counted(missing, 'response')} to compute, in {counted(len(todo), 'pack')}"
+        missing = set(chain.from_iterable(keys for _, keys in todo)) - set(cache.values)  # each once
+        text = f"reference: {counted(len(missing), 'response')} to compute, in {counted(len(todo), 'pack')}"
         console.print(text, highlight=False, soft_wrap=True)
     with make_progress(console) as bar:
         task = bar.add_task("reference", total=len(todo), unit="packs", info="")
@@ -204,7 +204,8 @@ def _print(account: dict, console) -> None:
     where = "not kept (reference_cache: off)" if account["file"] is None else account["file"]
     done = "nothing to compute"
     if account["misses"]:
-        done = f"{account['misses']:,} computed in {account['packs']:,} packs of {account['tokens']:,} tokens"
+        packs = counted(account["packs"], "pack")
+        done = f"{account['misses']:,} computed in {packs} of {account['tokens']:,} tokens"
     line = f"{account['hits']:,} of {total:,} responses found, {done}, {account['seconds']:.1f} s; "
     line += f"{where}, namespace {account['namespace'][:8]}"
     console.print(f"[bold]reference[/]: {escape(line)}", highlight=False, soft_wrap=True)

@@ -14,9 +14,9 @@ from torch import Tensor
 from fastdpo.files.durable import json_digest
 from fastdpo.model.policy import Policy
 from fastdpo.records import PreferenceGroup
+from fastdpo.reference.cache_file import KEY_BYTES
 
 NUMERICS_VERSION = 1  # raise it when our own forward gives other values for the same model and tokens
-KEY_BYTES = 16
 _PIECE_BYTES = 64 << 20  # a thread's piece of a tensor: one such copy a thread, when it comes from a GPU
 
 # What a transformers config says besides the model's mathematics. The dtype of each weight and of the

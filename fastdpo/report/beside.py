@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fastdpo.config.keys import FIELDS
-from fastdpo.console.formatting import percent, signed, significant
+from fastdpo.console.formatting import all_ties, percent, signed, significant
 from fastdpo.report.history import RunHistory, json_lines
-from fastdpo.report.story import size
+from fastdpo.report.story import error_text
 from fastdpo.training.held_out import standard_error
 from fastdpo.training.resume import FREE
 
+_FEWEST = 20  # held-out prompts: of fewer, two standard errors are no bound of 95%
 _LONGEST_NAME = 28  # of a run made of its settings, in characters
 _NO_SETTINGS = {"output_dir", "push_to_hub", "resume", "overwrite"}  # where a run is, how it was called
 _NO_STEP = FREE - {"max_steps", "num_epochs"}  # keys that change no step of a run
@@ -144,6 +145,7 @@ def held_out(histories: Sequence[RunHistory]) -> list[Column]:
     same_rows, differ = rows(histories)["held-out"], settings(histories)
     at = [scored_at(history) for history in histories]
     parts = [_by_prompt(history, where) for history, where in zip(histories, at)]
+    scored = max(map(_prompts, parts))
     out = []
     for metric, title, write, lower, needed in _NUMBERS:
         values = [_at(h, f"eval_{metric}", where) for h, where in zip(histories, at)]
@@ -159,6 +161,8 @@ def held_out(histories: Sequence[RunHistory]) -> list[Column]:
                 column.why_not = "the held-out rows are not known to be the same"
             elif others:
                 column.why_not = f"it depends on {', '.join(others)}, in which the runs differ"
+            elif 0 < scored < _FEWEST:
+                column.why_not = f"{scored} held-out prompts are too few to tell; score {_FEWEST} or more"
             else:
                 _judge(column.cells, values, [part.get(metric) for part in parts], write, lower)
         out.append(column)
@@ -174,7 +178,7 @@ def _before(key: str, at: list) -> bool:
 def _said(value: float | None, error: float | None, write) -> tuple[str, str]:
     if value is None:
         return "", ""
-    return write(value), "" if error is None else size(error, write)
+    return write(value), "" if error is None else error_text(error, write)
 
 
 def _judge(cells: list[Cell], values: list, parts: list, write, lower: bool) -> None:
@@ -193,7 +197,7 @@ def _judge(cells: list[Cell], values: list, parts: list, write, lower: bool) -> 
             cells[i].apart = f"{text}, no error known"
             continue
         error = standard_error(np.array(parts[i]) - np.array(parts[best]))
-        cells[i].apart = f"{text} ± {size(error, write)}" if error is not None else text
+        cells[i].apart = f"{text} ± {error_text(error, write)}" if error is not None else text
         if error is not None and abs(change) > 2 * error:
             cells[i].verdict = "worse"
     if any(cell.verdict == "worse" for cell in cells):
@@ -208,7 +212,11 @@ def _by_prompt(history: RunHistory, where) -> dict:
 
 def prompts(history: RunHistory, where) -> int:
     """How many different held-out prompts an evaluation scored; 0 where that is not known."""
-    return max(map(len, _by_prompt(history, where).values()), default=0)
+    return _prompts(_by_prompt(history, where))
+
+
+def _prompts(parts: dict) -> int:
+    return max(map(len, parts.values()), default=0)
 
 
 def _at(history: RunHistory, name: str, where) -> float | None:
@@ -218,4 +226,4 @@ def _at(history: RunHistory, name: str, where) -> float | None:
 def _still(history: RunHistory, where) -> bool:
     """Whether the policy was still the reference, so that pairs tie."""
     margin = _at(history, "eval_rewards/margins", where)
-    return margin is not None and abs(margin) < 1e-6
+    return margin is not None and all_ties(margin)

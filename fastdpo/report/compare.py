@@ -14,6 +14,7 @@ from fastdpo.config.keys import FIELDS
 from fastdpo.console.formatting import duration, first_few, gigabytes, significant
 from fastdpo.errors import ConfigError
 from fastdpo.files import durable
+from fastdpo.files.names import similar
 from fastdpo.report import beside
 from fastdpo.report.charts import description, marks
 from fastdpo.report.history import RunHistory, read_run
@@ -77,6 +78,8 @@ def _checked(runs: Sequence[Path], console: Console) -> list[Path]:
         if not any((run / name).exists() for name in _RUN):
             inside = sorted({path.parent for name in _RUN for path in run.glob(f"*/{name}")})
             hint = f"; did you mean {first_few(inside)}?" if inside else ""
+            if not run.exists():
+                raise ConfigError(f"report: {run} does not exist{similar(run)}")
             raise ConfigError(f"report: {run} holds no run (none of {', '.join(_RUN)}){hint}")
     where = [run.resolve() for run in runs]
     if twice := [run for i, run in enumerate(runs) if where[i] in where[:i]]:

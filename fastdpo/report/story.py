@@ -55,11 +55,8 @@ def ending(history: RunHistory) -> dict:
 def _left(history: RunHistory) -> str:
     """What the newest logged line knows of the time left."""
     stages = history.stages()
-    if (
-        not stages
-        or not len(left := history.series("seconds_left", stages[-1]["stage"]).value)
-        or not left[-1]
-    ):
+    left = history.series("seconds_left", stages[-1]["stage"]).value.tolist() if stages else []
+    if not left or not left[-1]:
         return ""
     of = f" of stage {len(stages)}" if len(history.config.get("stages") or []) > 1 else ""
     return f", {about(left[-1])} left{of}"
@@ -135,14 +132,14 @@ def stage_tables(history: RunHistory) -> list[dict]:
             error = history.series(f"eval_{metric}_stderr", number).at(last)
             for row in rows:
                 if row and row["metric"] == metric and error is not None:
-                    row["error"] = size(error, written)
+                    row["error"] = error_text(error, written)
         table = {"stage": number, "objective": stage["objective"], "held_out": held_out}
         table |= {"steps": steps if first < last else (None, None, last), "rows": list(filter(None, rows))}
         out.append(table)
     return out
 
 
-def size(error: float, written) -> str:
+def error_text(error: float, written) -> str:
     """A standard error of a number that is written so."""
     return f"{significant(100 * error, 2)} pp" if written is percent else significant(error, 2)
 

@@ -22,11 +22,8 @@ RUN_FILES = (
     *("config.yaml", "metrics.jsonl", "held_out.jsonl", "events.jsonl", "samples.jsonl", "data_report.json"),
     *("report.html", "plots", "tensorboard", "wandb", "tracker_id", "checkpoints", "model"),
 )
-GROWING = (
-    "metrics.jsonl",
-    "held_out.jsonl",
-    "samples.jsonl",
-)  # a resumed run cuts them back to its checkpoint
+# A resumed run cuts them back to its checkpoint.
+GROWING = ("metrics.jsonl", "held_out.jsonl", "samples.jsonl")
 
 
 def free_folder(job: Job) -> Path:

@@ -119,10 +119,10 @@ class RunLog:
         tokens, separate = facts["first_step_tokens"], facts["first_step_separate_tokens"]
         preferences = f"{facts['pairs']:,} pairs over " if facts["pairs"] else ""
         self.say(
-            f"[bold]{name}[/]: {stage.total} steps of {stage.job.batch_size} groups; a pass is {preferences}"
-            f"{facts['responses']:,} responses, each computed once. {len(first)} groups take {len(batches)} "
-            f"microbatches, {tokens:,} tokens for {separate:,} of separate rows "
-            f"({tokens / separate:.0%}); lm_head: {facts['head_plan']}"
+            f"[bold]{name}[/]: {counted(stage.total, 'step')} of {counted(stage.job.batch_size, 'group')}; "
+            f"a pass is {preferences}{facts['responses']:,} responses, each computed once. "
+            f"{counted(len(first), 'group')} in {counted(len(batches), 'microbatch')}: {tokens:,} tokens "
+            f"for {separate:,} of separate rows ({tokens / separate:.0%}); lm_head: {facts['head_plan']}"
         )
         if isinstance(stage.objective, Coupled) and len(batches) > 1:
             what = f"{stage.objective.within} groups" if stage.objective.within else "a step"

@@ -164,7 +164,7 @@ class Window:
     @classmethod
     def restored(cls, state: dict, device) -> "Window":
         start = time.perf_counter() - state["seconds"]
-        idle = Idle.restored(state["seconds"], state["idle_seconds"])
+        idle = Idle.restored(state["seconds"], state.get("idle_seconds", 0.0))  # none: an older checkpoint
         return cls(Sums.restored(state["sums"], device), start, **state["counts"], idle=idle)
 
     @contextlib.contextmanager

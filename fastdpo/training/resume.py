@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastdpo.config.keys import FIELDS, Config
+from fastdpo.config.names import in_our_words
 from fastdpo.errors import ConfigError, DeadEndError
 from fastdpo.model.lm_head import named_budget
 from fastdpo.objectives.make import same_objective
@@ -73,7 +74,7 @@ def check_settings(saved: dict, settings: dict) -> None:
 
 def _check_keys(old: dict, new: dict, free: set, where: str) -> None:
     for name in sorted((old.keys() | new.keys()) - free):
-        a, b = old.get(name), new.get(name)
+        a, b = in_our_words(name, old.get(name)), new.get(name)  # it may be of before a word was taken
         is_same = same_objective(a, b) if name == "objective" else a == b or _same_file(a, b)
         if not is_same:
             raise _changed(where + name, a, b)

@@ -56,8 +56,8 @@ class Idle:
         """What happens inside is neither idle nor busy."""
         start, cpu = time.perf_counter(), time.process_time()
         yield
-        if self.on_gpu:
-            self.seconds -= time.perf_counter() - start
+        if self.on_gpu:  # part of the gap that is open, if one is
+            self.seconds -= 0.0 if self._end is None else time.perf_counter() - start
         else:
             self._cpu += time.process_time() - cpu
 

@@ -65,7 +65,7 @@ def gpu_all(tmp_path):
 
 def ran(done):
     """[(stage or module, its arguments)]"""
-    return re.findall(r"(?m)^ran -m (?:benchmarks\.gpu\.|fastdpo\.cli )(\w+)(.*)", done.stdout)
+    return re.findall(r"(?m)^ran -m (?:benchmarks\.gpu\.|fastdpo )(\w+)(.*)", done.stdout)
 
 
 def test_stages_go_on_after_a_failure(gpu_all, tmp_path):

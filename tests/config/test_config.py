@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fastdpo.cli import main
 from fastdpo.config import names
@@ -147,6 +148,8 @@ def test_other_words_for_the_same(file, text, key, value):
         ["--model=m", "--data=d", "--" + text.replace(": ", "=")],
     ):
         assert getattr(load_config(argv), key) == value
+    given = yaml.safe_load(text)
+    assert getattr(Config(model="m", data="d", **given), key) == value
 
 
 @pytest.mark.parametrize(
@@ -155,6 +158,7 @@ def test_other_words_for_the_same(file, text, key, value):
         ("memory: 24", "memory: 24 has no unit; 24GB?"),
         ("output_dir: 2024", "output_dir: YAML reads 2024 as no text; write it in quotes: '2024'"),
         ("adapter: true", "adapter: YAML reads True as no text"),
+        (f"optim: {['w' * 200]}", f"expected text, got ['{'w' * 98}.... Its help: optimizer, by"),
         ("reference_cache: [x]", "reference_cache: expected text, got ['x']. Its help: SQLite file"),
     ],
 )

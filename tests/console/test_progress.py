@@ -119,3 +119,13 @@ def test_each_phase_of_a_run_speaks(tmp_path):
 )
 def test_about(seconds, text):
     assert about(seconds) == f"about {text}"
+
+
+def test_no_number_gives_way_on_a_narrow_terminal():
+    """A bar, with what a run shows beside it, fits the 80 columns that most terminals have."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None, get_time=Clock())
+    with make_progress(console) as bars:
+        info = "133.9 pairs/s · 12,981 tokens/s · 0.8 GB"
+        bars.add_task("sigmoid", total=42, completed=4, unit="steps", info=info)
+    shown = console.file.getvalue()
+    assert info in shown and "4/42" in shown and "…" not in shown

@@ -148,7 +148,7 @@ def config_of(kwargs):
         ("{a: [{b: 2024-07-26}]}", "a: a template cannot read list .*; give what JSON can hold"),
         ("{a: {1: b}}", "a: a template cannot read dict .*; give what JSON can hold"),
         ("{1: b}", "1: a name is text"),
-        ("today", "expected {option: value, ...} or nothing, got 'today'"),
+        ("today", "expected {option: value, ...}, got 'today'"),
     ],
 )
 def test_what_no_template_can_read(kwargs, message):

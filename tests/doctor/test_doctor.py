@@ -461,4 +461,5 @@ def test_on_this_machine(tmp_path, absent):
         assert "load_in_4bit: not here (bitsandbytes is not installed)" in said
     elif "bitsandbytes: not installed" not in said:
         assert "load_in_4bit: right (" in said
-    assert all(len(line) <= 80 for line in done.stdout.partition("For a bug report")[0].splitlines())
+    lines = done.stdout.partition("For a bug report")[0].splitlines()
+    assert all(len(line) <= 80 or line.startswith("checks: ") for line in lines)  # how far a slow one is

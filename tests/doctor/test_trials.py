@@ -114,9 +114,11 @@ def test_a_child_keeps_what_its_parent_carries(tmp_path, monkeypatch):
 
 def test_a_signal_ends_the_child_and_is_no_verdict():
     """Ctrl-C is not for the child, whose death would be taken for a kernel's crash."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell ignores it
     with pytest.raises(KeyboardInterrupt), Children("cpu") as children:
         assert try_check(children, f"{PLANTS}:right", {"device": "cpu"}).verdict == "right"
         process = children._process
         assert os.getsid(process.pid) != os.getsid(0)
         try_check(children, f"{PLANTS}:interrupts", {"device": "cpu"})
+    signal.signal(signal.SIGINT, before)
     assert process.returncode == -signal.SIGKILL

@@ -66,7 +66,9 @@ def folder(tmp_path_factory) -> Path:
     done = subprocess.run(
         [sys.executable, ROOT / "kernels" / "hub.py", out], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == [str(out / "build" / f"torch-{backend}") for backend in ("cpu", "cuda")]
+    assert done.stdout.splitlines() == [
+        str(out / "build" / f"torch-{backend}") for backend in ("cpu", "cuda")
+    ]
     return out
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from fastdpo.config.keys import Config
 from fastdpo.errors import ModelError
 from fastdpo.files.names import look_up
+from fastdpo.model import source
 from fastdpo.model.policy import check_stored, load_model_config, load_policy, load_tokenizer
 from tests.hub import REFUSALS, running
 from tests.tiny import save_model, tokenizer
@@ -68,7 +69,7 @@ def test_a_folder_of_the_home(folder, monkeypatch):
     load("~/good")
 
 
-@pytest.mark.parametrize("name", ["./mymodel", "/nowhere/model", "a/b/c", "a b?"])
+@pytest.mark.parametrize("name", ["./mymodel", "/nowhere/model", "a/b/c", "a b?", "~no_such_user/model"])
 def test_a_path_that_is_not_there(name, folder, hub):
     assert refused(name) == (
         f"model: {name!r} does not exist here; give a folder that save_pretrained wrote, or a hub name"
@@ -214,6 +215,26 @@ def test_shards_are_loaded(folder):
     load("good")
 
 
+def test_weights_of_another_name_are_loaded(folder):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    edit(folder, transformers_weights="other.safetensors")
+    load("good")
+    (folder / "other.safetensors").unlink()
+    assert refused("good").startswith("model: 'good' has no weights: no other.safetensors, nor")
+
+
+def test_a_tokenizer_beside_an_adapter_runs_no_code_and_asks_nothing(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    path = folder / "tokenizer_config.json"
+    kept = json.loads(path.read_text()) | {
+        "tokenizer_class": "Own",
+        "auto_map": {"AutoTokenizer": ["t.Own", None]},
+    }
+    path.write_text(json.dumps(kept))
+    with pytest.raises(ModelError, match=r"needs code of its own .* never runs a model's code"):
+        source.load_tokenizer("good", "model", {})
+
+
 @pytest.mark.parametrize(
     "name, words",
     [
@@ -317,6 +338,9 @@ def test_the_hub_is_asked_once(answer, hub, monkeypatch):
         "gated": "/org/name, then log in by `hf auth login`",
     }
     assert more.get(answer, "") in said
+    assert said.endswith("; give a folder, or download it first (`hf download org/name`)") == (
+        answer in ("down", None)
+    )
 
 
 def test_a_slow_network_has_its_time(monkeypatch):
@@ -330,7 +354,7 @@ def test_a_slow_network_has_its_time(monkeypatch):
 
 def test_a_hub_name_in_offline_mode(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert refused("org/name").endswith("nor in the hub's cache, and HF_HUB_OFFLINE is set")
+    assert "nor in the hub's cache, and HF_HUB_OFFLINE is set; give a folder" in refused("org/name")
 
 
 @pytest.mark.parametrize("answer", ["down", None])
@@ -344,7 +368,11 @@ def test_a_model_in_the_cache_needs_no_network(answer, good, hub, tmp_path, monk
     (place / "refs").mkdir()
     (place / "refs/main").write_text(SHA)
     policy, _, said = load(name)
-    assert said.startswith(f"{name}: the hub, {hub.address}, ") and "it is read from the hub's cache" in said
+    assert said.startswith(f"loading the weights of {name}\n{name}: the hub, {hub.address}, ")
+    assert said.endswith("; it is read from the hub's cache\n")
+    adapted = load(name, lora_rank=2)[0]
+    assert adapted.model.peft_config["default"].base_model_name_or_path == name
+    assert policy.core.config.name_or_path == name
     assert hub.asked == [f"HEAD /{name}/resolve/main/config.json"]
     expected = load(good)[0].core.state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in policy.core.state_dict().items())

@@ -249,7 +249,7 @@ def test_other_names_make_the_same_objective(name, ours):
 
 
 def test_other_names_are_shown_and_lead_to_one_loss():
-    assert make("drdpo", base_loss="dpo").name == "drdpo"
+    assert make("drdpo", base_loss="DPO").name == "drdpo"
     assert all(ours in NAMES for ours in SAME.values()) and not SAME.keys() & set(NAMES)
     assert len({spelled(name) for name in (*NAMES, *SAME)}) == len(NAMES) + len(SAME)
     console = Console(file=io.StringIO(), width=200)
@@ -295,6 +295,10 @@ def test_other_names_are_shown_and_lead_to_one_loss():
         (dict(objective="exo_pair", label_smoothing=0.0), "exo_pair needs it above 0"),
         (dict(objective="odpo", objective_args={"scaling": "square"}), "'square' is not one of log, linear"),
         (dict(objective="drdpo", objective_args={"base_loss": "aot"}), "base_loss: 'aot' is not one of sig"),
+        (
+            dict(objective="drdpo", objective_args={"base_loss": ["ipo"]}),
+            r"base_loss: \['ipo'\] is not one of",
+        ),
         (dict(objective="drdpo", objective_args={"scope": 0}), "scope: 0 is neither batch nor a number"),
         (dict(objective="drdpo", objective_args={"beta_prime": 0}), "beta_prime: 0 is not above 0"),
         (

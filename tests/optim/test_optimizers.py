@@ -10,10 +10,13 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from fastdpo.api import train
 from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError
+from fastdpo.optim import optimizers
 from fastdpo.optim import pieces as optim_pieces
 from fastdpo.optim.bytes import PAGED_FROM, host_state_bytes, state_bytes
 from fastdpo.optim.library import check_library
@@ -292,7 +295,7 @@ def trained(config):
     train(config, Console(quiet=True))
     folder = Path(config.output_dir)
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    timed = ("per_second", "seconds", "memory")
+    timed = ("per_second", "seconds", "memory", "idle_share")
     lines = [{k: v for k, v in line.items() if not any(t in k for t in timed)} for line in lines]
     (path,) = (folder / "model").glob("*.safetensors")
     return lines, path.read_bytes()
@@ -320,3 +323,9 @@ def test_a_run_resumed_is_the_same_run(inputs, tmp_path, monkeypatch, keys):
     assert [line for line in again[0] if line["step"] > 3 and "loss" in line] == [
         line for line in whole[0] if line["step"] > 3 and "loss" in line
     ]
+
+
+@pytest.mark.parametrize("name", optimizers._KNOWN)
+def test_schedules_that_need_no_look_are_functions_of_the_step(name):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.1)
+    assert isinstance(get_scheduler(name, optimizer, 2, 10), LambdaLR)

@@ -4,6 +4,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastdpo.config.keys import Config
 from fastdpo.model.policy import load_policy
@@ -129,7 +130,7 @@ def test_a_transposed_weight_is_stepped_too():
 
 def test_a_policy_is_loaded_in_bf16(tmp_path):
     folder = save_model(tmp_path / "model")
-    quiet = type("Quiet", (), {"print": lambda *args, **keys: None})()
+    quiet = Console(quiet=True)
     for keys, dtype in ((dict(pure_bf16=True), torch.bfloat16), ({}, torch.float32)):
         loaded = load_policy(Config(model=folder, data="d", max_length=64, **keys), quiet)
         assert {p.dtype for p in loaded.trained()} == {dtype} and loaded.dtype == dtype

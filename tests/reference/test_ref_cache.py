@@ -171,7 +171,9 @@ def test_only_packs_with_new_rows_are_computed(counted, path):
 def test_repeated_rows_are_computed_once(counted, path):
     groups = make_groups(10)
     repeats = groups + [replace(g, row=g.row + 10) for g in groups]
-    table, _ = counted.load(path, repeats, groups, max_tokens=1)
+    table, said = counted.load(path, repeats, groups, max_tokens=1)
+    once = sum(len(g.responses) for g in groups)
+    assert f"{once} responses to compute" in said and f"{once} computed" in said
     assert counted.batches == [(row,) for row in range(10)]
     assert torch.equal(table.of(repeats[10:]), table.of(groups))
 

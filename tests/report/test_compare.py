@@ -127,6 +127,17 @@ def test_better_is_only_what_is_more_than_chance_prompt_by_prompt(tmp_path, quic
     assert cells_of(runs)["loss"].cells[1].verdict == ""
 
 
+def test_few_prompts_make_no_run_better(tmp_path, quick):
+    """Two standard errors of a handful of differences are no bound of 95%."""
+    for n, verdicts in ((19, ["", ""]), (20, ["best", "worse"])):
+        runs = [make_run(tmp_path / f"{n}-{i}") for i in range(2)]
+        for i, run in enumerate(runs):
+            add_held_out(run, 100, loss=np.arange(n) * (1 + 0.01 * i) + i)
+        column = cells_of(runs)["loss"]
+        assert [cell.verdict for cell in column.cells] == verdicts
+        assert (column.why_not == "19 held-out prompts are too few to tell; score 20 or more") == (n == 19)
+
+
 def test_numbers_that_cannot_be_compared_are_not(tmp_path, quick):
     betas = cells_of(sweep(tmp_path / "betas", beta=[0.05, 0.1, 0.5]))
     assert betas["loss"].why_not == "it depends on beta, in which the runs differ"
@@ -199,7 +210,8 @@ def test_what_is_no_run_is_said(tmp_path, quick, capsys):
     for given, said in [
         ([], "which run?"),
         ([empty], f"{empty} holds no run (none of config.yaml, metrics.jsonl, events.jsonl)\n"),
-        ([tmp_path / "no"], "holds no run"),
+        ([tmp_path / "no"], f"{tmp_path / 'no'} does not exist\n"),
+        ([tmp_path / "rums"], f"does not exist; did you mean '{tmp_path / 'runs'}'?"),
         ([mine], "holds no run"),
         ([tmp_path / "runs"], f"did you mean {runs[0]}, {runs[1]}, {runs[2]}?"),
         ([*runs, runs[0] / "../run-0"], "is named twice"),

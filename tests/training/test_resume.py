@@ -1,5 +1,6 @@
 """A run that stops, is killed or finds its files damaged goes on exactly, or says why it cannot."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from fastdpo.config.keys import Config
 from fastdpo.data.groups import load_groups
 from fastdpo.errors import ConfigError, DataError, Stopped, TrainingError
 from fastdpo.training import checkpoint
+from fastdpo.training.resume import check_settings
 from fastdpo.training.stage import Stage
 from tests.tiny import rows, save_model, write_jsonl
 from tests.training.killing import TIMED
@@ -336,6 +338,14 @@ def test_another_name_of_the_loss_is_no_other_run(make):
         run(replace(config, resume=True, objective="ipo"))
 
 
+def test_a_config_that_was_kept_in_other_words_is_no_other_run():
+    now = dataclasses.asdict(Config(model="m", data="d", lora_target_modules="lm_head"))
+    assert now["lora_target_modules"] == ["lm_head"]
+    check_settings(now | {"lora_target_modules": "lm_head"}, now)
+    with pytest.raises(ConfigError, match="lora_target_modules: the run in output_dir was started with"):
+        check_settings(now | {"lora_target_modules": "q_proj"}, now)
+
+
 def test_a_wrong_eval_data_shows_before_the_rows_are_read(make, monkeypatch):
     read = []
     load = "fastdpo.data.load.load_groups"
@@ -456,7 +466,7 @@ def test_a_signal_while_the_model_loads_ends_the_run_at_once(make, monkeypatch):
     def load(*args):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("fastdpo.model.policy.AutoModelForCausalLM.from_pretrained", lambda *a, **k: load())
+    monkeypatch.setattr("fastdpo.model.source.AutoModelForCausalLM.from_pretrained", lambda *a, **k: load())
     with pytest.raises(Stopped) as stop:
         run(make())
     assert stop.value.signal == signal.SIGINT

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastdpo import Config, train
 from fastdpo.data.packing import pack
@@ -49,9 +49,24 @@ def test_flops_are_the_planners(model_type, keys):
     assert counted.flops(pack(groups, False)) > planned
 
 
-def test_a_mixture_of_experts_is_not_counted():
-    sizes = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16)
-    assert Counted.of(tiny.policy("qwen3_moe", **sizes)) is None
+OTHER_LAYERS = {  # experts, head sizes that differ by layer, recurrent layers
+    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16),
+    "gemma4_text": dict(hidden_size_per_layer_input=8, layer_types=["sliding_attention", "full_attention"]),
+    "qwen3_5_text": dict(head_dim=16, layer_types=["linear_attention", "full_attention"]),
+}
+
+
+@pytest.mark.parametrize("model_type", OTHER_LAYERS)
+def test_what_a_place_goes_through_is_not_one_number(model_type):
+    assert Counted.of(tiny.policy(model_type, **OTHER_LAYERS[model_type])) is None
+
+
+def test_a_tower_for_pictures_is_not_counted():
+    text = tiny.model_config("gemma3_text", head_dim=16)
+    tower = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    both = AutoConfig.for_model("gemma3", text_config=text.to_dict(), vision_config=tower)
+    count = lambda config: Counted.of(Policy(AutoModelForCausalLM.from_config(config), torch.float32))
+    assert count(both) == count(text)
 
 
 class Event:
@@ -106,9 +121,11 @@ def test_what_is_paused_is_not_idle(device, monkeypatch):
         speed, "time", SimpleNamespace(perf_counter=lambda: clock.now, process_time=lambda: 0.0)
     )
     idle = Idle()
+    with idle.paused():  # held-out rows before the first step
+        clock.now += 50
     work(device, idle, (0, 100))
     with idle.paused():
-        clock.now = 0.7
+        clock.now += 0.7
     work(device, idle, (1000, 1100))
     assert idle.share(1.0) == pytest.approx(0.2)
 
@@ -137,6 +154,13 @@ def test_mfu_is_over_the_cards_rate(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce GTX 1080")
     assert "mfu" not in window.throughput()
     assert "tflops_per_second" not in Window(start=0.0).throughput()
+
+
+def test_a_window_of_a_checkpoint_that_knows_no_idle_time():
+    state = Window(num_tokens=7).state()
+    del state["idle_seconds"], state["counts"]["flops"]
+    again = Window.restored(state, "cpu")
+    assert (again.num_tokens, again.flops) == (7, 0) and 0 <= again.throughput()["idle_share"] <= 1
 
 
 def pace_of(*spent):
