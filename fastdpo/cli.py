@@ -42,7 +42,11 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except UnusedCliTokensError as error:
-        print(f"error: {UNEXPECTED.format(error.unused_tokens[0])}", file=sys.stderr)  # type: ignore[index]
+        word = error.unused_tokens[0]  # type: ignore[index]
+        keyed = argv[0] in ("train", "ref", "data", "plan")
+        takes = f"unexpected argument {word!r}: `fastdpo {argv[0]} --help` says what there is"
+        text = UNEXPECTED.format(word) if keyed else takes
+        print(f"error: {text}", file=sys.stderr)
         return 2
     except (FastDPOError, CycloptsError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """GPUs by name, and what they can do at best."""
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ CARDS = {
 }
 
 
+@functools.cache  # asked at each step
 def card_named(name: str) -> Card | None:
     """The card whose name is part of a device's name, as in "NVIDIA H100 80GB HBM3"; as words of it, for an
     L40 is no L4."""

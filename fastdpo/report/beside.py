@@ -136,17 +136,16 @@ def scored_at(history: RunHistory) -> tuple[int, int] | None:
     return int(loss.stage[at]), int(loss.step[at])
 
 
-def held_out(histories: Sequence[RunHistory]) -> list[Column]:
-    """The numbers of each run's last evaluation, and which of them are better than chance would make them.
+def held_out(
+    histories: Sequence[RunHistory], at: list, parts: list[dict], differ: dict[str, list]
+) -> list[Column]:
+    """The numbers of each run at these evaluations (of `scored_at`), and which of them are better than chance
+    would make them. parts: of `by_prompt`; differ: of `settings`.
 
     A difference to the best run counts where it is more than two standard errors of itself, from the
     differences prompt by prompt (see training/held_out.py): a bound of 95%, of each difference by itself.
     """
-    same_rows, differ = rows(histories)["held-out"], settings(histories)
-    at = [scored_at(history) for history in histories]
-    parts = [_by_prompt(history, where) for history, where in zip(histories, at)]
-    scored = max(map(_prompts, parts))
-    out = []
+    same_rows, scored, out = rows(histories)["held-out"], prompts(parts), []
     for metric, title, write, lower, needed in _NUMBERS:
         values = [_at(h, f"eval_{metric}", where) for h, where in zip(histories, at)]
         if metric == "rewards/accuracies":
@@ -204,19 +203,15 @@ def _judge(cells: list[Cell], values: list, parts: list, write, lower: bool) -> 
         cells[best].verdict = "best"
 
 
-def _by_prompt(history: RunHistory, where) -> dict:
+def by_prompt(history: RunHistory, where) -> dict:
     """{number: what each held-out prompt adds} of an evaluation; of one logged twice the last."""
     lines = [r for r in json_lines(history, "held_out.jsonl") if (r.get("stage"), r.get("step")) == where]
     return {name: v for name, v in lines[-1].items() if isinstance(v, list)} if lines else {}
 
 
-def prompts(history: RunHistory, where) -> int:
-    """How many different held-out prompts an evaluation scored; 0 where that is not known."""
-    return _prompts(_by_prompt(history, where))
-
-
-def _prompts(parts: dict) -> int:
-    return max(map(len, parts.values()), default=0)
+def prompts(parts: list[dict]) -> int:
+    """How many different held-out prompts the evaluations scored; 0 where that is not known."""
+    return max((len(values) for part in parts for values in part.values()), default=0)
 
 
 def _at(history: RunHistory, name: str, where) -> float | None:

@@ -102,6 +102,7 @@ def render(histories: list[RunHistory]) -> str:
     differ = beside.settings(histories)
     called = beside.names(histories, differ)
     at = [beside.scored_at(history) for history in histories]
+    by_prompt = [beside.by_prompt(history, where) for history, where in zip(histories, at)]
     parts: dict[str, Any] = {
         "runs": [_run(*each) for each in zip(histories, called, beside.folders(histories), at)],
         "settings": [(key, list(map(beside.written, values))) for key, values in differ.items()],
@@ -109,8 +110,8 @@ def render(histories: list[RunHistory]) -> str:
             (key, [str(v or "?") for v in values]) for key, values in beside.machines(histories).items()
         ],
         "rows": beside.rows(histories),
-        "columns": beside.held_out(histories),
-        "prompts": max(map(beside.prompts, histories, at)),
+        "columns": beside.held_out(histories, at, by_prompt, differ),
+        "prompts": beside.prompts(by_prompt),
         "looks": [{"colour": colour, "dashes": _dashes(style)} for colour, style in _LOOKS],
         "figures": _figures(histories, called),
         "samples": _samples(histories),

@@ -473,20 +473,25 @@ def browse(url, folder, *options):
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome")
-@pytest.mark.parametrize("size, dark", [("1400,2400", False), ("390,3000", False), ("1400,2400", True)])
-def test_in_a_browser(tmp_path, size, dark):
-    """The page forbids itself every request, and the browser would complain of one on its console."""
-    page = write_report(write_run(tmp_path / "run"))
+def looked_at(page, size, dark):
+    """A page's elements, once a browser has shown it without complaint, light or dark."""
     look = ["--blink-settings=preferredColorScheme=0"] if dark else []
-    shot = tmp_path / "shot.png"
-    _, console = browse(page.as_uri(), tmp_path, f"--screenshot={shot}", f"--window-size={size}", *look)
+    shot = page.with_name("shot.png")
+    _, console = browse(page.as_uri(), page.parent, f"--screenshot={shot}", f"--window-size={size}", *look)
     assert not console
     with Image.open(shot) as image:
         grey = np.asarray(image.convert("L"), float)
     assert grey.std() > 10 and (grey.mean() < 90 if dark else grey.mean() > 180)
-    dom, console = browse(page.as_uri(), tmp_path, "--dump-dom")
+    dom, console = browse(page.as_uri(), page.parent, "--dump-dom")
     assert not console
+    return dom
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome")
+@pytest.mark.parametrize("size, dark", [("1400,2400", False), ("390,3000", False), ("1400,2400", True)])
+def test_in_a_browser(tmp_path, size, dark):
+    """The page forbids itself every request, and the browser would complain of one on its console."""
+    dom = looked_at(write_report(write_run(tmp_path / "run")), size, dark)
     for section in ("numbers", "charts", "samples", "data", "computed", "timeline", "config"):
         assert f'<section id="{section}"' in dom
     assert dom.count("<svg") == 14
