@@ -11,7 +11,7 @@ import torch
 
 from fastdpo.data.packing import pack
 from fastdpo.objectives.make import make
-from fastdpo.records import ResponseLogps
+from fastdpo.records import Pair, ResponseLogps
 from fastdpo.training.held_out import by_prompt, standard_error
 from fastdpo.training.metrics import Sums, add_kl, add_pair_metrics
 from tests import tiny
@@ -77,12 +77,14 @@ def test_one_pair_a_prompt_is_the_textbook():
 def test_pairs_of_one_prompt_are_no_independent_pairs():
     """Beside a bootstrap over prompts: 60 prompts with one, three or six pairs, alike within a prompt."""
     sizes = [[5, 4], [5, 4, 3, 6], [5, 4, 3, 6, 2, 7, 4]]
-    groups = [tiny.group(row, 6, sizes[row % 3]) for row in range(60)]
+    all_beat_the_last = [[Pair(j, len(some) - 1) for j in range(len(some) - 1)] for some in sizes]
+    groups = [tiny.group(row, 6, sizes[row % 3], pairs=all_beat_the_last[row % 3]) for row in range(60)]
     logps, draw = scored(groups), np.random.default_rng(0)
-    shift = torch.from_numpy(draw.normal(0, 5, 60).astype(np.float32))  # common to a prompt's first response
-    first = torch.tensor([0, *np.cumsum([len(g.responses) for g in groups])[:-1]])
+    # common to a prompt's pairs, by what loses in all of them: no winner tells which prompt a pair is of
+    shift = torch.from_numpy(draw.normal(0, 5, 60).astype(np.float32))
+    last = torch.from_numpy(np.cumsum([len(g.responses) for g in groups])) - 1
     token_logp = logps.token_logp.clone()
-    token_logp[logps.cu_resp[first]] += shift
+    token_logp[logps.cu_resp[last]] += shift
     logps = replace(logps, token_logp=token_logp)
     values = by_prompt(make("sigmoid"), logps, groups, kl=True)
     margin = 0.1 * (logps.log_ratio[logps.winner] - logps.log_ratio[logps.loser]).double().numpy()
