@@ -9,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from fastdpo.config.keys import FIELDS, Config
 from fastdpo.data.packing import places
-from fastdpo.errors import ConfigError
+from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.support import sharing_refusal
 from fastdpo.planning.fake_model import trains_all
 from fastdpo.planning.prediction import Prediction, predict, step_loads
@@ -68,6 +68,12 @@ class Planner:
     _known: dict[str, Prediction] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
+        # one layer is simulated for all of them
+        if getattr(self.model_config.get_text_config(), "is_heterogeneous", False):
+            raise ModelError(
+                f"plan: the layers of {self.model_config.model_type} are not all alike, and what such layers "
+                "take is not predicted; leave memory out, and lower max_tokens where a run does not fit"
+            )
         self.shape = Shape(self.model_config)
         share = sharing_refusal(self.model_config) is None
         self.longest = max(places(group, share) for group in self.groups)

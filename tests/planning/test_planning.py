@@ -23,6 +23,7 @@ from fastdpo.model.policy import Policy
 from fastdpo.planning.allocations import ATTENTION, GRADIENTS, SAVED, STATES, WEIGHTS
 from fastdpo.planning.fake_model import head_policy
 from fastdpo.planning.prediction import assumed_groups, predict, selected, step_loads
+from fastdpo.planning.search import Planner
 from fastdpo.planning.simulate import Load, simulate
 from fastdpo.planning.step_time import Shape, step_time, trains_all
 from fastdpo.planning.target import Target
@@ -324,3 +325,10 @@ def test_a_model_that_is_an_adapter_trains_its_lora(tmp_path):
     load = Load((group(0, 30, [20, 9]),), several=True)
     same = lambda keys: max(peak.total for peak in simulate(keys, c, load, GPU))
     assert same(started) == same(fresh)
+
+
+def test_layers_that_are_not_alike_are_refused_in_a_sentence():
+    kinds = ["sliding_attention", "full_attention"]
+    config = model_config("gemma4_text", hidden_size_per_layer_input=8, layer_types=kinds)
+    with pytest.raises(ModelError, match="plan: the layers of gemma4_text are not all alike"):
+        Planner(config, [group(0, 6, [5, 4])], Target(is_cpu=True))
