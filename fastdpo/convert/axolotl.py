@@ -2,7 +2,7 @@
 
 from fastdpo.config.names import OPTIMIZERS
 from fastdpo.convert import shared
-from fastdpo.convert.axolotl_data import data
+from fastdpo.convert.axolotl_data import DATA_REASONS, data
 from fastdpo.convert.rules import Draft, Tool, beside, only, unread
 from fastdpo.convert.shared import LOOKS, NO_DROPOUT, NO_SUCH, QUANTISED, SAME, SHUFFLED, SPEED
 
@@ -14,22 +14,25 @@ def _loss(draft: Draft, rl=None) -> None:
     if rl is None:
         return
     if rl not in _LOSSES:
-        draft.refuse("rl", rl, f"fastdpo does {', '.join(_LOSSES)}")
+        return draft.refuse("rl")
     names, weights = draft.take("dpo_loss_type"), draft.take("dpo_loss_weights")
     names = [names] if isinstance(names, str) else names or [_LOSSES[rl]]
     if rl not in ("dpo", "ipo") and names != [_LOSSES[rl]]:
-        draft.refuse("dpo_loss_type", names, f"it is of rl: dpo, not of rl: {rl}")
+        draft.refuse("dpo_loss_type")
     if weights and len(weights) != len(names):
-        draft.refuse("dpo_loss_weights", weights, f"a weight for each of {', '.join(names)}")
+        draft.refuse("dpo_loss_weights", weights)
     parts = dict(zip(names, map(float, weights or [1] * len(names))))
     if rl == "simpo":
         shared.with_likelihood(draft, parts)
     draft.take("cpo_alpha")
     if rl == "orpo" and draft.theirs.get("orpo_alpha") is not None:
-        draft.names = draft.names | {"beta": "orpo_alpha"}
+        draft.set("beta", float(draft.take("orpo_alpha")), "orpo_alpha")
     smoothing = draft.take("label_smoothing", 0.0 if "robust" in parts else None)
     options = {"beta": draft.take("beta", 0.1), "label_smoothing": smoothing}
-    shared.objective(draft, parts, options | {name: draft.take(name) for name in _OPTIONS})
+    if "beta" in draft.ours:
+        del options["beta"]
+    told = [name for name in ("dpo_loss_type", "dpo_loss_weights") if draft.theirs.get(name)]
+    shared.objective(draft, parts, options | {name: draft.take(name) for name in _OPTIONS}, "rl", *told)
 
 
 def _lora(
@@ -42,18 +45,18 @@ def _lora(
     lora_target_linear=False,
 ) -> None:
     if lora_model_dir:
-        draft.set("adapter", lora_model_dir, f"lora_model_dir {lora_model_dir}")
+        draft.set("adapter", lora_model_dir, "lora_model_dir")
     if adapter is None or lora_model_dir:
         return
     if adapter == "qlora":
         draft.left["load_in_4bit"] = True
     elif adapter != "lora":
-        draft.refuse("adapter", adapter, "fastdpo trains a LoRA or all weights; set lora or remove it")
-    draft.set("lora_rank", lora_r or 8, draft.word("lora_r", lora_r or 8))
+        return draft.refuse("adapter")
+    draft.set("lora_rank", lora_r or 8, "adapter", "lora_r")
     if lora_alpha is not None:
-        draft.ours["lora_alpha"] = float(lora_alpha)
+        draft.set("lora_alpha", float(lora_alpha), "lora_alpha")
     if lora_target_linear:
-        draft.set("lora_target_modules", "all-linear", "lora_target_linear true")
+        draft.set("lora_target_modules", "all-linear", "lora_target_linear")
     elif lora_target_modules:
         shared.target_modules(draft, "lora_target_modules", lora_target_modules)
 
@@ -67,38 +70,37 @@ def _optim(
     evals_per_epoch=None,
 ) -> None:
     if optimizer is not None:
-        draft.set("optim", OPTIMIZERS.get(optimizer, optimizer), f"optimizer {optimizer}")
+        draft.set("optim", OPTIMIZERS.get(optimizer, optimizer), "optimizer")
     if excess_length_strategy == "raise":
-        draft.set("strict", True, "excess_length_strategy raise")
+        draft.set("strict", True, "excess_length_strategy")
     if excess_length_strategy is not None:
         ours = "keep_start" if excess_length_strategy == "truncate" else "drop"
-        draft.set("truncation", ours, draft.word("excess_length_strategy", excess_length_strategy))
+        draft.set("truncation", ours, "excess_length_strategy")
     if wandb_project:
         draft.left["report_to"] = ["wandb"]
     for name, value in (("saves_per_epoch", saves_per_epoch), ("evals_per_epoch", evals_per_epoch)):
         if value is not None:
-            draft.notes.append(f"{name} {value}: left out; save_steps and eval_steps count steps here")
+            draft.leave(name, "save_steps and eval_steps count steps here")
 
 
 def _memory(draft: Draft, gradient_checkpointing=None, activation_offloading=None) -> None:
     """Their checkpointing may say where its inputs go, and so may activation_offloading."""
     level, offload = gradient_checkpointing, activation_offloading
     if isinstance(level, str):
-        draft.set("activation_offloading", True, f"gradient_checkpointing {level}")
+        draft.set("activation_offloading", True, "gradient_checkpointing")
     elif offload:
-        draft.set("activation_offloading", True, draft.word("activation_offloading", offload))
+        draft.set("activation_offloading", True, "activation_offloading")
     if level is not None:
-        draft.ours["gradient_checkpointing"] = bool(level)
+        draft.set("gradient_checkpointing", bool(level), "gradient_checkpointing")
 
 
 def _template(draft: Draft, chat_template=None) -> None:
     if chat_template in ("jinja", "alpaca"):
-        way_out = "write the template to a file and give chat_template: FILE.jinja"
-        draft.refuse("chat_template", chat_template, way_out)
-    if chat_template and chat_template.endswith(".jinja"):
-        draft.ours["chat_template"] = chat_template
+        draft.refuse("chat_template")
+    elif chat_template and chat_template.endswith(".jinja"):
+        draft.set("chat_template", chat_template, "chat_template")
     elif chat_template and chat_template != "tokenizer_default":
-        shared.own_template(draft, "chat_template", chat_template)
+        shared.own_template(draft, "chat_template")
 
 
 AXOLOTL = Tool(
@@ -115,6 +117,15 @@ AXOLOTL = Tool(
         warmup_ratio=0.03,
     ),
     parts=(*shared.RUN, _lora, data, shared.held_out, _optim, _template, _memory, *shared.KEPT, _loss),
+    reasons=shared.REASONS
+    | DATA_REASONS
+    | {
+        "rl": f"fastdpo does {', '.join(_LOSSES)}",
+        "dpo_loss_type": "it is of rl: dpo alone",
+        "dpo_loss_weights": "a weight for each loss is needed",
+        "adapter": "fastdpo trains a LoRA or all weights; set lora or remove it",
+        "chat_template": "write the template to a file and give chat_template: FILE.jinja",
+    },
     names={
         "per_device_train_batch_size": "micro_batch_size",
         "num_train_epochs": "num_epochs",
@@ -125,6 +136,7 @@ AXOLOTL = Tool(
         "desirable_weight": "kto_desirable_weight",
         "undesirable_weight": "kto_undesirable_weight",
     },
+    model_key="base_model",
     rows=shared.TRANSFORMERS
     | {
         "base_model": "model",

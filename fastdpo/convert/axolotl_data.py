@@ -8,14 +8,23 @@ _TYPES = {  # the last word of a dataset's type: our data_format; None: told by 
     **{name: name for name in ("icr", "intel", "prompt_pairs", "ultra", "nectar")},
 }
 _FIELDS = {f"field_{name}": name for name in ("prompt", "chosen", "rejected", "system")}
+_UNREAD = "it is not read; see data_format in `fastdpo train --help`"
+_ONE_FORMAT = "both data sets must have one format"
+_REASONS = {
+    "": "give one data set; write the rows into one file",
+    ".data_files": "give one file, or a folder",
+    ".type": f"known are {', '.join(_TYPES)}; see data_format",
+    ".roles": "messages need our names for their parts and roles",
+}
+DATA_REASONS = {key + end: why for key in ("datasets", "test_datasets") for end, why in _REASONS.items()}
 _TEXTS = ("prompt_format", "chosen_format", "rejected_format")
 
 
 def data(draft: Draft, datasets=None, test_datasets=None) -> None:
     for key, sets, ours in (("datasets", datasets, "data"), ("test_datasets", test_datasets, "eval_data")):
         if sets and len(sets) != 1:
-            paths = [one.get("path") for one in sets]
-            draft.refuse(key, paths, f"give one data set; write the rows into one file as {ours}")
+            draft.refuse(key, [one.get("path") for one in sets])
+            continue
         for one in sets or ():
             _one_set(draft, key, ours, dict(one))
 
@@ -27,19 +36,18 @@ def _one_set(draft: Draft, key: str, ours: str, entry: dict) -> None:
     if files:
         files = [files] if isinstance(files, str) else files
         if len(files) != 1:
-            draft.refuse(f"{key}: data_files", files, "give one file, or a folder")
+            draft.refuse(f"{key}.data_files", files)
         path = files[0]
-    draft.set(ours, spec(path, name, split), f"{key} {path}")
+    draft.set(ours, spec(path, name, split), f"{key}.path")
     data_format = _data_format(draft, key, entry.pop("type", None), entry)
     for other, value in entry.items():
         if value is not None:
-            way_out = "it is not read; see data_format in `fastdpo train --help`"
-            draft.refuse(f"{key}: {other}", value, way_out)
+            draft.refuse(f"{key}.{other}", value, _UNREAD)
     if data_format is None:
         return
     if draft.ours.get("data_format", data_format) != data_format:
-        draft.refuse(f"{key}: type", data_format, "both data sets must have one format")
-    draft.set("data_format", data_format, f"{key}: type")
+        draft.refuse(f"{key}.type", data_format, _ONE_FORMAT)
+    draft.set("data_format", data_format, f"{key}.type")
 
 
 def _data_format(draft: Draft, key: str, kind, entry: dict):
@@ -55,18 +63,18 @@ def _data_format(draft: Draft, key: str, kind, entry: dict):
     family, _, last = (kind or "passthrough").rpartition(".")
     last = "default" if last == "chat_template" else last
     if last not in _TYPES:
-        draft.refuse(f"{key}: type", kind, f"known are {', '.join(_TYPES)}; see data_format")
+        return draft.refuse(f"{key}.type", kind)
     if family and family != "chat_template":
-        draft.check(f"type {kind}: the tokenizer's own chat template writes the turns, not {family}'s")
+        draft.check(f"{key}.type", f"the tokenizer's own chat template writes the turns, not {family}'s")
     if kind and last == "nectar":
         draft.check(
-            "Axolotl trains nectar's worst answers as chosen; here rank 1 is the best, and all pairs train"
+            f"{key}.type",
+            "Axolotl trains nectar's worst answers as chosen; here rank 1 is the best, and all pairs train",
         )
     roles = entry.pop("roles", None) or {}
     properties = entry.pop("message_property_mappings", None) or {}
     if any(one != [role] for role, one in roles.items()) or any(k != v for k, v in properties.items()):
-        way_out = "messages need our names for their parts and roles"
-        draft.refuse(f"{key}: roles", roles or properties, way_out)
+        draft.refuse(f"{key}.roles", roles or properties)
     names = {name: entry.pop(f"field_{name}", name) for name in ("messages", "chosen", "rejected")}
     if kind in ("chat_template", "chat_template.default"):
         return {"format": "messages"} | names | {"system": "system", "tools": "tools"}

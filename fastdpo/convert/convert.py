@@ -16,10 +16,11 @@ TOOLS = (TRL, LLAMA_FACTORY, AXOLOTL)
 
 
 def recognise(values: dict) -> Tool | None:
-    """The tool that has these keys; None where no tool has any of them (but we may). Raises ConfigError for
-    keys of several tools."""
+    """The tool that has these keys: of those with a mark among them the one that knows most; None where no
+    tool has any of them (but we may). Raises ConfigError where several know as many."""
     marks = {tool: [key for key in values if key in tool.marks] for tool in TOOLS}
-    found = [tool for tool in TOOLS if marks[tool]]
+    unknown = {tool: len(tool.unknown(values)) for tool in TOOLS if marks[tool]}
+    found = [tool for tool, count in unknown.items() if count == min(unknown.values())]
     if len(found) > 1:
         which = "; ".join(f"{tool.name} has {', '.join(marks[tool])}" for tool in found)
         raise ConfigError(f"these keys are of several tools, so none is sure to be meant: {which}")
@@ -39,7 +40,9 @@ def translate(values: dict, *, whole: bool = True) -> tuple[dict, list[str]]:
     tool = recognise(values)
     if tool is None:
         return dict(values), []
-    draft = tool.translate(values, whole and "model" not in values)
+    draft = tool.translate(values, whole and (tool.model_key == "model" or "model" not in values))
+    if draft.problems:
+        raise ConfigError("\n".join(draft.problems))
     return draft.ours, [f"read as a config of {tool.name}", *draft.notes]
 
 

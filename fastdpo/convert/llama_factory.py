@@ -6,16 +6,16 @@ from fastdpo.convert import shared
 from fastdpo.convert.rules import Draft, Tool, beside, only, unread
 from fastdpo.convert.shared import LOOKS, NO_DROPOUT, NO_SUCH, QUANTISED, SAME, SPEED
 
+_NO_NAME = "it is no name in a dataset_info.json"
 _TEXT = only(fix="fastdpo trains on text only; remove it")
 _REFERENCE = only(fix="the reference is the model that training starts from; remove it")
 
 
 def _loss(draft: Draft, stage="dpo", pref_loss="sigmoid", beta=0.1, rpo_alpha=None) -> None:
     if stage not in ("dpo", "kto"):
-        way_out = "fastdpo does preference training: dpo or kto (stages does SFT before it)"
-        draft.refuse("stage", stage, way_out)
+        return draft.refuse("stage")
     if pref_loss == "kto_pair":
-        draft.refuse("pref_loss", pref_loss, "kto is not that loss; choose one of `fastdpo objectives`")
+        return draft.refuse("pref_loss")
     smoothing, gamma = draft.take("label_smoothing"), draft.take("simpo_gamma")
     weights = {name: draft.take(name) for name in ("desirable_weight", "undesirable_weight")}
     name, options = pref_loss, {"beta": beta}
@@ -24,11 +24,10 @@ def _loss(draft: Draft, stage="dpo", pref_loss="sigmoid", beta=0.1, rpo_alpha=No
     options |= {"label_smoothing": smoothing if name == "sigmoid" else None, "simpo_gamma": gamma}
     if rpo_alpha:  # their pref_ftx
         if name != "sigmoid" or smoothing:
-            way_out = "fastdpo has it beside plain pref_loss: sigmoid only; remove it"
-            draft.refuse("rpo_alpha", rpo_alpha, way_out)
+            return draft.refuse("rpo_alpha")
         name = "rpo"  # DPO and the winner's likelihood a token, each pair's own mean: what pref_ftx is
         options["rpo_alpha"] = float(rpo_alpha)
-    shared.objective(draft, {name: 1.0}, options)
+    shared.objective(draft, {name: 1.0}, options, "stage" if stage == "kto" else "pref_loss")
 
 
 def _lora(
@@ -43,62 +42,60 @@ def _lora(
 ) -> None:
     kind, bits, how = finetuning_type, quantization_bit, quantization_method
     if kind not in ("lora", "full", None):
-        draft.refuse("finetuning_type", kind, "fastdpo trains a LoRA or all weights; set lora or full")
+        return draft.refuse("finetuning_type")
     if pure_bf16 and kind == "lora":
-        draft.check("pure_bf16 true: left out, a LoRA's weights are kept in fp32 here")
+        draft.check("pure_bf16", "left out, a LoRA's weights are kept in fp32 here")
     elif pure_bf16:
-        draft.set("pure_bf16", True, "pure_bf16 true")
-        draft.check("pure_bf16: fastdpo rounds its updates stochastically, LLaMA-Factory to nearest")
+        draft.set("pure_bf16", True, "pure_bf16")
+        draft.check("pure_bf16", "fastdpo rounds its updates stochastically, LLaMA-Factory to nearest")
     if bits is not None:
         if bits != 4 or how not in ("bnb", "bitsandbytes"):
-            draft.refuse("quantization_bit", f"{bits} by {how}", QUANTISED)
-        draft.set("load_in_4bit", True, f"quantization_bit {bits}")
+            draft.refuse("quantization_bit", f"{bits} by {how}")
+        draft.set("load_in_4bit", True, "quantization_bit")
     if kind == "full" or (kind == "lora" and draft.theirs.get("adapter_name_or_path")):
         return  # the adapter has all of that
     if lora_rank or kind:
-        draft.set("lora_rank", lora_rank or 8, draft.word("lora_rank", lora_rank or 8))
+        draft.set("lora_rank", lora_rank or 8, "lora_rank")
     if lora_alpha is not None:
-        draft.ours["lora_alpha"] = float(lora_alpha)
+        draft.set("lora_alpha", float(lora_alpha), "lora_alpha")
     if lora_target is not None:
         shared.target_modules(draft, "lora_target", lora_target)
 
 
 def _data(draft: Draft, dataset=None, eval_dataset=None, dataset_dir="data", max_samples=None) -> None:
     cut = f"#train[:{max_samples}]" if max_samples else ""
-    more = f", max_samples {max_samples}" if max_samples else ""
     for key, name, ours in (("dataset", dataset, "data"), ("eval_dataset", eval_dataset, "eval_data")):
         if name is None:
             continue
         names = [one.strip() for one in name.split(",")] if isinstance(name, str) else name
         if len(names) != 1:
-            draft.refuse(key, name, f"give one data set; write the rows of these into one file as {ours}")
-        if "/" in names[0] or Path(names[0]).suffix in (".jsonl", ".json", ".csv", ".parquet"):
-            draft.refuse(key, name, f"it is no name in a dataset_info.json; did you mean {ours}?")
-        draft.set(ours, f"{dataset_dir}:{names[0]}{cut}", f"{key} {names[0]}{more}")
+            draft.refuse(key)
+        elif "/" in names[0] or Path(names[0]).suffix in (".jsonl", ".json", ".csv", ".parquet"):
+            draft.refuse(key, fix=f"{_NO_NAME}; did you mean {ours}?")
+        else:
+            more = ["max_samples"] if max_samples else []
+            draft.set(ours, f"{dataset_dir}:{names[0]}{cut}", key, *more)
 
 
 def _template(draft: Draft, template=None, cutoff_len=None) -> None:
     """LLaMA-Factory writes prompts with its own templates, fastdpo with the tokenizer's."""
     if template in ("default", "empty", "vanilla", "alpaca", "vicuna", "fewshot"):
-        way_out = "write that template to a Jinja file and give chat_template: FILE.jinja"
-        draft.refuse("template", template, way_out)
-    if template:
-        shared.own_template(draft, "template", template)
+        draft.refuse("template")
+    elif template:
+        shared.own_template(draft, "template")
     if cutoff_len:
-        draft.set("max_length", cutoff_len, draft.word("cutoff_len", cutoff_len))
-        draft.check("rows over cutoff_len: LLaMA-Factory cuts prompts at their end too; see truncation")
+        draft.set("max_length", cutoff_len, "cutoff_len")
+        draft.check("cutoff_len", "LLaMA-Factory cuts longer rows at the prompt's end too; see truncation")
 
 
 def _thinking(draft: Draft, key: str, value) -> None:
-    draft.set("chat_template_kwargs", {key: value}, draft.word(key, value))
+    draft.set("chat_template_kwargs", {key: value}, key)
 
 
 def _balance(draft: Draft, key: str, value) -> None:
-    draft.set("router_aux_loss_coef", float(value), f"{key} {value:g}")
+    draft.set("router_aux_loss_coef", float(value), key)
     if value:
-        draft.check(
-            f"{key}: LLaMA-Factory's SFT adds the experts' balance loss, its DPO does not; here it is on"
-        )
+        draft.check(key, "LLaMA-Factory's SFT adds the experts' balance loss, its DPO not; here it is on")
 
 
 LLAMA_FACTORY = Tool(
@@ -109,6 +106,16 @@ LLAMA_FACTORY = Tool(
     defaults=shared.DEFAULTS
     | {"learning_rate": 5e-5, "cutoff_len": 2048, "finetuning_type": "lora", "stage": "dpo"},
     parts=(*shared.RUN, _lora, _data, shared.held_out, _template, *shared.KEPT, _loss),
+    reasons=shared.REASONS
+    | {
+        "stage": "fastdpo does preference training: dpo or kto (stages does SFT before it)",
+        "pref_loss": "kto is not that loss; choose one of `fastdpo objectives`",
+        "rpo_alpha": "fastdpo has it beside plain pref_loss: sigmoid only; remove it",
+        "finetuning_type": "fastdpo trains a LoRA or all weights; set lora or full",
+        "quantization_bit": QUANTISED,
+        **dict.fromkeys(("dataset", "eval_dataset"), "give one data set; write the rows into one file"),
+        "template": "write that template to a Jinja file and give chat_template: FILE.jinja",
+    },
     names={
         "beta": "pref_beta",
         "label_smoothing": "dpo_label_smoothing",

@@ -4,59 +4,107 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from fastdpo.config.keys import FIELDS
 from fastdpo.config.names import meant
-from fastdpo.errors import ConfigError
+
+
+class Fate(NamedTuple):
+    """What became of some keys of theirs, or of what they leave out."""
+
+    keys: tuple[str, ...]
+    text: str  # a note, or the problem; empty where it is our key and value as it stands
+    ours: str | None = None  # the key of ours that has it
+    is_problem: bool = False
 
 
 @dataclass
 class Draft:
-    """A config on its way: theirs that are not read yet, ours so far, and what became of each key."""
+    """A config on its way: theirs that are not read yet, ours so far, and what became of each key. Its
+    methods take keys by the names that parts have for them (see Tool.names)."""
 
-    tool: str
+    tool: "Tool"
     theirs: dict
     defaults: dict  # of theirs, where they differ from ours; empty where it is no whole config
-    names: dict  # see Tool
     ours: dict = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    fates: list[Fate] = field(default_factory=list)
 
     def __post_init__(self):
         self.left = dict.fromkeys(self.defaults) | self.theirs
 
+    @property
+    def notes(self) -> list[str]:
+        return [fate.text for fate in self.fates if fate.text and not fate.is_problem]
+
+    @property
+    def problems(self) -> list[str]:
+        return [fate.text for fate in self.fates if fate.is_problem]
+
     def key(self, name: str) -> str:
         """Theirs for what a part calls `name`."""
-        return self.names.get(name, name)
+        return self.tool.names.get(name, name)
 
     def take(self, name: str, default=None):
         """The value of a key of theirs, which is then read; what is null or missing has their default."""
         value = self.left.pop(self.key(name), None)
         return self.defaults.get(self.key(name), default) if value is None else value
 
-    def word(self, name: str, value) -> str:
+    def word(self, name: str, default=None) -> str:
         """`key value`, and whether the value is only their default."""
         key = self.key(name)
-        whose = "" if self.theirs.get(key) is not None else f" ({self.tool}'s default)"
-        return f"{key} {spelled(value)}{whose}"
+        if (value := within(self.theirs, key)) is not None:
+            return f"{key} {spelled(value)}"
+        value = self.defaults.get(key, default)
+        return (
+            f"{key} is not given" if value is None else f"{key} {spelled(value)} ({self.tool.name}'s default)"
+        )
 
-    def set(self, name: str, value, source: str) -> None:
-        """Our key and where its value comes from."""
-        self.ours[name] = value
-        if source != (ours := f"{name} {spelled(value)}"):
-            self.notes.append(f"{source} -> {ours}")
+    def set(self, ours: str, value, *names: str, why: str = "", **assumed) -> None:
+        """Our key, and theirs that it comes from; `assumed` are values that were taken for missing ones."""
+        self.ours[ours] = value
+        theirs = ", ".join(self.word(name, assumed.get(name, value)) for name in names)
+        became = f"{ours} {spelled(value)}"
+        theirs += f" ({why})" if why else ""
+        self._add(names, "" if theirs == became else f"{theirs} -> {became}", ours)
 
-    def leave(self, name: str, value, why: str) -> None:
-        self.notes.append(f"{self.key(name)} {spelled(value)}: left out, {why}")
+    def tell(self, name: str, text: str) -> None:
+        """A note: `key value TEXT`."""
+        self._add((name,), f"{self.word(name)}{text}")
 
-    def check(self, note: str) -> None:
+    def leave(self, name: str, why: str) -> None:
+        """A key that changes nothing of what is learnt, or that another key has."""
+        self.tell(name, f": left out, {why}")
+
+    def check(self, name: str, text: str) -> None:
         """A note on what is not exactly the same and cannot be told from the config."""
-        self.notes.append(f"check: {note}")
+        self._add((name,), f"check: {self.word(name)}: {text}")
 
-    def refuse(self, name: str, value, way_out: str):
-        raise ConfigError(f"{self.key(name)}: {spelled(value)}: {way_out}")
+    def refuse(self, name: str, value=None, fix: str | None = None) -> None:
+        """A problem: what would change training and cannot be had. The reason is `fix`, or the tool's."""
+        shown = spelled(within(self.theirs, self.key(name)) if value is None else value)
+        text = f"{self.key(name)}: {shown}: {fix or self.tool.reasons[name]}"
+        self._add((name,), text, is_problem=True)
+
+    def _add(self, names: tuple[str, ...], text: str, ours=None, is_problem: bool = False) -> None:
+        self.fates.append(Fate(tuple(map(self.key, names)), text, ours, is_problem))
+
+
+def within(values: dict, key: str):
+    """The value of a key, or of "datasets.path" what `datasets` has there (a list of them where it has
+    several); None where there is none."""
+    if key in values or "." not in key:
+        return values.get(key)
+    first, rest = key.split(".", 1)
+    inside = values.get(first)
+    found = [
+        within(one, rest)
+        for one in (inside if isinstance(inside, list) else [inside])
+        if isinstance(one, dict)
+    ]
+    return found[0] if len(found) == 1 else found or None
 
 
 def spelled(value) -> str:
@@ -73,14 +121,14 @@ def to(name: str | None = None, values: dict | None = None) -> Rule:
 
     def rule(draft: Draft, key: str, value) -> None:
         ours = values.get(value, value) if values and isinstance(value, str) else value
-        draft.set(name or key, ours, draft.word(key, value))
+        draft.set(name or key, ours, key)
 
     return rule
 
 
 def unread(why: str) -> Rule:
     """A key that changes nothing about training here."""
-    return lambda draft, key, value: draft.leave(key, value, why)
+    return lambda draft, key, value: draft.leave(key, why)
 
 
 def beside(what: str) -> Rule:
@@ -88,28 +136,35 @@ def beside(what: str) -> Rule:
     return unread(f"without {what} it has no meaning")
 
 
+@dataclass(frozen=True)
+class Only:
+    """The rule of a key that would change training, with values that are what fastdpo does anyway."""
+
+    values: tuple
+    fix: str
+
+    def __call__(self, draft: Draft, key: str, value) -> None:
+        if value in self.values:
+            draft.leave(key, "it is so here")
+        else:
+            draft.refuse(key, value, self.fix)
+
+
 def only(*values, fix: str) -> Rule:
-    """A key that would change training, with values that are what fastdpo does anyway."""
-
-    def rule(draft: Draft, key: str, value) -> None:
-        if value not in values:
-            draft.refuse(key, value, fix)
-        draft.leave(key, value, "it is so here")
-
-    return rule
+    return Only(values, fix)
 
 
 @dataclass(frozen=True, eq=False)
 class Tool:
     """One tool's config.
 
-    only_here: the keys by which it is recognised. defaults: its own, where ours differ. rows: keys (several
-    with one fate share a row) -> our key, or a rule.
+    only_here: keys that tell it. defaults: its own, where ours differ. rows: keys (several with one fate
+    share a row) -> our key, or a rule.
 
     parts: functions of a Draft and of several keys, which are the names of their parameters; a key that is
     null or missing leaves the parameter its default. They come before the rows, in this order; a part runs
-    where one of the keys before its `*` is there, or has a default in `defaults`.
-    names: what this tool calls the keys that parts and losses know by another name.
+    where one of the keys before its `*` is there, or has a default in `defaults`. reasons: why parts refuse
+    keys, by the names that parts have for them. names: what this tool calls those. model_key: the model's.
     """
 
     name: str
@@ -117,7 +172,9 @@ class Tool:
     defaults: dict
     parts: tuple[Callable[..., None], ...]
     rows: dict[str, Any]  # str | Rule
+    reasons: dict[str, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    model_key: str = "model_name_or_path"
 
     @cached_property
     def marks(self) -> frozenset[str]:
@@ -134,10 +191,14 @@ class Tool:
         own = {key: to(rule) if isinstance(rule, str) else rule for key, rule in rows.items()}
         return dict.fromkeys(self.read - set(FIELDS), beside("the rest of the config")) | own
 
+    def unknown(self, values: dict) -> list[str]:
+        """The keys that are neither this tool's nor ours."""
+        return [key for key in values if not (key in self.rules or key in self.read or key in FIELDS)]
+
     def translate(self, values: dict, whole: bool) -> Draft:
         """All of a config, read; keys of ours stay. `whole`: what is left out has this tool's default."""
         theirs = {key: plain(value) for key, value in values.items()}
-        draft = Draft(self.name, theirs, self.defaults if whole else {}, self.names)
+        draft = Draft(self, theirs, self.defaults if whole else {})
         for part in self.parts:
             keys = _parameters(part)
             if any(draft.key(p.name) in draft.left for p in keys if p.kind is not p.KEYWORD_ONLY):
@@ -150,11 +211,9 @@ class Tool:
             elif key in FIELDS:
                 draft.ours[key] = values[key]
             else:
-                raise ConfigError(
-                    f"{key}: not a key that is known of {self.name}, so what it does to training is not "
-                    f"known. {meant(key, [*self.rules, *FIELDS])}Remove it, or replace it by a key of "
-                    "`fastdpo train --help`"
-                )
+                what = f"not a key that is known of {self.name}, so what it does to training is not known"
+                close = meant(key, [*self.rules, *FIELDS])
+                draft.refuse(key, fix=f"{what}. {close}".rstrip(". "))
         return draft
 
 

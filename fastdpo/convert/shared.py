@@ -14,6 +14,17 @@ QUANTISED = "fastdpo quantises to 4 bits only; set load_in_4bit: true"
 SHUFFLED = "rows are shuffled by seed; remove it"
 READ_ONCE = only(False, fix="rows are read once, before training; set it to false")
 NOT_ON_PROMPTS = only(False, fix="responses are what is scored; set it to false")
+# options that train otherwise if they are not read
+_MUST_BE_READ = ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "rpo_alpha")
+REASONS = {  # why the parts below refuse keys, by the names that they have here
+    "per_device_train_batch_size": "a whole number of at least 1 is needed",
+    "gradient_accumulation_steps": "a whole number of at least 1 is needed",
+    "fp16": "fastdpo computes in bf16 or fp32: set bf16: true instead",
+    "metric_for_best_model": "load_best goes by the held-out loss; set eval_loss",
+    "push_to_hub": "name the repository: push_to_hub: me/my-model",
+    "val_size": "give the share of rows to hold out, below 1",
+    **dict.fromkeys(_MUST_BE_READ, "the loss does not read it here; remove it"),
+}
 _ADAM = "fastdpo's AdamW has betas 0.9 and 0.999 and eps 1e-8; remove it"
 
 TRANSFORMERS = {  # rows of every tool: TrainingArguments, and two more
@@ -56,60 +67,59 @@ def batch(draft: Draft, per_device_train_batch_size=None, gradient_accumulation_
     if size is None and steps is None:
         return
     size_key, steps_key = "per_device_train_batch_size", "gradient_accumulation_steps"
-    if size is None:
-        size = 1 if draft.tool == "Axolotl" else 8
+    size = draft.tool.defaults.get(draft.key(size_key), 1) if size is None else size
     steps = 1 if steps is None else steps
-    for key, value in ((size_key, size), (steps_key, steps)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            draft.refuse(key, value, "a whole number of at least 1 is needed")
-    draft.set("batch_size", size * steps, f"{draft.word(size_key, size)} x {steps_key} {steps}")
+    odd = lambda value: not isinstance(value, int) or isinstance(value, bool) or value < 1
+    wrong = [key for key, value in ((size_key, size), (steps_key, steps)) if odd(value)]
+    for key in wrong:
+        draft.refuse(key)
+    if not wrong:
+        draft.set("batch_size", size * steps, size_key, steps_key, **{size_key: size, steps_key: steps})
 
 
 def epochs(draft: Draft, num_train_epochs=None, max_steps=-1) -> None:
     """Passes over the data, and the steps that overrule them."""
     if max_steps > 0:
-        draft.ours["max_steps"] = max_steps
+        draft.set("max_steps", max_steps, "max_steps")
     if num_train_epochs is None:
         return
-    said = draft.word("num_train_epochs", num_train_epochs)
     if "max_steps" in draft.ours:
-        draft.notes.append(f"{said}: left out, max_steps says when to stop")
+        draft.leave("num_train_epochs", "max_steps says when to stop")
     else:
-        draft.set("num_epochs", float(num_train_epochs), said)
+        draft.set("num_epochs", float(num_train_epochs), "num_train_epochs")
 
 
 def warmup(draft: Draft, warmup_steps=None, warmup_ratio=None) -> None:
     """warmup_steps, or warmup_ratio as transformers 5 writes it: steps below 1 are a share."""
     if warmup_steps is not None:
-        draft.ours["warmup_steps"] = warmup_steps
+        draft.set("warmup_steps", warmup_steps, "warmup_steps")
     elif warmup_ratio:
-        said = draft.word("warmup_ratio", warmup_ratio)
-        draft.set("warmup_steps", float(warmup_ratio), f"{said} (a share of all steps)")
+        draft.set("warmup_steps", float(warmup_ratio), "warmup_ratio", why="a share of all steps")
 
 
 def precision(draft: Draft, bf16="auto", fp16=False) -> None:
     if fp16 and fp16 != "auto":
-        draft.refuse("fp16", fp16, "fastdpo computes in bf16 or fp32: set bf16: true instead")
+        draft.refuse("fp16")
     if bf16 != "auto":
-        draft.set("dtype", "bf16" if bf16 else "fp32", draft.word("bf16", bf16))
+        draft.set("dtype", "bf16" if bf16 else "fp32", "bf16")
 
 
 def saves(draft: Draft, save_strategy=None, save_steps=None) -> None:
-    _every(draft, "save", save_strategy, save_steps)
+    _every(draft, "save_strategy", save_strategy, "save_steps", save_steps)
 
 
 def evaluations(draft: Draft, eval_strategy=None, evaluation_strategy=None, eval_steps=None) -> None:
-    _every(draft, "eval", evaluation_strategy or eval_strategy, eval_steps)
+    when = "evaluation_strategy" if evaluation_strategy else "eval_strategy"
+    _every(draft, when, evaluation_strategy or eval_strategy, "eval_steps", eval_steps)
 
 
-def _every(draft: Draft, what: str, when, steps) -> None:
+def _every(draft: Draft, strategy: str, when, key: str, steps) -> None:
     if when in ("epoch", "best"):
-        counts = f"{what}_steps counts steps here, always with the end"
-        draft.notes.append(f"{what}_strategy {when}: left out; {counts}")
+        draft.leave(strategy, f"{key} counts steps here, always with the end")
     elif isinstance(steps, float) and steps < 1:
-        draft.notes.append(f"{what}_steps {steps}: left out; it is a number of steps here")
+        draft.leave(key, "it is a number of steps here")
     elif steps and when not in ("no", False):  # YAML reads no as false
-        draft.ours[f"{what}_steps"] = int(steps)
+        draft.set(key, int(steps), key)
 
 
 def best(draft: Draft, load_best_model_at_end=False) -> None:
@@ -117,38 +127,36 @@ def best(draft: Draft, load_best_model_at_end=False) -> None:
         return
     metric, greater = draft.take("metric_for_best_model"), draft.take("greater_is_better")
     if metric not in (None, "loss", "eval_loss") or greater:
-        way_out = "load_best goes by the held-out loss; set eval_loss"
-        draft.refuse("metric_for_best_model", metric, way_out)
-    draft.set("load_best", True, "load_best_model_at_end true")
+        draft.refuse("metric_for_best_model")
+    draft.set("load_best", True, "load_best_model_at_end")
 
 
 def trackers(draft: Draft, report_to=None) -> None:
     names = [report_to] if isinstance(report_to, str) else report_to or []
     known = [name for name in names if name in ("tensorboard", "wandb", "trackio")]
-    for name in names:
-        if name not in (*known, "none"):
-            draft.leave("report_to", name, "metrics.jsonl has it all")
+    if others := [name for name in names if name not in (*known, "none")]:
+        draft.tell("report_to", f": left out {', '.join(others)}, metrics.jsonl has it all")
     if known:
-        draft.ours["report_to"] = known
+        draft.set("report_to", known, "report_to")
 
 
 def upload(draft: Draft, push_to_hub=None, hub_model_id=None) -> None:
     """Their push_to_hub is yes or no, and hub_model_id the name; in Axolotl the name alone is a yes."""
     if isinstance(push_to_hub, str):  # our own key
-        draft.ours["push_to_hub"] = push_to_hub
+        draft.set("push_to_hub", push_to_hub, "push_to_hub")
     elif push_to_hub and not hub_model_id:
-        draft.refuse("push_to_hub", push_to_hub, "name the repository: push_to_hub: me/my-model")
-    elif hub_model_id and (push_to_hub or draft.tool == "Axolotl"):
-        draft.set("push_to_hub", hub_model_id, draft.word("hub_model_id", hub_model_id))
+        draft.refuse("push_to_hub")
+    elif hub_model_id and (push_to_hub or draft.tool.name == "Axolotl"):
+        draft.set("push_to_hub", hub_model_id, "hub_model_id")
     elif hub_model_id:
-        draft.leave("hub_model_id", hub_model_id, "push_to_hub is not set")
+        draft.leave("hub_model_id", "push_to_hub is not set")
 
 
 def held_out(draft: Draft, val_size=None) -> None:
     if val_size and val_size >= 1:
-        draft.refuse("val_size", val_size, "give the share of rows to hold out, below 1")
-    if val_size:
-        draft.set("eval_data", float(val_size), f"{draft.key('val_size')} {val_size}")
+        draft.refuse("val_size")
+    elif val_size:
+        draft.set("eval_data", float(val_size), "val_size")
 
 
 RUN = (batch, epochs, warmup, precision)
@@ -160,49 +168,42 @@ def spec(name: str, config: str | None, split: str | None) -> str:
     return name + (f":{config}" if config else "") + (f"#{split}" if split and split != "train" else "")
 
 
-def own_template(draft: Draft, key: str, template: str) -> None:
-    draft.check(f"{key} {template}: left out, the tokenizer's own is used; compare in `fastdpo data`")
+def own_template(draft: Draft, key: str) -> None:
+    draft.check(key, "left out, the tokenizer's own is used; compare in `fastdpo data`")
 
 
 def target_modules(draft: Draft, key: str, value) -> None:
     """LoRA's target modules, which the tool's `key` has."""
     names = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
     ours = "all-linear" if names in (["all"], ["all-linear"]) else names
-    draft.set("lora_target_modules", ours, draft.word(key, value))
+    draft.set("lora_target_modules", ours, key)
 
 
 def with_likelihood(draft: Draft, parts: dict[str, float]) -> None:
     """CPOTrainer's simpo has the winner's likelihood beside it, unless cpo_alpha is 0."""
     if alpha := draft.take("cpo_alpha", 1.0):
         parts["sft"] = float(alpha)
-        draft.notes.append(f"{draft.word('cpo_alpha', alpha)} -> the loss sft beside simpo")
+        draft.tell("cpo_alpha", " -> the loss sft beside simpo")
 
 
-# options that train otherwise if they are not read
-_MUST_BE_READ = ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "rpo_alpha")
-
-
-def objective(draft: Draft, parts: dict[str, float], options: dict) -> None:
-    """Our objective of weighted losses, with those options (theirs, by our names) that one of them reads."""
+def objective(draft: Draft, parts: dict[str, float], options: dict, *names: str) -> None:
+    """Our objective of weighted losses, told by the keys of these names, with those options (theirs, by our
+    names) that one of them reads."""
     from fastdpo.objectives.make import options_read
 
     losses = ", ".join(parts)
-    if list(parts.values()) == [1]:
-        draft.set("objective", losses, f"loss {losses}")
-    else:
-        draft.set("objective", parts, f"losses {' + '.join(parts)}")
+    draft.set("objective", losses if list(parts.values()) == [1] else parts, *names)
     read, args = options_read(draft.ours["objective"]), {}
     for name, value in options.items():
         if value in (None, "reverse_kl") or (not value and name in ("use_weighting", "cpo_alpha")):
             continue  # what changes nothing
         if name not in read and name in _MUST_BE_READ:
-            draft.refuse(name, value, f"the loss ({losses}) does not read it here; remove it")
+            draft.refuse(name, value)
         elif name not in read:
-            draft.leave(name, value, f"the loss ({losses}) does not read it")
+            draft.leave(name, f"the loss ({losses}) does not read it")
         elif name in ("beta", "label_smoothing"):
-            draft.set(name, float(value), draft.word(name, value))
+            draft.set(name, float(value), name)
         else:
             args[name] = value
-            draft.notes.append(f"{draft.word(name, value)} -> objective_args: {name}")
     if args:
-        draft.ours["objective_args"] = args
+        draft.set("objective_args", args, *args)

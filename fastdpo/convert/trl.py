@@ -18,29 +18,30 @@ def _loading(draft: Draft, dtype=None, torch_dtype=None) -> None:
     """The dtype that weights are loaded in: trained weights are fp32 here whatever it says."""
     for key, value in (("dtype", dtype), ("torch_dtype", torch_dtype)):
         if key == "dtype" and value in ("bf16", "fp32"):  # our own word
-            draft.ours[key] = value
+            draft.set(key, value, key)
         elif value not in (None, "auto", "float32", "fp32"):
             kept = "weights that train are kept in fp32 here, computed with in dtype"
-            draft.check(f"{key} {value}: left out; {kept}")
+            draft.check(key, f"left out; {kept}")
 
 
 def _lora(
     draft: Draft, use_peft=False, lora_r=16, lora_alpha=32, lora_target_modules=None, lora_dropout=None
 ) -> None:
     if not use_peft:
-        if given := [key for key in _LORA if draft.theirs.get(key)]:
-            draft.notes.append(f"{', '.join(given)}: left out, use_peft is not set")
+        for key in _LORA:
+            if draft.theirs.get(key):
+                draft.leave(key, "use_peft is not set")
         return
-    draft.set("lora_rank", lora_r, "lora_r with use_peft")
+    draft.set("lora_rank", lora_r, "use_peft", "lora_r")
     draft.set("lora_alpha", float(lora_alpha), "lora_alpha")
     if lora_target_modules is None:
-        draft.check("lora_target_modules is not given: peft's choice for the model is not ours, all-linear")
+        draft.check("lora_target_modules", "peft's choice for the model is not ours, all-linear")
     else:
         shared.target_modules(draft, "lora_target_modules", lora_target_modules)
     if lora_dropout:
-        draft.refuse("lora_dropout", lora_dropout, NO_DROPOUT)
+        draft.refuse("lora_dropout")
     if lora_dropout is None and draft.defaults:
-        draft.check("lora_dropout is not given: TRL's default is 0.05; there is none here")
+        draft.check("lora_dropout", "TRL's default is 0.05; there is none here")
 
 
 def _data(
@@ -52,27 +53,29 @@ def _data(
     dataset_train_split=None,
 ) -> None:
     name, config, split, test_split = dataset_name, dataset_config, dataset_train_split, None
+    source = "dataset_name"
     if datasets:
         if len(datasets) != 1 or not set(datasets[0]) <= {"path", "name", "split"}:
-            columns = "give one data set as data, and its columns' names as data_format"
-            draft.refuse("datasets", datasets, columns)
+            return draft.refuse("datasets")
         name, config, split = datasets[0]["path"], datasets[0].get("name"), datasets[0].get("split")
+        source = "datasets.path"
     if dataset_mixer:  # alignment-handbook's
         if len(dataset_mixer) != 1 or next(iter(dataset_mixer.values())) != 1:
-            draft.refuse("dataset_mixer", dataset_mixer, "give one data set as data")
+            return draft.refuse("dataset_mixer")
+        source = "dataset_mixer"
         (name,), splits = dataset_mixer, draft.take("dataset_splits", ["train"])
         config, *_ = draft.take("dataset_configs") or [None]
         split = next(s for s in splits if "test" not in s)
         test_split = next((s for s in splits if "test" in s), None)
         if test_split:
-            draft.set("eval_data", shared.spec(name, config, test_split), f"dataset_splits {test_split}")
+            draft.set("eval_data", shared.spec(name, config, test_split), "dataset_splits")
     if name is None:
         return
-    draft.set("data", shared.spec(name, config, split), f"dataset_name {name}")
+    draft.set("data", shared.spec(name, config, split), source)
     test = draft.take("dataset_test_split", "test" if draft.defaults else None)
     evaluates = draft.theirs.get("eval_strategy") or draft.theirs.get("evaluation_strategy") or "no"
     if test and evaluates not in ("no", False) and not test_split:
-        draft.set("eval_data", shared.spec(name, config, test), f"dataset_test_split {test}")
+        draft.set("eval_data", shared.spec(name, config, test), "dataset_test_split", dataset_test_split=test)
 
 
 def _loss(
@@ -81,12 +84,11 @@ def _loss(
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     parts = dict(zip(names, loss_weights or [1.0] * len(names)))
     if len(parts) != len(names) or (loss_weights and len(loss_weights) != len(names)):
-        way_out = f"a weight for each of {', '.join(names)}, each named once"
-        draft.refuse("loss_weights", loss_weights, way_out)
+        return draft.refuse("loss_weights", loss_weights or names)
     parts = {{"aot_pair": "aot"}.get(name, name): weight for name, weight in parts.items()}
     if rpo_alpha:
         parts["sft"] = rpo_alpha
-        draft.notes.append(f"rpo_alpha {rpo_alpha} -> the loss sft, as TRL itself has it since 0.29")
+        draft.tell("rpo_alpha", " -> the loss sft, as TRL itself has it since 0.29")
     if "simpo" in parts:
         shared.with_likelihood(draft, parts)
     if "robust" in parts and label_smoothing is None:
@@ -95,7 +97,7 @@ def _loss(
         draft.take("f_alpha_divergence_coef")
     options = {"beta": beta, "label_smoothing": label_smoothing}
     options |= {name: draft.take(name) for name in _OPTIONS.split()}
-    shared.objective(draft, {name: float(weight) for name, weight in parts.items()}, options)
+    shared.objective(draft, {name: float(weight) for name, weight in parts.items()}, options, "loss_type")
 
 
 TRL = Tool(
@@ -107,6 +109,13 @@ TRL = Tool(
     "use_weighting discopop_tau dataset_num_proc use_liger_loss generate_during_eval",
     defaults=shared.DEFAULTS | {"loss_type": "sigmoid"},
     parts=(*shared.RUN, _loading, _lora, _data, *shared.KEPT, _loss),
+    reasons=shared.REASONS
+    | {
+        "lora_dropout": NO_DROPOUT,
+        "datasets": "give one data set as data, and its columns' names as data_format",
+        "dataset_mixer": "give one data set as data",
+        "loss_weights": "a weight for each loss is needed, each named once",
+    },
     rows=shared.TRANSFORMERS
     | {
         "model_name_or_path": "model",

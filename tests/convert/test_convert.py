@@ -192,10 +192,10 @@ def notes_of(text, **more):
 def test_notes_say_what_became_of_keys():
     notes = notes_of(TRL)
     for note in (
-        "per_device_train_batch_size 2 x gradient_accumulation_steps 8 -> batch_size 16",
+        "per_device_train_batch_size 2, gradient_accumulation_steps 8 -> batch_size 16",
         "num_train_epochs 3 (TRL's default) -> num_epochs 3",
         "precompute_ref_log_probs true: left out, the reference is always computed once and kept",
-        "report_to mlflow: left out, metrics.jsonl has it all",
+        "report_to ['wandb', 'mlflow']: left out mlflow, metrics.jsonl has it all",
         "use_liger_kernel true: left out, it changes speed or memory only",
     ):
         assert note in notes
@@ -203,7 +203,8 @@ def test_notes_say_what_became_of_keys():
     notes = notes_of(AXOLOTL)
     assert "excess_length_strategy drop (Axolotl's default) -> truncation drop" in notes
     assert (
-        "check: type chatml.intel: the tokenizer's own chat template writes the turns, not chatml's" in notes
+        "check: datasets.type chatml.intel: the tokenizer's own chat template writes the turns, not chatml's"
+        in notes
     )
     assert (
         "check: template llama3: left out, the tokenizer's own is used; compare in `fastdpo data`"
@@ -238,7 +239,7 @@ def test_their_words_in_a_config_of_ours():
     assert ours == {"model": "m", "batch_size": 4, "beta": 0.3, "resume": True}
     assert notes == [
         "read as a config of TRL",
-        "per_device_train_batch_size 4 x gradient_accumulation_steps 1 -> batch_size 4",
+        "per_device_train_batch_size 4, gradient_accumulation_steps 1 (TRL's default) -> batch_size 4",
     ]
 
 
@@ -267,7 +268,7 @@ def test_the_balance_loss_of_experts():
     assert ours_of(LLAMA_FACTORY, moe_aux_loss_coef=0.02)["router_aux_loss_coef"] == 0.02
     notes = notes_of(LLAMA_FACTORY, moe_aux_loss_coef=0.02)
     assert "moe_aux_loss_coef 0.02 -> router_aux_loss_coef 0.02" in notes
-    assert any(n.startswith("check: moe_aux_loss_coef: ") and "its DPO does not" in n for n in notes)
+    assert any(n.startswith("check: moe_aux_loss_coef 0.02: ") and "its DPO not" in n for n in notes)
     assert ours_of(AXOLOTL, router_aux_loss_coef=0.03)["router_aux_loss_coef"] == 0.03  # our own word
 
 
@@ -320,7 +321,7 @@ def test_alignment_handbook_s_mixer():
 
 def test_converted_is_a_config_of_ours_with_notes_above():
     text = converted(yaml.safe_load(TRL))
-    assert text.startswith("# read as a config of TRL\n# per_device_train_batch_size 2 x")
+    assert text.startswith("# read as a config of TRL\n# per_device_train_batch_size 2, ")
     assert yaml.safe_load(text) == OURS["TRL"]
     assert "optim: paged_adamw_8bit" in converted(yaml.safe_load(TRL) | {"optim": "paged_adamw_8bit"})
     with pytest.raises(ConfigError, match="optim: 'lion_8bit' is not one of"):

@@ -156,7 +156,7 @@ def test_axolotl_chat_template_fields():
     ours = ours_of(AXOLOTL, datasets=[entry])
     expected = {"format": "messages", "messages": "talk", "chosen": "chosen", "rejected": "rejected"}
     assert ours["data_format"] == expected | {"system": "system", "tools": "tools"}
-    with pytest.raises(ConfigError, match=r"datasets: roles: .*human"):
+    with pytest.raises(ConfigError, match=r"datasets.roles: .*human"):
         ours_of(AXOLOTL, datasets=[entry | {"roles": {"user": ["human"]}}])
 
 
@@ -224,21 +224,21 @@ REFUSED = [
     ("TRL", {"max_prompt_length": 512}, "max_prompt_length: 512: rows are cut by max_length"),
     ("TRL", {"fp16": True}, "fp16: true: fastdpo computes in bf16 or fp32"),
     ("TRL", {"neftune_noise_alpha": 5}, "neftune_noise_alpha: 5: fastdpo does not have it"),
-    ("TRL", {"loss_weights": [1]}, "loss_weights: .*a weight for each of sigmoid, bco_pair, sft"),
+    ("TRL", {"loss_weights": [1]}, "loss_weights: .*a weight for each loss"),
     ("TRL", {"loss_type": "dpo2", "loss_weights": None}, "objective: 'dpo2' is not one of"),
     ("TRL", {"per_device_train_batch_size": 0}, "per_device_train_batch_size: 0: a whole number"),
     (
         "TRL",
         {"loss_type": "rpo", "loss_weights": None, "ld_alpha": 0.5},
-        "ld_alpha: 0.5: the loss .rpo. does not",
+        "ld_alpha: 0.5: the loss does not read it here",
     ),
-    ("TRL", {"gamma_beta_ratio": 0.5}, "gamma_beta_ratio: not a key that is known of TRL"),
+    ("TRL", {"gamma_beta_ratio": 0.5}, "gamma_beta_ratio: 0.5: not a key that is known of TRL"),
     ("TRL", {"gradient_acumulation_steps": 2}, "Did you mean 'gradient_accumulation_steps'"),
     ("Axolotl", {"adapter": "ia3"}, "adapter: ia3: fastdpo trains a LoRA or all weights"),
     ("Axolotl", {"rl": "grpo"}, "rl: grpo: fastdpo does dpo, ipo, kto, orpo, simpo"),
     ("Axolotl", {"datasets": [{"path": "a"}, {"path": "b"}]}, "datasets: .*give one data set"),
-    ("Axolotl", {"datasets": [{"path": "a", "type": "sharegpt"}]}, "datasets: type: sharegpt: known are"),
-    ("Axolotl", {"datasets": [{"path": "a", "shards": 4}]}, "datasets: shards: 4: it is not read"),
+    ("Axolotl", {"datasets": [{"path": "a", "type": "sharegpt"}]}, "datasets.type: sharegpt: known are"),
+    ("Axolotl", {"datasets": [{"path": "a", "shards": 4}]}, "datasets.shards: 4: it is not read"),
     ("Axolotl", {"special_tokens": {"eos_token": "x"}}, "special_tokens: .*set them in the tokenizer"),
     ("Axolotl", {"val_set_size": 100}, "val_set_size: 100: give the share"),
     ("Axolotl", {"chat_template": "jinja"}, "chat_template: jinja: write the template to a file"),

@@ -18,7 +18,7 @@ NOT_QUOTED = {  # (folder, what makes the message): why
 }
 PASSED_ON = {  # (file, function) whose errors say what they were given: where that is found
     ("fastdpo/config/checks.py", "_refuse"): "its callers",
-    ("fastdpo/convert/rules.py", "refuse"): "its callers",
+    ("fastdpo/convert/convert.py", "translate"): "reasons that the tables have",
     ("fastdpo/data/chat/arguments.py", "check_row_kwargs"): "_wrong",
     ("fastdpo/data/formats/columns.py", "_ref_logps"): "calls of its `problem`",
     ("fastdpo/data/formats/layouts.py", "problem"): "a RowProblem once more",
