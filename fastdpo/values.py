@@ -61,6 +61,11 @@ def plain(value):
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
+def as_list(value) -> list:
+    """A list as it is, one value as a list of it, None as an empty one."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def nearest(name, names) -> str:
     """Which of some names is meant by one that is none of them, as a question; nothing where none is near."""
     spelled = lambda name: str(name).lower().replace("-", "_")

@@ -19,6 +19,10 @@ def _refuse(is_wrong, message: str) -> None:
 
 def check(config) -> None:
     """Raises ConfigError, naming the key and the way out."""
+    for name in ("data", "eval_data"):
+        if isinstance(sets := getattr(config, name), list):
+            _refuse(not all(sets), f"{name}: an empty name among {sets}")
+            _refuse(len(set(sets)) < len(sets), f"{name}: a data set is named twice among {sets}")
     for name in ("model", "data", "output_dir"):
         if not getattr(config, name):
             raise ConfigError(f"{name}: missing. Give it in the YAML file or as --{name} VALUE")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from fastdpo.config.checks import check
 from fastdpo.config.names import ALSO_CALLED, in_our_words, meant
 from fastdpo.errors import ConfigError
-from fastdpo.values import as_type
+from fastdpo.values import as_list, as_type
 
 Optimizer = Literal[
     "adamw_torch_fused",
@@ -34,18 +34,18 @@ class Config:
     adapter: str | None = _key(
         None, "a peft adapter folder to start from: it is trained on, and the reference is model + adapter"
     )
-    data: str = _key(
+    data: str | list[str] = _key(
         "",
         "preference rows (required): a .jsonl/.json/.csv/.parquet file, a folder, or a hub name; "
         "NAME:CONFIG picks a hub configuration, FOLDER:NAME a data set of FOLDER/dataset_info.json, #SPLIT a "
-        "split, as in data.jsonl#train[:100]",
+        "split, as in data.jsonl#train[:100]; or a list of them, read one after the other",
     )
     data_format: str | dict[str, Any] | None = _key(
         None,
         "how rows are read where their columns do not tell: a format's name (docs/data.md lists them), or "
         "{our column: the rows' own name, ...}, as in {prompt: question, chosen: better, rejected: worse}",
     )
-    eval_data: str | float | None = _key(
+    eval_data: str | list[str] | float | None = _key(
         None, "held-out rows: like data, or a fraction of data (0.05) split off by seed"
     )
     output_dir: str = _key("runs/fastdpo", "the run folder")
@@ -209,8 +209,7 @@ class Config:
     @property
     def trackers(self) -> list[str]:
         """The names in report_to."""
-        names = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
-        return [name for name in names if name != "none"]
+        return [name for name in as_list(self.report_to) if name != "none"]
 
     def per_stage(self) -> list["Config"]:
         """One config a stage; without `stages`, this one. Raises ConfigError."""

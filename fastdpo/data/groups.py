@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from fastdpo.data.formats.layouts import Layout
 from fastdpo.data.one_row import problem_of, refuse_lone_surrogates
 from fastdpo.data.report import NOT_PRINTED, DataReport, RowProblem
 from fastdpo.data.rows import Row, parse_row
-from fastdpo.data.sources import Rows, load_rows
+from fastdpo.data.sources import Rows, chunks, load_sets, named
 from fastdpo.data.tokenizing import Encoder, Tokens, shared_length, tokenize
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.records import Pair, PreferenceGroup, Response
@@ -72,7 +71,7 @@ def to_group(
 
 
 def load_groups(
-    spec: str,
+    spec: str | list[str],
     tokenizer: "PreTrainedTokenizerBase",
     limits: Limits,
     *,
@@ -82,21 +81,20 @@ def load_groups(
     chat: Chat | None = None,
     key: str = "data",
 ) -> tuple[list[PreferenceGroup], DataReport]:
-    """All usable rows of a data source (see load_rows) as groups, and the account of every row. `data_format`
-    says how to read the rows, where their columns do not; `chat`, what the chat template is given besides;
-    `key` is the config's, for errors about the source.
+    """All usable rows of a data source (see load_rows), or of several, one after the other, as groups, and
+    the account of every row. `data_format` says how to read the rows, where their columns do not; `chat`,
+    what the chat template is given besides; `key` is the config's, for errors about the source.
 
     Raises DataError when no row is left, or under `strict` at the first row that was dropped,
     truncated, identical or malformed.
     """
-    rows = load_rows(spec, data_format, key)
-    encoder, report, chat = Encoder(tokenizer), DataReport(spec), chat or Chat()
+    sets = load_sets(spec, data_format, key)
+    encoder, report, chat = Encoder(tokenizer), DataReport(named(sets)), chat or Chat()
     groups: list[PreferenceGroup] = []
     seen: set[bytes] = set()
-    numbered = enumerate(rows)
     with make_progress(console) as bar:
-        task = bar.add_task("reading rows", total=len(rows), unit="rows", info="")
-        while chunk := list(islice(numbered, _CHUNK)):
+        task = bar.add_task("reading rows", total=sum(map(len, sets)), unit="rows", info="")
+        for rows, chunk in chunks(sets, _CHUNK):
             outcomes = _outcomes(chunk, encoder, limits, chat, rows.layout, report)
             for (number, _), outcome in zip(chunk, outcomes):
                 if strict:
@@ -111,7 +109,7 @@ def load_groups(
                     report.keep(group, +notes)
             bar.update(task, advance=len(chunk))
     if not groups:
-        raise DataError(f"{key}: none of the {len(rows)} rows of {spec!r} can be used.\n{report.losses()}")
+        raise DataError(f"{key}: none of the {report.rows} rows of {spec!r} can be used.\n{report.losses()}")
     report.dates = list(chat.dates)
     return groups, report
 

@@ -20,8 +20,8 @@ Rows = list[PreferenceGroup]
 class DataSpec:
     """Which rows, and how they are read; named and explained as the config's keys."""
 
-    data: str
-    eval_data: str | float | None
+    data: str | list[str]
+    eval_data: str | list[str] | float | None
     data_format: str | dict | None
     chat_template_kwargs: dict[str, Any] | None
     max_length: int
@@ -40,12 +40,12 @@ def load_data(
     chat = Chat(spec.chat_template_kwargs, clock or datetime.now())
     how: dict[str, Any] = dict(strict=spec.strict, data_format=spec.data_format, chat=chat)
 
-    def load(name: str, key: str = "data"):
+    def load(name: str | list[str], key: str = "data"):
         groups, report = load_groups(name, tokenizer, limits, console=console, key=key, **how)
         report.print(console)
         return groups, report.to_dict()
 
-    if isinstance(spec.eval_data, str):  # it is the smaller one: what is wrong in it shows soon
+    if isinstance(spec.eval_data, str | list):  # it is the smaller one: what is wrong in it shows soon
         eval_groups, eval_report = load(spec.eval_data, "eval_data")
         groups, report = load(spec.data)
         return groups, eval_groups, {"data": report, "eval_data": eval_report}

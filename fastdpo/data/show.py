@@ -23,7 +23,7 @@ def show_data(spec: DataSpec, tokenizer, console) -> None:
     chat = Chat(spec.chat_template_kwargs)
     how = dict(strict=spec.strict, console=console, data_format=spec.data_format, chat=chat)
     for key, source in (("data", spec.data), ("eval_data", spec.eval_data)):
-        if isinstance(source, str):
+        if isinstance(source, str | list):
             show(*load_groups(source, tokenizer, limits, key=key, **how), tokenizer, console)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from fastdpo.console.formatting import printable
@@ -33,6 +34,7 @@ class Rows:
     rows: Sequence[dict | RowProblem] | ArrowRows  # a RowProblem stands for a line that cannot be read
     lines: Sequence[tuple[str, int]] | None = None  # (file, line from 1)
     layout: Layout | None = None  # how to read them, where their columns are not to tell
+    first: int = 0  # what the first row is numbered, behind those of other data sets
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,9 +54,9 @@ class Rows:
             number += 1
 
     def where(self, number: int) -> str:
-        """`row 12 of SOURCE`, and its line where it has one."""
+        """`row 12 of SOURCE`, as it counts them, and its line where it has one."""
         line = self._line(number)
-        return f"row {number} of {self.source}" + (f" ({line})" if line else "")
+        return f"row {number - self.first} of {self.source}" + (f" ({line})" if line else "")
 
     def told(self, number: int, problem: RowProblem) -> str:
         """The row's problem behind its line, where it has one: `line 12 of FILE: FIELD: ...`."""
@@ -65,8 +67,32 @@ class Rows:
     def _line(self, number: int) -> str:
         if self.lines is None:
             return ""
-        file, line = self.lines[number]
+        file, line = self.lines[number - self.first]
         return f"line {line} of {printable(file)}"
+
+
+def load_sets(spec: str | list[str], data_format: str | dict | None = None, key: str = "data") -> list[Rows]:
+    """A data set's rows (see load_rows), or those of several, numbered on from one to the next."""
+    sets: list[Rows] = []
+    for name in [spec] if isinstance(spec, str) else spec:
+        first = sets[-1].first + len(sets[-1]) if sets else 0
+        sets.append(replace(load_rows(name, data_format, key), first=first))
+    return sets
+
+
+def named(sets: list[Rows]) -> str:
+    """`a.jsonl, b.jsonl (from row 100 on)`."""
+    return ", ".join(
+        f"{rows.source} (from row {rows.first} on)" if rows.first else rows.source for rows in sets
+    )
+
+
+def chunks(sets: list[Rows], size: int) -> Iterator[tuple[Rows, list[tuple[int, dict | RowProblem]]]]:
+    """At most so many numbered rows at a time, of one data set."""
+    for rows in sets:
+        numbered = enumerate(rows, rows.first)
+        while chunk := list(islice(numbered, size)):
+            yield rows, chunk
 
 
 def load_rows(spec: str, data_format: str | dict | None = None, key: str = "data") -> Rows:

@@ -13,6 +13,7 @@ from fastdpo.config.reading import to_word
 from fastdpo.errors import ConfigError
 from fastdpo.report.history import RunHistory, read_run
 from fastdpo.report.story import stage_tables
+from fastdpo.values import as_list
 
 SETTINGS = "adapter_config.json"  # what makes a folder a peft adapter
 _FILES = (".jsonl", ".json", ".csv", ".parquet")
@@ -62,9 +63,11 @@ def model_card(history: RunHistory | None, folder: Path, adapter: Path | None = 
     is_adapter = (Path(folder) / SETTINGS).exists()
     name = None if adapter else config.get("push_to_hub")
     loss_tags = ["dpo" if loss == "sigmoid" else loss for loss in losses]
+    sources = as_list(config.get("data") or None)
+    on_hub = [name for name in map(_data_set, sources) if name]
     data = ModelCardData(
         base_model=base if _is_on_hub(base) else None,
-        datasets=_data_set(config.get("data")),
+        datasets=on_hub or None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["fastdpo", *loss_tags, *(["lora"] if is_adapter else [])],
@@ -73,7 +76,7 @@ def model_card(history: RunHistory | None, folder: Path, adapter: Path | None = 
     return Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).render(
         metadata=data.to_yaml(),
         title=_title(name, history, adapter),
-        data_set=data.datasets,
+        trained_on=", ".join(map(_data_link, sources)),
         rows_kept=history.rows_kept if history else None,
         merged=_read_json(Path(folder) / "config.json") if adapter else None,
         why_not_vllm=unserved_by_vllm(settings) if is_adapter else [],
@@ -109,6 +112,12 @@ def _data_set(spec) -> str | None:
     found = re.fullmatch(r"(?!\.)([\w.-]+/[\w.-]+)(:[\w.-]+)?", name)
     local = not found or Path(found[1]).exists() or Path(name).exists() or name.endswith(_FILES)
     return None if local or not found else found[1]
+
+
+def _data_link(spec: str) -> str:
+    """A data set as the card names it: a link to the hub's, of a local path its last part."""
+    name = _data_set(spec)
+    return _link(name, "datasets/") if name else f"`{_public(spec)}`"
 
 
 def _public(path) -> str:

@@ -17,6 +17,7 @@ from fastdpo.model.adapters import find_start
 from fastdpo.training import checkpoint
 from fastdpo.training.checkpoint import Checkpoint
 from fastdpo.training.job import Job
+from fastdpo.values import as_list
 
 RUN_FILES = (
     *("config.yaml", "metrics.jsonl", "held_out.jsonl", "events.jsonl", "samples.jsonl", "data_report.json"),
@@ -39,10 +40,11 @@ def free_folder(job: Job) -> Path:
     keys = ("model", "adapter", "data", "eval_data", "chat_template")
     named = {name: getattr(job.config, name) for name in keys}
     for name, value in (named | {"the adapter's base": find_start(job.model).model}).items():
-        source = Path(str(value).partition("#")[0]).resolve()
-        for doomed in ((run / part).resolve() for part in held):
-            if source == doomed or doomed in source.parents:
-                raise ConfigError(f"output_dir: the run would replace {name}: {source}. Name another folder")
+        for source in (Path(str(one).partition("#")[0]).resolve() for one in as_list(value)):
+            for doomed in ((run / part).resolve() for part in held):
+                if source == doomed or doomed in source.parents:
+                    text = f"output_dir: the run would replace {name}: {source}. Name another folder"
+                    raise ConfigError(text)
     try:
         run.mkdir(parents=True, exist_ok=True)
         (run / ".writable").touch()

@@ -48,6 +48,7 @@ from fastdpo.training.stage import Stage
 from fastdpo.training.starts import Fill, make_reference, pairs_of_stage, stage_groups
 from fastdpo.training.stopping import Stopping
 from fastdpo.training.trackers import check_trackers, open_trackers
+from fastdpo.values import as_list
 
 
 def train(config: Config, console: Console, around: Around) -> Path:
@@ -211,5 +212,6 @@ def fill_reference(config: Config, console: Console, around: Around) -> None:
 
 def _source(job: Job, stage: int = 0) -> dict:
     """What a reference is of, as the config names it; stage: how many have trained the model before."""
-    data = [name for name in (job.data.data, job.data.eval_data) if isinstance(name, str)]
+    named = as_list(job.data.data) + as_list(job.data.eval_data)
+    data = [name for name in named if isinstance(name, str)]
     return {"model": job.model.model, "adapter": job.model.adapter, "stage": stage, "data": data}

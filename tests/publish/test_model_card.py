@@ -80,7 +80,7 @@ def test_hub_names_become_metadata_and_links(lora, tmp_path):
         card = with_config(lora, tmp_path, data="org/rows:part#train[:9]", model="org/base-7B")
     finally:
         path.write_text(before)
-    assert card.data.base_model == "org/base-7B" and card.data.datasets == "org/rows"
+    assert card.data.base_model == "org/base-7B" and card.data.datasets == ["org/rows"]
     assert "[org/base-7B](https://huggingface.co/org/base-7B) and a LoRA of rank 12" in card.text
     assert "[org/rows](https://huggingface.co/datasets/org/rows)" in card.text
     assert 'AutoPeftModelForCausalLM.from_pretrained("PATH_OR_REPOSITORY")' in card.text
