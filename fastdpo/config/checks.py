@@ -46,8 +46,10 @@ def check(config) -> None:
     noise, held_out = config.label_smoothing or 0, config.eval_data
     _refuse(not 0 <= noise < 0.5, f"label_smoothing: {noise} is not in [0, 0.5)")
     _refuse(config.flip_pairs > 1, f"flip_pairs: {config.flip_pairs} is a share, not over 1")
-    if isinstance(held_out, float) and not 0 < held_out < 1:
-        raise ConfigError(f"eval_data: {held_out} is neither a data set nor a fraction between 0 and 1")
+    if isinstance(held_out, float) and not (0 < held_out < 1 or held_out == max(int(held_out), 1)):
+        raise ConfigError(
+            f"eval_data: {held_out} is neither a data set, a fraction nor a whole number of groups"
+        )
     layout_of(config.data_format)
     check_kwargs(config.chat_template_kwargs)
     _check_memory_keys(config)

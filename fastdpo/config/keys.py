@@ -17,6 +17,7 @@ Optimizer = Literal[
     "adamw_torch_8bit",
     "adamw_torch_4bit",
     "adafactor",
+    "rmsprop",
     "sgd",
 ]
 
@@ -46,7 +47,9 @@ class Config:
         "{our column: the rows' own name, ...}, as in {prompt: question, chosen: better, rejected: worse}",
     )
     eval_data: str | list[str] | float | None = _key(
-        None, "held-out rows: like data, or a fraction of data (0.05) split off by seed"
+        None,
+        "held-out rows: like data, or a fraction of data (0.05) or a number of its prompt groups (200) that "
+        "is split off by seed",
     )
     output_dir: str = _key("runs/fastdpo", "the run folder")
     push_to_hub: str | None = _key(
@@ -54,7 +57,7 @@ class Config:
         "the hub repository that `model/` is uploaded to when training ends, as in me/my-dpo: made private "
         "where it does not exist; the log-in is checked before training",
     )
-    chat_template: str | None = _key(None, "a Jinja file that replaces the tokenizer's chat template")
+    chat_template: str | None = _key(None, "a Jinja file or text that replaces the tokenizer's chat template")
     chat_template_kwargs: dict[str, Any] | None = _key(
         None,
         "what the chat template is given besides the messages, as in {enable_thinking: false, date_string: "
@@ -98,10 +101,14 @@ class Config:
     lr_scheduler_type: str = _key(
         "linear", "schedule, by transformers' names: linear, cosine, constant_with_warmup, ..."
     )
+    lr_scheduler_kwargs: dict[str, Any] | None = _key(
+        None, "the schedule's own options, as transformers has them: {min_lr_rate: 0.1} of cosine_with_min_lr"
+    )
     optim: Optimizer = _key(
         "adamw_torch_fused",
         "optimizer, by transformers' names: adamw_torch_fused (torch's AdamW), adamw_8bit, paged_adamw_8bit, "
-        "paged_adamw_32bit (bitsandbytes), adamw_torch_8bit, adamw_torch_4bit (torchao), adafactor, sgd",
+        "paged_adamw_32bit (bitsandbytes), adamw_torch_8bit, adamw_torch_4bit (torchao), adafactor, rmsprop, "
+        "sgd",
     )
     offload_optimizer: bool = _key(False, "keep the optimizer's states in the host's memory and step there")
     optimizer_in_backward: bool = _key(
@@ -177,7 +184,7 @@ class Config:
     lora_rank: int | None = _key(None, "train a LoRA of this rank instead of all weights", low=1)
     lora_alpha: float | None = _key(None, "LoRA's alpha (default: twice the rank)")
     lora_target_modules: str | list[str] = _key(
-        "all-linear", "modules that get a LoRA: names, or all-linear (all but the lm_head)"
+        "all-linear", "modules that get a LoRA: names, all-linear (all but the lm_head), or peft (its choice)"
     )
     use_dora: bool = _key(False, "DoRA: a LoRA that learns the weights' magnitude apart (2402.09353)")
     use_rslora: bool = _key(False, "scale the LoRA by alpha / sqrt(rank), not alpha / rank (2312.03732)")
@@ -236,8 +243,8 @@ class Config:
 
 STAGE_KEYS = (
     "objective objective_args beta label_smoothing router_aux_loss_coef pairs learning_rate warmup_steps "
-    "lr_scheduler_type weight_decay max_grad_norm batch_size max_tokens num_epochs max_steps eval_steps "
-    "logging_steps save_steps"
+    "lr_scheduler_type lr_scheduler_kwargs weight_decay max_grad_norm batch_size max_tokens num_epochs "
+    "max_steps eval_steps logging_steps save_steps"
 ).split()
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 GROUPS = {  # of the help and of docs/keys.md: each key once
@@ -245,8 +252,8 @@ GROUPS = {  # of the help and of docs/keys.md: each key once
     "flip_pairs max_length truncation strict".split(),
     "Objective": "objective objective_args beta label_smoothing router_aux_loss_coef reference_cache "
     "stages".split(),
-    "Optimizer": "learning_rate warmup_steps lr_scheduler_type optim weight_decay max_grad_norm batch_size "
-    "num_epochs max_steps seed".split(),
+    "Optimizer": "learning_rate warmup_steps lr_scheduler_type lr_scheduler_kwargs optim weight_decay "
+    "max_grad_norm batch_size num_epochs max_steps seed".split(),
     "Memory": "memory dtype max_tokens head_memory gradient_checkpointing activation_offloading tiled_mlp "
     "offload_optimizer optimizer_in_backward pure_bf16 load_in_4bit".split(),
     "LoRA": "lora_rank lora_alpha lora_target_modules use_dora use_rslora".split(),

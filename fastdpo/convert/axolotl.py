@@ -1,13 +1,16 @@
-"""Axolotl's configs key by key."""
+"""Axolotl's configs: the parts that take several keys (its rows are in axolotl_rows.py)."""
 
 from fastdpo.config.names import OPTIMIZERS
 from fastdpo.convert import shared
-from fastdpo.convert.axolotl_data import DATA_REASONS, data
-from fastdpo.convert.rules import Draft, Tool, beside, only, unread
-from fastdpo.convert.shared import LOOKS, NO_DROPOUT, NO_SUCH, QUANTISED, SAME, SHUFFLED, SPEED
+from fastdpo.convert.axolotl_data import DATA_REASONS, ENDS, data
+from fastdpo.convert.axolotl_rows import ROWS
+from fastdpo.convert.rules import Draft, Tool
 
 _LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "kto": "kto", "orpo": "orpo", "simpo": "simpo"}
 _OPTIONS = "use_weighting simpo_gamma desirable_weight undesirable_weight".split()
+_PLUGINS = "liger cut_cross_entropy kernels swanlab lm_eval expert_parallel".split()  # not what is learnt
+_NOT_LINEAR = {"embed_tokens", "lm_head", "wte"}
+_TRACKERS = {"use_wandb": "wandb", "use_tensorboard": "tensorboard", "use_trackio": "trackio"}
 
 
 def _loss(draft: Draft, rl=None) -> None:
@@ -25,14 +28,29 @@ def _loss(draft: Draft, rl=None) -> None:
     if rl == "simpo":
         shared.with_likelihood(draft, parts)
     draft.take("cpo_alpha")
-    if rl == "orpo" and draft.theirs.get("orpo_alpha") is not None:
-        draft.set("beta", float(draft.take("orpo_alpha")), "orpo_alpha")
+    if alpha := draft.take("rpo_alpha"):
+        parts["sft"] = float(alpha)
+        draft.tell("rpo_alpha", " -> the loss sft beside it, as TRL has it since 0.29")
     smoothing = draft.take("label_smoothing", 0.0 if "robust" in parts else None)
-    options = {"beta": draft.take("beta", 0.1), "label_smoothing": smoothing}
-    if "beta" in draft.ours:
-        del options["beta"]
+    options = _beta(draft) | {"label_smoothing": smoothing}
     told = [name for name in ("dpo_loss_type", "dpo_loss_weights") if draft.theirs.get(name)]
     shared.objective(draft, parts, options | {name: draft.take(name) for name in _OPTIONS}, "rl", *told)
+
+
+def _beta(draft: Draft) -> dict:
+    """The options' beta: rl_beta's, or none where the first key that Axolotl looks at is another one."""
+    within_trl = draft.take("trl", {})
+    if within_trl.keys() - {"beta"}:
+        draft.leave("trl", "of it, Axolotl's preference trainers read beta alone")
+    given = {"trl.beta": within_trl.get("beta")}
+    given |= {key: draft.take(key) for key in ("beta", "dpo_beta", "orpo_alpha")}
+    first, *others = [key for key, value in given.items() if value is not None] or ["beta"]
+    for other in others:
+        draft.leave(other, f"Axolotl reads {draft.key(first)} first")
+    if first == "beta":
+        return {"beta": 0.1 if given["beta"] is None else given["beta"]}
+    draft.set("beta", float(given[first]), first)
+    return {}
 
 
 def _lora(
@@ -47,40 +65,125 @@ def _lora(
     if lora_model_dir:
         draft.set("adapter", lora_model_dir, "lora_model_dir")
     if adapter is None or lora_model_dir:
+        why = "the adapter in lora_model_dir has its own" if lora_model_dir else "adapter is not set"
+        for key in ("adapter", "lora_r", "lora_alpha", "lora_target_modules", "lora_target_linear"):
+            if draft.theirs.get(key):
+                draft.leave(key, why)
         return
     if adapter == "qlora":
-        draft.left["load_in_4bit"] = True
+        draft.set("load_in_4bit", True, "adapter")
     elif adapter != "lora":
         return draft.refuse("adapter")
     draft.set("lora_rank", lora_r or 8, "adapter", "lora_r")
     if lora_alpha is not None:
         draft.set("lora_alpha", float(lora_alpha), "lora_alpha")
-    if lora_target_linear:
+    names = [lora_target_modules] if isinstance(lora_target_modules, str) else lora_target_modules or []
+    if lora_target_linear and set(names) & _NOT_LINEAR:
+        draft.refuse("lora_target_modules")
+    elif lora_target_linear:
         draft.set("lora_target_modules", "all-linear", "lora_target_linear")
-    elif lora_target_modules:
+        if names:
+            draft.leave("lora_target_modules", "lora_target_linear has them all")
+    elif names:
         shared.target_modules(draft, "lora_target_modules", lora_target_modules)
+    elif draft.defaults:
+        draft.check("lora_target_modules", "peft's choice for the model is not ours, all-linear")
 
 
 def _optim(
     draft: Draft,
     optimizer=None,
     excess_length_strategy=None,
-    wandb_project=None,
+    skip_prepare_dataset=False,
     saves_per_epoch=None,
     evals_per_epoch=None,
 ) -> None:
     if optimizer is not None:
         draft.set("optim", OPTIMIZERS.get(optimizer, optimizer), "optimizer")
-    if excess_length_strategy == "raise":
-        draft.set("strict", True, "excess_length_strategy")
-    if excess_length_strategy is not None:
+    if skip_prepare_dataset:  # then TRL cuts what is too long
+        draft.set("truncation", "keep_start", "skip_prepare_dataset")
+    elif excess_length_strategy is not None:
+        if excess_length_strategy == "raise":
+            draft.set("strict", True, "excess_length_strategy")
         ours = "keep_start" if excess_length_strategy == "truncate" else "drop"
         draft.set("truncation", ours, "excess_length_strategy")
-    if wandb_project:
-        draft.left["report_to"] = ["wandb"]
     for name, value in (("saves_per_epoch", saves_per_epoch), ("evals_per_epoch", evals_per_epoch)):
         if value is not None:
             draft.leave(name, "save_steps and eval_steps count steps here")
+
+
+def _report(draft: Draft, wandb_project=None, use_wandb=None, use_tensorboard=None, use_trackio=None) -> None:
+    """wandb_project alone switches wandb on."""
+    on = {"use_wandb": use_wandb, "use_tensorboard": use_tensorboard, "use_trackio": use_trackio}
+    told = [key for key, value in on.items() if value]
+    names = [_TRACKERS[key] for key in told]
+    if wandb_project and use_wandb is None:
+        told, names = ["wandb_project", *told], ["wandb", *names]
+    elif wandb_project and not use_wandb:
+        draft.leave("wandb_project", "use_wandb is false")
+    if names:
+        draft.set("report_to", names, *told)
+
+
+def _precision(draft: Draft, bf16=None, bfloat16=None, fp16=None, float16=None, float32=None) -> None:
+    if (fp16 or float16) and not (bf16 or bfloat16):
+        return draft.check("fp16" if fp16 else "float16", shared.NO_FP16)
+    for name, value in (("fp16", fp16), ("float16", float16)):
+        if value:
+            draft.leave(name, "bf16 comes first")
+    key = "bf16" if bf16 is not None else "bfloat16" if bfloat16 is not None else "float32"
+    if float32 or (bf16 is False and not bfloat16):
+        draft.set("dtype", "fp32", "float32" if float32 else "bf16")
+    elif bf16 not in (None, "auto") or bfloat16:
+        draft.set("dtype", "bf16", key)
+    if not draft.theirs.get("adapter") and draft.ours.get("dtype") != "fp32" and key != "float32":
+        draft.check(
+            key, "Axolotl keeps weights that train in bf16; they are fp32 here, unless pure_bf16 is set"
+        )
+
+
+def _names(draft: Draft, base_model=None, base_model_config=None, tokenizer_config=None) -> None:
+    """Configuration and tokenizer are the model's own here."""
+    if base_model:
+        draft.set("model", base_model, "base_model")
+    for key, value in (("base_model_config", base_model_config), ("tokenizer_config", tokenizer_config)):
+        if value == base_model and value:
+            draft.leave(key, "it is the model's own")
+        elif value:
+            draft.refuse(key)
+
+
+def _plugins(draft: Draft, plugins=None) -> None:
+    """axolotl.integrations.NAME.CLASS, or a user's own class."""
+    names = [plugins] if isinstance(plugins, str) else plugins or []
+    kind = lambda name: (name.split(".") + [""] * 3)[2] if name.startswith("axolotl.integrations.") else ""
+    others = [name for name in names if kind(name) not in _PLUGINS]
+    if others:
+        draft.refuse("plugins", others)
+    elif names:
+        draft.leave("plugins", "they change speed, or what is logged")
+
+
+def _tokens(draft: Draft, special_tokens=None, tokens=None) -> None:
+    """What Axolotl gives its tokenizer; here it is the model's own."""
+    special = {name: value for name, value in (special_tokens or {}).items() if value}
+    own = "the tokenizer's own is used; where that is another, save one with this beside the model"
+    added = "nothing is added to the tokenizer; one that it does not have is several tokens"
+    turns = draft.ours.get("chat_template", "")
+    for name, value in special.items():
+        key = f"special_tokens.{name}"
+        if name == "pad_token":
+            draft.leave(key, "rows are packed without padding")
+        elif name == "eos_token" and value == ENDS.get(turns):
+            draft.leave(key, f"{turns}'s end of turn is what is scored")
+        elif name == "eos_token":
+            draft.check(key, "the template's end of turn is what is scored, after plain text " + own)
+        elif name == "additional_special_tokens":
+            draft.check(key, added)
+        else:
+            draft.check(key, own)
+    if tokens:
+        draft.check("tokens", added)
 
 
 def _memory(draft: Draft, gradient_checkpointing=None, activation_offloading=None) -> None:
@@ -92,15 +195,6 @@ def _memory(draft: Draft, gradient_checkpointing=None, activation_offloading=Non
         draft.set("activation_offloading", True, "activation_offloading")
     if level is not None:
         draft.set("gradient_checkpointing", bool(level), "gradient_checkpointing")
-
-
-def _template(draft: Draft, chat_template=None) -> None:
-    if chat_template in ("jinja", "alpaca"):
-        draft.refuse("chat_template")
-    elif chat_template and chat_template.endswith(".jinja"):
-        draft.set("chat_template", chat_template, "chat_template")
-    elif chat_template and chat_template != "tokenizer_default":
-        shared.own_template(draft, "chat_template")
 
 
 AXOLOTL = Tool(
@@ -116,7 +210,23 @@ AXOLOTL = Tool(
         lora_r=8,
         warmup_ratio=0.03,
     ),
-    parts=(*shared.RUN, _lora, data, shared.held_out, _optim, _template, _memory, *shared.KEPT, _loss),
+    parts=(
+        shared.batch,
+        shared.epochs,
+        shared.warmup,
+        _precision,
+        _names,
+        _lora,
+        data,
+        shared.held_out,
+        _optim,
+        _tokens,
+        _memory,
+        _plugins,
+        *shared.KEPT,
+        _report,
+        _loss,
+    ),
     reasons=shared.REASONS
     | DATA_REASONS
     | {
@@ -124,7 +234,10 @@ AXOLOTL = Tool(
         "dpo_loss_type": "it is of rl: dpo alone",
         "dpo_loss_weights": "a weight for each loss is needed",
         "adapter": "fastdpo trains a LoRA or all weights; set lora or remove it",
-        "chat_template": "write the template to a file and give chat_template: FILE.jinja",
+        "lora_target_modules": "all linear layers and others at once are not had; set one of the two",
+        "base_model_config": "the configuration is the model's own; remove it",
+        "tokenizer_config": "put that tokenizer into the model's folder",
+        "plugins": "what they do to training is not known; remove them",
     },
     names={
         "per_device_train_batch_size": "micro_batch_size",
@@ -137,40 +250,5 @@ AXOLOTL = Tool(
         "undesirable_weight": "kto_undesirable_weight",
     },
     model_key="base_model",
-    rows=shared.TRANSFORMERS
-    | {
-        "base_model": "model",
-        "sequence_len": "max_length",
-        "lr_scheduler": "lr_scheduler_type",
-        "revision_of_model": only("main", fix="download the revision and give its folder as base_model"),
-        "load_in_8bit": only(False, fix=QUANTISED),
-        "lora_dropout": only(0, fix=NO_DROPOUT),
-        "lora_modules_to_save unfrozen_parameters": only([], fix=NO_SUCH),
-        "peft_use_dora": "use_dora",
-        "peft_use_rslora": "use_rslora",
-        "tiled_mlp": SAME,
-        "tiled_mlp_num_shards": unread("a tile has a fixed number of tokens"),
-        "rl_adapter_ref_model": only(False, fix="the reference is what training starts from; remove it"),
-        "rpo_alpha": only(0, fix="use dpo_loss_type: [sigmoid, sft] with dpo_loss_weights"),
-        "special_tokens": only({}, fix="set them in the tokenizer itself (eos_token changes what is scored)"),
-        "tokenizer_config": only(fix="put that tokenizer into the model's folder"),
-        "early_stopping_patience": only(fix="see load_best, which keeps the best checkpoint; remove it"),
-        "tokens": only([], fix="add them to the model and tokenizer first"),
-        "shuffle_merged_datasets": only(True, fix=SHUFFLED),
-        "group_by_length": only(False, fix=SHUFFLED),
-        "train_on_inputs": shared.NOT_ON_PROMPTS,
-        "dataset_exact_deduplication": only(False, fix="remove the duplicates from the data first"),
-        "precompute_ref_log_probs": shared.ONCE,
-        "chat_template_jinja": beside("chat_template: jinja"),
-        "simpo_gamma cpo_alpha orpo_alpha dpo_label_smoothing": beside("rl"),
-        "kto_desirable_weight kto_undesirable_weight": beside("rl: kto"),
-        "rl_beta dpo_loss_type dpo_loss_weights dpo_use_weighting": beside("the rest of the config"),
-        "model_type tokenizer_type sample_packing eval_sample_packing pad_to_sequence_len flash_attention "
-        "flex_attention sdp_attention xformers_attention attn_implementation dataset_processes "
-        "dataset_prepared_path dpo_use_liger_kernel dpo_padding_free plugins liger_rope liger_rms_norm "
-        "liger_glu_activation liger_fused_linear_cross_entropy lora_mlp_kernel lora_qkv_kernel "
-        "lora_o_kernel eval_batch_size local_rank debug strict_config": SPEED,
-        "wandb_entity wandb_watch wandb_name wandb_log_model wandb_run_id mlflow_experiment_name "
-        "use_tensorboard is_llama_derived_model": LOOKS,
-    },
+    rows=ROWS,
 )

@@ -1,33 +1,94 @@
-"""LLaMA-Factory's configs key by key."""
+"""LLaMA-Factory's configs: what several of its keys mean together. The others are in llama_factory_keys."""
 
 from pathlib import Path
 
 from fastdpo.convert import shared
-from fastdpo.convert.rules import Draft, Tool, beside, only, unread
-from fastdpo.convert.shared import LOOKS, NO_DROPOUT, NO_SUCH, QUANTISED, SAME, SPEED
+from fastdpo.convert.llama_factory_keys import OLDER, ROWS
+from fastdpo.convert.rules import Draft, Tool
+from fastdpo.convert.shared import QUANTISED
 
-_NO_NAME = "it is no name in a dataset_info.json"
-_TEXT = only(fix="fastdpo trains on text only; remove it")
-_REFERENCE = only(fix="the reference is the model that training starts from; remove it")
+_LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo", "nca_pair")  # nca_pair: Light-R1's fork
+_FILES = (".jsonl", ".json", ".csv", ".parquet")
+_SMALLEST = 1e-6  # what its code takes for 0
+_MERGE = "the new LoRA is on the model with this one merged: merge it first, and give that as model"
+_MERGE_SOME = "all but the last one are merged: merge them first, and give that as model"
 
 
 def _loss(draft: Draft, stage="dpo", pref_loss="sigmoid", beta=0.1, rpo_alpha=None) -> None:
-    if stage not in ("dpo", "kto"):
+    """stage, or under stage: dpo the loss that pref_loss names; versions before 2024-05 have a stage orpo."""
+    name = {"dpo": pref_loss, "kto": "kto", "orpo": "orpo"}.get(stage)
+    told = [key for key in ("stage", "pref_loss") if draft.given(key)] or ["pref_loss"]
+    if name is None:
         return draft.refuse("stage")
-    if pref_loss == "kto_pair":
+    if stage == "dpo" and name not in _LOSSES:
         return draft.refuse("pref_loss")
-    smoothing, gamma = draft.take("label_smoothing"), draft.take("simpo_gamma")
-    weights = {name: draft.take(name) for name in ("desirable_weight", "undesirable_weight")}
-    name, options = pref_loss, {"beta": beta}
-    if stage == "kto":
-        name, options = "kto", options | weights
-    options |= {"label_smoothing": smoothing if name == "sigmoid" else None, "simpo_gamma": gamma}
-    if rpo_alpha:  # their pref_ftx
+    if draft.key("beta").endswith("_beta") and draft.key("beta") not in ("pref_beta", f"{stage}_beta"):
+        draft.leave("beta", f"stage {stage} does not read it")  # orpo_beta beside stage: dpo
+        beta = 0.1
+    smoothing = draft.take("label_smoothing")
+    options = {name: draft.take(name) for name in ("simpo_gamma", "desirable_weight", "undesirable_weight")}
+    options["beta"] = beta
+    if name == "sigmoid":
+        options["label_smoothing"] = smoothing
+    elif smoothing is not None:
+        draft.leave("label_smoothing", f"the loss ({name}) does not read it")
+    if rpo_alpha is not None and rpo_alpha <= _SMALLEST:
+        draft.leave("rpo_alpha", "it is none")
+    elif rpo_alpha:  # their pref_ftx
         if name != "sigmoid" or smoothing:
             return draft.refuse("rpo_alpha")
         name = "rpo"  # DPO and the winner's likelihood a token, each pair's own mean: what pref_ftx is
         options["rpo_alpha"] = float(rpo_alpha)
-    shared.objective(draft, {name: 1.0}, options, "stage" if stage == "kto" else "pref_loss")
+    shared.objective(draft, {name: 1.0}, options, *told)
+
+
+def _reference(
+    draft: Draft,
+    adapter_name_or_path=None,
+    ref_model=None,
+    ref_model_adapters=None,
+    ref_model_quantization_bit=None,
+    create_new_adapter=False,
+    resume_lora_training=True,
+) -> None:
+    """What training starts from, and what it refers to. LLaMA-Factory's reference is ref_model with
+    ref_model_adapters; without them, of a LoRA, the model with its adapter switched off (create_ref_model in
+    train/trainer_utils.py, compute_reference_log_probs in train/dpo/trainer.py). Ours is what training starts
+    from."""
+    adapters, theirs = _names(adapter_name_or_path), _names(ref_model_adapters)
+    keys = ("ref_model", "ref_model_adapters", "ref_model_quantization_bit")
+    given = [key for key in keys if draft.given(key)]
+    is_fresh = create_new_adapter or not resume_lora_training
+    has_reference = draft.ours.get("objective") not in ("orpo", "simpo")
+    for key in ("create_new_adapter", "resume_lora_training"):
+        if draft.given(key):
+            draft.leave(key, "a fresh LoRA is on the model itself" if is_fresh else "it is so here")
+    if adapters and is_fresh:
+        draft.refuse("adapter_name_or_path", fix=_MERGE)
+    elif len(adapters) > 1:
+        draft.refuse("adapter_name_or_path", fix=_MERGE_SOME)
+    elif adapters and has_reference and ref_model is None:
+        draft.refuse("adapter_name_or_path")
+    elif adapters:
+        draft.set("adapter", adapters[0], "adapter_name_or_path")
+    if not has_reference or ref_model is None:
+        for key in given:
+            draft.leave(key, "without ref_model it has no meaning" if has_reference else "the loss has none")
+    elif ref_model != draft.theirs.get("model_name_or_path"):
+        draft.refuse("ref_model")
+    elif theirs != adapters:
+        draft.refuse("ref_model_adapters")
+    elif ref_model_quantization_bit != draft.theirs.get("quantization_bit"):
+        draft.refuse("ref_model_quantization_bit")
+    else:
+        for key in given:
+            draft.leave(key, "the reference is what training starts from, which is that")
+
+
+def _names(value) -> list[str]:
+    """Names with commas between them, or a list of them."""
+    names = value.split(",") if isinstance(value, str) else value or []
+    return [str(name).strip() for name in names]
 
 
 def _lora(
@@ -40,7 +101,7 @@ def _lora(
     quantization_bit=None,
     quantization_method="bnb",
 ) -> None:
-    kind, bits, how = finetuning_type, quantization_bit, quantization_method
+    kind, bits = finetuning_type, quantization_bit
     if kind not in ("lora", "full", None):
         return draft.refuse("finetuning_type")
     if pure_bf16 and kind == "lora":
@@ -48,33 +109,71 @@ def _lora(
     elif pure_bf16:
         draft.set("pure_bf16", True, "pure_bf16")
         draft.check("pure_bf16", "fastdpo rounds its updates stochastically, LLaMA-Factory to nearest")
-    if bits is not None:
-        if bits != 4 or how not in ("bnb", "bitsandbytes"):
-            draft.refuse("quantization_bit", f"{bits} by {how}")
-        draft.set("load_in_4bit", True, "quantization_bit")
-    if kind == "full" or (kind == "lora" and draft.theirs.get("adapter_name_or_path")):
-        return  # the adapter has all of that
+    if bits is not None and (bits != 4 or quantization_method not in ("bnb", "bitsandbytes")):
+        draft.refuse("quantization_bit", f"{bits} by {quantization_method}")
+    elif bits is not None:
+        how = [key for key in ("quantization_bit", "quantization_method") if draft.given(key)]
+        draft.set("load_in_4bit", True, *how)
+    is_fresh = draft.theirs.get("create_new_adapter")
+    has_adapter = kind == "lora" and draft.given("adapter_name_or_path") and not is_fresh
+    if kind == "full":
+        draft.tell("finetuning_type", ": all weights are trained, as without lora_rank")
+    elif has_adapter:
+        draft.tell("finetuning_type", ": the adapter is trained on, as without lora_rank")
+    if kind == "full" or has_adapter:
+        why = "the adapter has its own" if has_adapter else "all weights are trained"
+        for key in ("lora_rank", "lora_alpha", "lora_target"):
+            if draft.given(key):
+                draft.leave(key, why)
+        return
     if lora_rank or kind:
-        draft.set("lora_rank", lora_rank or 8, "lora_rank")
+        draft.set("lora_rank", lora_rank or 8, "finetuning_type", "lora_rank")
     if lora_alpha is not None:
         draft.set("lora_alpha", float(lora_alpha), "lora_alpha")
     if lora_target is not None:
         shared.target_modules(draft, "lora_target", lora_target)
 
 
-def _data(draft: Draft, dataset=None, eval_dataset=None, dataset_dir="data", max_samples=None) -> None:
-    cut = f"#train[:{max_samples}]" if max_samples else ""
-    for key, name, ours in (("dataset", dataset, "data"), ("eval_dataset", eval_dataset, "eval_data")):
-        if name is None:
-            continue
-        names = [one.strip() for one in name.split(",")] if isinstance(name, str) else name
-        if len(names) != 1:
-            draft.refuse(key)
-        elif "/" in names[0] or Path(names[0]).suffix in (".jsonl", ".json", ".csv", ".parquet"):
-            draft.refuse(key, fix=f"{_NO_NAME}; did you mean {ours}?")
-        else:
-            more = ["max_samples"] if max_samples else []
-            draft.set(ours, f"{dataset_dir}:{names[0]}{cut}", key, *more)
+def _data(
+    draft: Draft,
+    dataset=None,
+    eval_dataset=None,
+    dataset_dir="data",
+    max_samples=None,
+    mix_strategy="concat",
+    interleave_probs=None,
+    tokenized_path=None,
+) -> None:
+    """Names in the dataset_info.json of dataset_dir, as FOLDER:NAME, one after the other (mix_strategy
+    concat); max_samples are the first of each."""
+    cut = f"#[:{max_samples}]" if max_samples else ""
+    if not isinstance(dataset_dir, str) or dataset_dir == "ONLINE" or dataset_dir.startswith("REMOTE:"):
+        return draft.refuse("dataset_dir")
+    more = [key for key in ("dataset_dir", "max_samples") if draft.given(key)]
+    for key, ours in (("dataset", "data"), ("eval_dataset", "eval_data")):
+        names = _names(dataset if key == "dataset" else eval_dataset)
+        if any("/" in name or Path(name).suffix in _FILES for name in names):
+            draft.refuse(key, fix=f"it is no name in a dataset_info.json; did you mean {ours}?")
+        elif names:
+            specs = [f"{dataset_dir}:{name}{cut}" for name in names]
+            draft.set(ours, specs[0] if len(specs) == 1 else specs, key, *more)
+    is_mixed = len(_names(dataset)) > 1
+    if is_mixed and mix_strategy != "concat":
+        draft.refuse("mix_strategy")
+    for key in ("mix_strategy", "interleave_probs"):
+        if draft.given(key) and not (is_mixed and mix_strategy != "concat"):
+            draft.leave(key, "data sets are read one after the other")
+    if tokenized_path is not None and dataset is None:
+        draft.refuse("tokenized_path")
+    elif tokenized_path is not None:
+        draft.leave("tokenized_path", "the rows of dataset are tokenised anew")
+
+
+def _held_out(draft: Draft, val_size=None) -> None:
+    if val_size is not None and val_size <= _SMALLEST:
+        draft.leave("val_size", "it holds out no rows")
+    else:
+        shared.held_out(draft, val_size)
 
 
 def _template(draft: Draft, template=None, cutoff_len=None) -> None:
@@ -88,33 +187,31 @@ def _template(draft: Draft, template=None, cutoff_len=None) -> None:
         draft.check("cutoff_len", "LLaMA-Factory cuts longer rows at the prompt's end too; see truncation")
 
 
-def _thinking(draft: Draft, key: str, value) -> None:
-    draft.set("chat_template_kwargs", {key: value}, key)
-
-
-def _balance(draft: Draft, key: str, value) -> None:
-    draft.set("router_aux_loss_coef", float(value), key)
-    if value:
-        draft.check(key, "LLaMA-Factory's SFT adds the experts' balance loss, its DPO not; here it is on")
-
-
 LLAMA_FACTORY = Tool(
     "LLaMA-Factory",
     only_here="stage finetuning_type pref_loss pref_beta pref_ftx cutoff_len template dataset dataset_dir "
     "eval_dataset lora_target max_samples val_size plot_loss overwrite_cache quantization_bit flash_attn "
-    "kto_chosen_weight kto_rejected_weight dpo_label_smoothing adapter_name_or_path",
+    "kto_chosen_weight kto_rejected_weight dpo_label_smoothing adapter_name_or_path "
+    "create_new_adapter dpo_ftx dpo_loss dpo_beta orpo_beta kto_ftx",
     defaults=shared.DEFAULTS
     | {"learning_rate": 5e-5, "cutoff_len": 2048, "finetuning_type": "lora", "stage": "dpo"},
-    parts=(*shared.RUN, _lora, _data, shared.held_out, _template, *shared.KEPT, _loss),
+    parts=(*shared.RUN, _lora, _data, _held_out, _template, *shared.KEPT, _loss, _reference),
     reasons=shared.REASONS
     | {
         "stage": "fastdpo does preference training: dpo or kto (stages does SFT before it)",
-        "pref_loss": "kto is not that loss; choose one of `fastdpo objectives`",
+        "pref_loss": f"fastdpo has {', '.join(_LOSSES)} of LLaMA-Factory's",
         "rpo_alpha": "fastdpo has it beside plain pref_loss: sigmoid only; remove it",
         "finetuning_type": "fastdpo trains a LoRA or all weights; set lora or full",
         "quantization_bit": QUANTISED,
-        **dict.fromkeys(("dataset", "eval_dataset"), "give one data set; write the rows into one file"),
+        "mix_strategy": "fastdpo reads data sets one after the other; set concat",
+        "tokenized_path": "give the rows themselves as dataset",
+        "dataset_dir": "fastdpo reads the dataset_info.json of a folder here; or give a hub name as data",
         "template": "write that template to a Jinja file and give chat_template: FILE.jinja",
+        "adapter_name_or_path": "LLaMA-Factory's reference is then the model without it, fastdpo's has "
+        "it, as ref_model (the model) and ref_model_adapters (this one) beside it say",
+        "ref_model": "the reference is the model that training starts from",
+        "ref_model_adapters": "the reference is what training starts from, the same adapter with it",
+        "ref_model_quantization_bit": "the reference is quantised as the model is",
     },
     names={
         "beta": "pref_beta",
@@ -123,40 +220,6 @@ LLAMA_FACTORY = Tool(
         "desirable_weight": "kto_chosen_weight",
         "undesirable_weight": "kto_rejected_weight",
     },
-    rows=shared.TRANSFORMERS
-    | {
-        "model_name_or_path": "model",
-        "adapter_name_or_path": "adapter",
-        "moe_aux_loss_coef": _balance,
-        "use_dora use_rslora": SAME,
-        "lora_dropout": only(0, fix=NO_DROPOUT),
-        "additional_target": only("", fix=NO_SUCH),
-        "create_new_adapter": only(False, fix="merge the first adapter into the model, then train a new one"),
-        "loraplus_lr_ratio": only(fix=NO_SUCH),
-        "pref_bco_weight": only(0, fix="its BCO term has another running mean; see objective: {...: ...}"),
-        "ld_alpha": only(fix="LLaMA-Factory weights the policy only; see objective_args: ld_alpha"),
-        "ref_model ref_model_adapters": _REFERENCE,
-        "ref_model_quantization_bit": only(fix="the reference is the model itself; remove it"),
-        "train_on_prompt": shared.NOT_ON_PROMPTS,
-        "mask_history": unread("only the compared responses are scored"),
-        "tokenized_path": only(fix="give the rows themselves as dataset"),
-        "streaming": shared.READ_ONCE,
-        "mix_strategy": only("concat", fix=NO_SUCH),
-        "tool_format": only(fix="tools are written by the chat template; remove it"),
-        "default_system": only(fix="give rows a system column; remove it"),
-        "enable_thinking": _thinking,
-        "rope_scaling": only(fix="set it in the model's own config"),
-        "resize_vocab": only(False, fix=NO_SUCH),
-        "pissa_init use_galore use_apollo use_badam use_adam_mini use_muon use_llama_pro fp8 shift_attn "
-        "mixture_of_depths disable_shuffling": only(False, fix=NO_SUCH),
-        "image_max_pixels video_max_pixels freeze_vision_tower media_dir": _TEXT,
-        "kto_chosen_weight kto_rejected_weight": beside("stage: kto"),
-        "simpo_gamma dpo_label_smoothing": beside("pref_loss"),
-        "packing neat_packing flash_attn enable_liger_kernel use_unsloth use_unsloth_gc upcast_layernorm "
-        "upcast_lmhead_output disable_gradient_checkpointing preprocessing_num_workers low_cpu_mem_usage "
-        "preprocessing_batch_size overwrite_cache use_reentrant_gc buffer_size compute_accuracy "
-        "include_effective_tokens_per_second cache_dir use_fast_tokenizer": SPEED,
-        "plot_loss use_swanlab swanlab_project swanlab_run_name ray_run_name print_param_status "
-        "infer_backend export_dir hf_hub_token": LOOKS,
-    },
+    older=OLDER,
+    rows=shared.TRANSFORMERS | ROWS,
 )

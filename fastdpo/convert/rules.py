@@ -1,6 +1,7 @@
 """What a table of another tool's keys is made of (rules, parts), and how a config is read by one."""
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,8 @@ import yaml
 
 from fastdpo.config.keys import FIELDS
 from fastdpo.config.names import meant
+
+_LOGS_IN = re.compile("(api_key|hub_token|secret)$")  # keys whose value is shown nowhere
 
 
 class Fate(NamedTuple):
@@ -31,6 +34,7 @@ class Draft:
     defaults: dict  # of theirs, where they differ from ours; empty where it is no whole config
     ours: dict = field(default_factory=dict)
     fates: list[Fate] = field(default_factory=list)
+    negated: dict[str, str] = field(default_factory=dict)  # a key that is false -> as it was given: no_X
 
     def __post_init__(self):
         self.left = dict.fromkeys(self.defaults) | self.theirs
@@ -44,8 +48,13 @@ class Draft:
         return [fate.text for fate in self.fates if fate.is_problem]
 
     def key(self, name: str) -> str:
-        """Theirs for what a part calls `name`."""
-        return self.tool.names.get(name, name)
+        """Theirs for what a part calls `name`: by an older version's name where the config has that."""
+        key = self.tool.names.get(name, name)
+        return next((k for k in (key, *self.tool.older.get(key, ())) if k in self.theirs), key)
+
+    def given(self, name: str) -> bool:
+        """Whether the config says it."""
+        return self.theirs.get(self.key(name)) is not None
 
     def take(self, name: str, default=None):
         """The value of a key of theirs, which is then read; what is null or missing has their default."""
@@ -55,8 +64,10 @@ class Draft:
     def word(self, name: str, default=None) -> str:
         """`key value`, and whether the value is only their default."""
         key = self.key(name)
+        if key in self.negated:
+            return f"{self.negated[key]} true"
         if (value := within(self.theirs, key)) is not None:
-            return f"{key} {spelled(value)}"
+            return key if _LOGS_IN.search(key) else f"{key} {spelled(value)}"
         value = self.defaults.get(key, default)
         return (
             f"{key} is not given" if value is None else f"{key} {spelled(value)} ({self.tool.name}'s default)"
@@ -89,7 +100,8 @@ class Draft:
         self._add((name,), text, is_problem=True)
 
     def _add(self, names: tuple[str, ...], text: str, ours=None, is_problem: bool = False) -> None:
-        self.fates.append(Fate(tuple(map(self.key, names)), text, ours, is_problem))
+        keys = tuple(self.negated.get(key, key) for key in map(self.key, names))
+        self.fates.append(Fate(keys, text, ours, is_problem))
 
 
 def within(values: dict, key: str):
@@ -110,7 +122,8 @@ def within(values: dict, key: str):
 def spelled(value) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    first, *more = (f"{value:g}" if isinstance(value, float) else str(value)).splitlines() or [""]
+    return f"{first} ..." if more else first  # a note is one line
 
 
 Rule = Callable[[Draft, str, object], None]  # of a key and its value, which is not null
@@ -164,7 +177,8 @@ class Tool:
     parts: functions of a Draft and of several keys, which are the names of their parameters; a key that is
     null or missing leaves the parameter its default. They come before the rows, in this order; a part runs
     where one of the keys before its `*` is there, or has a default in `defaults`. reasons: why parts refuse
-    keys, by the names that parts have for them. names: what this tool calls those. model_key: the model's.
+    keys, by the names that parts have for them. names: what this tool calls those. older: what its older
+    versions call keys that parts read. model_key: the model's.
     """
 
     name: str
@@ -174,6 +188,7 @@ class Tool:
     rows: dict[str, Any]  # str | Rule
     reasons: dict[str, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    older: dict[str, tuple[str, ...]] = field(default_factory=dict)
     model_key: str = "model_name_or_path"
 
     @cached_property
@@ -183,7 +198,8 @@ class Tool:
     @cached_property
     def read(self) -> set[str]:
         """The keys of the parts, some of them keys of ours too."""
-        return {self.names.get(p.name, p.name) for part in self.parts for p in _parameters(part)}
+        now = {self.names.get(p.name, p.name) for part in self.parts for p in _parameters(part)}
+        return now.union(*self.older.values())
 
     @cached_property
     def rules(self) -> dict[str, Rule]:
@@ -193,12 +209,22 @@ class Tool:
 
     def unknown(self, values: dict) -> list[str]:
         """The keys that are neither this tool's nor ours."""
-        return [key for key in values if not (key in self.rules or key in self.read or key in FIELDS)]
+        return [key for key in values if not (self._knows(key) or self._negates(key, plain(values[key])))]
+
+    def _knows(self, key: str) -> bool:
+        return key in self.rules or key in self.read or key in FIELDS
+
+    def _negates(self, key: str, value) -> bool:
+        """Whether it is HfArgumentParser's `no_X: true`, for X: false."""
+        return not self._knows(key) and value is True and key[:3] == "no_" and self._knows(key[3:])
 
     def translate(self, values: dict, whole: bool) -> Draft:
         """All of a config, read; keys of ours stay. `whole`: what is left out has this tool's default."""
         theirs = {key: plain(value) for key, value in values.items()}
-        draft = Draft(self, theirs, self.defaults if whole else {})
+        negated = {key[3:]: key for key, value in theirs.items() if self._negates(key, value)}
+        theirs = {key: value for key, value in theirs.items() if key not in negated.values()}
+        theirs |= dict.fromkeys(negated, False)
+        draft = Draft(self, theirs, self.defaults if whole else {}, negated=negated)
         for part in self.parts:
             keys = _parameters(part)
             if any(draft.key(p.name) in draft.left for p in keys if p.kind is not p.KEYWORD_ONLY):
@@ -209,11 +235,12 @@ class Tool:
                 if (value := draft.take(key)) is not None:
                     self.rules[key](draft, key, value)
             elif key in FIELDS:
-                draft.ours[key] = values[key]
+                draft.ours[key] = values.get(key, False)
             else:
                 what = f"not a key that is known of {self.name}, so what it does to training is not known"
                 close = meant(key, [*self.rules, *FIELDS])
                 draft.refuse(key, fix=f"{what}. {close}".rstrip(". "))
+        draft.fates = list(dict.fromkeys(draft.fates))  # several data sets may say the same
         return draft
 
 

@@ -1,5 +1,7 @@
 """What the tools have in common: transformers' TrainingArguments, LoRA's modules, losses and options."""
 
+from pathlib import Path
+
 from fastdpo.config.names import OPTIMIZERS
 from fastdpo.convert.rules import Draft, beside, only, to, unread
 
@@ -10,6 +12,7 @@ LOOKS = unread("it changes what is shown or stored only")
 ONCE = unread("the reference is always computed once and kept")
 NO_SUCH = "fastdpo does not have it, and training would not be the same; remove it"
 NO_DROPOUT = "fastdpo trains LoRA without dropout; set it to 0"
+NO_FP16 = "left out, fastdpo computes in bf16, or in fp32 where the GPU has no bf16"
 QUANTISED = "fastdpo quantises to 4 bits only; set load_in_4bit: true"
 SHUFFLED = "rows are shuffled by seed; remove it"
 READ_ONCE = only(False, fix="rows are read once, before training; set it to false")
@@ -19,28 +22,28 @@ _MUST_BE_READ = ("ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "us
 REASONS = {  # why the parts below refuse keys, by the names that they have here
     "per_device_train_batch_size": "a whole number of at least 1 is needed",
     "gradient_accumulation_steps": "a whole number of at least 1 is needed",
-    "fp16": "fastdpo computes in bf16 or fp32: set bf16: true instead",
     "metric_for_best_model": "load_best goes by the held-out loss; set eval_loss",
     "push_to_hub": "name the repository: push_to_hub: me/my-model",
-    "val_size": "give the share of rows to hold out, below 1",
+    "val_size": "give a share below 1, or a whole number of rows",
     **dict.fromkeys(_MUST_BE_READ, "the loss does not read it here; remove it"),
 }
 _ADAM = "fastdpo's AdamW has betas 0.9 and 0.999 and eps 1e-8; remove it"
 
 TRANSFORMERS = {  # rows of every tool: TrainingArguments, and two more
-    "output_dir learning_rate lr_scheduler_type weight_decay max_grad_norm seed logging_steps "
-    "save_total_limit gradient_checkpointing load_in_4bit": SAME,
+    "output_dir learning_rate lr_scheduler_type lr_scheduler_kwargs weight_decay max_grad_norm seed "
+    "logging_steps save_total_limit gradient_checkpointing load_in_4bit": SAME,
     "overwrite_output_dir": "overwrite",
     "optim": to("optim", OPTIMIZERS),
     "optim_args": only("", fix=NO_SUCH),
     "optim_target_modules": only(fix=NO_SUCH),
-    "lr_scheduler_kwargs": only({}, fix=NO_SUCH),
     "adam_beta1": only(0.9, fix=_ADAM),
     "adam_beta2": only(0.999, fix=_ADAM),
     "adam_epsilon": only(1e-8, fix=_ADAM),
     "neftune_noise_alpha": only(0, fix=NO_SUCH),
     "label_smoothing_factor": only(0, fix="it is not DPO's; label_smoothing is"),
-    "trust_remote_code": only(False, fix="fastdpo runs no code of a model's repository; set it to false"),
+    "trust_remote_code": unread(
+        "no code of a model's repository is run; a model that needs its own is refused"
+    ),
     "data_seed": unread("the order of rows goes by seed"),
     "train_sampling_strategy": only("random", fix=SHUFFLED),
     "group_by_length": only(False, fix="rows are shuffled by seed, and packed without padding; remove it"),
@@ -50,15 +53,28 @@ TRANSFORMERS = {  # rows of every tool: TrainingArguments, and two more
     "auto_find_batch_size": unread("max_tokens bounds memory, and batch_size stays"),
     "resume_from_checkpoint": unread("say --resume"),
     "metric_for_best_model greater_is_better": beside("load_best_model_at_end"),
-    "tf32 dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
-    "dataloader_persistent_workers torch_compile torch_compile_backend torch_compile_mode use_liger_kernel "
-    "gradient_checkpointing_kwargs ddp_timeout ddp_find_unused_parameters ddp_backend use_cpu "
-    "torch_empty_cache_steps per_device_eval_batch_size eval_accumulation_steps bf16_full_eval "
-    "fp16_full_eval fsdp_config accelerator_config remove_unused_columns full_determinism": SPEED,
-    "logging_strategy logging_first_step logging_dir log_level run_name disable_tqdm do_train do_eval "
-    "eval_on_start eval_delay save_only_model save_safetensors hub_strategy hub_private_repo hub_token "
-    "hub_revision hub_model_revision project include_num_input_tokens_seen prediction_loss_only "
-    "save_on_each_node": LOOKS,
+    "activation_checkpointing": "gradient_checkpointing",
+    "ignore_data_skip": unread("a run that is resumed goes on at its own row"),
+    "label_names length_column_name": unread("the rows' columns are found by data_format"),
+    "torchdynamo jit_mode_eval use_ipex fp16_backend fp16_opt_level half_precision_backend no_cuda "
+    "use_mps_device tpu_num_cores dispatch_batches sharded_ddp fsdp_min_num_params "
+    "fsdp_transformer_layer_cls_to_wrap per_gpu_eval_batch_size local_rank debug tf32 dataloader_num_workers "
+    "dataloader_pin_memory dataloader_prefetch_factor dataloader_in_order dataloader_persistent_workers "
+    "dataloader_multiprocessing_context torch_compile torch_compile_backend torch_compile_mode "
+    "use_liger_kernel liger_kernel_config gradient_checkpointing_kwargs activation_checkpointing_kwargs "
+    "ddp_timeout ddp_find_unused_parameters ddp_backend ddp_bucket_cap_mb ddp_broadcast_buffers "
+    "ddp_static_graph use_cpu use_cache torch_empty_cache_steps per_device_eval_batch_size "
+    "eval_accumulation_steps eval_do_concat_batches eval_use_gather_object bf16_full_eval fp16_full_eval "
+    "fsdp_config accelerator_config parallelism_config remove_unused_columns full_determinism "
+    "enable_jit_checkpoint": SPEED,
+    "logging_strategy logging_first_step logging_dir logging_nan_inf_filter log_level log_level_replica "
+    "log_on_each_node run_name disable_tqdm do_train do_eval do_predict eval_on_start eval_delay "
+    "save_only_model save_safetensors hub_strategy hub_private_repo hub_token hub_revision hub_always_push "
+    "hub_model_revision push_to_hub_token push_to_hub_model_id push_to_hub_organization project "
+    "trackio_space_id trackio_bucket_id trackio_static_space_id wandb_project wandb_entity wandb_run_group "
+    "include_num_input_tokens_seen include_tokens_per_second include_for_metrics include_inputs_for_metrics "
+    "batch_eval_metrics skip_memory_metrics prediction_loss_only restore_callback_states_from_checkpoint "
+    "save_on_each_node benchmarks callbacks overwrite_hub_revision push_to_hub_revision": LOOKS,
 }
 
 
@@ -93,14 +109,16 @@ def warmup(draft: Draft, warmup_steps=None, warmup_ratio=None) -> None:
     """warmup_steps, or warmup_ratio as transformers 5 writes it: steps below 1 are a share."""
     if warmup_steps is not None:
         draft.set("warmup_steps", warmup_steps, "warmup_steps")
+        if 0 < warmup_steps < 1:
+            draft.check("warmup_steps", "a share of all steps, as in transformers 5; before, no warm-up")
     elif warmup_ratio:
         draft.set("warmup_steps", float(warmup_ratio), "warmup_ratio", why="a share of all steps")
 
 
 def precision(draft: Draft, bf16="auto", fp16=False) -> None:
     if fp16 and fp16 != "auto":
-        draft.refuse("fp16")
-    if bf16 != "auto":
+        draft.check("fp16", NO_FP16)
+    elif bf16 != "auto":
         draft.set("dtype", "bf16" if bf16 else "fp32", "bf16")
 
 
@@ -142,8 +160,13 @@ def trackers(draft: Draft, report_to=None) -> None:
 
 def upload(draft: Draft, push_to_hub=None, hub_model_id=None) -> None:
     """Their push_to_hub is yes or no, and hub_model_id the name; in Axolotl the name alone is a yes."""
+    folder = draft.theirs.get("output_dir")
     if isinstance(push_to_hub, str):  # our own key
         draft.set("push_to_hub", push_to_hub, "push_to_hub")
+    elif push_to_hub and not hub_model_id and folder:
+        draft.set(
+            "push_to_hub", Path(str(folder)).name, "push_to_hub", "output_dir"
+        )  # as transformers names it
     elif push_to_hub and not hub_model_id:
         draft.refuse("push_to_hub")
     elif hub_model_id and (push_to_hub or draft.tool.name == "Axolotl"):
@@ -153,10 +176,15 @@ def upload(draft: Draft, push_to_hub=None, hub_model_id=None) -> None:
 
 
 def held_out(draft: Draft, val_size=None) -> None:
-    if val_size and val_size >= 1:
-        draft.refuse("val_size")
-    elif val_size:
-        draft.set("eval_data", float(val_size), "val_size")
+    hold_out(draft, val_size, "val_size")
+
+
+def hold_out(draft: Draft, size, *keys: str) -> None:
+    """A share of the rows, or a number of them, that is split off by seed."""
+    if size and size >= 1 and size != int(size):
+        draft.refuse(keys[0])
+    elif size:
+        draft.set("eval_data", float(size), *keys)
 
 
 RUN = (batch, epochs, warmup, precision)
@@ -195,7 +223,8 @@ def objective(draft: Draft, parts: dict[str, float], options: dict, *names: str)
     draft.set("objective", losses if list(parts.values()) == [1] else parts, *names)
     read, args = options_read(draft.ours["objective"]), {}
     for name, value in options.items():
-        if value in (None, "reverse_kl") or (not value and name in ("use_weighting", "cpo_alpha")):
+        off = "use_weighting" if "cpo" in parts else ("use_weighting", "cpo_alpha")  # cpo's own is 1
+        if value in (None, "reverse_kl") or (not value and name in off):
             continue  # what changes nothing
         if name not in read and name in _MUST_BE_READ:
             draft.refuse(name, value)

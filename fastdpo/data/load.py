@@ -50,7 +50,8 @@ def load_data(
         groups, report = load(spec.data)
         return groups, eval_groups, {"data": report, "eval_data": eval_report}
     groups, report = load(spec.data)
-    held = math.ceil((spec.eval_data or 0) * len(groups))
+    size = spec.eval_data or 0
+    held = math.ceil(size * len(groups)) if size < 1 else min(int(size), len(groups))
     order = epoch_order(len(groups), spec.seed, epoch=2**31)  # a stream that no training reaches
     eval_groups = [groups[i] for i in sorted(order[:held])]
     groups = [groups[i] for i in sorted(order[held:])]

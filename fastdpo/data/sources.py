@@ -12,7 +12,7 @@ from fastdpo.console.quiet import no_bars
 from fastdpo.data.files.arrow_rows import ArrowRows
 from fastdpo.data.files.csv_rows import read_csv
 from fastdpo.data.files.json_rows import read_json
-from fastdpo.data.formats.dataset_info import data_sets, listed
+from fastdpo.data.formats.dataset_info import data_sets, listed, not_listed
 from fastdpo.data.formats.known import COLUMNS, NUMBERS
 from fastdpo.data.formats.layouts import Layout, layout_of
 from fastdpo.data.one_row import problem_of
@@ -96,8 +96,9 @@ def chunks(sets: list[Rows], size: int) -> Iterator[tuple[Rows, list[tuple[int, 
 
 
 def load_rows(spec: str, data_format: str | dict | None = None, key: str = "data") -> Rows:
-    """The rows of `PATH_OR_NAME[#SPLIT]`: SPLIT as in datasets (`train[:100]`), or train. A name may be
-    FOLDER:NAME, of FOLDER's dataset_info.json. `data_format` as in the config: how to read the rows.
+    """The rows of `PATH_OR_NAME[#SPLIT]`: SPLIT as in datasets (`train[:100]`; `[:100]` is of train, or of
+    the split that a dataset_info.json says), or train. A name may be FOLDER:NAME, of FOLDER's
+    dataset_info.json. `data_format` as in the config: how to read the rows.
 
     Raises DataError for a source that is missing, unreadable or empty; it begins with the config's key.
     """
@@ -111,29 +112,36 @@ def _load(spec: str, data_format: str | dict | None) -> Rows:
     name, _, split = (spec, "", "") if Path(spec).exists() else spec.partition("#")
     path, layout = Path(name).expanduser(), layout_of(data_format)
     if name and path.exists():
-        rows = _load_path(path, split or "train", spec, layout)
+        rows = _load_path(path, _whole(split), spec, layout)
     elif entry := listed(name):
         if layout is not None:
             way_out = "remove data_format, or give the file itself as data"
             raise DataError(f"data: {name!r}: its dataset_info.json says how to read the rows; {way_out}")
-        layout, split = entry.layout, split or entry.split
+        layout, split = entry.layout, _whole(split, entry.split)
         if entry.path is not None:
             rows = _load_path(entry.path, split, spec, layout)
         else:
             rows = _from_hub(spec, entry.hub["path"], split=split, **entry.hub)
     elif path.suffix in _READERS or not (hub := _HUB_NAME.fullmatch(name)):
-        raise DataError(f"data: {name!r} does not exist here{similar(path) or '.'} Give {_FORMS}.")
+        where = f"{not_listed(name)}." if ":" in name else similar(path) or "."
+        raise DataError(f"data: {name!r} does not exist here{where} Give {_FORMS}.")
     else:
-        rows = _from_hub(spec, name, split=split or "train", path=hub["name"], name=hub["config"])
+        rows = _from_hub(spec, name, split=_whole(split), path=hub["name"], name=hub["config"])
     if not len(rows):
         raise DataError(f"data: {spec!r} has no rows.")
     return replace(rows, layout=layout)
 
 
+def _whole(split: str, own: str = "train") -> str:
+    """The split that is meant; nothing, or [:100] alone, is of the data set's own one."""
+    return own + split if split[:1] in ("", "[") else split
+
+
 def _from_hub(spec: str, looked_up: str, **options) -> Rows:
     answer = look_up(options["path"], "dataset", options.get("revision"))
     if answer.found is False:
-        raise DataError(f"data: {looked_up!r} cannot be loaded: it {answer.why}{similar(looked_up)}")
+        where = not_listed(looked_up) or similar(looked_up)
+        raise DataError(f"data: {looked_up!r} cannot be loaded: it {answer.why}{where}")
     way_out = (
         f"{looked_up!r} is not a local path, so it was looked up on the Hugging Face hub. Check the "
         "name, :config and #split, and the network (or log-in); or download it and give a path"
@@ -148,6 +156,7 @@ def _from_hub(spec: str, looked_up: str, **options) -> Rows:
         if not isinstance(error.__context__, ConnectionError):
             raise
         where = f"{looked_up!r} is neither a path here nor in the cache of datasets, and {answer.why}"
+        where += not_listed(looked_up)
         raise DataError(f"data: {where}; check the name, or download it and give a path") from None
 
 

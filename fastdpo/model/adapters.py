@@ -147,7 +147,7 @@ def add_lora(model, spec: ModelSpec):
     lora = _peft().LoraConfig(
         r=spec.lora_rank,
         lora_alpha=2 * spec.lora_rank if spec.lora_alpha is None else spec.lora_alpha,
-        target_modules=spec.lora_target_modules,
+        target_modules=None if spec.lora_target_modules == "peft" else spec.lora_target_modules,
         use_dora=spec.use_dora,
         use_rslora=spec.use_rslora,
         task_type="CAUSAL_LM",

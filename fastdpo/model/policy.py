@@ -243,12 +243,19 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     own = start.tokenizer
     tokenizer = source.load_tokenizer(own or found.where, "model", {} if own else found.options)
     if spec.chat_template is not None:
-        try:
-            with open(spec.chat_template, encoding="utf-8") as file:
-                tokenizer.chat_template = file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"chat_template: cannot read the file: {error}") from None
+        tokenizer.chat_template = _template(spec.chat_template)
     return tokenizer
+
+
+def _template(given: str) -> str:
+    """The Jinja text of a file's name, or of what is such a text itself."""
+    if "{{" in given or "{%" in given:
+        return given
+    try:
+        with open(given, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template: cannot read the file: {error}") from None
 
 
 def switch_off_dropout(model_config: PreTrainedConfig) -> dict[str, float]:

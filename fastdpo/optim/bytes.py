@@ -33,7 +33,7 @@ def host_state_bytes(spec: OptimSpec, numel: int, dtype_bytes: int = 4, shape=No
 def step_bytes(spec: OptimSpec, numel: int, dtype_bytes: int = 4) -> int:
     """Bytes on the device, beside weight, gradient and states, while the largest weight (of so many elements)
     is stepped: fp32 copies and the random bits of stochastic rounding, a piece at a time."""
-    temporary = 3 if spec.optim == "adafactor" else 0  # fp32 copies that the library itself makes
+    temporary = {"adafactor": 3, "rmsprop": 2}.get(spec.optim, 0)  # fp32 copies that the library itself makes
     if not (spec.pure_bf16 or spec.offload_optimizer):
         return temporary * max(_FP32, dtype_bytes) * numel
     piece = numel if spec.optim == "adafactor" else min(numel, PIECE)
@@ -46,6 +46,8 @@ def _forms(optim: str, numel: int, dtype_bytes: int, shape) -> tuple[int, int]:
     """(bytes that stay where the step is, bytes that are paged)."""
     if optim == "sgd":
         return 0, 0
+    if optim == "rmsprop":
+        return max(_FP32, dtype_bytes) * numel, 0
     if optim == "adafactor":
         shape = shape or (numel,)
         factored = len(shape) > 1

@@ -27,7 +27,7 @@ class Library:
     """One optimizer object, stepped for any of its tensors alone or for all at once.
 
     States are made by the library when a tensor is first stepped. Hyperparameters are the libraries' common
-    defaults: betas 0.9 and 0.999, eps 1e-8.
+    defaults: betas 0.9 and 0.999, eps 1e-8; RMSprop's alpha is 0.99.
     """
 
     def __init__(self, spec: OptimSpec):
@@ -100,6 +100,8 @@ def _make(name: str, tensor: torch.nn.Parameter) -> torch.optim.Optimizer:
         return torch.optim.AdamW([tensor], fused=True)
     if name == "sgd":
         return torch.optim.SGD([tensor], lr=1.0, foreach=False)  # which would copy all gradients to decay
+    if name == "rmsprop":
+        return torch.optim.RMSprop([tensor], foreach=False)
     if name == "adafactor":
         from transformers.optimization import Adafactor
 

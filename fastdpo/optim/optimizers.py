@@ -27,7 +27,12 @@ def make_optimizer(policy: Policy, spec: OptimSpec, total: int) -> tuple[WeightO
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = (InBackward if spec.optimizer_in_backward else WeightOptimizer)(grouped, spec)
-    return optimizer, get_scheduler(spec.lr_scheduler_type, optimizer, warmup(spec, total), total)
+    return optimizer, get_scheduler(*_schedule(spec, optimizer, total))
+
+
+def _schedule(spec: OptimSpec, optimizer, total: int) -> tuple:
+    """What get_scheduler is given."""
+    return spec.lr_scheduler_type, optimizer, warmup(spec, total), total, spec.lr_scheduler_kwargs
 
 
 def warmup(spec: OptimSpec, total: int) -> int:
@@ -46,7 +51,7 @@ def set_schedule(schedule: LambdaLR, steps: int) -> None:
 
 def check_schedule(spec: OptimSpec) -> None:
     """Raises ConfigError for a schedule that cannot be made or stepped, by trying one on no model."""
-    if spec.lr_scheduler_type in _KNOWN:
+    if spec.lr_scheduler_type in _KNOWN and not spec.lr_scheduler_kwargs:
         return
     from transformers import SchedulerType, get_scheduler
 
@@ -55,10 +60,11 @@ def check_schedule(spec: OptimSpec) -> None:
         raise not_one_of("lr_scheduler_type", spec.lr_scheduler_type, names)
     try:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.1)
-        schedule = get_scheduler(spec.lr_scheduler_type, optimizer, warmup(spec, 100), 100)
+        schedule = get_scheduler(*_schedule(spec, optimizer, 100))
         if not isinstance(schedule, LambdaLR):
             raise ValueError("it is no function of the step, so a run could not go on after a stop")
         optimizer.step()
         schedule.step()
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"lr_scheduler_type: {spec.lr_scheduler_type!r}: {error}") from None
+        name, given = spec.lr_scheduler_type, spec.lr_scheduler_kwargs or {}
+        raise ConfigError(f"lr_scheduler_type: {name!r} with lr_scheduler_kwargs {given}: {error}") from None

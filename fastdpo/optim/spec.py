@@ -10,6 +10,7 @@ class OptimSpec:
     optim: str
     learning_rate: float
     lr_scheduler_type: str
+    lr_scheduler_kwargs: dict | None
     warmup_steps: float
     weight_decay: float
     max_grad_norm: float

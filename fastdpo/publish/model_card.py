@@ -154,7 +154,8 @@ def _changed_settings(history: RunHistory) -> list[tuple[str, str]]:
     """(key, value as a table's cell) of the settings that are not fastdpo's defaults, then of the stages."""
     rows = []
     for name, value in history.settings().items():
-        is_path = name == "chat_template" or (isinstance(value, str) and value.startswith(("/", "~")))
+        is_file = name == "chat_template" and "{" not in value
+        is_path = is_file or (isinstance(value, str) and value.startswith(("/", "~")))
         if name not in _NO_SETTINGS:
             rows.append((name, to_word(_public(value) if is_path else value)))
     for number, stage in enumerate(history.config.get("stages") or [], 1):

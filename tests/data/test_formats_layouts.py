@@ -162,6 +162,16 @@ def test_openai_and_kto(folder):
     assert (parsed.format, parsed.label) == ("messages_kto", False)
 
 
+def test_alpaca_with_both_responses_in_one_list(folder):
+    """As LLaMA-Factory had them before mid-2024."""
+    columns = {"prompt": "ask", "response": "both"}
+    parsed = first(folder([{"ask": "q", "both": ["gold", "old"]}], {"ranking": True, "columns": columns}))
+    assert parsed.responses == ([assistant("gold")], [assistant("old")]) and parsed.prompt == [user("q")]
+    for both in (["gold"], ["gold", "old", "lead"], "gold"):
+        with pytest.raises(RowProblem, match="chosen"):
+            first(folder([{"ask": "q", "both": both}], {"ranking": True, "columns": columns}))
+
+
 def test_split_of_a_listed_data_set(folder, tmp_path):
     spec = folder([{"ask": str(i)} | ANSWERS for i in range(4)], {"ranking": True, "columns": ALPACA})
     assert [row["ask"] for row in load_rows(spec + "#train[1:3]")] == ["1", "2"]
@@ -197,7 +207,7 @@ def test_a_hub_entry_says_what_to_load(folder, monkeypatch):
             {"ranking": True, "columns": ALPACA | {"images": "i"}},
             "it has images; fastdpo trains on text only",
         ),
-        ({"ranking": True, "num_samples": 5}, r"num_samples is not read .*#train\[:5\]"),
+        ({"ranking": True, "num_samples": 5}, r"num_samples is not read .*#\[:5\]"),
         ({"ranking": True, "file_name": "gone.json"}, "gone.json' does not exist"),
     ],
 )

@@ -190,6 +190,7 @@ def test_hub_name_without_network():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     where = "'nobody/nothing:config' is neither a path here nor in the cache of datasets"
-    said = f"DataError: data: {where}, and HF_HUB_OFFLINE is set; check the name"
+    folder = f"{os.getcwd()}/nobody/nothing is no folder"  # it may be FOLDER:NAME
+    said = f"DataError: data: {where}, and HF_HUB_OFFLINE is set; {folder}; check the name"
     assert said in done.stderr and done.returncode
     assert done.stderr.count("Traceback") == 1, done.stderr

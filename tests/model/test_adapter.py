@@ -74,6 +74,20 @@ def new_adapter(folder, base, **settings):
     return model.eval()
 
 
+def test_modules_may_be_pefts_own_choice(first):
+    policy, _ = load(config_of(first, None, lora_rank=2, lora_target_modules="peft"))
+    model = policy.model
+    found = {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith("lora_A")}
+    assert found == {"q_proj", "v_proj"}  # of Llama
+
+
+def test_a_chat_template_may_be_given_as_text(first, tmp_path):
+    (tmp_path / "t.jinja").write_text(text := "{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    for given in (text, str(tmp_path / "t.jinja")):
+        tokenizer = load_tokenizer(config_of(first, None, chat_template=given))
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "<a>"
+
+
 # ---- the run
 
 

@@ -21,6 +21,7 @@ OPTIMIZERS = [
     "adamw_torch_fused",
     "sgd",
     "adafactor",
+    "rmsprop",
     pytest.param("adamw_8bit", marks=needs("bitsandbytes")),
     pytest.param("adamw_torch_8bit", marks=needs("torchao")),
     pytest.param("adamw_torch_4bit", marks=needs("torchao")),

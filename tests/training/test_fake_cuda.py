@@ -152,6 +152,7 @@ WAYS = {
     "fp32": dict(dtype="fp32", batch_size=2, max_tokens=30),
     "sgd": dict(optim="sgd"),
     "adafactor": dict(optim="adafactor"),
+    "rmsprop": dict(optim="rmsprop"),
     "unclipped": dict(max_grad_norm=0),
     "gpt2": dict(model="gpt2"),
     "softcap, windows": dict(model="gemma2", batch_size=2, max_tokens=30),

@@ -1,6 +1,7 @@
 """Runs of the trainer on small models: the same trajectory however a step is cut, and a usable result."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fastdpo.config.keys import Config
 from fastdpo.data.groups import Limits, load_groups
 from fastdpo.data.load import load_data
 from fastdpo.data.packing import epoch_order
-from fastdpo.errors import TrainingError
+from fastdpo.errors import ConfigError, TrainingError
 from fastdpo.model import support
 from tests.rounding import is_tie
 from tests.tiny import rows, save_model, write_jsonl
@@ -295,3 +296,6 @@ def test_held_out_fraction_is_disjoint_and_seeded(tmp_path):
     assert [g.row for g in evaluated] == held["rows"]
     again = Run(tmp_path, "again", eval_data=0.25, max_steps=1)
     assert json.loads((again.folder / "data_report.json").read_text())["eval_data"] == held
+    assert len(load_data(replace(run.config, eval_data=5.0), tokenizer, QUIET)[1]) == 5  # so many groups
+    with pytest.raises(ConfigError, match=r"eval_data: 30\.0 of 24 groups leaves none"):
+        load_data(replace(run.config, eval_data=30.0), tokenizer, QUIET)

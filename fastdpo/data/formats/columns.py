@@ -223,6 +223,13 @@ def question(name: str, fields=("chosen", "rejected")):
     return paired(name, lambda row: text(row, name), fields)
 
 
+def asked_first(row: dict, tags: Tags) -> Columns:
+    """Text in the first of these columns that is there, as Axolotl's types chatml and llama3 read it."""
+    name = next((name for name in ("prompt", "input", "question") if name in row), "instruction")
+    fields = tuple(name if name in row else f"{name}_response" for name in ("chosen", "rejected"))
+    return question(name, fields)(row, tags)
+
+
 def messages(name: str):
     """The reader of turns beside chosen and rejected, which are a message, a list of them or text."""
 

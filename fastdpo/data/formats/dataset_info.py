@@ -60,7 +60,7 @@ def listed(name: str) -> Listed | None:
     entry, where = known[entry_name], f"data: {folder}/{_FILE}: {entry_name}"
     layout, split = _layout(entry, where), entry.get("split") or "train"
     if entry.get("num_samples") is not None:
-        way_out = f"give the rows to take as {name}#train[:{entry['num_samples']}] and remove the key"
+        way_out = f"give the rows to take as {name}#[:{entry['num_samples']}] and remove the key"
         raise DataError(f"{where}: num_samples is not read (it takes rows by chance); {way_out}")
     if "hf_hub_url" in entry:
         more = {"data_dir": entry.get("folder"), "revision": entry.get("revision")}
@@ -74,6 +74,16 @@ def listed(name: str) -> Listed | None:
     if not path.exists():
         raise DataError(f"{where}: file_name {str(path)!r} does not exist{similar(path)}")
     return Listed(path, {}, split, layout)
+
+
+def not_listed(name: str) -> str:
+    """Where a FOLDER:NAME that is not found was looked for: `; /data is no folder`. Empty for other names."""
+    if ":" not in name:
+        return ""
+    folder = Path(name.rpartition(":")[0]).expanduser()
+    if folder.is_dir():
+        return f"; {folder.absolute()} holds no dataset_info.json"
+    return f"; {folder.absolute()} is no folder"
 
 
 def _layout(entry: dict, where: str) -> Layout:

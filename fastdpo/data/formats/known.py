@@ -66,6 +66,13 @@ def _alpaca_prompt(row: dict) -> list[dict]:
     return [*history, {"role": "user", "content": "\n".join(asked)}]
 
 
+def _alpaca(row: dict, tags: Tags) -> Columns:
+    """Before mid-2024 LLaMA-Factory had both responses in one list."""
+    if "chosen" not in row and isinstance(both := row.get("output"), list) and len(both) == 2:
+        row = row | {"chosen": both[0], "rejected": both[1]}
+    return columns.paired("instruction", _alpaca_prompt)(row, tags)
+
+
 def _aligner(row: dict, tags: Tags) -> Columns:
     """NeMo-Aligner's: the prompt is text that already has its turns' markup."""
     prompt, *values = (text_or_turns(column(row, name), name, tags) for name in ("prompt", *_RESPONSES))
@@ -215,6 +222,12 @@ FORMATS: dict[str, Format] = {
         has("instruction", *_RESPONSES),
         columns.question("instruction", _RESPONSES),
     ),
+    "axolotl": Format(
+        "Axolotl",
+        "one of {prompt, input, question, instruction}, {chosen, rejected} or {..._response}",
+        lambda row, asked: False,  # only where data_format names it
+        columns.asked_first,
+    ),
     "nectar": Format(
         "Axolotl, Nectar", "{prompt, answers: [{answer, rank}]}", has("prompt", "answers"), _nectar
     ),
@@ -230,12 +243,7 @@ FORMATS: dict[str, Format] = {
         has("messages", one_of=_JUDGED),
         columns.messages_kto("messages"),
     ),
-    "alpaca": Format(
-        "LLaMA-Factory",
-        "{instruction, input, chosen, rejected}",
-        asks("instruction"),
-        columns.paired("instruction", _alpaca_prompt),
-    ),
+    "alpaca": Format("LLaMA-Factory", "{instruction, input, chosen, rejected}", asks("instruction"), _alpaca),
     "alpaca_kto": Format(
         "LLaMA-Factory", "{instruction, input, output, kto_tag}", has("output", "kto_tag"), _alpaca_kto
     ),
