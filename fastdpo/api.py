@@ -9,8 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from fastdpo.config.keys import Config
-from fastdpo.config.reading import read_yaml
-from fastdpo.convert.convert import config_of
+from fastdpo.convert.convert import config_of, read
 from fastdpo.doctor import settle_backends
 from fastdpo.errors import ConfigError
 from fastdpo.planning.choose import choose
@@ -59,7 +58,7 @@ def _config(given: Given | None, keys: dict[str, Any]) -> Config:
             return given
         given = {field.name: getattr(given, field.name) for field in dataclasses.fields(given)}
     elif isinstance(given, str | PathLike):
-        given = read_yaml(Path(given))
+        given = read(Path(given))
     elif not isinstance(given, Mapping | None):
         raise ConfigError(
             f"expected keys, a dict of keys, a Config or a YAML file's name, got a {type(given).__name__}"

@@ -9,7 +9,6 @@ from typing import Literal
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from fastdpo import __version__
-from fastdpo.config.reading import read_yaml
 from fastdpo.console.threads import wait_asleep
 from fastdpo.errors import ConfigError, FastDPOError, Stopped
 from fastdpo.flags import UNEXPECTED, takes_keys, with_values
@@ -170,9 +169,9 @@ def convert(theirs: Path, /, *, output: Path | None = None):
     :param theirs: their YAML file
     :param output: default: printed
     """
-    from fastdpo.convert.convert import converted
+    from fastdpo.convert.convert import converted, read
 
-    text = converted(read_yaml(theirs))
+    text = converted(read(theirs))
     if output is None:
         print(text, end="")
         return

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import UNSET, Group, Parameter
 
 from fastdpo.config.keys import FIELDS, GROUPS, Config
-from fastdpo.config.reading import default_word, read_yaml
+from fastdpo.config.reading import default_word
 from fastdpo.errors import ConfigError
 
 UNEXPECTED = "unexpected argument {!r}: keys are given as --key value"
@@ -83,4 +83,4 @@ def config_of(file: Path | None, flags: dict[str, list[str | None]]) -> Config:
         if text is None and name in FIELDS and FIELDS[name].type is not bool:
             raise ConfigError(f"--{name}: no value given")
         given[name] = "true" if text is None else text  # a key of others may be a switch, too
-    return convert.config_of(read_yaml(file) if file else {}, given)
+    return convert.config_of(convert.read(file) if file else {}, given)

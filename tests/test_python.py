@@ -86,7 +86,7 @@ def test_other_trainers_keys_are_translated_and_said(asked, capsys):
         ({"learning_rat": 1}, "unknown key 'learning_rat'. Did you mean 'learning_rate'?"),
         ({"batch_size": "many"}, "batch_size: expected a whole number, got 'many'"),
         ({"batch_size": 0}, "batch_size: 0 is below 1"),
-        ({"data": None}, "data: expected text, got None"),
+        ({"data": None}, "data: expected text or a list, got None"),
         (["m"], "expected keys, a dict of keys, a Config or a YAML file's name, got a list"),
         ("no.yaml", "cannot read the config file no.yaml: No such file or directory"),
     ],

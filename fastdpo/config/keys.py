@@ -38,8 +38,9 @@ class Config:
     data: str | list[str] = _key(
         "",
         "preference rows (required): a .jsonl/.json/.csv/.parquet file, a folder, or a hub name; "
-        "NAME:CONFIG picks a hub configuration, FOLDER:NAME a data set of FOLDER/dataset_info.json, #SPLIT a "
-        "split, as in data.jsonl#train[:100]; or a list of them, read one after the other",
+        "NAME:CONFIG picks a hub configuration (NAME:DIR/DIR a folder of it), FOLDER:NAME a data set of "
+        "FOLDER/dataset_info.json, #SPLIT a split, as in data.jsonl#train[:100]; or a list of them, read one "
+        "after the other",
     )
     data_format: str | dict[str, Any] | None = _key(
         None,

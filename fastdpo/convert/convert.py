@@ -2,22 +2,34 @@
 in silence. A tool is recognised by keys that only it has (`only_here` in its table)."""
 
 import sys
+from pathlib import Path
 
 import yaml
 
 from fastdpo.config.keys import FIELDS, Config, coerce, from_values
+from fastdpo.config.reading import read_yaml
 from fastdpo.convert.axolotl import AXOLOTL
 from fastdpo.convert.llama_factory import LLAMA_FACTORY
+from fastdpo.convert.nested import flattened
+from fastdpo.convert.notebooks import read_code
 from fastdpo.convert.rules import Tool
+from fastdpo.convert.torchtune import TORCHTUNE
 from fastdpo.convert.trl import TRL
+from fastdpo.convert.unsloth import UNSLOTH
 from fastdpo.errors import ConfigError
 
-TOOLS = (TRL, LLAMA_FACTORY, AXOLOTL)
+TOOLS = (TRL, LLAMA_FACTORY, AXOLOTL, TORCHTUNE, UNSLOTH)
+
+
+def read(path: Path) -> dict:
+    """The keys of a config file: of YAML, or a script or notebook of Python. Raises ConfigError."""
+    return read_code(path) if path.suffix in (".py", ".ipynb") else read_yaml(path)
 
 
 def recognise(values: dict) -> Tool | None:
     """The tool that has these keys: of those with a mark among them the one that knows most; None where no
     tool has any of them (but we may). Raises ConfigError where several know as many."""
+    values = flattened(values)
     marks = {tool: [key for key in values if key in tool.marks] for tool in TOOLS}
     unknown = {tool: len(tool.unknown(values)) for tool in TOOLS if marks[tool]}
     found = [tool for tool, count in unknown.items() if count == min(unknown.values())]

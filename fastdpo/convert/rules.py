@@ -11,6 +11,15 @@ import yaml
 
 from fastdpo.config.keys import FIELDS
 from fastdpo.config.names import meant
+from fastdpo.convert.nested import flattened
+
+_UNKNOWN = "only running the file would tell, and it is not run"
+# keys that such a value is left out of: dtype auto takes bf16 where the GPU has it, as all scripts ask for
+_HARMLESS = "bf16 fp16 dtype torch_dtype output_dir report_to logging_steps save_steps callbacks".split()
+
+
+class Unresolved(str):
+    """A value that only running a script would tell: what stands there."""
 
 _LOGS_IN = re.compile("(api_key|hub_token|secret)$")  # keys whose value is shown nowhere
 
@@ -139,9 +148,18 @@ def to(name: str | None = None, values: dict | None = None) -> Rule:
     return rule
 
 
+@dataclass(frozen=True)
+class Unread:
+    """The rule of a key that changes nothing about training here, whatever its value."""
+
+    why: str
+
+    def __call__(self, draft: Draft, key: str, value) -> None:
+        draft.leave(key, self.why)
+
+
 def unread(why: str) -> Rule:
-    """A key that changes nothing about training here."""
-    return lambda draft, key, value: draft.leave(key, why)
+    return Unread(why)
 
 
 def beside(what: str) -> Rule:
@@ -220,11 +238,13 @@ class Tool:
 
     def translate(self, values: dict, whole: bool) -> Draft:
         """All of a config, read; keys of ours stay. `whole`: what is left out has this tool's default."""
+        values = flattened(values)
         theirs = {key: plain(value) for key, value in values.items()}
         negated = {key[3:]: key for key, value in theirs.items() if self._negates(key, value)}
         theirs = {key: value for key, value in theirs.items() if key not in negated.values()}
         theirs |= dict.fromkeys(negated, False)
         draft = Draft(self, theirs, self.defaults if whole else {}, negated=negated)
+        self._set_aside(draft)
         for part in self.parts:
             keys = _parameters(part)
             if any(draft.key(p.name) in draft.left for p in keys if p.kind is not p.KEYWORD_ONLY):
@@ -243,6 +263,16 @@ class Tool:
         draft.fates = list(dict.fromkeys(draft.fates))  # several data sets may say the same
         return draft
 
+    def _set_aside(self, draft: Draft) -> None:
+        """What only running the file would tell: refused, unless the key changes nothing anyway."""
+        for key in [key for key, value in draft.theirs.items() if isinstance(value, Unresolved)]:
+            if key in self.read or not isinstance(self.rules.get(key), Unread):
+                del draft.left[key]
+                if key in _HARMLESS:
+                    draft.check(key, f"left out, {_UNKNOWN}")
+                else:
+                    draft.refuse(key, fix=f"{_UNKNOWN}; give its value as a flag")
+
 
 def _parameters(part) -> list[inspect.Parameter]:
     _, *keys = inspect.signature(part).parameters.values()
@@ -251,7 +281,7 @@ def _parameters(part) -> list[inspect.Parameter]:
 
 def plain(value):
     """A flag's string, or YAML 1.1's "1e-6", as the value it spells."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or isinstance(value, Unresolved):
         return value
     try:
         parsed = yaml.safe_load(value)

@@ -77,6 +77,21 @@ TRANSFORMERS = {  # rows of every tool: TrainingArguments, and two more
     "save_on_each_node benchmarks callbacks overwrite_hub_revision push_to_hub_revision": LOOKS,
 }
 
+SCRIPT = {  # rows of what scripts and notebooks of Python say besides
+    "map": lambda draft, key, value: draft.check(
+        key, "what code does to the rows is not read; see `fastdpo data`, and data_format"
+    ),
+    "chat_template": lambda draft, key, value: own_template(draft, key),
+    "callbacks": lambda draft, key, value: draft.check(key, "left out; callbacks are not run"),
+    "eval_dataset": unread("give eval_data"),
+    "ref_model": only(fix="the reference is the model that training starts from; remove it"),
+    "bias": only("none", fix=NO_SUCH),
+    "init_lora_weights": only(True, fix=NO_SUCH),
+    "bnb_4bit_compute_dtype": beside("load_in_4bit"),
+    "device_map low_cpu_mem_usage use_cache cache_dir data_collator": SPEED,
+    "compute_metrics": LOOKS,
+}
+
 
 def batch(draft: Draft, per_device_train_batch_size=None, gradient_accumulation_steps=None) -> None:
     size, steps = per_device_train_batch_size, gradient_accumulation_steps

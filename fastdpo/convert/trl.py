@@ -172,6 +172,7 @@ TRL = Tool(
         "loss_weights": "a weight for each loss is needed, each named once",
     },
     rows=shared.TRANSFORMERS
+    | shared.SCRIPT
     | {
         "model_name_or_path": "model",
         "model_revision": only("main", fix="download the revision and give its folder as model"),

@@ -22,7 +22,7 @@ from fastdpo.files.names import look_up, similar
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _DATA = {*_READERS, ".ndjson", ".tsv", ".arrow"}  # what a folder's files hold rows in
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w./-]+))?")
 _FORMS = "a .jsonl, .json, .csv or .parquet file, a folder, or a hub name org/name[:config]"
 
 
@@ -126,7 +126,9 @@ def _load(spec: str, data_format: str | dict | None) -> Rows:
         where = f"{not_listed(name)}." if ":" in name else similar(path) or "."
         raise DataError(f"data: {name!r} does not exist here{where} Give {_FORMS}.")
     else:
-        rows = _from_hub(spec, name, split=_whole(split), path=hub["name"], name=hub["config"])
+        config = hub["config"] or ""
+        part = {"data_dir" if "/" in config else "name": config or None}  # no configuration's name has a /
+        rows = _from_hub(spec, name, split=_whole(split), path=hub["name"], **part)
     if not len(rows):
         raise DataError(f"data: {spec!r} has no rows.")
     return replace(rows, layout=layout)

@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict
 from fastdpo.data.rows import RowProblem, parse_row
 from fastdpo.data.sources import load_rows
 from fastdpo.errors import DataError
+from fastdpo.files.names import Answer
 from tests.data.shared_data import chat_row, ranked_row, text_row, write_lines
 from tests.hub import running
 
@@ -182,6 +183,16 @@ def test_the_hub_is_asked_once(answer, tmp_path, monkeypatch):
         load_rows("org/rows:config#test", key="eval_data")
     assert str(caught.value).startswith(f"eval_data: {ANSWERS[answer]}")
     assert hub.asked == ["HEAD /datasets/org/rows/resolve/main/README.md"]
+
+
+@pytest.mark.parametrize("part, given", [("en", {"name": "en"}), ("data/rl", {"data_dir": "data/rl"})])
+def test_a_part_of_a_data_set_of_the_hub(part, given, monkeypatch):
+    asked = []
+    monkeypatch.setattr("fastdpo.data.sources.look_up", lambda *_: Answer(True, ""))
+    rows = Dataset.from_list([TEXT])
+    monkeypatch.setattr("datasets.load_dataset", lambda **options: asked.append(options) or rows)
+    load_rows(f"org/rows:{part}")
+    assert asked == [{"path": "org/rows", "split": "train"} | given]
 
 
 def test_hub_name_without_network():
