@@ -30,8 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns 0, or 1 when it could not go on, 2 for a wrong config or command, 3 for a plan
     that does not fit, or 128 + the number of the signal that stopped it (130 for SIGINT, 143 for SIGTERM)."""
     wait_asleep()
-    argv = with_values(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        argv = with_values(argv)
         code = app(argv) or 0
         return code if argv else 2
     except Stopped as stop:
@@ -80,7 +81,8 @@ def data(config):
     from fastdpo.data.show import show_data
     from fastdpo.model.policy import load_tokenizer
 
-    show_data(config, load_tokenizer(config), Console())
+    console = Console()
+    show_data(config, load_tokenizer(config, console), console)
 
 
 @takes_keys
@@ -163,17 +165,31 @@ def prune(
     prune(file, older_than, namespace or [], dry_run, Console())
 
 
-def convert(theirs: Path, /, *, output: Path | None = None):
-    """write the config of TRL, Axolotl or LLaMA-Factory as one of ours
+def convert(
+    theirs: Path, /, *, output: Path | None = None, diff: bool = False, ignore: list[str] | None = None
+):
+    """write another trainer's config as one of ours
 
-    :param theirs: their YAML file
+    Keeps the order of theirs, with a comment at each key that changed or went.
+
+    :param theirs: their YAML file, shell script, Python script or notebook
     :param output: default: printed
+    :param diff: show both beside each other instead, and what became of each key
+    :param ignore: a key of theirs to go on without; may be given again
     """
-    from fastdpo.convert.convert import converted, read
+    from rich.console import Console
 
-    text = converted(read(theirs))
+    from fastdpo.convert import convert
+
+    values = convert.read(theirs)
+    draft = convert.drafted(values, ignore or [])
+    if diff:
+        from fastdpo.convert.written import side_by_side
+
+        Console().print(side_by_side(values, draft))
+    text = convert.converted(values, draft)
     if output is None:
-        print(text, end="")
+        print("" if diff else text, end="")
         return
     if output.exists():
         raise ConfigError(f"--output: {output} exists already; remove it, or name another file")
@@ -181,7 +197,8 @@ def convert(theirs: Path, /, *, output: Path | None = None):
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output: cannot write {output}: {error}") from None
-    print("".join(line[2:] + "\n" for line in text.splitlines() if line.startswith("# ")), end="")
+    if not diff:
+        print(f"read as a config of {draft.tool.name}", *draft.notes, sep="\n")
 
 
 def doctor():

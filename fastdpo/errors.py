@@ -8,7 +8,19 @@ class FastDPOError(Exception):
 
 
 class ConfigError(FastDPOError):
-    """A config key or value is wrong."""
+    """Keys or values of a config are wrong. `args`: each problem; way_on: how to go on all the same."""
+
+    def __init__(self, *problems: str, way_on: str = "") -> None:
+        super().__init__(*problems)
+        self.way_on = way_on
+
+    def __str__(self) -> str:
+        if len(self.args) == 1:
+            problem = self.args[0]
+            end = "" if not self.way_on else " " if problem.endswith("?") else ". "
+            return f"{problem}{end}{self.way_on}"
+        lines = [f"{len(self.args)} problems", *(f"  {problem}" for problem in self.args), self.way_on]
+        return "\n".join(filter(None, lines))
 
 
 class DataError(FastDPOError):

@@ -251,7 +251,7 @@ def test_each_command_has_help(command, capsys):
 
 def test_the_installed_command_runs():
     done = subprocess.run([sys.executable, "-m", "fastdpo", "data"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: model: missing")
+    assert done.returncode == 2 and done.stderr.startswith("error: 2 problems\n  model: missing")
 
 
 def test_what_is_in_the_cache_is_told_without_torch(tmp_path):

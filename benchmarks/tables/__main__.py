@@ -17,18 +17,28 @@ from benchmarks.results import RESULTS, newest_shown
 from benchmarks.tables import head_blocks
 from benchmarks.tables.blocks import BLOCKS
 from benchmarks.tables.chips import tiles_table
+from benchmarks.tables.configs import collected_table, refused_table
 from benchmarks.tables.markdown import link
 from benchmarks.tables.standing import standing
 from fastdpo.config.reading import keys_table
-from fastdpo.data.formats.known import formats_table
+from fastdpo.data.formats.known import FORMATS
 from fastdpo.objectives.catalogue import objectives_table
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WAITING = "Not measured yet: {} (`{}`)."
 PREDICTED = {"head-shapes": head_blocks.predicted}
+
+
+def formats_table() -> str:
+    """docs/data.md's table of formats, in Markdown."""
+    lines = ["| format | of | its rows |", "|---|---|---|"]
+    lines += [f"| `{name}` | {f.tool} | `{f.looks}` |" for name, f in FORMATS.items()]
+    return "\n".join(lines) + "\n"
+
+
 TABLES = {"keys": keys_table, "objectives": objectives_table, "formats": formats_table}
-TABLES["tiles"] = tiles_table
+TABLES |= {"tiles": tiles_table, "configs": collected_table, "refused": refused_table}
 
 
 def block(name: str, folder: Path = RESULTS, up: str = "") -> str:

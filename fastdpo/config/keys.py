@@ -1,11 +1,13 @@
 """One flat config: YAML keys, flags, `--help` and docs/keys.md all come from the fields below."""
 
 import dataclasses
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastdpo.config.checks import check
+from fastdpo.config.checks import of_other_keys, problems, said, without
 from fastdpo.config.names import ALSO_CALLED, in_our_words, meant
+from fastdpo.config.stages import stages_of
 from fastdpo.errors import ConfigError
 from fastdpo.values import as_list, as_type
 
@@ -58,20 +60,20 @@ class Config:
         "the hub repository that `model/` is uploaded to when training ends, as in me/my-dpo: made private "
         "where it does not exist; the log-in is checked before training",
     )
-    chat_template: str | None = _key(None, "a Jinja file or text that replaces the tokenizer's chat template")
-    chat_template_kwargs: dict[str, Any] | None = _key(
+    chat_template: str | None = _key(
         None,
-        "what the chat template is given besides the messages, as in {enable_thinking: false, date_string: "
-        "26 Jul 2024}; a row's own chat_template_kwargs come over these",
+        "what writes turns in place of the tokenizer's own: a Jinja file or text, or alpaca, chatml, gemma, "
+        "llama2, llama3, mistral, phi3, vicuna or zephyr; default:chatml takes it only where there is none",
+    )
+    chat_template_kwargs: dict[str, Any] | None = _key(
+        None, "what it is given besides the messages, as in {enable_thinking: false}; a row's own come first"
     )
     objective: str | dict[str, Any] | list[Any] = _key(
         "sigmoid",
         "the loss: sigmoid (or dpo) is DPO, sft trains on the chosen responses, `fastdpo objectives` lists "
         "all; or several with their weights: {sigmoid: 0.8, sft: 0.2}",
     )
-    objective_args: dict[str, Any] | None = _key(
-        None, "the objective's options, as `fastdpo objectives` lists them"
-    )
+    objective_args: dict[str, Any] | None = _key(None, "the objective's options, see `fastdpo objectives`")
     beta: float | None = _key(
         None, "strength of the pull towards the reference (default: the objective's own, mostly 0.1)", low=0
     )
@@ -120,6 +122,9 @@ class Config:
     pure_bf16: bool = _key(
         False, "keep trained weights in bf16, updated with stochastic rounding, instead of fp32"
     )
+    adam_beta1: float = _key(0.9, "AdamW's decay of the mean of gradients", low=0)
+    adam_beta2: float = _key(0.999, "AdamW's decay of the mean of their squares", low=0)
+    adam_epsilon: float = _key(1e-8, "AdamW's addend to the root of that", low=0)
     weight_decay: float = _key(0.0, "AdamW's decay of matrices (never of norms and biases)", low=0)
     max_grad_norm: float = _key(1.0, "clip the gradient to this norm; 0 switches clipping off", low=0)
     batch_size: int = _key(8, "prompt groups an optimizer step", low=1)
@@ -202,6 +207,11 @@ class Config:
     overwrite: bool = _key(
         False, "replace the run that output_dir already holds (with resume: only where it cannot go on)"
     )
+    ignore: dict[str, Any] | list[str] | str | None = _key(
+        None,
+        "keys of another trainer's config to go on without, as in --ignore lora_dropout,datasets.roles; the "
+        "run's config.yaml keeps what they said",
+    )
     stages: list[dict[str, Any]] | None = _key(
         None,
         "runs one after the other, each a set of keys that override these (objective, beta, "
@@ -211,8 +221,11 @@ class Config:
     def __post_init__(self) -> None:
         for name in ALSO_CALLED:  # from Python, too
             object.__setattr__(self, name, in_our_words(name, getattr(self, name)))
-        check(self)
-        self.per_stage()  # a bad stage shows before any work
+        found = problems(self)
+        if self.stages:  # a bad stage shows before any work
+            found += said(stages_of, self, coerced, found)
+        if found:
+            raise ConfigError(*found)
 
     @property
     def trackers(self) -> list[str]:
@@ -221,79 +234,67 @@ class Config:
 
     def per_stage(self) -> list["Config"]:
         """One config a stage; without `stages`, this one. Raises ConfigError."""
-        if not self.stages:
-            return [self]
-        out = []
-        for number, own in enumerate(self.stages, 1):
-            if not isinstance(own, dict) or not own:
-                raise ConfigError(f"stages: stage {number} is not a set of keys: {own!r}")
-            for name in own:
-                if name not in STAGE_KEYS:
-                    raise ConfigError(
-                        f"stages: stage {number} sets {name!r}. {meant(name, STAGE_KEYS)}"
-                        f"A stage can set: {', '.join(STAGE_KEYS)}"
-                    )
-            try:
-                own = {name: coerce(name, value) for name, value in own.items()}
-                out.append(dataclasses.replace(self, stages=None, **_inherited(self, own)))
-            except ConfigError as error:
-                raise ConfigError(f"stages: stage {number}: {error}") from None
-        _check_options_reach(self, out)
-        return out
+        return stages_of(self, coerced) if self.stages else [self]
 
 
-STAGE_KEYS = (
-    "objective objective_args beta label_smoothing router_aux_loss_coef pairs learning_rate warmup_steps "
-    "lr_scheduler_type lr_scheduler_kwargs weight_decay max_grad_norm batch_size max_tokens num_epochs "
-    "max_steps eval_steps logging_steps save_steps"
-).split()
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 GROUPS = {  # of the help and of docs/keys.md: each key once
     "Data": "model adapter data data_format eval_data chat_template chat_template_kwargs pairs pair_gap "
     "flip_pairs max_length truncation strict".split(),
     "Objective": "objective objective_args beta label_smoothing router_aux_loss_coef reference_cache "
     "stages".split(),
-    "Optimizer": "learning_rate warmup_steps lr_scheduler_type lr_scheduler_kwargs optim weight_decay "
-    "max_grad_norm batch_size num_epochs max_steps seed".split(),
+    "Optimizer": "learning_rate warmup_steps lr_scheduler_type lr_scheduler_kwargs optim adam_beta1 "
+    "adam_beta2 adam_epsilon weight_decay max_grad_norm batch_size num_epochs max_steps seed".split(),
     "Memory": "memory dtype max_tokens head_memory gradient_checkpointing activation_offloading tiled_mlp "
     "offload_optimizer optimizer_in_backward pure_bf16 load_in_4bit".split(),
     "LoRA": "lora_rank lora_alpha lora_target_modules use_dora use_rslora".split(),
     "Run": "output_dir push_to_hub eval_steps logging_steps save_steps save_total_limit load_best report_to "
-    "samples resume overwrite".split(),
+    "samples resume overwrite ignore".split(),
 }
 
 
 def coerce(name: str, value: Any) -> Any:
     """Checks one key and brings its value (a YAML value or a flag's string) to the field's type."""
+    if "." in name and name.split(".")[0] in FIELDS:
+        raise ConfigError(f"a key has no dots in it: {name}")
     if name not in FIELDS:
         raise ConfigError(f"unknown key {name!r}. {meant(name, FIELDS)}`--help` lists all keys.")
+    if name == "push_to_hub" and str(value).lower() in ("true", "yes"):
+        raise ConfigError("push_to_hub: name the repository, as in push_to_hub: me/my-model")
     field = FIELDS[name]
     return as_type(name, in_our_words(name, value), field.type, field.metadata["doc"])
 
 
-def from_values(values: dict[str, Any]) -> Config:
-    """The config of a YAML file's values and flags' strings. Raises ConfigError."""
-    return Config(**{name: coerce(name, value) for name, value in values.items()})
+def coerced(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(the values that can be brought to their keys' types, what is wrong with the others)."""
+    good: dict[str, Any] = {}
+    found: list[str] = []
+    for name, value in values.items():
+        try:
+            good[name] = coerce(name, value)
+        except ConfigError as error:
+            found += error.args
+    return good, found
 
 
-def _inherited(above: Config, own: dict[str, Any]) -> dict[str, Any]:
-    """A stage's own keys, and what is not as it stands above: objective_args go option by option, and options
-    that its objective does not read are for the other stages."""
-    from fastdpo.objectives.make import options_read  # late: it imports torch
+def from_values(values: dict[str, Any], wrong: Collection[str] = ()) -> Config:
+    """The config of a YAML file's values and flags' strings. Raises ConfigError with all that is wrong, but
+    for what may come of keys that are known to be `wrong`."""
+    good, found = coerced(values)
+    wrong = {*wrong, *(values.keys() - good.keys())}
+    try:
+        made = Config(**good)
+        if not found:
+            return made
+    except ConfigError as error:
+        found += without(error.args, wrong)
+    found += of_other_keys(found, without(_of_objective(good), wrong)) if "objective" not in wrong else []
+    raise ConfigError(*found)
 
-    own_args = own.get("objective_args") or {}
-    args = (above.objective_args or {}) | own_args
-    read = options_read(own.get("objective", above.objective), args.get("base_loss"))
-    dropped = {name: None for name in ("beta", "label_smoothing") if name not in read}
-    args = {name: value for name, value in args.items() if name in read or name in own_args}
-    return dropped | own | {"objective_args": args or None}
 
+def _of_objective(values: dict[str, Any]) -> Iterable[str]:
+    """What making the objective refuses, which is else told when a run starts."""
+    from fastdpo.objectives.make import make_objective  # late: it imports torch
 
-def _check_options_reach(config: Config, stages: list[Config]) -> None:
-    """Raises ConfigError for an option above the stages that none of them reads."""
-    for name in ("beta", "label_smoothing"):
-        if getattr(config, name) is not None and all(getattr(stage, name) is None for stage in stages):
-            raise ConfigError(f"{name}: no stage's objective reads it")
-    for name in config.objective_args or {}:
-        if not any(name in (stage.objective_args or {}) for stage in stages):
-            raise ConfigError(f"objective_args: no stage's objective reads {name!r}")
+    args = {n: values.get(n) for n in ("beta", "label_smoothing")} | (values.get("objective_args") or {})
+    return () if values.get("stages") else said(make_objective, values.get("objective", "sigmoid"), args)

@@ -2,27 +2,35 @@
 in silence. A tool is recognised by keys that only it has (`only_here` in its table)."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
-from fastdpo.config.keys import FIELDS, Config, coerce, from_values
+from fastdpo.config.keys import FIELDS, Config, from_values
 from fastdpo.config.reading import read_yaml
-from fastdpo.convert.axolotl import AXOLOTL
-from fastdpo.convert.llama_factory import LLAMA_FACTORY
+from fastdpo.convert.draft import Draft, Fate, spelled
+from fastdpo.convert.files.notebooks import read_code
+from fastdpo.convert.files.scripts import read_script
 from fastdpo.convert.nested import flattened
-from fastdpo.convert.notebooks import read_code
+from fastdpo.convert.overrides import concerns, laid_over, problems_left, to_ignore, way_on, without
 from fastdpo.convert.rules import Tool
-from fastdpo.convert.torchtune import TORCHTUNE
-from fastdpo.convert.trl import TRL
-from fastdpo.convert.unsloth import UNSLOTH
+from fastdpo.convert.tools.axolotl import AXOLOTL
+from fastdpo.convert.tools.llama_factory import LLAMA_FACTORY
+from fastdpo.convert.tools.openrlhf import OPENRLHF
+from fastdpo.convert.tools.swift import SWIFT
+from fastdpo.convert.tools.torchtune import TORCHTUNE
+from fastdpo.convert.tools.trl import TRL
+from fastdpo.convert.tools.unsloth import UNSLOTH
+from fastdpo.convert.written import as_yaml
 from fastdpo.errors import ConfigError
 
-TOOLS = (TRL, LLAMA_FACTORY, AXOLOTL, TORCHTUNE, UNSLOTH)
+TOOLS = (TRL, LLAMA_FACTORY, AXOLOTL, SWIFT, OPENRLHF, TORCHTUNE, UNSLOTH)
 
 
 def read(path: Path) -> dict:
-    """The keys of a config file: of YAML, or a script or notebook of Python. Raises ConfigError."""
+    """The keys of a config file: of YAML, of the command in a shell script, of the calls in a script or
+    notebook of Python. Raises ConfigError."""
+    if path.suffix in (".sh", ".bash"):
+        return read_script(path)
     return read_code(path) if path.suffix in (".py", ".ipynb") else read_yaml(path)
 
 
@@ -52,34 +60,86 @@ def translate(values: dict, *, whole: bool = True) -> tuple[dict, list[str]]:
     tool = recognise(values)
     if tool is None:
         return dict(values), []
-    draft = tool.translate(values, whole and (tool.model_key == "model" or "model" not in values))
+    draft = tool.translate(values, whole and _is_whole(tool, values))
     if draft.problems:
-        raise ConfigError("\n".join(draft.problems))
+        raise ConfigError(*draft.problems)
     return draft.ours, [f"read as a config of {tool.name}", *draft.notes]
 
 
 def config_of(whole: dict, over: dict) -> Config:
-    """The config of a whole one's keys (a file's), and of keys that win over them (flags). Keys of other
-    trainers are translated in both, and said on stderr. Raises ConfigError."""
-    return from_values(_in_our_words(whole, whole=True) | _in_our_words(over, whole=False))
+    """The config of a whole one's keys (a file's), and of keys that win over them (flags); flags alone are a
+    whole one. Keys of other trainers are translated, and that is said on stderr. Raises ConfigError with all
+    that is wrong."""
+    names, before = to_ignore(whole.get("ignore"), over.get("ignore"))
+    whole, over = ({key: v for key, v in some.items() if key != "ignore"} for some in (whole, over))
+    whole, over = (whole, over) if whole else (over, {})
+    whole, ignored = without(whole, names)
+    base = flags = None
+    tool = _tool_of(whole)
+    theirs, over, others = laid_over(tool, whole, over) if tool else (whole, {}, over)
+    if tool:
+        base = tool.translate(theirs, _is_whole(tool, whole))
+    if other := _tool_of(others):
+        flags = other.translate(others, whole=False)
+    over = (flags.ours if flags else others) | over
+    ours = (base.ours if base else whole) | over
+    ignored = before | ignored
+    ours |= {"ignore": ignored} if ignored else {}
+    refused = problems_left(base, over) if base else []
+    problems = [fate.text for fate in refused] + (flags.problems if flags else [])
+    if not problems:
+        _say(base, over)
+        _say(flags, {})
+    last = way_on(tool, refused, whole, ours) if tool else ""
+    wrong = {concerns(tool, key) for fate in refused for key in fate.keys} if tool else set()
+    try:
+        config = from_values(ours, wrong)
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.args, way_on=last) from None
+    if problems:
+        raise ConfigError(*problems, way_on=last)
+    for key, value in ignored.items():
+        print(f"{key} {spelled(value)}: ignored, as was asked for", file=sys.stderr)
+    return config
 
 
-def _in_our_words(values: dict, whole: bool) -> dict:
-    if all(name in FIELDS for name in values):
-        return values
-    values, notes = translate(values, whole=whole)
-    for note in notes:
-        print(note, file=sys.stderr)
-    return values
+def _tool_of(values: dict) -> Tool | None:
+    return None if all(name in FIELDS for name in values) else recognise(values)
 
 
-def converted(values: dict) -> str:
-    """Another trainer's config as YAML of ours, what became of its keys in comments above it. Raises
-    ConfigError where that is not a config that fastdpo can run."""
-    if recognise(values) is None:
+def _is_whole(tool: Tool, values: dict) -> bool:
+    """Whether it is the tool's config, and none of ours with some of the tool's words."""
+    return tool.model_key == "model" or "model" not in values
+
+
+def _say(draft: Draft | None, over: dict) -> None:
+    """What became of the keys, but for those that others win over."""
+    if draft:
+        notes = [fate.text for fate in draft.fates if fate.text and fate.ours not in over]
+        print(f"read as a config of {draft.tool.name}", *notes, sep="\n", file=sys.stderr)
+
+
+def drafted(values: dict, ignore: Sequence[str] = ()) -> Draft:
+    """Another trainer's config, read without the keys to ignore, and with its problems. Raises ConfigError
+    where it is none's, and where it has no such key."""
+    names, before = to_ignore(values.get("ignore"), list(ignore))
+    kept, ignored = without({key: value for key, value in values.items() if key != "ignore"}, names)
+    tool = recognise(kept)
+    if tool is None:
         marks = "; ".join(f"{tool.name} by {', '.join(sorted(tool.marks)[:6])}, ..." for tool in TOOLS)
         raise ConfigError(f"none of the keys is of a tool that is known: {marks}")
-    ours, notes = translate(values)
-    Config(**{name: coerce(name, value) for name, value in ours.items()})
-    comments = "".join(f"# {note}\n" for note in notes)
-    return comments + yaml.safe_dump(ours, sort_keys=False, allow_unicode=True)
+    draft = tool.translate(kept, _is_whole(tool, kept))
+    if before or ignored:
+        draft.ours["ignore"] = before | ignored
+    for key, value in ignored.items():
+        draft.fates.append(Fate((key,), f"{key} {spelled(value)}: ignored, as was asked for", "ignore"))
+    return draft
+
+
+def converted(values: dict, draft: Draft) -> str:
+    """What was drafted of `values` as YAML of ours, with a comment at each key that changed or went. Raises
+    ConfigError where that is not a config that fastdpo can run."""
+    if refused := problems_left(draft, {}):
+        raise ConfigError(*draft.problems, way_on=way_on(draft.tool, refused, values, draft.ours))
+    from_values(draft.ours)
+    return as_yaml(values, draft)

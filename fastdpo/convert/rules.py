@@ -1,139 +1,21 @@
 """What a table of another tool's keys is made of (rules, parts), and how a config is read by one."""
 
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
-
-import yaml
+from typing import Any
 
 from fastdpo.config.keys import FIELDS
 from fastdpo.config.names import meant
+from fastdpo.convert.draft import Draft, Unresolved, plain
 from fastdpo.convert.nested import flattened
+from fastdpo.errors import ConfigError
 
 _UNKNOWN = "only running the file would tell, and it is not run"
 # keys that such a value is left out of: dtype auto takes bf16 where the GPU has it, as all scripts ask for
 _HARMLESS = "bf16 fp16 dtype torch_dtype output_dir report_to logging_steps save_steps callbacks".split()
-
-
-class Unresolved(str):
-    """A value that only running a script would tell: what stands there."""
-
-_LOGS_IN = re.compile("(api_key|hub_token|secret)$")  # keys whose value is shown nowhere
-
-
-class Fate(NamedTuple):
-    """What became of some keys of theirs, or of what they leave out."""
-
-    keys: tuple[str, ...]
-    text: str  # a note, or the problem; empty where it is our key and value as it stands
-    ours: str | None = None  # the key of ours that has it
-    is_problem: bool = False
-
-
-@dataclass
-class Draft:
-    """A config on its way: theirs that are not read yet, ours so far, and what became of each key. Its
-    methods take keys by the names that parts have for them (see Tool.names)."""
-
-    tool: "Tool"
-    theirs: dict
-    defaults: dict  # of theirs, where they differ from ours; empty where it is no whole config
-    ours: dict = field(default_factory=dict)
-    fates: list[Fate] = field(default_factory=list)
-    negated: dict[str, str] = field(default_factory=dict)  # a key that is false -> as it was given: no_X
-
-    def __post_init__(self):
-        self.left = dict.fromkeys(self.defaults) | self.theirs
-
-    @property
-    def notes(self) -> list[str]:
-        return [fate.text for fate in self.fates if fate.text and not fate.is_problem]
-
-    @property
-    def problems(self) -> list[str]:
-        return [fate.text for fate in self.fates if fate.is_problem]
-
-    def key(self, name: str) -> str:
-        """Theirs for what a part calls `name`: by an older version's name where the config has that."""
-        key = self.tool.names.get(name, name)
-        return next((k for k in (key, *self.tool.older.get(key, ())) if k in self.theirs), key)
-
-    def given(self, name: str) -> bool:
-        """Whether the config says it."""
-        return self.theirs.get(self.key(name)) is not None
-
-    def take(self, name: str, default=None):
-        """The value of a key of theirs, which is then read; what is null or missing has their default."""
-        value = self.left.pop(self.key(name), None)
-        return self.defaults.get(self.key(name), default) if value is None else value
-
-    def word(self, name: str, default=None) -> str:
-        """`key value`, and whether the value is only their default."""
-        key = self.key(name)
-        if key in self.negated:
-            return f"{self.negated[key]} true"
-        if (value := within(self.theirs, key)) is not None:
-            return key if _LOGS_IN.search(key) else f"{key} {spelled(value)}"
-        value = self.defaults.get(key, default)
-        return (
-            f"{key} is not given" if value is None else f"{key} {spelled(value)} ({self.tool.name}'s default)"
-        )
-
-    def set(self, ours: str, value, *names: str, why: str = "", **assumed) -> None:
-        """Our key, and theirs that it comes from; `assumed` are values that were taken for missing ones."""
-        self.ours[ours] = value
-        theirs = ", ".join(self.word(name, assumed.get(name, value)) for name in names)
-        became = f"{ours} {spelled(value)}"
-        theirs += f" ({why})" if why else ""
-        self._add(names, "" if theirs == became else f"{theirs} -> {became}", ours)
-
-    def tell(self, name: str, text: str) -> None:
-        """A note: `key value TEXT`."""
-        self._add((name,), f"{self.word(name)}{text}")
-
-    def leave(self, name: str, why: str) -> None:
-        """A key that changes nothing of what is learnt, or that another key has."""
-        self.tell(name, f": left out, {why}")
-
-    def check(self, name: str, text: str) -> None:
-        """A note on what is not exactly the same and cannot be told from the config."""
-        self._add((name,), f"check: {self.word(name)}: {text}")
-
-    def refuse(self, name: str, value=None, fix: str | None = None) -> None:
-        """A problem: what would change training and cannot be had. The reason is `fix`, or the tool's."""
-        shown = spelled(within(self.theirs, self.key(name)) if value is None else value)
-        text = f"{self.key(name)}: {shown}: {fix or self.tool.reasons[name]}"
-        self._add((name,), text, is_problem=True)
-
-    def _add(self, names: tuple[str, ...], text: str, ours=None, is_problem: bool = False) -> None:
-        keys = tuple(self.negated.get(key, key) for key in map(self.key, names))
-        self.fates.append(Fate(keys, text, ours, is_problem))
-
-
-def within(values: dict, key: str):
-    """The value of a key, or of "datasets.path" what `datasets` has there (a list of them where it has
-    several); None where there is none."""
-    if key in values or "." not in key:
-        return values.get(key)
-    first, rest = key.split(".", 1)
-    inside = values.get(first)
-    found = [
-        within(one, rest)
-        for one in (inside if isinstance(inside, list) else [inside])
-        if isinstance(one, dict)
-    ]
-    return found[0] if len(found) == 1 else found or None
-
-
-def spelled(value) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    first, *more = (f"{value:g}" if isinstance(value, float) else str(value)).splitlines() or [""]
-    return f"{first} ..." if more else first  # a note is one line
-
+_HARMLESS += ["save_path", "ckpt.output_dir", "ckpt.save_steps", "logger.logging_steps"]
 
 Rule = Callable[[Draft, str, object], None]  # of a key and its value, which is not null
 
@@ -249,7 +131,12 @@ class Tool:
             keys = _parameters(part)
             if any(draft.key(p.name) in draft.left for p in keys if p.kind is not p.KEYWORD_ONLY):
                 taken = {p.name: draft.take(p.name) for p in keys}
-                part(draft, **{name: value for name, value in taken.items() if value is not None})
+                given = {name: value for name, value in taken.items() if value is not None}
+                try:
+                    part(draft, **given)
+                except ConfigError as error:  # what a part makes of keys is refused elsewhere
+                    for problem in error.args:
+                        draft.tell_problem(list(given)[:1], problem)
         for key in list(draft.left):
             if key in self.rules:
                 if (value := draft.take(key)) is not None:
@@ -277,19 +164,3 @@ class Tool:
 def _parameters(part) -> list[inspect.Parameter]:
     _, *keys = inspect.signature(part).parameters.values()
     return keys
-
-
-def plain(value):
-    """A flag's string, or YAML 1.1's "1e-6", as the value it spells."""
-    if not isinstance(value, str) or isinstance(value, Unresolved):
-        return value
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
-    if not isinstance(parsed, str):
-        return parsed if isinstance(parsed, int | float | bool | list | dict) else value or None
-    try:
-        return float(parsed)
-    except ValueError:
-        return value

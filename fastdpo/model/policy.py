@@ -17,6 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from fastdpo.console.formatting import gigabytes
 from fastdpo.console.quiet import no_bars
+from fastdpo.data.chat.named import in_pieces, template_of
 from fastdpo.errors import ConfigError
 from fastdpo.model import attention, source
 from fastdpo.model.activations import set_up_activations
@@ -235,7 +236,7 @@ def tell_loading(model: str, console: Console) -> None:
         console.print(escape(f"loading the weights{what}"), highlight=False, soft_wrap=True)
 
 
-def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: ModelSpec, console: Console | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of the model, or of the adapter to start from where that has one, with the
     spec's chat template where it names one."""
     start = find_start(spec)
@@ -243,19 +244,14 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     own = start.tokenizer
     tokenizer = source.load_tokenizer(own or found.where, "model", {} if own else found.options)
     if spec.chat_template is not None:
-        tokenizer.chat_template = _template(spec.chat_template)
+        tokenizer.chat_template = template_of(spec.chat_template, tokenizer.chat_template)
+        if console and (split := in_pieces(spec.chat_template, tokenizer)):
+            sizes = ", ".join(f"{text} ({size} tokens)" for text, size in split.items())
+            text = (
+                f"chat_template: no single tokens of this tokenizer: {sizes}; the model learns their pieces"
+            )
+            console.print(escape(text), style="yellow", highlight=False, soft_wrap=True)
     return tokenizer
-
-
-def _template(given: str) -> str:
-    """The Jinja text of a file's name, or of what is such a text itself."""
-    if "{{" in given or "{%" in given:
-        return given
-    try:
-        with open(given, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"chat_template: cannot read the file: {error}") from None
 
 
 def switch_off_dropout(model_config: PreTrainedConfig) -> dict[str, float]:

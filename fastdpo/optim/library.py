@@ -26,14 +26,17 @@ _OTHERS = {  # the library, and its class
 class Library:
     """One optimizer object, stepped for any of its tensors alone or for all at once.
 
-    States are made by the library when a tensor is first stepped. Hyperparameters are the libraries' common
-    defaults: betas 0.9 and 0.999, eps 1e-8; RMSprop's alpha is 0.99.
+    States are made by the library when a tensor is first stepped. Hyperparameters that are no keys of the
+    config are the libraries' common defaults; RMSprop's alpha is 0.99.
     """
 
     def __init__(self, spec: OptimSpec):
         self.name = spec.optim
         self.library, _ = _OTHERS.get(spec.optim, ("torch", None))
         self.optimizer: Any = _make(spec.optim, torch.nn.Parameter(torch.zeros(1)))
+        if "betas" in self.optimizer.defaults:
+            betas = (spec.adam_beta1, spec.adam_beta2)
+            self.optimizer.defaults |= {"betas": betas, "eps": spec.adam_epsilon}
         self.optimizer.param_groups = []
         self.state = self.optimizer.state
 

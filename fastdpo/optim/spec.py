@@ -12,6 +12,9 @@ class OptimSpec:
     lr_scheduler_type: str
     lr_scheduler_kwargs: dict | None
     warmup_steps: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
     weight_decay: float
     max_grad_norm: float
     offload_optimizer: bool

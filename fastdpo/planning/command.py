@@ -95,7 +95,7 @@ def _groups(config: Config, console: Console):
     """The training rows, or None, said aloud, where they or the tokenizer cannot be read."""
     try:
         job = job_of(config)
-        return load_data(job.data, load_tokenizer(job.model), console)[0]
+        return load_data(job.data, load_tokenizer(job.model, console), console)[0]
     except (DataError, ModelError) as error:
         text = f"[yellow]the data was not read ({error}): rows of max_length are assumed"
         console.print(text, highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastdpo.config.reading import to_word
+from fastdpo.data.chat.named import file_of, is_text
 from fastdpo.errors import ConfigError
 from fastdpo.report.history import RunHistory, read_run
 from fastdpo.report.story import stage_tables
@@ -154,8 +155,9 @@ def _changed_settings(history: RunHistory) -> list[tuple[str, str]]:
     """(key, value as a table's cell) of the settings that are not fastdpo's defaults, then of the stages."""
     rows = []
     for name, value in history.settings().items():
-        is_file = name == "chat_template" and "{" not in value
-        is_path = is_file or (isinstance(value, str) and value.startswith(("/", "~")))
+        is_path = isinstance(value, str) and value.startswith(("/", "~"))
+        if name == "chat_template":
+            is_path, value = file_of(value) is not None, "Jinja text" if is_text(value) else value
         if name not in _NO_SETTINGS:
             rows.append((name, to_word(_public(value) if is_path else value)))
     for number, stage in enumerate(history.config.get("stages") or [], 1):

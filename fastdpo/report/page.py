@@ -14,7 +14,7 @@ from fastdpo.files import durable
 from fastdpo.report.charts import charts, description, drawable, marks, said
 from fastdpo.report.history import RunHistory, read_run
 from fastdpo.report.plots import draw, draw_lengths
-from fastdpo.report.story import ending, headline_numbers, stage_tables, throughput, timeline
+from fastdpo.report.story import ending, headline_numbers, ignored, stage_tables, throughput, timeline
 
 _LONGEST = 6000  # characters of a prompt or completion that the page shows
 _CHECKPOINTS = 20  # that the timeline shows
@@ -40,6 +40,7 @@ def render(history: RunHistory) -> str:
     sections = {
         "facts": _facts,
         "ending": ending,
+        "ignored": ignored,
         "headline": headline_numbers,
         "stage_tables": stage_tables,
         "figures": _figures,

@@ -4,6 +4,7 @@ from datetime import datetime
 
 import numpy as np
 
+from fastdpo.config.reading import to_word
 from fastdpo.console.formatting import about, counted, duration, gigabytes, percent, signed, significant
 from fastdpo.report.history import RunHistory
 
@@ -50,6 +51,11 @@ def ending(history: RunHistory) -> dict:
         "planned": planned if known else None,
         "model": _which_weights(history, state),
     }
+
+
+def ignored(history: RunHistory) -> list[str]:
+    """Keys of another trainer's config that the run went on without, with what they said."""
+    return [f"{key}: {to_word(value)}" for key, value in (history.config.get("ignore") or {}).items()]
 
 
 def _left(history: RunHistory) -> str:

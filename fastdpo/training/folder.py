@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fastdpo.config.reading import to_yaml
+from fastdpo.data.chat.named import file_of
 from fastdpo.errors import ConfigError
 from fastdpo.files import durable
 from fastdpo.model.adapters import find_start
@@ -37,8 +38,8 @@ def free_folder(job: Job) -> Path:
             f"output_dir: {run} already holds a run ({', '.join(held)}). "
             "Go on with it by --resume, replace it by --overwrite, or name another folder"
         )
-    keys = ("model", "adapter", "data", "eval_data", "chat_template")
-    named = {name: getattr(job.config, name) for name in keys}
+    named = {name: getattr(job.config, name) for name in ("model", "adapter", "data", "eval_data")}
+    named["chat_template"] = file_of(job.config.chat_template)
     for name, value in (named | {"the adapter's base": find_start(job.model).model}).items():
         for source in (Path(str(one).partition("#")[0]).resolve() for one in as_list(value)):
             for doomed in ((run / part).resolve() for part in held):

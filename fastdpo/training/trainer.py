@@ -103,7 +103,7 @@ def read(job: Job, console: Console, around: Around, clock: datetime | None = No
     """(the job with what `memory` chose, the tokenizer, the rows, the held-out rows, their account)."""
     model_config = load_model_config(job.model)  # what is wrong with it shows before the data is read
     check_stored(job.model)
-    tokenizer = load_tokenizer(job.model)
+    tokenizer = load_tokenizer(job.model, console)
     for stage in job.stages:
         coefficient(model_config, stage.router_aux_loss_coef)
     groups, eval_groups, reports = load_data(job.data, tokenizer, console, clock)

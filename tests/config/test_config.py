@@ -10,8 +10,9 @@ import yaml
 
 from fastdpo.cli import main
 from fastdpo.config import names
-from fastdpo.config.keys import FIELDS, GROUPS, STAGE_KEYS, Config
+from fastdpo.config.keys import FIELDS, GROUPS, Config
 from fastdpo.config.reading import to_yaml
+from fastdpo.config.stages import STAGE_KEYS
 from fastdpo.errors import ConfigError
 from tests.config.command_line import load_config
 
@@ -84,6 +85,7 @@ def test_flags_are_read_as_yaml(words, key, value):
         (["--beta", "1", "-x"], "unknown key 'x'"),
         (["--truncation", "left"], "truncation: 'left' is not one of keep_start, keep_end, drop"),
         (["--label_smoothing", "0.5"], "label_smoothing: 0.5 is not in"),
+        (["--adam_beta2", "1"], "adam_beta2: 1.0 is not below 1"),
         (["--eval_data", "1.5"], "eval_data: 1.5 is neither"),
         (["--stages", "[{modle: x}]"], "stage 1 sets 'modle'"),
         (["--stages", "[{beta: x}]"], "beta: expected a number"),
@@ -167,6 +169,70 @@ def test_what_yaml_reads_as_no_text(file, text, message):
         load_config([file(f"model: m\ndata: d\n{text}")])
     assert message in str(caught.value)
     assert load_config(["--model=m", "--data=d", "--adapter", "2024"]).adapter == "2024"
+
+
+SEVERAL = """
+model: m
+no_such: 1
+beta: high
+batch_size: 0
+truncation: left
+learning_rate: .inf
+warmup_steps: .inf
+load_best: true
+objective: simpoo
+stages: [{lr: 1}, {max_steps: 1}, {max_steps: 0, objective: sft}]
+"""
+
+
+def test_all_that_is_wrong_is_told_at_once(file):
+    with pytest.raises(ConfigError) as caught:
+        load_config([file(SEVERAL)])
+    first, *lines = str(caught.value).splitlines()
+    assert first == "11 problems" and [line.strip().split(". ")[0].split(" of ")[0] for line in lines] == [
+        "unknown key 'no_such'",
+        "beta: expected a number, got 'high'",
+        "data: missing",
+        "learning_rate: inf is not a finite number",
+        "warmup_steps: inf is not a finite number",
+        "batch_size: 0 is below 1",
+        "truncation: 'left' is not one",
+        "load_best: needs held-out rows to judge by; set eval_data",
+        "stages: stage 1 sets 'lr'",
+        "objective: 'simpoo' is not one",
+        "stages: stage 3: max_steps: 0 is below 1",
+    ]
+
+
+def test_an_objective_is_told_with_the_rest(file):
+    with pytest.raises(ConfigError) as caught:
+        load_config([file("model: m\nlabel_smoothing: 0.7\nobjective_args: {ld_alpa: 1}")])
+    missing, noise, args = caught.value.args
+    assert "data: missing" in missing and "not in [0, 0.5)" in noise and "does not read 'ld_alpa'" in args
+    with pytest.raises(ConfigError) as caught:  # what a wrong key would have said is not known
+        load_config([file("model: [m]\nuse_dora: true\nlora_rank: many\nobjective: [3]")])
+    assert [text.split(":")[0] for text in caught.value.args] == ["model", "lora_rank", "data", "objective"]
+    with pytest.raises(ConfigError, match=r"^objective: YAML reads 3.5 as no text[^\n]*$"):
+        load_config([file("model: m\ndata: d\nobjective: 3.5\nobjective_args: {simpo_gamma: 1}")])
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "0", "1.5"])
+def test_rows_to_hold_out_are_a_share_or_a_number(value):
+    with pytest.raises(ConfigError, match=r"^eval_data: "):
+        Config(model="m", data="d", eval_data=float(value))
+
+
+@pytest.mark.parametrize("value", [-1, "-1", -1.0])
+def test_transformers_no_limit_of_steps(value):
+    assert Config(model="m", data="d", max_steps=value).max_steps is None
+
+
+def test_transformers_switch_of_the_upload(file):
+    assert load_config(["--model=m", "--data=d", "--push_to_hub=False"]).push_to_hub is None
+    path = file("model: m\ndata: d\npush_to_hub: true")
+    for argv in ([path], [path, "--push_to_hub", "True"], [path, "--push_to_hub"]):
+        with pytest.raises(ConfigError, match="push_to_hub: name the repository"):
+            load_config(argv)
 
 
 def test_every_other_word_is_of_a_key():

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from fastdpo.config.keys import Config, coerce
-from fastdpo.convert.axolotl import AXOLOTL
 from fastdpo.convert.convert import recognise, translate
+from fastdpo.convert.tools.axolotl import AXOLOTL
 from fastdpo.data.formats.layouts import layout_of
 from fastdpo.data.rows import parse_row
 from fastdpo.errors import ConfigError
@@ -148,13 +148,13 @@ def test_keys_of_a_set():
     [
         (one("chatml.intel"), {"chat_template": "llama3"}, "chatml"),  # what its type writes
         (one("zephyr.nectar"), {}, "zephyr"),
-        (one("chat_template"), {"chat_template": "phi_3"}, "phi3"),
+        (one("chat_template"), {"chat_template": "phi_35"}, "phi3"),
         (one("chat_template", chat_template="chatml"), {"chat_template": "llama3"}, "chatml"),
         (one("chat_template"), {"chat_template": "jinja", "chat_template_jinja": "{{ 1 }}\n"}, "{{ 1 }}\n"),
         (one("chat_template", chat_template_jinja="a/b.jinja"), {}, "a/b.jinja"),
         (one("chat_template"), {"chat_template": "qwen_25"}, None),
         (one("chat_template"), {"chat_template": "tokenizer_default"}, None),
-        (one("chat_template"), {"chat_template": "tokenizer_default_fallback_chatml"}, None),
+        (one("chat_template"), {"chat_template": "tokenizer_default_fallback_chatml"}, "default:chatml"),
         (one("chat_template"), {}, None),
     ],
 )

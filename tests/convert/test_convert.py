@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from fastdpo.config.keys import FIELDS, Config, coerce
-from fastdpo.convert.convert import TOOLS, converted, recognise, translate
+from fastdpo.convert.convert import TOOLS, recognise, translate
 from fastdpo.errors import ConfigError
 
 TRL = """
@@ -140,6 +140,7 @@ OURS = {
     "LLaMA-Factory": {
         "model": "org/model",
         "data": "data:dpo_en_demo#[:1000]",
+        "chat_template": "llama3",
         "eval_data": 0.1,
         "objective": "rpo",
         "objective_args": {"rpo_alpha": 0.5},
@@ -204,10 +205,7 @@ def test_notes_say_what_became_of_keys():
     notes = notes_of(AXOLOTL)
     assert "excess_length_strategy drop (Axolotl's default) -> truncation drop" in notes
     assert "datasets.type chatml.intel -> chat_template chatml" in notes
-    assert (
-        "check: template llama3: left out, the tokenizer's own is used; compare in `fastdpo data`"
-        in notes_of(LLAMA_FACTORY)
-    )
+    assert "template llama3 -> chat_template llama3" in notes_of(LLAMA_FACTORY)
 
 
 def ours_of(text, **more):
@@ -218,15 +216,11 @@ def test_tools_are_told_by_keys_that_only_one_has():
     assert recognise({"model": "m", "batch_size": 4, "leraning_rate": 1}) is None
     assert recognise({"per_device_train_batch_size": 4}).name == "TRL"  # transformers' own
     assert translate({"model": "m", "bta": 1}) == ({"model": "m", "bta": 1}, [])
-    marks = [tool.marks for tool in TOOLS]
-    for i, some in enumerate(marks):
-        assert not some & set(FIELDS)
-        assert all(not some & other for other in marks[i + 1 :])
+    assert not any(tool.marks & set(FIELDS) for tool in TOOLS)
     for tool in TOOLS:  # a name that parts use is no key of the tool's, so that it means one thing
-        assert not set(tool.names) & tool.rules.keys() and set(tool.names.values()) <= {
-            *tool.rules,
-            *tool.read,
-        }
+        older = {name for name, key in tool.names.items() if name in tool.older.get(key, ())}
+        assert (set(tool.names) - older).isdisjoint(tool.rules)
+        assert set(tool.names.values()) <= {*tool.rules, *tool.read}
     with pytest.raises(ConfigError, match=r"several tools.*TRL has loss_type; Axolotl has rl"):
         recognise({"loss_type": "ipo", "rl": "dpo"})
 
@@ -313,14 +307,3 @@ def test_alignment_handbook_s_mixer():
     mixer = {"dataset_mixer": {"org/uf": 1.0}, "dataset_splits": ["train_prefs", "test_prefs"]}
     ours = ours_of(TRL, dataset_name=None, dataset_train_split=None, **mixer)
     assert (ours["data"], ours["eval_data"]) == ("org/uf#train_prefs", "org/uf#test_prefs")
-
-
-def test_converted_is_a_config_of_ours_with_notes_above():
-    text = converted(yaml.safe_load(TRL))
-    assert text.startswith("# read as a config of TRL\n# per_device_train_batch_size 2, ")
-    assert yaml.safe_load(text) == OURS["TRL"]
-    assert "optim: paged_adamw_8bit" in converted(yaml.safe_load(TRL) | {"optim": "paged_adamw_8bit"})
-    with pytest.raises(ConfigError, match="optim: 'lion_8bit' is not one of"):
-        converted(yaml.safe_load(TRL) | {"optim": "lion_8bit"})
-    with pytest.raises(ConfigError, match="none of the keys is of a tool that is known: TRL by "):
-        converted({"model": "m", "data": "d"})

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastdpo.convert.llama_factory import LLAMA_FACTORY
+from fastdpo.convert.tools.llama_factory import LLAMA_FACTORY
 from fastdpo.data.sources import load_rows
 from fastdpo.errors import DataError
 from tests.tiny import write_jsonl
@@ -90,6 +90,7 @@ def test_older_names():
     older = {"dpo_loss": "hinge", "dpo_beta": 0.3, "dpo_ftx": 0.0, "dev_ratio": 0.2}
     draft = read(**older)
     assert (draft.ours["objective"], draft.ours["beta"], draft.ours["eval_data"]) == ("hinge", 0.3, 0.2)
+    assert any("trains sigmoid on TRL 0.24" in note for note in draft.notes)
     assert "dpo_beta 0.3 -> beta 0.3" in draft.notes  # as the config spells it
     draft = read(stage="orpo", orpo_beta=0.05)
     assert (draft.ours["objective"], draft.ours["beta"]) == ("orpo", 0.05)

@@ -6,7 +6,7 @@ import pytest
 
 from fastdpo.cli import main
 from fastdpo.convert.convert import read, translate
-from fastdpo.convert.rules import Unresolved
+from fastdpo.convert.draft import Unresolved
 from fastdpo.errors import ConfigError
 
 NOTEBOOK = [
@@ -182,3 +182,23 @@ def test_convert_takes_it_and_runs_nothing(tmp_path, capsys):
     path = written(tmp_path, [*NOTEBOOK, f"open({str(tmp_path / 'ran')!r}, 'w')"])
     assert main(["convert", str(path)]) == 0
     assert "objective: orpo" in capsys.readouterr().out and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "code, becomes, note",
+    [
+        (
+            "tokenizer = get_chat_template(tokenizer, chat_template = 'llama-3')",
+            "llama3",
+            "get_chat_template",
+        ),
+        ("tokenizer = get_chat_template(tokenizer, 'qwen-2.5')", None, "check: get_chat_template qwen-2.5: "),
+        ("tokenizer.chat_template = TEXT", None, "check: tokenizer.chat_template the code's own: "),
+        ("tokenizer = get_chat_template(tokenizer, chat_template = (TEXT, EOS))", None, "check: tokenizer."),
+    ],
+)
+def test_templates(tmp_path, code, becomes, note):
+    values = read(written(tmp_path, [*NOTEBOOK, code])) | {"bf16": True, "fp16": False}
+    ours, notes = translate(values)
+    assert ours.get("chat_template") == becomes
+    assert any(one.startswith(note) for one in notes)

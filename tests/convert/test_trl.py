@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from fastdpo.convert.convert import translate
-from fastdpo.convert.trl import TRL as TOOL
+from fastdpo.convert.tools.trl import TRL as TOOL
 from fastdpo.errors import ConfigError
 from tests.convert.test_convert import TRL, ours_of
 
@@ -203,3 +203,9 @@ def test_rows_in_order_are_ktos_default_alone():
     assert "train_sampling_strategy: sequential: rows are shuffled" in problem(
         train_sampling_strategy="sequential"
     )
+
+
+@pytest.mark.parametrize("given", ["{% for m in messages %}{{ m.content }}{% endfor %}", "zephyr", "t.jinja"])
+def test_a_chat_template_is_ours(given):
+    """The handbook's configs have Jinja text; a name is our key's."""
+    assert became(chat_template=given)[0]["chat_template"] == given

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fastdpo.data.chat.named import NAMES, template_of
 from fastdpo.data.groups import to_group
 from fastdpo.data.report import RowProblem
 from tests.data.shared_data import WIDE, check, decode, sequence
@@ -35,9 +36,12 @@ def tokenizer_of(template: Template, name: str = "", text: str | None = None):
     named = {"eos_token": template.eos, "additional_special_tokens": list(template.special)}
     named |= {"bos_token": template.bos} if template.bos else {}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
-    file = FOLDER / f"{template.file or name}.jinja"
-    tokenizer.chat_template = text or file.read_text(encoding="utf-8")
+    tokenizer.chat_template = text or _text_of(template.file or name)
     return tokenizer
+
+
+def _text_of(name: str) -> str:
+    return template_of(name if name in NAMES else str(FOLDER / f"{name}.jinja"), None)
 
 
 def row_of(name: str, conversation: str) -> dict:

@@ -14,7 +14,6 @@ COLOURED = re.compile(r"\[(bold )?(yellow|red)\]")
 # Functions that make a message of what their callers give them, by the folder where they are called: which
 # argument it is, by number or by keyword.
 CARRIERS = {
-    ("fastdpo/config/", "_refuse"): 1,
     ("fastdpo/convert/", "refuse"): 2,
     ("fastdpo/convert/", "only"): "fix",
     ("fastdpo/data/", "RowProblem"): 2,
@@ -26,6 +25,12 @@ CARRIERS = {
 }
 # Functions that return the text of a message, or the reason that one gives.
 RETURNED = {
+    ("fastdpo/config/", "_one_by_one"),
+    ("fastdpo/config/", "_together"),
+    ("fastdpo/config/", "_memory"),
+    ("fastdpo/config/", "_unsettable"),
+    ("fastdpo/config/", "_out_of_reach"),
+    ("fastdpo/convert/", "way_on"),
     ("fastdpo/data/", "_wrong"),
     ("fastdpo/doctor/", "kept"),
     ("fastdpo/doctor/", "no_gpu"),

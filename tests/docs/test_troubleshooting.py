@@ -17,8 +17,13 @@ NOT_QUOTED = {  # (folder, what makes the message): why
     ("fastdpo/data/", "expect"): "printed as `FIELD: WANTED, not VALUE`; the page explains wrong_type",
 }
 PASSED_ON = {  # (file, function) whose errors say what they were given: where that is found
-    ("fastdpo/config/checks.py", "_refuse"): "its callers",
-    ("fastdpo/convert/convert.py", "translate"): "reasons that the tables have",
+    ("fastdpo/config/keys.py", "__post_init__"): "fastdpo.config.checks and stages",
+    ("fastdpo/config/keys.py", "from_values"): "the same, and fastdpo.values",
+    ("fastdpo/config/stages.py", "stages_of"): "what it found",
+    ("fastdpo/convert/convert.py", "config_of"): "reasons that the tables have",
+    ("fastdpo/convert/convert.py", "converted"): "the same",
+    ("fastdpo/convert/convert.py", "translate"): "the same",
+    ("fastdpo/convert/overrides.py", "without"): "what it found",
     ("fastdpo/data/chat/arguments.py", "check_row_kwargs"): "_wrong",
     ("fastdpo/data/formats/columns.py", "_ref_logps"): "calls of its `problem`",
     ("fastdpo/data/formats/layouts.py", "problem"): "a RowProblem once more",

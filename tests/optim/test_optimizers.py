@@ -115,6 +115,23 @@ def test_adafactors_rate_is_the_learning_rate():
     torch.testing.assert_close((some[1] - start[1]).abs(), torch.full((72,), RATE), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize(
+    "optim", [name for name in OPTIMIZERS if name not in ("sgd", "adafactor", "rmsprop")]
+)
+def test_adamws_betas_and_eps(optim):
+    """Those of torch's AdamW, in every library; small weights have states of 32 bits."""
+    keys = {"adam_beta1": 0.6, "adam_beta2": 0.7, "adam_epsilon": 0.01}
+    some, want, plain = (weights(shapes=((3, 4), (5,))) for _ in range(3))
+    theirs = torch.optim.AdamW(decaying(want), lr=RATE, betas=(0.6, 0.7), eps=0.01)
+    theirs.in_backward = False
+    with closing(make(some, optim=optim, **keys)) as ours, closing(make(plain, optim=optim)) as without:
+        for step in range(3):
+            for optimizer, stepping in ((ours, some), (theirs, want), (without, plain)):
+                one_step(optimizer, stepping, step)
+    torch.testing.assert_close([*some], [*want], rtol=0, atol=1e-6)
+    assert apart(some, plain) > 1e-3
+
+
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_only_matrices_decay(optim):
     """With gradients of zero, what moves is what decays."""

@@ -177,6 +177,14 @@ def test_the_snippet_runs(whole, lora, tmp_path, monkeypatch):
         assert names["model"].device.type == "cpu" and names["tokenizer"].chat_template
 
 
+@pytest.mark.parametrize(
+    "given, shown",
+    [("chatml", "chatml"), ("default:x/a.jinja", "a.jinja"), ("{{ 'me/x' }}\n|", "Jinja text")],
+)
+def test_a_chat_template_of_a_name_or_of_text(whole, tmp_path, given, shown):
+    assert f"| `chat_template` | `{shown}` |" in with_config(whole, tmp_path, chat_template=given).text
+
+
 def test_a_merged_model_s_card(lora, tmp_path):
     card = card_of(merge(lora.folder, tmp_path / "merged", dtype="bf16", console=QUIET))
     assert card.data.library_name == "transformers" and "lora" not in card.data.tags

@@ -238,6 +238,13 @@ def test_no_absolute_path(tmp_path, quick, monkeypatch):
     assert str(tmp_path) not in page and "<code>reference.sqlite</code>" in page
 
 
+def test_keys_that_were_ignored_are_named(tmp_path, quick):
+    run = write_run(tmp_path / "run", ignore={"lora_dropout": 0.1, "datasets.odd": True})
+    said = "Went on without lora_dropout: 0.1, datasets.odd: true of the config it was given"
+    assert said in words(page_of(run))
+    assert "Went on without" not in words(page_of(write_run(tmp_path / "other")))
+
+
 def test_falling_chosen_logps_are_pointed_out(tmp_path, quick):
     lines = [train_line(0, step) for step in range(1, 101)]
     text = words(page_of(write_run(tmp_path / "run", lines)))

@@ -346,6 +346,11 @@ def test_a_config_that_was_kept_in_other_words_is_no_other_run():
         check_settings(now | {"lora_target_modules": "q_proj"}, now)
 
 
+def test_what_was_ignored_is_no_other_run():
+    now = dataclasses.asdict(Config(model="m", data="d"))
+    check_settings(now | {"ignore": {"lora_dropout": 0.1}}, now)
+
+
 def test_a_wrong_eval_data_shows_before_the_rows_are_read(make, monkeypatch):
     read = []
     load = "fastdpo.data.load.load_groups"

@@ -293,10 +293,3 @@ FORMATS: dict[str, Format] = {
         _ultrafeedback("fine-grained_score"),
     ),
 }
-
-
-def formats_table() -> str:
-    """docs/data.md's table of formats, in Markdown."""
-    lines = ["| format | of | its rows |", "|---|---|---|"]
-    lines += [f"| `{name}` | {f.tool} | `{f.looks}` |" for name, f in FORMATS.items()]
-    return "\n".join(lines) + "\n"

@@ -1,10 +1,10 @@
 """What the corpus of chat templates is made of, and the conversations that every template is tried with.
 
-A template is a file of ours, NAME.jinja beside this one, written after the public behaviour of a model
-family. Its entry in a family's file says what the tokenizer has, and by the name of a conversation the exact
-text that must be scored: per response a tuple, per assistant turn of it a string, from where the model would
-begin to write to the turn's own end as it stands in the whole conversation. A str in place of the tuples is
-the reason that the row is dropped for.
+A template is a file of ours, NAME.jinja beside this one (or the one that the key chat_template knows by that
+name), written after the public behaviour of a model family. Its entry in a family's file says what the
+tokenizer has, and by the name of a conversation the exact text that must be scored: per response a tuple, per
+assistant turn of it a string, from where the model would begin to write to the turn's own end as it stands in
+the whole conversation. A str in place of the tuples is the reason that the row is dropped for.
 """
 
 from dataclasses import dataclass, field

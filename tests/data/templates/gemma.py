@@ -52,7 +52,7 @@ TEMPLATES = {
     "gemma2": Template(
         table={**TABLE, "system": Expected("template_error"), "turns": Expected("template_error")}, **GEMMA
     ),
-    "gemma3": Template(table=TABLE, **GEMMA),
+    "gemma": Template(table=TABLE, **GEMMA),  # as Gemma 3 has it
     "gemma4": Template(table=TABLE_4, **GEMMA_4),
     "gemma4_thinking": Template(  # after a result a thought is opened for the model
         file="gemma4",

@@ -51,7 +51,7 @@ TEMPLATES = {
         },
         **MISTRAL,
     ),
-    "mistral_v02": Template(special=("<s>", "</s>"), table={**SPACED, **NO_TOOLS}, **MISTRAL),
+    "mistral": Template(special=("<s>", "</s>"), table={**SPACED, **NO_TOOLS}, **MISTRAL),  # v0.2's
     "mistral_v3": Template(  # tools before the last user turn
         special=V3,
         table={

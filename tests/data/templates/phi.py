@@ -45,8 +45,8 @@ PHI_4 = {"eos": "<|im_end|>", "special": ("<|endoftext|>", "<|im_start|>", "<|im
 
 TEMPLATES = {
     "phi3_first": Template(bos="<s>", table=TABLE, **PHI),  # the assistant's header ends the user's turn
-    "phi3": Template(table=TABLE, **PHI),  # after the last turn a newline and the EOS, which are cut
-    "phi3_5": Template(table=TABLE, **PHI),
+    "phi3": Template(table=TABLE, **PHI),  # as later, without the EOS that those print after the last turn
+    "phi3_5": Template(table=TABLE, **PHI),  # after the last turn a newline and the EOS, which are cut
     "phi4": Template(table=TABLE_4, **PHI_4),
     "phi4_reasoning": Template(  # a system prompt of its own in place of the row's
         table={

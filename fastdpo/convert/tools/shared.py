@@ -1,9 +1,11 @@
 """What the tools have in common: transformers' TrainingArguments, LoRA's modules, losses and options."""
 
+import math
 from pathlib import Path
 
 from fastdpo.config.names import OPTIMIZERS
-from fastdpo.convert.rules import Draft, beside, only, to, unread
+from fastdpo.convert.draft import Draft
+from fastdpo.convert.rules import beside, only, to, unread
 
 DEFAULTS = {"num_train_epochs": 3.0, "per_device_train_batch_size": 8}  # TrainingArguments'
 SAME = to()
@@ -27,18 +29,15 @@ REASONS = {  # why the parts below refuse keys, by the names that they have here
     "val_size": "give a share below 1, or a whole number of rows",
     **dict.fromkeys(_MUST_BE_READ, "the loss does not read it here; remove it"),
 }
-_ADAM = "fastdpo's AdamW has betas 0.9 and 0.999 and eps 1e-8; remove it"
 
 TRANSFORMERS = {  # rows of every tool: TrainingArguments, and two more
-    "output_dir learning_rate lr_scheduler_type lr_scheduler_kwargs weight_decay max_grad_norm seed "
-    "logging_steps save_total_limit gradient_checkpointing load_in_4bit": SAME,
+    "output_dir learning_rate lr_scheduler_type lr_scheduler_kwargs adam_beta1 adam_beta2 adam_epsilon "
+    "weight_decay max_grad_norm seed logging_steps save_total_limit gradient_checkpointing "
+    "load_in_4bit": SAME,
     "overwrite_output_dir": "overwrite",
     "optim": to("optim", OPTIMIZERS),
     "optim_args": only("", fix=NO_SUCH),
     "optim_target_modules": only(fix=NO_SUCH),
-    "adam_beta1": only(0.9, fix=_ADAM),
-    "adam_beta2": only(0.999, fix=_ADAM),
-    "adam_epsilon": only(1e-8, fix=_ADAM),
     "neftune_noise_alpha": only(0, fix=NO_SUCH),
     "label_smoothing_factor": only(0, fix="it is not DPO's; label_smoothing is"),
     "trust_remote_code": unread(
@@ -81,7 +80,7 @@ SCRIPT = {  # rows of what scripts and notebooks of Python say besides
     "map": lambda draft, key, value: draft.check(
         key, "what code does to the rows is not read; see `fastdpo data`, and data_format"
     ),
-    "chat_template": lambda draft, key, value: own_template(draft, key),
+    "tokenizer.chat_template": lambda draft, key, value: own_template(draft, key),
     "callbacks": lambda draft, key, value: draft.check(key, "left out; callbacks are not run"),
     "eval_dataset": unread("give eval_data"),
     "ref_model": only(fix="the reference is the model that training starts from; remove it"),
@@ -93,7 +92,10 @@ SCRIPT = {  # rows of what scripts and notebooks of Python say besides
 }
 
 
-def batch(draft: Draft, per_device_train_batch_size=None, gradient_accumulation_steps=None) -> None:
+def batch(
+    draft: Draft, per_device_train_batch_size=None, gradient_accumulation_steps=None, *, num_processes=None
+) -> None:
+    """The whole batch: of one device in one step, times what a script says of steps and devices."""
     size, steps = per_device_train_batch_size, gradient_accumulation_steps
     if size is None and steps is None:
         return
@@ -105,7 +107,9 @@ def batch(draft: Draft, per_device_train_batch_size=None, gradient_accumulation_
     for key in wrong:
         draft.refuse(key)
     if not wrong:
-        draft.set("batch_size", size * steps, size_key, steps_key, **{size_key: size, steps_key: steps})
+        devices, given = ([num_processes], ["num_processes"]) if num_processes else ([], [])
+        values = {size_key: size, steps_key: steps}
+        draft.set("batch_size", math.prod([size, steps, *devices]), *values, *given, **values)
 
 
 def epochs(draft: Draft, num_train_epochs=None, max_steps=-1) -> None:
@@ -250,4 +254,4 @@ def objective(draft: Draft, parts: dict[str, float], options: dict, *names: str)
         else:
             args[name] = value
     if args:
-        draft.set("objective_args", args, *args)
+        draft.set("objective_args", args, *args, **args)

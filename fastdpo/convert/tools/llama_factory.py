@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-from fastdpo.convert import shared
-from fastdpo.convert.llama_factory_keys import OLDER, ROWS
-from fastdpo.convert.rules import Draft, Tool
-from fastdpo.convert.shared import QUANTISED
+from fastdpo.convert.draft import Draft
+from fastdpo.convert.rules import Tool
+from fastdpo.convert.tools import shared
+from fastdpo.convert.tools.llama_factory_keys import OLDER, ROWS
+from fastdpo.convert.tools.shared import QUANTISED
+from fastdpo.convert.tools.template_names import set_template
 
 _LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo", "nca_pair")  # nca_pair: Light-R1's fork
 _FILES = (".jsonl", ".json", ".csv", ".parquet")
@@ -25,6 +27,8 @@ def _loss(draft: Draft, stage="dpo", pref_loss="sigmoid", beta=0.1, rpo_alpha=No
     if draft.key("beta").endswith("_beta") and draft.key("beta") not in ("pref_beta", f"{stage}_beta"):
         draft.leave("beta", f"stage {stage} does not read it")  # orpo_beta beside stage: dpo
         beta = 0.1
+    if stage == "dpo" and name in ("hinge", "ipo"):  # train/dpo/trainer.py 206 names no loss to TRL's
+        draft.check("pref_loss", "LLaMA-Factory 0.9.5 trains sigmoid on TRL 0.24, whatever it says")
     smoothing = draft.take("label_smoothing")
     options = {name: draft.take(name) for name in ("simpo_gamma", "desirable_weight", "undesirable_weight")}
     options["beta"] = beta
@@ -176,12 +180,11 @@ def _held_out(draft: Draft, val_size=None) -> None:
         shared.held_out(draft, val_size)
 
 
-def _template(draft: Draft, template=None, cutoff_len=None) -> None:
-    """LLaMA-Factory writes prompts with its own templates, fastdpo with the tokenizer's."""
-    if template in ("default", "empty", "vanilla", "alpaca", "vicuna", "fewshot"):
-        draft.refuse("template")
-    elif template:
-        shared.own_template(draft, "template")
+def _template(draft: Draft, template=None, cutoff_len=None, default_system=None) -> None:
+    if template:
+        set_template(draft, "template", template, default=default_system or "")
+    elif default_system:
+        draft.refuse("default_system")
     if cutoff_len:
         draft.set("max_length", cutoff_len, "cutoff_len")
         draft.check("cutoff_len", "LLaMA-Factory cuts longer rows at the prompt's end too; see truncation")
@@ -206,7 +209,8 @@ LLAMA_FACTORY = Tool(
         "mix_strategy": "fastdpo reads data sets one after the other; set concat",
         "tokenized_path": "give the rows themselves as dataset",
         "dataset_dir": "fastdpo reads the dataset_info.json of a folder here; or give a hub name as data",
-        "template": "write that template to a Jinja file and give chat_template: FILE.jinja",
+        "template": "fastdpo does not know it; give chat_template a Jinja file, or one of our names",
+        "default_system": "a tokenizer's own template has its own; give rows a system column",
         "adapter_name_or_path": "LLaMA-Factory's reference is then the model without it, fastdpo's has "
         "it, as ref_model (the model) and ref_model_adapters (this one) beside it say",
         "ref_model": "the reference is the model that training starts from",

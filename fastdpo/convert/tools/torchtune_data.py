@@ -1,7 +1,7 @@
 """torchtune's data components: where the rows are, and how they are read."""
 
-from fastdpo.convert import shared
-from fastdpo.convert.rules import Draft
+from fastdpo.convert.draft import Draft
+from fastdpo.convert.tools import shared
 
 # tokenizers that write turns as plain text, and what they put around a question unless they are told
 _INST = "[INST] {prompt} [/INST] "  # Llama2ChatTemplate's and MistralChatTemplate's

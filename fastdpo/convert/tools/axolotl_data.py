@@ -3,28 +3,10 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastdpo.convert.rules import Draft
-from fastdpo.convert.shared import own_template, spec
+from fastdpo.convert.draft import Draft
+from fastdpo.convert.tools.shared import spec
+from fastdpo.convert.tools.template_names import ENDS, set_template
 
-TEMPLATES = {  # Axolotl's names of templates that are ours
-    "chatml": "chatml",
-    "llama3": "llama3",
-    "gemma": "gemma",
-    "phi_3": "phi3",
-    "alpaca": "alpaca",
-    "zephyr": "zephyr",  # of a type alone
-}
-ENDS = {  # of turns
-    "chatml": "<|im_end|>",
-    "llama3": "<|eot_id|>",
-    "gemma": "<end_of_turn>",
-    "phi3": "<|end|>",
-}
-OWN = frozenset(  # those that a family of models has in its own tokenizers
-    "mistral_v1 mistral_v2v3 mistral_v3_tekken mistral_v7_tekken cohere llama3_2_vision llama4 phi_35 phi_4 "
-    "deepseek_v2 deepseek_v3 jamba qwen_25 qwen3 qwen3_5 falcon_h1 nemotron_h exaone exaone4 pixtral llava "
-    "qwen2_vl gemma3 gemma3n gemma4 gemma4_unified command_a command_a_tool_use command_a_rag aya".split()
-)
 _WRITES = ("chatml", "llama3", "zephyr")  # families of types that write the turns themselves
 
 _PAIRS = {  # a type's last word: our data_format
@@ -121,16 +103,12 @@ def data(
 
 def _template(draft: Draft, key: str, name: str) -> None:
     """The template of this name, or the text or the file that it is."""
-    if name in TEMPLATES or key.endswith("_jinja"):
-        draft.set("chat_template", TEMPLATES.get(name, name), key)
-    elif name in OWN:
-        own_template(draft, key)
-    elif name.startswith("tokenizer_default_fallback_"):
-        draft.check(
-            key, "the tokenizer's own is used; where it has none, give chat_template a name or a file"
-        )
+    fallback = "tokenizer_default_fallback_"
+    if key.endswith("_jinja"):
+        draft.set("chat_template", name, key)
     elif name != "tokenizer_default":
-        draft.refuse(key)
+        own_first = "default:" if name.startswith(fallback) else ""
+        set_template(draft, key, name.removeprefix(fallback), own_first=own_first)
 
 
 class _Set(NamedTuple):

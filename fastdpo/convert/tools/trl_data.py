@@ -2,8 +2,8 @@
 
 import re
 
-from fastdpo.convert import shared
-from fastdpo.convert.rules import Draft
+from fastdpo.convert.draft import Draft
+from fastdpo.convert.tools import shared
 
 _COLUMNS = {
     "prompt",

@@ -1,10 +1,12 @@
 """TRL's configs (of its trainers for DPO, KTO, CPO and ORPO, ModelConfig, ScriptArguments) and transformers'
 own, key by key; alignment-handbook's and SimPO's are TRL's with more."""
 
-from fastdpo.convert import shared
-from fastdpo.convert.rules import Draft, Tool, beside, only, unread
-from fastdpo.convert.shared import NO_DROPOUT, NO_SUCH, QUANTISED, SAME, SPEED
-from fastdpo.convert.trl_data import REASONS, data, said_in_names
+from fastdpo.convert.draft import Draft
+from fastdpo.convert.rules import Tool, beside, only, unread
+from fastdpo.convert.tools import shared
+from fastdpo.convert.tools.shared import NO_DROPOUT, NO_SUCH, QUANTISED, SAME, SPEED
+from fastdpo.convert.tools.template_names import set_template
+from fastdpo.convert.tools.trl_data import REASONS, data, said_in_names
 
 _ALONE = only(fix="without a loss_type beside it, give it in objective_args")
 _SHUFFLED = only("random", fix=shared.SHUFFLED)
@@ -170,6 +172,7 @@ TRL = Tool(
         "lora_dropout": NO_DROPOUT,
         "loss_type": "no loss of TRL's trainers; if fastdpo has it (`fastdpo objectives`), set objective",
         "loss_weights": "a weight for each loss is needed, each named once",
+        "get_chat_template": "give chat_template a Jinja file, or one of our names",
     },
     rows=shared.TRANSFORMERS
     | shared.SCRIPT
@@ -198,6 +201,7 @@ TRL = Tool(
         "alpha": only(0, fix="AlphaPO is not among fastdpo's losses; remove it"),
         "label_pad_token_id": only(-100, fix="no label is padded here; remove it"),
         "chat_template_path": "chat_template",
+        "get_chat_template": lambda draft, key, value: set_template(draft, key, value, of="Unsloth"),
         "auto_insert_empty_system_msg": unread("the check of dataset_mixer is about it"),
         "columns_to_keep text_column": unread("only the columns of a known format are read"),
         "truncation_side": beside("truncation_mode"),

@@ -1,9 +1,10 @@
 """torchtune's DPO configs (recipes lora_dpo_* and full_dpo_distributed): nested keys, here with dots."""
 
-from fastdpo.convert import shared
-from fastdpo.convert.rules import Draft, Tool, beside, only, unread
-from fastdpo.convert.shared import LOOKS, NO_DROPOUT, NO_SUCH, SAME, SPEED
-from fastdpo.convert.torchtune_data import SETS, data, last
+from fastdpo.convert.draft import Draft
+from fastdpo.convert.rules import Tool, beside, only, unread
+from fastdpo.convert.tools import shared
+from fastdpo.convert.tools.shared import LOOKS, NO_DROPOUT, NO_SUCH, SAME, SPEED
+from fastdpo.convert.tools.torchtune_data import SETS, data, last
 
 _OWNERS = {
     "llama": "meta-llama",

@@ -1,8 +1,9 @@
 """LLaMA-Factory's keys one by one, of src/llamafactory/hparams and of the versions before."""
 
-from fastdpo.convert import shared
-from fastdpo.convert.rules import Draft, beside, only, unread
-from fastdpo.convert.shared import LOOKS, NO_SUCH, SAME, SPEED
+from fastdpo.convert.draft import Draft
+from fastdpo.convert.rules import beside, only, unread
+from fastdpo.convert.tools import shared
+from fastdpo.convert.tools.shared import LOOKS, NO_SUCH, SAME, SPEED
 
 _NO_MEDIA = unread("rows with images, videos or sound are refused, and others have none")
 _OF_GENERATION = unread("it is of generation, not of training")
@@ -53,7 +54,7 @@ ROWS = {
     "train_on_prompt": shared.NOT_ON_PROMPTS,
     "mask_history": unread("only the compared responses are scored"),
     "streaming": shared.READ_ONCE,
-    "default_system system_prompt": only("", fix="give rows a system column; remove it"),
+    "system_prompt": only("", fix="give rows a system column; remove it"),
     "preserve_thinking": only(False, fix="the chat template says what stays of earlier turns; remove it"),
     "rope_scaling": only(fix="set it in the model's own config"),
     "model_revision": only("main", fix="download that revision and give its folder as model"),

@@ -5,7 +5,7 @@ import operator
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from fastdpo.convert.rules import Unresolved
+from fastdpo.convert.draft import Unresolved
 
 _OPERATORS = {
     ast.Add: operator.add,

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
-from fastdpo.convert import shared, trl
-from fastdpo.convert.rules import Draft, beside, only, unread
-from fastdpo.convert.shared import LOOKS, NO_SUCH, SPEED
+from fastdpo.convert.draft import Draft
+from fastdpo.convert.rules import beside, only, unread
+from fastdpo.convert.tools import shared, trl
+from fastdpo.convert.tools.shared import LOOKS, NO_SUCH, SPEED
 
 _MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -1,10 +1,11 @@
 """Axolotl's configs: the parts that take several keys (its rows are in axolotl_rows.py)."""
 
 from fastdpo.config.names import OPTIMIZERS
-from fastdpo.convert import shared
-from fastdpo.convert.axolotl_data import DATA_REASONS, ENDS, data
-from fastdpo.convert.axolotl_rows import ROWS
-from fastdpo.convert.rules import Draft, Tool
+from fastdpo.convert.draft import Draft
+from fastdpo.convert.rules import Tool
+from fastdpo.convert.tools import shared
+from fastdpo.convert.tools.axolotl_data import DATA_REASONS, ENDS, data
+from fastdpo.convert.tools.axolotl_rows import ROWS
 
 _LOSSES = {"dpo": "sigmoid", "ipo": "ipo", "kto": "kto", "orpo": "orpo", "simpo": "simpo"}
 _OPTIONS = "use_weighting simpo_gamma desirable_weight undesirable_weight".split()

@@ -6,8 +6,8 @@ import json
 import re
 from pathlib import Path
 
-from fastdpo.convert.literals import Code, name_of
-from fastdpo.convert.rules import Unresolved
+from fastdpo.convert.draft import Unresolved
+from fastdpo.convert.files.literals import Code, name_of
 from fastdpo.errors import ConfigError
 
 _TRAINERS = ("DPOTrainer", "ORPOTrainer", "CPOTrainer", "KTOTrainer", "BCOTrainer")
@@ -160,6 +160,7 @@ def _rows(code: Code, called, passed: dict) -> dict:
 def _template(code: Code, called) -> dict:
     given = code.said(called("get_chat_template"), "tokenizer", "chat_template").get("chat_template")
     of = lambda node: [t.attr for t in getattr(node, "targets", ()) if isinstance(t, ast.Attribute)]
-    if given is None and any("chat_template" in of(node) for node in code.nodes):
-        given = "the code's own"
-    return {"chat_template": str(given)} if given is not None else {}
+    if isinstance(given, str) and not isinstance(given, Unresolved):
+        return {"get_chat_template": given}
+    is_set = given is not None or any("chat_template" in of(node) for node in code.nodes)
+    return {"tokenizer.chat_template": "the code's own"} if is_set else {}

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from fastdpo.convert import shared
 from fastdpo.convert.rules import Rule, beside, only, unread
-from fastdpo.convert.shared import LOOKS, NO_SUCH, QUANTISED, SAME, SPEED
+from fastdpo.convert.tools import shared
+from fastdpo.convert.tools.shared import LOOKS, NO_SUCH, QUANTISED, SAME, SPEED
 
 
 def _differs(text: str) -> Rule:
