@@ -254,11 +254,15 @@ def test_the_installed_command_runs():
     assert done.returncode == 2 and done.stderr.startswith("error: 2 problems\n  model: missing")
 
 
-def test_what_is_in_the_cache_is_told_without_torch(tmp_path):
-    script = "import sys; from fastdpo.cli import main; assert main(['cache', sys.argv[1]]) == 2; "
+@pytest.mark.parametrize(
+    "argv, told",
+    [(["cache", "/no/such"], "there is no file"), (["train", "--modle", "m"], "Did you mean 'model'")],
+)
+def test_what_is_wrong_is_told_without_torch(argv, told):
+    script = "import sys; from fastdpo.cli import main; assert main(sys.argv[1:]) == 2; "
     script += "assert not {'torch', 'transformers'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "no"], capture_output=True, text=True)
-    assert done.returncode == 0 and "there is no file" in done.stderr, done.stderr
+    done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True)
+    assert done.returncode == 0 and told in done.stderr, done.stderr
 
 
 def test_help_is_quick():

@@ -73,13 +73,11 @@ def _became(ours: dict) -> str:
 
 
 def refused_table() -> str:
-    """Every key that is refused and why: of all tools, then of each."""
-    reasons = {tool: _reasons(tool) for tool in TOOLS}
-    shared = set.intersection(*(set(found.items()) for found in reasons.values()))
-    parts = [_table("Of every tool", dict(item for item in reasons[TOOLS[0]].items() if item in shared))]
-    for tool, found in reasons.items():
-        parts.append(_table(f"Of {tool.name}", dict(item for item in found.items() if item not in shared)))
-    return "\n\n".join(parts)
+    """Every key that is refused and why, tool by tool; Unsloth's are TRL's with more."""
+    reasons = {tool.name: _reasons(tool) for tool in TOOLS}
+    of_unsloth = reasons.pop("Unsloth").items()
+    reasons["Unsloth, beside TRL's"] = dict(item for item in of_unsloth if item not in reasons["TRL"].items())
+    return "\n\n".join(_table(f"Of {name}", found) for name, found in reasons.items())
 
 
 def _reasons(tool: Tool) -> dict[str, tuple[str, str]]:
@@ -87,7 +85,7 @@ def _reasons(tool: Tool) -> dict[str, tuple[str, str]]:
     found = {}
     for name, reason in tool.reasons.items():
         key = tool.names.get(name, name)
-        if not tool.unknown({key.split(".")[0]: 1}):
+        if not all(tool.unknown({known: 1}) for known in (key, key.split(".")[0])):
             found[key] = ("some", reason)
     for key, rule in tool.rules.items():
         if isinstance(rule, Only):

@@ -42,6 +42,17 @@ def said(call, *args) -> tuple[str, ...]:
     return ()
 
 
+def of_objective(values: dict) -> tuple[str, ...]:
+    """What making the objective refuses, which is else told when a run starts."""
+    if values.get("stages") or not values.keys() & {"objective", "objective_args", "beta", "label_smoothing"}:
+        return ()
+    from fastdpo.objectives.make import make_objective  # late: it imports torch
+
+    args = {name: values.get(name) for name in ("beta", "label_smoothing")}
+    args |= values.get("objective_args") or {}
+    return said(make_objective, values.get("objective", "sigmoid"), args)
+
+
 def _one_by_one(config) -> Iterator[str]:
     for name in ("model", "data", "output_dir"):
         if not getattr(config, name):

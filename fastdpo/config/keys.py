@@ -1,11 +1,11 @@
 """One flat config: YAML keys, flags, `--help` and docs/keys.md all come from the fields below."""
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastdpo.config.checks import of_other_keys, problems, said, without
+from fastdpo.config.checks import of_objective, of_other_keys, problems, said, without
 from fastdpo.config.names import ALSO_CALLED, in_our_words, meant
 from fastdpo.config.stages import stages_of
 from fastdpo.errors import ConfigError
@@ -66,7 +66,9 @@ class Config:
         "llama2, llama3, mistral, phi3, vicuna or zephyr; default:chatml takes it only where there is none",
     )
     chat_template_kwargs: dict[str, Any] | None = _key(
-        None, "what it is given besides the messages, as in {enable_thinking: false}; a row's own come first"
+        None,
+        "what the chat template is given besides the messages, as in {enable_thinking: false}; a row's own "
+        "win over it",
     )
     objective: str | dict[str, Any] | list[Any] = _key(
         "sigmoid",
@@ -288,13 +290,5 @@ def from_values(values: dict[str, Any], wrong: Collection[str] = ()) -> Config:
             return made
     except ConfigError as error:
         found += without(error.args, wrong)
-    found += of_other_keys(found, without(_of_objective(good), wrong)) if "objective" not in wrong else []
+    found += of_other_keys(found, without(of_objective(good), wrong)) if "objective" not in wrong else []
     raise ConfigError(*found)
-
-
-def _of_objective(values: dict[str, Any]) -> Iterable[str]:
-    """What making the objective refuses, which is else told when a run starts."""
-    from fastdpo.objectives.make import make_objective  # late: it imports torch
-
-    args = {n: values.get(n) for n in ("beta", "label_smoothing")} | (values.get("objective_args") or {})
-    return () if values.get("stages") else said(make_objective, values.get("objective", "sigmoid"), args)

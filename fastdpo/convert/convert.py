@@ -20,7 +20,6 @@ from fastdpo.convert.tools.swift import SWIFT
 from fastdpo.convert.tools.torchtune import TORCHTUNE
 from fastdpo.convert.tools.trl import TRL
 from fastdpo.convert.tools.unsloth import UNSLOTH
-from fastdpo.convert.written import as_yaml
 from fastdpo.errors import ConfigError
 
 TOOLS = (TRL, LLAMA_FACTORY, AXOLOTL, SWIFT, OPENRLHF, TORCHTUNE, UNSLOTH)
@@ -47,23 +46,6 @@ def recognise(values: dict) -> Tool | None:
     if not found and any(key in TRL.rules and key not in FIELDS for key in values):
         return TRL  # transformers' own keys, which LLaMA-Factory has too but then with some of its own
     return found[0] if found else None
-
-
-def translate(values: dict, *, whole: bool = True) -> tuple[dict, list[str]]:
-    """(our keys and values, what became of each of theirs) of a config of TRL, Axolotl or LLaMA-Factory.
-
-    `whole`: it is a whole config, so what it leaves out has the tool's default, and where ours is another one
-    the tool's is written down; unless it has our key for the model, and so is a config of ours with some of
-    their words. Other keys of ours stay. Raises ConfigError for a key that changes training and has no
-    counterpart.
-    """
-    tool = recognise(values)
-    if tool is None:
-        return dict(values), []
-    draft = tool.translate(values, whole and _is_whole(tool, values))
-    if draft.problems:
-        raise ConfigError(*draft.problems)
-    return draft.ours, [f"read as a config of {tool.name}", *draft.notes]
 
 
 def config_of(whole: dict, over: dict) -> Config:
@@ -95,7 +77,7 @@ def config_of(whole: dict, over: dict) -> Config:
     try:
         config = from_values(ours, wrong)
     except ConfigError as error:
-        raise ConfigError(*problems, *error.args, way_on=last) from None
+        problems += error.args
     if problems:
         raise ConfigError(*problems, way_on=last)
     for key, value in ignored.items():
@@ -126,8 +108,8 @@ def drafted(values: dict, ignore: Sequence[str] = ()) -> Draft:
     kept, ignored = without({key: value for key, value in values.items() if key != "ignore"}, names)
     tool = recognise(kept)
     if tool is None:
-        marks = "; ".join(f"{tool.name} by {', '.join(sorted(tool.marks)[:6])}, ..." for tool in TOOLS)
-        raise ConfigError(f"none of the keys is of a tool that is known: {marks}")
+        known = ", ".join(tool.name for tool in TOOLS)
+        raise ConfigError(f"none of the keys is of a tool that is known: {known}")
     draft = tool.translate(kept, _is_whole(tool, kept))
     if before or ignored:
         draft.ours["ignore"] = before | ignored
@@ -139,6 +121,8 @@ def drafted(values: dict, ignore: Sequence[str] = ()) -> Draft:
 def converted(values: dict, draft: Draft) -> str:
     """What was drafted of `values` as YAML of ours, with a comment at each key that changed or went. Raises
     ConfigError where that is not a config that fastdpo can run."""
+    from fastdpo.convert.written import as_yaml  # late: a run needs no tables
+
     if refused := problems_left(draft, {}):
         raise ConfigError(*draft.problems, way_on=way_on(draft.tool, refused, values, draft.ours))
     from_values(draft.ours)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from fastdpo.convert.nested import within
+
 _LOGS_IN = re.compile("(api_key|hub_token|secret)$")  # keys whose value is shown nowhere
 
 
@@ -51,9 +53,9 @@ class Draft:
         key = self.tool.names.get(name, name)
         return next((k for k in (key, *self.tool.older.get(key, ())) if k in self.theirs), key)
 
-    def given(self, name: str) -> bool:
-        """Whether the config says it."""
-        return self.theirs.get(self.key(name)) is not None
+    def given(self, *names: str) -> list[str]:
+        """Which of these the config says."""
+        return [name for name in names if self.theirs.get(self.key(name)) is not None]
 
     def take(self, name: str, default=None):
         """The value of a key of theirs, which is then read; what is null or missing has their default."""
@@ -105,33 +107,6 @@ class Draft:
     def _add(self, names: tuple[str, ...], text: str, ours=None, is_problem: bool = False) -> None:
         keys = tuple(self.negated.get(key, key) for key in map(self.key, names))
         self.fates.append(Fate(keys, text, ours, is_problem))
-
-
-def within(values: dict, key: str):
-    """The value of a key, or of "datasets.path" what `datasets` has there (a list of them where it has
-    several); None where there is none."""
-    if key in values or "." not in key:
-        return values.get(key)
-    first, rest = key.split(".", 1)
-    inside = values.get(first)
-    found = [
-        within(one, rest)
-        for one in (inside if isinstance(inside, list) else [inside])
-        if isinstance(one, dict)
-    ]
-    return found[0] if len(found) == 1 else found or None
-
-
-def remove(values: dict, key: str) -> None:
-    """Takes a key out of a config, or of "datasets.path" what `datasets` has there."""
-    first, _, rest = key.partition(".")
-    if key in values or not rest:
-        values.pop(key, None)
-        return
-    inside = values.get(first)
-    for one in inside if isinstance(inside, list) else [inside]:
-        if isinstance(one, dict):
-            remove(one, rest)
 
 
 def spelled(value) -> str:

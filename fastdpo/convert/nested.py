@@ -1,6 +1,8 @@
-"""Configs whose parts have keys of their own, as torchtune's, with dots in their names."""
+"""Keys within keys, by names with dots: `loss.beta` is beta in loss."""
 
 import re
+
+from fastdpo.values import as_list
 
 
 def flattened(values: dict) -> dict:
@@ -14,3 +16,36 @@ def flattened(values: dict) -> dict:
         flat |= {key: value} if one else {f"{key}.{name}": inner for name, inner in value.items()}
     put_in = lambda match: str(flat.get(match[1], match[0]))
     return {k: re.sub(r"\$\{([\w.]+)\}", put_in, v) if isinstance(v, str) else v for k, v in flat.items()}
+
+
+def within(values: dict, key: str):
+    """The value of a key, or of "datasets.path" what `datasets` has there (a list of them where it has
+    several); None where there is none."""
+    if key in values or "." not in key:
+        return values.get(key)
+    first, rest = key.split(".", 1)
+    found = [within(one, rest) for one in as_list(values.get(first)) if isinstance(one, dict)]
+    return found[0] if len(found) == 1 else found or None
+
+
+def remove(values: dict, key: str) -> None:
+    """Takes a key out of a config, or of "datasets.path" what `datasets` has there."""
+    first, _, rest = key.partition(".")
+    if key in values or not rest:
+        values.pop(key, None)
+        return
+    for one in as_list(values.get(first)):
+        if isinstance(one, dict):
+            remove(one, rest)
+
+
+def put(values: dict, key: str, value) -> None:
+    """Sets a key, or of "datasets.path" what the one data set has there."""
+    first, _, rest = key.partition(".")
+    inside = values.get(first)
+    if isinstance(inside, list) and len(inside) == 1:
+        (inside,) = inside
+    if rest and key not in values and isinstance(inside, dict):
+        put(inside, rest, value)
+    else:
+        values[key] = value

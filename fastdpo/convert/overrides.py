@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 
 from fastdpo.config.keys import FIELDS
 from fastdpo.config.names import called
-from fastdpo.convert.draft import Draft, Fate, plain, remove, within
+from fastdpo.convert.draft import Draft, Fate, plain
+from fastdpo.convert.nested import put, remove, within
 from fastdpo.convert.rules import Tool
 from fastdpo.errors import ConfigError
 from fastdpo.values import as_list, nearest
@@ -65,21 +66,10 @@ def laid_over(tool: Tool, values: dict, flags: dict) -> tuple[dict, dict, dict]:
             if key != "output_dir" and not isinstance(values.get(key), dict):  # it may name TRL's trainer
                 values.pop(key, None)
         elif key in values or is_nested(key) or not tool.unknown({key: value}):
-            _put(values, key, value) if value is not None else remove(values, key)
+            put(values, key, value) if value is not None else remove(values, key)
         else:
             others[key] = value
     return values, ours, others
-
-
-def _put(values: dict, key: str, value) -> None:
-    first, _, rest = key.partition(".")
-    inside = values.get(first)
-    if isinstance(inside, list) and len(inside) == 1:
-        (inside,) = inside
-    if rest and key not in values and isinstance(inside, dict):
-        _put(inside, rest, value)
-    else:
-        values[key] = value
 
 
 def problems_left(draft: Draft, over: dict) -> list[Fate]:

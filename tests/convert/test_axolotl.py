@@ -1,18 +1,13 @@
 """Axolotl's configs: keys, data sets with their types, templates, tokens."""
 
-from pathlib import Path
-
 import pytest
-import yaml
 
-from fastdpo.config.keys import Config, coerce
-from fastdpo.convert.convert import recognise, translate
 from fastdpo.convert.tools.axolotl import AXOLOTL
 from fastdpo.data.formats.layouts import layout_of
 from fastdpo.data.rows import parse_row
 from fastdpo.errors import ConfigError
+from tests.convert.translated import translate
 
-COLLECTED = yaml.safe_load(Path(__file__).with_name("configs").joinpath("axolotl.yaml").read_text())
 SMALL = {"base_model": "m", "rl": "dpo", "adapter": "lora", "lora_target_linear": True, "learning_rate": 1e-5}
 
 
@@ -33,19 +28,6 @@ def refused(*sets, **keys) -> str:
 
 def test_every_key_of_its_schema_is_known():
     assert AXOLOTL.unknown(dict.fromkeys(_SCHEMA)) == []
-
-
-@pytest.mark.parametrize("entry", COLLECTED, ids=[entry["name"] for entry in COLLECTED])
-def test_collected_configs(entry):
-    """What is refused is what the entry says, no less; the rest is a config of ours."""
-    keys, ignored = entry["keys"], set(entry.get("ignore", ()))
-    assert recognise(keys) is AXOLOTL
-    refused = {
-        key for fate in AXOLOTL.translate(keys, whole=True).fates if fate.is_problem for key in fate.keys
-    }
-    assert refused == ignored
-    draft = AXOLOTL.translate({key: keys[key] for key in keys.keys() - ignored}, whole=True)
-    Config(**{name: coerce(name, value) for name, value in draft.ours.items()}).per_stage()
 
 
 # ---- data sets

@@ -4,8 +4,9 @@ import pytest
 import yaml
 
 from fastdpo.config.keys import FIELDS, Config, coerce
-from fastdpo.convert.convert import TOOLS, recognise, translate
+from fastdpo.convert.convert import TOOLS, recognise
 from fastdpo.errors import ConfigError
+from tests.convert.translated import translate
 
 TRL = """
 model_name_or_path: org/model
@@ -215,7 +216,6 @@ def ours_of(text, **more):
 def test_tools_are_told_by_keys_that_only_one_has():
     assert recognise({"model": "m", "batch_size": 4, "leraning_rate": 1}) is None
     assert recognise({"per_device_train_batch_size": 4}).name == "TRL"  # transformers' own
-    assert translate({"model": "m", "bta": 1}) == ({"model": "m", "bta": 1}, [])
     assert not any(tool.marks & set(FIELDS) for tool in TOOLS)
     for tool in TOOLS:  # a name that parts use is no key of the tool's, so that it means one thing
         older = {name for name, key in tool.names.items() if name in tool.older.get(key, ())}

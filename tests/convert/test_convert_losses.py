@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from fastdpo.config.keys import Config, coerce
-from fastdpo.convert.convert import translate
 from fastdpo.errors import ConfigError
 from tests.convert.test_convert import AXOLOTL, FILES, LLAMA_FACTORY, TRL, notes_of, ours_of
+from tests.convert.translated import translate
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,11 @@ from tests.convert.test_convert import AXOLOTL, FILES, LLAMA_FACTORY, TRL, notes
             {"loss_type": "sigmoid", "loss_weights": None, "rpo_alpha": 0.5, "label_smoothing": 0.1},
             {"sigmoid": 1.0, "sft": 0.5},
             {"beta": 0.01, "label_smoothing": 0.1},
+        ),
+        (
+            {"loss_type": ["aot_pair", "sft"], "loss_weights": [1, 0.3], "rpo_alpha": 0.5},
+            {"aot": 1.0, "sft": 0.8},
+            {"beta": 0.01},
         ),
         (
             {"loss_type": "sigmoid", "loss_weights": None, "ld_alpha": 0.5, "use_weighting": True},
@@ -141,6 +146,7 @@ def test_axolotl_nectar_is_said_to_differ():
     "rl, more, objective, args",
     [
         ("ipo", {}, "ipo", None),
+        ("dpo", {"dpo_loss_type": "aot_pair"}, "aot", None),
         ("orpo", {"orpo_alpha": 0.3}, "orpo", None),
         ("simpo", {"cpo_alpha": 0, "simpo_gamma": 0.7}, "simpo", {"simpo_gamma": 0.7}),
         ("kto", {"kto_desirable_weight": 0.5}, "kto", {"desirable_weight": 0.5}),

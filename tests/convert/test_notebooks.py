@@ -5,9 +5,10 @@ import json
 import pytest
 
 from fastdpo.cli import main
-from fastdpo.convert.convert import read, translate
+from fastdpo.convert.convert import read
 from fastdpo.convert.draft import Unresolved
 from fastdpo.errors import ConfigError
+from tests.convert.translated import translate
 
 NOTEBOOK = [
     "%%capture\n!pip install unsloth \\\n  trl\nmax_seq_length = 1024",

@@ -2,9 +2,10 @@
 
 import pytest
 
-from fastdpo.convert.convert import read, translate
+from fastdpo.convert.convert import read
 from fastdpo.convert.draft import Unresolved
 from fastdpo.errors import ConfigError
+from tests.convert.translated import translate
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from fastdpo.config.keys import from_values
-from fastdpo.convert.convert import recognise, translate
+from fastdpo.convert.convert import recognise
 from fastdpo.errors import ConfigError
+from tests.convert.translated import translate
 
 LORA = yaml.safe_load("""
 output_dir: out
@@ -124,6 +125,11 @@ def test_tokenizers_that_write_turns_as_text(tokenizer, template, around):
     assert translate(values)[0]["data_format"] == names | {"prompt_format": around}
 
 
+def test_an_optimizer_s_betas_and_epsilon():
+    ours, _ = translate(config(optimizer__betas=[0.8, 0.95], optimizer__eps="1e-7"))
+    assert (ours["adam_beta1"], ours["adam_beta2"], ours["adam_epsilon"]) == (0.8, 0.95, 1e-7)
+
+
 def test_other_data():
     pairs = "torchtune.datasets.preference_dataset"
     values = config(dataset={"_component_": pairs, "source": "json", "data_files": "a.jsonl"})
@@ -152,7 +158,6 @@ def test_quantised():
         ({"model__lora_dropout": 0.1}, "model.lora_dropout: 0.1: fastdpo trains LoRA without dropout"),
         ({"loss__component": "torchtune.rlhf.loss.SimPOLoss"}, "known are DPOLoss, RSOLoss"),
         ({"optimizer__component": "torch.optim.Adamax"}, "optimizer._component_: torch.optim.Adamax: known"),
-        ({"optimizer__betas": [0.9, 0.95]}, "optimizer.betas: [0.9, 0.95]: fastdpo's AdamW"),
         ({"lr_scheduler__component": "torch.optim.lr_scheduler.StepLR"}, "lr_scheduler._component_: torch"),
         ({"dataset__component": "mine.pairs"}, "dataset._component_: mine.pairs: known are stack_exchange_"),
         ({"dataset": [{}, {}]}, "dataset: [{}, {}]: give the data sets as data"),

@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
-from fastdpo.convert.convert import translate
 from fastdpo.convert.tools.trl import TRL as TOOL
 from fastdpo.errors import ConfigError
 from tests.convert.test_convert import TRL, ours_of
+from tests.convert.translated import translate
 
 PLAIN = {"model_name_or_path": "org/m", "dataset_name": "org/d", "beta": 0.2, "dataset_num_proc": 4}
 

@@ -3,8 +3,9 @@
 import pytest
 
 from fastdpo.config.keys import from_values
-from fastdpo.convert.convert import recognise, translate
+from fastdpo.convert.convert import recognise
 from fastdpo.errors import ConfigError
+from tests.convert.translated import translate
 
 NOTEBOOK = {
     "model_name": "unsloth/zephyr-sft-bnb-4bit",

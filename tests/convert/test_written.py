@@ -8,10 +8,11 @@ from rich.console import Console
 
 from fastdpo.cli import main
 from fastdpo.config.keys import from_values
-from fastdpo.convert.convert import converted, drafted, translate
+from fastdpo.convert.convert import converted, drafted
 from fastdpo.convert.written import as_yaml, side_by_side
 from fastdpo.errors import ConfigError
 from tests.convert.test_convert import AXOLOTL, FILES, TRL
+from tests.convert.translated import translate
 from tests.docs.snippets import block
 
 HEADING = "Configs of other trainers"
@@ -128,7 +129,7 @@ def test_what_fastdpo_cannot_run_is_not_written():
         text_of(values | {"optim": "lion_8bit"})
     with pytest.raises(ConfigError, match=r"(?s)sync_ref_model: true: .*\n  neftune_noise_alpha: 5: "):
         text_of(values | {"sync_ref_model": True, "neftune_noise_alpha": 5})
-    with pytest.raises(ConfigError, match="none of the keys is of a tool that is known: TRL by "):
+    with pytest.raises(ConfigError, match="none of the keys is of a tool that is known: TRL, "):
         drafted({"model": "m", "data": "d"})
 
 

@@ -22,7 +22,6 @@ PASSED_ON = {  # (file, function) whose errors say what they were given: where t
     ("fastdpo/config/stages.py", "stages_of"): "what it found",
     ("fastdpo/convert/convert.py", "config_of"): "reasons that the tables have",
     ("fastdpo/convert/convert.py", "converted"): "the same",
-    ("fastdpo/convert/convert.py", "translate"): "the same",
     ("fastdpo/convert/overrides.py", "without"): "what it found",
     ("fastdpo/data/chat/arguments.py", "check_row_kwargs"): "_wrong",
     ("fastdpo/data/formats/columns.py", "_ref_logps"): "calls of its `problem`",

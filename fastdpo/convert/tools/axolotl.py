@@ -29,11 +29,8 @@ def _loss(draft: Draft, rl=None) -> None:
     if rl == "simpo":
         shared.with_likelihood(draft, parts)
     draft.take("cpo_alpha")
-    if alpha := draft.take("rpo_alpha"):
-        parts["sft"] = float(alpha)
-        draft.tell("rpo_alpha", " -> the loss sft beside it, as TRL has it since 0.29")
-    smoothing = draft.take("label_smoothing", 0.0 if "robust" in parts else None)
-    options = _beta(draft) | {"label_smoothing": smoothing}
+    shared.with_sft(draft, parts, "rpo_alpha", draft.take("rpo_alpha"))
+    options = _beta(draft) | {"label_smoothing": draft.take("label_smoothing")}
     told = [name for name in ("dpo_loss_type", "dpo_loss_weights") if draft.theirs.get(name)]
     shared.objective(draft, parts, options | {name: draft.take(name) for name in _OPTIONS}, "rl", *told)
 

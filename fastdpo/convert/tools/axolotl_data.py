@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastdpo.convert.draft import Draft
-from fastdpo.convert.tools.shared import spec
+from fastdpo.convert.tools.shared import one_or_all, spec
 from fastdpo.convert.tools.template_names import ENDS, set_template
 
 _WRITES = ("chatml", "llama3", "zephyr")  # families of types that write the turns themselves
@@ -74,7 +74,7 @@ def data(
             continue
         read = [_one_set(draft, key, dict(entry)) for entry in sets]
         specs = [spec for one in read for spec in one.specs]
-        draft.set(ours, specs[0] if len(specs) == 1 else specs, f"{key}.path")
+        draft.set(ours, one_or_all(specs), f"{key}.path")
         data_format = draft.ours.get("data_format", read[0].data_format)
         given += [(one.said_in, one.template) for one in read]
         if any(one.data_format != data_format for one in read) or len({name for _, name in given}) > 1:

@@ -19,7 +19,7 @@ _MERGE_SOME = "all but the last one are merged: merge them first, and give that 
 def _loss(draft: Draft, stage="dpo", pref_loss="sigmoid", beta=0.1, rpo_alpha=None) -> None:
     """stage, or under stage: dpo the loss that pref_loss names; versions before 2024-05 have a stage orpo."""
     name = {"dpo": pref_loss, "kto": "kto", "orpo": "orpo"}.get(stage)
-    told = [key for key in ("stage", "pref_loss") if draft.given(key)] or ["pref_loss"]
+    told = draft.given("stage", "pref_loss") or ["pref_loss"]
     if name is None:
         return draft.refuse("stage")
     if stage == "dpo" and name not in _LOSSES:
@@ -59,14 +59,12 @@ def _reference(
     ref_model_adapters; without them, of a LoRA, the model with its adapter switched off (create_ref_model in
     train/trainer_utils.py, compute_reference_log_probs in train/dpo/trainer.py). Ours is what training starts
     from."""
-    adapters, theirs = _names(adapter_name_or_path), _names(ref_model_adapters)
-    keys = ("ref_model", "ref_model_adapters", "ref_model_quantization_bit")
-    given = [key for key in keys if draft.given(key)]
+    adapters, theirs = shared.names_in(adapter_name_or_path), shared.names_in(ref_model_adapters)
+    given = draft.given("ref_model", "ref_model_adapters", "ref_model_quantization_bit")
     is_fresh = create_new_adapter or not resume_lora_training
     has_reference = draft.ours.get("objective") not in ("orpo", "simpo")
-    for key in ("create_new_adapter", "resume_lora_training"):
-        if draft.given(key):
-            draft.leave(key, "a fresh LoRA is on the model itself" if is_fresh else "it is so here")
+    for key in draft.given("create_new_adapter", "resume_lora_training"):
+        draft.leave(key, "a fresh LoRA is on the model itself" if is_fresh else "it is so here")
     if adapters and is_fresh:
         draft.refuse("adapter_name_or_path", fix=_MERGE)
     elif len(adapters) > 1:
@@ -87,12 +85,6 @@ def _reference(
     else:
         for key in given:
             draft.leave(key, "the reference is what training starts from, which is that")
-
-
-def _names(value) -> list[str]:
-    """Names with commas between them, or a list of them."""
-    names = value.split(",") if isinstance(value, str) else value or []
-    return [str(name).strip() for name in names]
 
 
 def _lora(
@@ -116,8 +108,7 @@ def _lora(
     if bits is not None and (bits != 4 or quantization_method not in ("bnb", "bitsandbytes")):
         draft.refuse("quantization_bit", f"{bits} by {quantization_method}")
     elif bits is not None:
-        how = [key for key in ("quantization_bit", "quantization_method") if draft.given(key)]
-        draft.set("load_in_4bit", True, *how)
+        draft.set("load_in_4bit", True, *draft.given("quantization_bit", "quantization_method"))
     is_fresh = draft.theirs.get("create_new_adapter")
     has_adapter = kind == "lora" and draft.given("adapter_name_or_path") and not is_fresh
     if kind == "full":
@@ -126,9 +117,8 @@ def _lora(
         draft.tell("finetuning_type", ": the adapter is trained on, as without lora_rank")
     if kind == "full" or has_adapter:
         why = "the adapter has its own" if has_adapter else "all weights are trained"
-        for key in ("lora_rank", "lora_alpha", "lora_target"):
-            if draft.given(key):
-                draft.leave(key, why)
+        for key in draft.given("lora_rank", "lora_alpha", "lora_target"):
+            draft.leave(key, why)
         return
     if lora_rank or kind:
         draft.set("lora_rank", lora_rank or 8, "finetuning_type", "lora_rank")
@@ -153,19 +143,19 @@ def _data(
     cut = f"#[:{max_samples}]" if max_samples else ""
     if not isinstance(dataset_dir, str) or dataset_dir == "ONLINE" or dataset_dir.startswith("REMOTE:"):
         return draft.refuse("dataset_dir")
-    more = [key for key in ("dataset_dir", "max_samples") if draft.given(key)]
+    more = draft.given("dataset_dir", "max_samples")
     for key, ours in (("dataset", "data"), ("eval_dataset", "eval_data")):
-        names = _names(dataset if key == "dataset" else eval_dataset)
+        names = shared.names_in(dataset if key == "dataset" else eval_dataset)
         if any("/" in name or Path(name).suffix in _FILES for name in names):
             draft.refuse(key, fix=f"it is no name in a dataset_info.json; did you mean {ours}?")
         elif names:
             specs = [f"{dataset_dir}:{name}{cut}" for name in names]
-            draft.set(ours, specs[0] if len(specs) == 1 else specs, key, *more)
-    is_mixed = len(_names(dataset)) > 1
+            draft.set(ours, shared.one_or_all(specs), key, *more)
+    is_mixed = len(shared.names_in(dataset)) > 1
     if is_mixed and mix_strategy != "concat":
         draft.refuse("mix_strategy")
-    for key in ("mix_strategy", "interleave_probs"):
-        if draft.given(key) and not (is_mixed and mix_strategy != "concat"):
+    else:
+        for key in draft.given("mix_strategy", "interleave_probs"):
             draft.leave(key, "data sets are read one after the other")
     if tokenized_path is not None and dataset is None:
         draft.refuse("tokenized_path")

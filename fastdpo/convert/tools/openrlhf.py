@@ -1,8 +1,6 @@
 """OpenRLHF's flags (train_dpo, and train_kto of versions before March 2026), by the names with dots and by
 those before April 2026, which parts call them by."""
 
-import re
-
 from fastdpo.convert.draft import Draft
 from fastdpo.convert.rules import Tool
 from fastdpo.convert.tools import shared
@@ -18,12 +16,8 @@ _START = (
 _WHOLE = "OpenRLHF scores all of both texts then, fastdpo what comes after what they have in common"
 
 
-def _given(draft: Draft, *names: str) -> list[str]:
-    return [name for name in names if draft.given(name)]
-
-
 def _is_judged(draft: Draft) -> bool:
-    return bool(_given(draft, *_KTO))
+    return bool(draft.given(*_KTO))
 
 
 def _model(draft: Draft, pretrain=None, ref_pretrain=None, param_dtype=None) -> None:
@@ -58,8 +52,7 @@ def _optimizer(
 ) -> None:
     """DeepSpeed's AdamW and transformers' schedule (utils/deepspeed/deepspeed.py)."""
     if adam_betas is not None:
-        for name, beta in zip(("adam_beta1", "adam_beta2"), re.findall(r"[\d.]+", str(adam_betas))):
-            draft.set(name, float(beta), "adam_betas")
+        shared.betas(draft, "adam_betas", adam_betas)
     if lr_scheduler is not None:
         draft.set("lr_scheduler_type", lr_scheduler, "lr_scheduler")
         if lr_scheduler in ("cosine_with_min_lr", "cosine_warmup_with_min_lr"):
@@ -73,7 +66,7 @@ def _optimizer(
 
 def _lora(draft: Draft, lora_rank=0, lora_alpha=16, target_modules="all-linear") -> None:
     if not lora_rank:
-        for name in _given(draft, "lora_rank", "lora_alpha", "target_modules"):
+        for name in draft.given("lora_rank", "lora_alpha", "target_modules"):
             draft.leave(name, "without lora_rank all weights are trained")
         return
     draft.set("lora_rank", lora_rank, "lora_rank")
@@ -93,9 +86,8 @@ def _data(
 ) -> None:
     """Several have commas between them and come one after the other; max_samples are the first of each, and
     of all together (datasets/utils.py, cli/train_dpo.py)."""
-    names = lambda value: [name.strip() for name in value.split(",") if name.strip()] if value else []
-    if len(names(dataset)) > 1:
-        for name in _given(draft, "dataset_probs") + ["max_samples"] * (max_samples < _ALL_ROWS):
+    if len(shared.names_in(dataset)) > 1:
+        for name in draft.given("dataset_probs") + ["max_samples"] * (max_samples < _ALL_ROWS):
             draft.refuse(name)
     elif dataset_probs is not None:
         draft.leave("dataset_probs", "there is one data set")
@@ -104,14 +96,14 @@ def _data(
         ("dataset", dataset, dataset_split + cut, "data"),
         ("eval_dataset", eval_dataset, eval_split, "eval_data"),
     ):
-        specs = [shared.spec(name, None, part) for name in names(value)]
-        if any("@" in name or name.endswith(".py") for name in names(value)):
+        specs = [shared.spec(name, None, part) for name in shared.names_in(value)]
+        if any("@" in name or name.endswith(".py") for name in shared.names_in(value)):
             draft.refuse(key)
         elif specs:
-            more = _given(draft, "max_samples" if key == "dataset" and cut else "", f"{key}_split")
-            draft.set(ours, specs[0] if len(specs) == 1 else specs, key, *more)
+            more = draft.given("max_samples" if key == "dataset" and cut else "", f"{key}_split")
+            draft.set(ours, shared.one_or_all(specs), key, *more)
     if not eval_dataset:
-        for name in _given(draft, "eval_split"):
+        for name in draft.given("eval_split"):
             draft.leave(name, "there is no eval_dataset")
 
 
@@ -131,17 +123,17 @@ def _rows(
     """The rows' columns, of which no other is read, and their length (datasets/reward_dataset.py,
     unpaired_preference_dataset.py)."""
     names = {"prompt": prompt_key, "chosen": chosen_key, "rejected": rejected_key}
-    told = _given(draft, "prompt_key", "chosen_key", "rejected_key")
+    told = draft.given("prompt_key", "chosen_key", "rejected_key")
     template = input_template
     if is_judged := _is_judged(draft):
         asked = "prompt" if output_key else "messages"  # whose last turn is the answer
         names = {asked: input_key, "completion": output_key, "label": label_key}
-        told = _given(draft, "input_key", "output_key", "label_key")
+        told = draft.given("input_key", "output_key", "label_key")
         template = _KTO_TEMPLATE if template is None else template
     names = {ours: theirs for ours, theirs in names.items() if theirs}
     if template and "{}" in template and "prompt" in names and not apply_chat_template:
         names["prompt_format"] = template.replace("{}", "{prompt}")
-        told += _given(draft, "input_template")
+        told += draft.given("input_template")
     elif input_template:
         draft.leave("input_template", "it is not read without a prompt's text to put in")
     if told or draft.defaults:
@@ -165,7 +157,7 @@ def _loss(draft: Draft, beta=None, *, label_smoothing=None, ipo=False, nll_loss_
     options = {"beta": beta, "label_smoothing": label_smoothing}
     name, told = "sigmoid", []
     if judged:
-        name, told = "kto", _given(draft, *_KTO)[-1:]
+        name, told = "kto", draft.given(*_KTO)[-1:]
         options = {"beta": beta, "desirable_weight": draft.take("desirable_loss_weight")}
         options["undesirable_weight"] = draft.take("undesirable_loss_weight")
     elif nll_loss_coef and (ipo or label_smoothing):
@@ -192,7 +184,7 @@ def _trackers(draft: Draft, use_wandb=None, use_tensorboard=None) -> None:
     draft.theirs |= {key: True} if use_wandb else {}  # it may be what logs in
     report_to = ["wandb"] if use_wandb else ["tensorboard"] if use_tensorboard else []
     if report_to:
-        draft.set("report_to", report_to, *_given(draft, "use_wandb", "use_tensorboard")[:1])
+        draft.set("report_to", report_to, *draft.given("use_wandb", "use_tensorboard")[:1])
 
 
 OPENRLHF = Tool(

@@ -1,6 +1,7 @@
 """What the tools have in common: transformers' TrainingArguments, LoRA's modules, losses and options."""
 
 import math
+import re
 from pathlib import Path
 
 from fastdpo.config.names import OPTIMIZERS
@@ -74,21 +75,6 @@ TRANSFORMERS = {  # rows of every tool: TrainingArguments, and two more
     "include_num_input_tokens_seen include_tokens_per_second include_for_metrics include_inputs_for_metrics "
     "batch_eval_metrics skip_memory_metrics prediction_loss_only restore_callback_states_from_checkpoint "
     "save_on_each_node benchmarks callbacks overwrite_hub_revision push_to_hub_revision": LOOKS,
-}
-
-SCRIPT = {  # rows of what scripts and notebooks of Python say besides
-    "map": lambda draft, key, value: draft.check(
-        key, "what code does to the rows is not read; see `fastdpo data`, and data_format"
-    ),
-    "tokenizer.chat_template": lambda draft, key, value: own_template(draft, key),
-    "callbacks": lambda draft, key, value: draft.check(key, "left out; callbacks are not run"),
-    "eval_dataset": unread("give eval_data"),
-    "ref_model": only(fix="the reference is the model that training starts from; remove it"),
-    "bias": only("none", fix=NO_SUCH),
-    "init_lora_weights": only(True, fix=NO_SUCH),
-    "bnb_4bit_compute_dtype": beside("load_in_4bit"),
-    "device_map low_cpu_mem_usage use_cache cache_dir data_collator": SPEED,
-    "compute_metrics": LOOKS,
 }
 
 
@@ -215,22 +201,44 @@ def spec(name: str, config: str | None, split: str | None) -> str:
     return name + (f":{config}" if config else "") + (f"#{split}" if split and split != "train" else "")
 
 
+def one_or_all(specs: list):
+    """What our key data takes."""
+    return specs[0] if len(specs) == 1 else specs
+
+
+def names_in(value) -> list[str]:
+    """Names with commas between them, or a list of them."""
+    names = value.split(",") if isinstance(value, str) else value or []
+    return [str(name).strip() for name in names if str(name).strip()]
+
+
 def own_template(draft: Draft, key: str) -> None:
     draft.check(key, "left out, the tokenizer's own is used; compare in `fastdpo data`")
 
 
 def target_modules(draft: Draft, key: str, value) -> None:
     """LoRA's target modules, which the tool's `key` has."""
-    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
+    names = names_in(value)
     ours = "all-linear" if names in (["all"], ["all-linear"]) else names
     draft.set("lora_target_modules", ours, key)
 
 
+def betas(draft: Draft, name: str, value) -> None:
+    """AdamW's two, a list or text."""
+    for ours, beta in zip(("adam_beta1", "adam_beta2"), re.findall(r"[\d.]+", str(value))):
+        draft.set(ours, float(beta), name)
+
+
+def with_sft(draft: Draft, parts: dict[str, float], name: str, weight) -> None:
+    """The winner's likelihood beside a loss, by the key that has its weight."""
+    if weight:
+        draft.tell(name, f" -> the loss sft beside {', '.join(part for part in parts if part != 'sft')}")
+        parts["sft"] = parts.get("sft", 0.0) + float(weight)
+
+
 def with_likelihood(draft: Draft, parts: dict[str, float]) -> None:
-    """CPOTrainer's simpo has the winner's likelihood beside it, unless cpo_alpha is 0."""
-    if alpha := draft.take("cpo_alpha", 1.0):
-        parts["sft"] = float(alpha)
-        draft.tell("cpo_alpha", " -> the loss sft beside simpo")
+    """CPOTrainer's simpo has it, unless cpo_alpha is 0."""
+    with_sft(draft, parts, "cpo_alpha", draft.take("cpo_alpha", 1.0))
 
 
 def objective(draft: Draft, parts: dict[str, float], options: dict, *names: str) -> None:
@@ -238,6 +246,9 @@ def objective(draft: Draft, parts: dict[str, float], options: dict, *names: str)
     names) that one of them reads."""
     from fastdpo.objectives.make import options_read
 
+    parts = {{"aot_pair": "aot"}.get(name, name): weight for name, weight in parts.items()}
+    if "robust" in parts and options.get("label_smoothing") is None:
+        options = options | {"label_smoothing": 0.0}  # TRL's default, which ours is not
     losses = ", ".join(parts)
     draft.set("objective", losses if list(parts.values()) == [1] else parts, *names)
     read, args = options_read(draft.ours["objective"]), {}

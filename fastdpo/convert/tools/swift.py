@@ -5,8 +5,9 @@ import math
 from fastdpo.convert.draft import Draft
 from fastdpo.convert.rules import Tool
 from fastdpo.convert.tools import shared
-from fastdpo.convert.tools.swift_data import DATA_REASONS, as_list, data
+from fastdpo.convert.tools.swift_data import DATA_REASONS, data
 from fastdpo.convert.tools.swift_keys import ROWS
+from fastdpo.values import as_list
 
 _OF_DPO = (
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_pair aot_unpaired discopop "
@@ -45,14 +46,11 @@ def _tuner(
     rate = learning_rate if learning_rate is not None else 1e-5 if kind == "full" else 1e-4
     if learning_rate is not None or draft.defaults:
         draft.set("learning_rate", rate, "learning_rate", learning_rate=rate)
-    own = [name for name in _OF_LORA if draft.given(name)]
     if kind == "full" or adapters:
-        why = "all weights are trained" if kind == "full" else "the adapter has its own"
-        draft.tell(
-            "tuner_type", ": all weights are trained, as without lora_rank"
-        ) if kind == "full" else None
-        for name in own:
-            draft.leave(name, why)
+        if kind == "full":
+            draft.tell("tuner_type", ": all weights are trained, as without lora_rank")
+        for name in draft.given(*_OF_LORA):
+            draft.leave(name, "all weights are trained" if kind == "full" else "the adapter has its own")
         return _adapter(draft, adapters, ref_adapters)
     draft.set("lora_rank", lora_rank, "tuner_type", "lora_rank", tuner_type=kind, lora_rank=lora_rank)
     draft.set("lora_alpha", float(lora_alpha), "lora_alpha", lora_alpha=lora_alpha)
@@ -115,7 +113,7 @@ def _loss(draft: Draft, rlhf_type=None, loss_type=None, *, loss_weights=None, rp
     options = {"beta": beta, "label_smoothing": draft.take("label_smoothing")}
     weights = {name: draft.take(name) for name in ("desirable_weight", "undesirable_weight")}
     gamma, tau = draft.take("simpo_gamma"), draft.take("discopop_tau")
-    told = [name for name in ("rlhf_type", "loss_type") if draft.given(name)] or ["rlhf_type"]
+    told = draft.given("rlhf_type", "loss_type") or ["rlhf_type"]
     if kind == "dpo":
         names = names or ["sigmoid"]
         if not {*names} <= {*_OF_DPO} or len({*names}) < len(names):
@@ -123,12 +121,8 @@ def _loss(draft: Draft, rlhf_type=None, loss_type=None, *, loss_weights=None, rp
         if loss_weights is not None and len(as_list(loss_weights)) != len(names):
             return draft.refuse("loss_weights")
         shares = [float(weight) for weight in as_list(loss_weights)] or [1.0] * len(names)
-        parts = {{"aot_pair": "aot"}.get(name, name): share for name, share in zip(names, shares)}
-        if rpo_alpha:
-            parts["sft"] = parts.get("sft", 0.0) + float(rpo_alpha)
-            draft.tell("rpo_alpha", " -> the loss sft beside it")
-        if "robust" in parts and options["label_smoothing"] is None:
-            options["label_smoothing"] = 0.0
+        parts = dict(zip(names, shares))
+        shared.with_sft(draft, parts, "rpo_alpha", rpo_alpha)
         return shared.objective(draft, parts, options | {"discopop_tau": tau}, *told)
     name = _OTHERS.get((kind, *names)) if len(names) < 2 else None
     if name is None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fastdpo.convert.draft import Draft
 from fastdpo.convert.tools import shared
+from fastdpo.values import as_list
 
 # Preference data that ms-swift knows by ModelScope's name: its name on the hub, and how it reads the rows
 # (swift/dataset/dataset/llm.py, data/dataset_info.json). Its questions are users' turns, whatever the column.
@@ -37,11 +38,6 @@ DATA_REASONS = {
 }
 
 
-def as_list(value) -> list:
-    """What may be given once or several times."""
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
 def data(
     draft: Draft,
     dataset=None,
@@ -55,7 +51,7 @@ def data(
     for key, names, ours in (("dataset", dataset, "data"), ("val_dataset", val_dataset, "eval_data")):
         specs = [_spec(draft, key, name, use_hf, formats) for name in as_list(names)]
         if specs and None not in specs:
-            draft.set(ours, specs[0] if len(specs) == 1 else specs, key)
+            draft.set(ours, shared.one_or_all(specs), key)
     if val_size and val_dataset:
         draft.leave("val_size", "val_dataset is held out")
     elif val_size:

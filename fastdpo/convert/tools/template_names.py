@@ -138,17 +138,10 @@ _DIFFER = {  # by their names: what of ours is not the same
     ("ms-swift", "llama3"): _TRIMMED,
     ("ms-swift", "chatml"): "no BOS is written; {tool} writes one where the tokenizer adds it",
 }
-_PLAIN = (
-    "default",
-    "dummy",
-    "modelscope_agent",
-)  # ms-swift's others are families', of whom there are hundreds
-ENDS = {
-    "chatml": "<|im_end|>",
-    "llama3": "<|eot_id|>",
-    "gemma": "<end_of_turn>",
-    "phi3": "<|end|>",
-}  # of turns
+# ms-swift's others are families', of whom there are hundreds
+_PLAIN = ("default", "dummy", "modelscope_agent")
+# of turns
+ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "phi3": "<|end|>"}
 
 
 def set_template(

@@ -106,16 +106,16 @@ def _steps(draft: Draft, num_train_epochs=1, max_steps_per_epoch=None) -> None:
 
 
 def _optimizer(
-    draft: Draft, optimizer=None, weight_decay=0.01, optimizer_betas=None, optimizer_eps=1e-8
+    draft: Draft, optimizer=None, weight_decay=0.01, optimizer_betas=None, optimizer_eps=None
 ) -> None:
     if optimizer is not None and optimizer not in _OPTIMIZERS:
         draft.refuse("optimizer")
     elif optimizer:
         draft.set("optim", _OPTIMIZERS[optimizer], "optimizer")
-    if optimizer_betas not in (None, [0.9, 0.999]):
-        draft.refuse("optimizer_betas")
-    if optimizer_eps != 1e-8:
-        draft.refuse("optimizer_eps")
+    if optimizer_betas is not None:
+        shared.betas(draft, "optimizer_betas", optimizer_betas)
+    if optimizer_eps is not None:
+        draft.set("adam_epsilon", float(optimizer_eps), "optimizer_eps")
     if optimizer != "torch.optim.SGD":
         draft.set("weight_decay", float(weight_decay), "weight_decay")
         if weight_decay and not _has_lora(draft):
@@ -169,7 +169,6 @@ def _tracker(draft: Draft, metric_logger=None) -> None:
         draft.leave("metric_logger", "metrics.jsonl has it all")
 
 
-_BETAS = "fastdpo's AdamW has betas 0.9 and 0.999 and eps 1e-8; remove it"
 TORCHTUNE = Tool(
     "torchtune",
     only_here="model._component_ checkpointer.checkpoint_dir checkpointer._component_ tokenizer._component_ "
@@ -192,8 +191,6 @@ TORCHTUNE = Tool(
         "lora_dropout": NO_DROPOUT,
         "dtype": "fastdpo computes in bf16 or fp32",
         "optimizer": f"known are {', '.join(_OPTIMIZERS)}; choose one, or give optim",
-        "optimizer_betas": _BETAS,
-        "optimizer_eps": _BETAS,
         "lr_scheduler": "known is get_cosine_schedule_with_warmup; give lr_scheduler_type",
         "num_cycles": NO_SUCH,
         "data_component": f"known are {', '.join(SETS)}, one of them; give data, and data_format",

@@ -45,7 +45,7 @@ def data(
         return draft.refuse("data_files")
     if files:
         specs = [shared.spec(file, None, split) for file in files]
-        draft.set("data", specs if len(specs) > 1 else specs[0], "data_files")
+        draft.set("data", shared.one_or_all(specs), "data_files")
     elif source:
         draft.set("data", shared.spec(source, data_dir or config, split), "source")
     elif own:

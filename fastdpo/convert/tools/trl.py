@@ -101,19 +101,15 @@ def _loss(
     parts = dict(zip(names, loss_weights or [1.0] * len(names)))
     if len(parts) != len(names) or (loss_weights and len(loss_weights) != len(names)):
         return draft.refuse("loss_weights", loss_weights or names)
-    parts = {{"aot_pair": "aot"}.get(name, name): weight for name, weight in parts.items()}
-    if rpo_alpha:
-        parts["sft"] = rpo_alpha
-        draft.tell("rpo_alpha", " -> the loss sft, as TRL itself has it since 0.29")
+    parts = {name: float(weight) for name, weight in parts.items()}
+    shared.with_sft(draft, parts, "rpo_alpha", rpo_alpha)
     if "simpo" in parts:
         shared.with_likelihood(draft, parts)
     options = {"beta": draft.take("beta", 0.1), "label_smoothing": draft.take("label_smoothing")}
-    if "robust" in parts and options["label_smoothing"] is None:
-        options["label_smoothing"] = 0.0
     if draft.theirs.get("f_divergence_type") != "alpha_divergence":
         draft.take("f_alpha_divergence_coef")
     options |= {name: draft.take(name) for name in _OPTIONS.split()}
-    shared.objective(draft, {name: float(weight) for name, weight in parts.items()}, options, source)
+    shared.objective(draft, parts, options, source)
     if "orpo" in parts:
         draft.check(source, "the likelihood is of the response here, in TRL's ORPO of the prompt, too")
 
@@ -145,9 +141,7 @@ def _simpo(draft: Draft, loss_type: str, ratio: float) -> None:
     if loss_type != "sigmoid":
         return draft.refuse("loss_type", fix="of SimPO's losses fastdpo has sigmoid")
     beta, parts = draft.take("beta", 2.0), {"simpo": 1.0}
-    if weight := draft.take("sft_weight"):
-        parts["sft"] = float(weight)
-        draft.tell("sft_weight", " -> the loss sft beside simpo")
+    shared.with_sft(draft, parts, "sft_weight", draft.take("sft_weight"))
     options = {"beta": beta, "label_smoothing": draft.take("label_smoothing")}
     shared.objective(draft, parts, options, "gamma_beta_ratio")
     args = {"simpo_gamma": float(ratio) * beta}
@@ -156,6 +150,21 @@ def _simpo(draft: Draft, loss_type: str, ratio: float) -> None:
     )
 
 
+_SCRIPT = {  # what scripts and notebooks of Python say besides
+    "map": lambda draft, key, value: draft.check(
+        key, "what code does to the rows is not read; see `fastdpo data`, and data_format"
+    ),
+    "tokenizer.chat_template": lambda draft, key, value: shared.own_template(draft, key),
+    "get_chat_template": lambda draft, key, value: set_template(draft, key, value, of="Unsloth"),
+    "callbacks": lambda draft, key, value: draft.check(key, "left out; callbacks are not run"),
+    "eval_dataset": unread("give eval_data"),
+    "ref_model": only(fix="the reference is the model that training starts from; remove it"),
+    "bias": only("none", fix=NO_SUCH),
+    "init_lora_weights": only(True, fix=NO_SUCH),
+    "bnb_4bit_compute_dtype": beside("load_in_4bit"),
+    "device_map low_cpu_mem_usage cache_dir data_collator": SPEED,
+    "compute_metrics": shared.LOOKS,
+}
 TRL = Tool(
     "TRL",
     only_here="loss_type loss_weights dataset_name dataset_config dataset_train_split dataset_test_split "
@@ -175,7 +184,7 @@ TRL = Tool(
         "get_chat_template": "give chat_template a Jinja file, or one of our names",
     },
     rows=shared.TRANSFORMERS
-    | shared.SCRIPT
+    | _SCRIPT
     | {
         "model_name_or_path": "model",
         "model_revision": only("main", fix="download the revision and give its folder as model"),
@@ -201,7 +210,6 @@ TRL = Tool(
         "alpha": only(0, fix="AlphaPO is not among fastdpo's losses; remove it"),
         "label_pad_token_id": only(-100, fix="no label is padded here; remove it"),
         "chat_template_path": "chat_template",
-        "get_chat_template": lambda draft, key, value: set_template(draft, key, value, of="Unsloth"),
         "auto_insert_empty_system_msg": unread("the check of dataset_mixer is about it"),
         "columns_to_keep text_column": unread("only the columns of a known format are read"),
         "truncation_side": beside("truncation_mode"),

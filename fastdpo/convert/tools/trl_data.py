@@ -5,15 +5,7 @@ import re
 from fastdpo.convert.draft import Draft
 from fastdpo.convert.tools import shared
 
-_COLUMNS = {
-    "prompt",
-    "chosen",
-    "rejected",
-    "completion",
-    "label",
-    "tools",
-    "chat_template_kwargs",
-}  # that TRL reads
+_COLUMNS = set("prompt chosen rejected completion label tools chat_template_kwargs".split())  # that TRL reads
 _WHOLE = "give data a list of data sets as ours: NAME:CONFIG#SPLIT"
 _SHARE = "it takes a random share of that data set's rows; write such rows into a file and give it as data"
 _UNREAD = "it is not read; see data in `fastdpo train --help`"
@@ -83,7 +75,7 @@ def _several(draft: Draft, key: str, entries, path: str, config: str) -> None:
         for other, value in entry.items():
             if value is not None:
                 draft.refuse(f"{key}.{other}", value, _UNREAD)
-    draft.set("data", specs[0] if len(specs) == 1 else specs, f"{key}.{path}")
+    draft.set("data", shared.one_or_all(specs), f"{key}.{path}")
     if any(columns):
         _columns(draft, f"{key}.columns", columns)
 
@@ -123,8 +115,8 @@ def _mixer(draft: Draft, mixer: dict, evaluates: bool) -> None:
     part = lambda share: train[0] if share == 100 else f"{train[0]}[:{share:.0f}%]"
     sets = list(zip(mixer, configs, shares))
     data = [shared.spec(name, config, part(share)) for name, config, share in sets]
-    names = [n for n in ("dataset_configs", "dataset_splits") if draft.theirs.get(n)]
-    draft.set("data", data[0] if len(data) == 1 else data, "dataset_mixer", *names)
+    names = draft.given("dataset_configs", "dataset_splits")
+    draft.set("data", shared.one_or_all(data), "dataset_mixer", *names)
     draft.check(
         "dataset_mixer",
         "alignment-handbook's older scripts put an empty system message before rows that have none, where "
@@ -132,8 +124,7 @@ def _mixer(draft: Draft, mixer: dict, evaluates: bool) -> None:
     )
     held_out = [shared.spec(name, config, split) for name, config, _ in sets for split in test]
     if evaluates and held_out:
-        one = held_out[0] if len(held_out) == 1 else held_out
-        draft.set("eval_data", one, "dataset_splits", dataset_splits=splits)
+        draft.set("eval_data", shared.one_or_all(held_out), "dataset_splits", dataset_splits=splits)
 
 
 def said_in_names(draft: Draft, words: set[str]) -> tuple[str, str] | None:
