@@ -71,8 +71,9 @@ def in_our_words(key: str, value):
         return value
     word = value.lower().replace("-", "_") if isinstance(value, str) else value
     ours = SAME.get(key, {}).get(word, value)
-    if key == "lora_target_modules" and ours not in ("all-linear", "peft") and _MODULES.fullmatch(str(ours)):
-        return [name.strip() for name in ours.split(",")]
+    if key == "lora_target_modules" and ours not in ("all-linear", "peft"):
+        if isinstance(ours, str) and _MODULES.fullmatch(ours):
+            return [name.strip() for name in ours.split(",")]
     return ours
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import yaml
@@ -48,10 +48,16 @@ class Draft:
     def problems(self) -> list[str]:
         return [fate.text for fate in self.fates if fate.is_problem]
 
+    def copy(self) -> "Draft":
+        """The same so far, with keys, problems and notes of its own."""
+        same = replace(self, theirs=dict(self.theirs), ours=dict(self.ours), fates=[*self.fates])
+        same.left = dict(self.left)
+        return same
+
     def key(self, name: str) -> str:
         """Theirs for what a part calls `name`: by an older version's name where the config has that."""
         key = self.tool.names.get(name, name)
-        return next((k for k in (key, *self.tool.older.get(key, ())) if k in self.theirs), key)
+        return next((k for k in (key, *self.tool.older.get(key, ())) if self.theirs.get(k) is not None), key)
 
     def given(self, *names: str) -> list[str]:
         """Which of these the config says."""
@@ -89,6 +95,13 @@ class Draft:
     def leave(self, name: str, why: str) -> None:
         """A key that changes nothing of what is learnt, or that another key has."""
         self.tell(name, f": left out, {why}")
+
+    def tell_the_rest(self, text: str) -> None:
+        """Every key that says something and has no fate so far."""
+        told = {part for fate in self.fates for key in fate.keys for part in (key, key.split(".")[0])}
+        for key, value in self.theirs.items():
+            if value and self.negated.get(key, key) not in {*told, *self.ours}:
+                self.tell(key, text)
 
     def check(self, name: str, text: str) -> None:
         """A note on what is not exactly the same and cannot be told from the config."""

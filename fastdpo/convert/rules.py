@@ -1,5 +1,6 @@
 """What a table of another tool's keys is made of (rules, parts), and how a config is read by one."""
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,10 +9,13 @@ from typing import Any
 
 from fastdpo.config.keys import FIELDS
 from fastdpo.config.names import meant
-from fastdpo.convert.draft import Draft, Unresolved, plain
+from fastdpo.convert.draft import Draft, Fate, Unresolved, plain, spelled
 from fastdpo.convert.nested import flattened
 from fastdpo.errors import ConfigError
 
+# what code does over a value of another kind than it has in mind, such as a list for a number
+_STUMBLES = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+_ODD = "this is no value that the key can have; mend or remove it"
 _UNKNOWN = "only running the file would tell, and it is not run"
 # keys that such a value is left out of: dtype auto takes bf16 where the GPU has it, as all scripts ask for
 _HARMLESS = "bf16 fp16 dtype torch_dtype output_dir report_to logging_steps save_steps callbacks".split()
@@ -126,21 +130,23 @@ class Tool:
         theirs = {key: value for key, value in theirs.items() if key not in negated.values()}
         theirs |= dict.fromkeys(negated, False)
         draft = Draft(self, theirs, self.defaults if whole else {}, negated=negated)
+        self._say_twice(draft)
         self._set_aside(draft)
         for part in self.parts:
             keys = _parameters(part)
             if any(draft.key(p.name) in draft.left for p in keys if p.kind is not p.KEYWORD_ONLY):
-                taken = {p.name: draft.take(p.name) for p in keys}
-                given = {name: value for name, value in taken.items() if value is not None}
+                before = draft.copy()
                 try:
-                    part(draft, **given)
-                except ConfigError as error:  # what a part makes of keys is refused elsewhere
-                    for problem in error.args:
-                        draft.tell_problem(list(given)[:1], problem)
+                    _run(part, draft)
+                except _STUMBLES:
+                    _tell_odd(part, draft, before)
         for key in list(draft.left):
             if key in self.rules:
                 if (value := draft.take(key)) is not None:
-                    self.rules[key](draft, key, value)
+                    try:
+                        self.rules[key](draft, key, value)
+                    except _STUMBLES:
+                        draft.refuse(key, value, _ODD)
             elif key in FIELDS:
                 draft.ours[key] = values.get(key, False)
             else:
@@ -148,7 +154,19 @@ class Tool:
                 close = meant(key, [*self.rules, *FIELDS])
                 draft.refuse(key, fix=f"{what}. {close}".rstrip(". "))
         draft.fates = list(dict.fromkeys(draft.fates))  # several data sets may say the same
+        draft.tell_the_rest(": read with the rest of the config")
         return draft
+
+    def _say_twice(self, draft: Draft) -> None:
+        """Keys that are another one's older name, beside that: refused, for only one of them is read."""
+        for key, older in self.older.items():
+            first, *others = [k for k in (key, *older) if draft.theirs.get(k) is not None] or [key]
+            for other in others:
+                del draft.left[other]
+                text = (
+                    f"{other}: {spelled(draft.theirs[other])}: {first} says the same, remove one of the two"
+                )
+                draft.fates.append(Fate((other,), text, is_problem=True))
 
     def _set_aside(self, draft: Draft) -> None:
         """What only running the file would tell: refused, unless the key changes nothing anyway."""
@@ -159,6 +177,34 @@ class Tool:
                     draft.check(key, f"left out, {_UNKNOWN}")
                 else:
                     draft.refuse(key, fix=f"{_UNKNOWN}; give its value as a flag")
+
+
+def _run(part, draft: Draft) -> None:
+    taken = {p.name: draft.take(p.name) for p in _parameters(part)}
+    given = {name: value for name, value in taken.items() if value is not None}
+    try:
+        part(draft, **given)
+    except ConfigError as error:  # what a part makes of keys is refused elsewhere
+        for problem in error.args:
+            draft.tell_problem(list(given)[:1], problem)
+
+
+def _tell_odd(part, draft: Draft, before: Draft) -> None:
+    """The key that a part stumbled over: the last one that it takes without which it does not, for what
+    switches a key on is taken before it; or one that it only looks at."""
+    first = [draft.key(p.name) for p in _parameters(part)]
+    given = [key for key in dict.fromkeys((*first, *before.left)) if before.theirs.get(key) is not None]
+    taken = [key for key in given if key not in draft.left and key in before.left]
+    for key in (*reversed(taken), *(key for key in given if key not in taken)):
+        other = before.copy()
+        other.theirs.pop(key), other.left.pop(key, None)
+        with contextlib.suppress(*_STUMBLES):
+            _run(part, other)
+            return draft.refuse(key, fix=_ODD)
+    said = ", ".join(map(draft.word, taken or given))
+    draft.tell_problem(
+        taken or given, f"{said}: not all are values that the keys can have; mend or remove them"
+    )
 
 
 def _parameters(part) -> list[inspect.Parameter]:

@@ -43,8 +43,7 @@ model: org/model  # model_name_or_path
 # report_to: left out, it is empty
 # fp16 false: left out, it is so here
 max_length: 512
-objective: {sigmoid: 1.0, sft: 0.2}  # loss_type ['sigmoid', 'sft']
-# loss_weights [1.0, 0.2]: read with the rest of the config
+objective: {sigmoid: 1.0, sft: 0.2}  # loss_type ['sigmoid', 'sft'], loss_weights [1.0, 0.2]
 # gradient_checkpointing_kwargs {'use_reentrant': False}: left out, it changes speed or memory only
 # check: torch_dtype bfloat16: left out; weights that train are kept in fp32 here, computed with in
 #   dtype

@@ -21,8 +21,11 @@ def _loss(draft: Draft, rl=None) -> None:
         return draft.refuse("rl")
     names, weights = draft.take("dpo_loss_type"), draft.take("dpo_loss_weights")
     names = [names] if isinstance(names, str) else names or [_LOSSES[rl]]
-    if rl not in ("dpo", "ipo") and names != [_LOSSES[rl]]:
-        draft.refuse("dpo_loss_type")
+    if rl != "dpo" and (names != [_LOSSES[rl]] or weights):  # DPOStrategy reads them of rl: dpo alone
+        for key in ("dpo_loss_type", "dpo_loss_weights"):
+            if draft.given(key):
+                draft.leave(key, f"rl {rl} does not read it")
+        names, weights = [_LOSSES[rl]], None
     if weights and len(weights) != len(names):
         draft.refuse("dpo_loss_weights", weights)
     parts = dict(zip(names, map(float, weights or [1] * len(names))))
@@ -30,9 +33,15 @@ def _loss(draft: Draft, rl=None) -> None:
         shared.with_likelihood(draft, parts)
     draft.take("cpo_alpha")
     shared.with_sft(draft, parts, "rpo_alpha", draft.take("rpo_alpha"))
-    options = _beta(draft) | {"label_smoothing": draft.take("label_smoothing")}
+    options = _beta(draft) | {name: draft.take(name) for name in ("label_smoothing", *_OPTIONS)}
+    for name, reads in (("label_smoothing", ("dpo",)), ("use_weighting", ("dpo", "ipo"))):
+        if options[name] and rl not in reads:
+            draft.leave(name, f"rl {rl} does not read it")
+            options[name] = None
     told = [name for name in ("dpo_loss_type", "dpo_loss_weights") if draft.theirs.get(name)]
-    shared.objective(draft, parts, options | {name: draft.take(name) for name in _OPTIONS}, "rl", *told)
+    shared.objective(draft, parts, options, "rl", *told)
+    if rl == "orpo":
+        draft.check("rl", shared.WHOLE_LIKELIHOOD)
 
 
 def _beta(draft: Draft) -> dict:
@@ -49,6 +58,12 @@ def _beta(draft: Draft) -> dict:
         return {"beta": 0.1 if given["beta"] is None else given["beta"]}
     draft.set("beta", float(given[first]), first)
     return {}
+
+
+def _warmup(draft: Draft, warmup_steps=None, warmup_ratio=None) -> None:
+    shared.warmup(draft, warmup_steps, warmup_ratio)
+    if draft.defaults and not draft.given("warmup_steps", "warmup_ratio"):
+        draft.check("warmup_ratio", "Axolotl's default ends after 100 steps, if that is sooner")
 
 
 def _lora(
@@ -206,12 +221,13 @@ AXOLOTL = Tool(
         lr_scheduler="cosine",
         excess_length_strategy="drop",
         lora_r=8,
+        sequence_len=512,
         warmup_ratio=0.03,
     ),
     parts=(
         shared.batch,
         shared.epochs,
-        shared.warmup,
+        _warmup,
         _precision,
         _names,
         _lora,
@@ -229,7 +245,6 @@ AXOLOTL = Tool(
     | DATA_REASONS
     | {
         "rl": f"fastdpo does {', '.join(_LOSSES)}",
-        "dpo_loss_type": "it is of rl: dpo alone",
         "dpo_loss_weights": "a weight for each loss is needed",
         "adapter": "fastdpo trains a LoRA or all weights; set lora or remove it",
         "lora_target_modules": "all linear layers and others at once are not had; set one of the two",

@@ -213,7 +213,12 @@ OPENRLHF = Tool(
         "eval_dataset": "fastdpo reads a file, a folder or a hub's NAME; save its part in a file",
         "nll_loss_coef": "fastdpo has it beside plain DPO only; remove it",
     },
-    names=NAMES,
+    names=NAMES
+    | {
+        "rpo_alpha": "model.nll_loss_coef",
+        "desirable_weight": "desirable_loss_weight",
+        "undesirable_weight": "undesirable_loss_weight",
+    },
     older={key: (name, *FORMER.get(name, ())) for name, key in NAMES.items()},
     model_key="pretrain",
     rows=ROWS,

@@ -17,6 +17,7 @@ NO_SUCH = "fastdpo does not have it, and training would not be the same; remove 
 NO_DROPOUT = "fastdpo trains LoRA without dropout; set it to 0"
 NO_FP16 = "left out, fastdpo computes in bf16, or in fp32 where the GPU has no bf16"
 QUANTISED = "fastdpo quantises to 4 bits only; set load_in_4bit: true"
+WHOLE_LIKELIHOOD = "the likelihood is of the response here, in TRL's ORPO of the prompt, too"
 SHUFFLED = "rows are shuffled by seed; remove it"
 READ_ONCE = only(False, fix="rows are read once, before training; set it to false")
 NOT_ON_PROMPTS = only(False, fix="responses are what is scored; set it to false")
@@ -111,13 +112,25 @@ def epochs(draft: Draft, num_train_epochs=None, max_steps=-1) -> None:
 
 
 def warmup(draft: Draft, warmup_steps=None, warmup_ratio=None) -> None:
-    """warmup_steps, or warmup_ratio as transformers 5 writes it: steps below 1 are a share."""
-    if warmup_steps is not None:
+    """warmup_steps, or warmup_ratio as transformers 5 writes it: steps below 1 are a share. Of both
+    transformers reads the ratio where the steps are 0, and Axolotl the steps."""
+    if warmup_steps is not None and (
+        warmup_steps or draft.tool.name == "Axolotl" or not draft.given("warmup_ratio")
+    ):
         draft.set("warmup_steps", warmup_steps, "warmup_steps")
+        if draft.given("warmup_ratio"):
+            draft.leave("warmup_ratio", "warmup_steps comes first")
         if 0 < warmup_steps < 1:
             draft.check("warmup_steps", "a share of all steps, as in transformers 5; before, no warm-up")
     elif warmup_ratio:
         draft.set("warmup_steps", float(warmup_ratio), "warmup_ratio", why="a share of all steps")
+
+
+def clipping(draft: Draft, max_grad_norm=None) -> None:
+    if max_grad_norm is not None:
+        draft.set("max_grad_norm", max_grad_norm, "max_grad_norm")
+    elif "max_grad_norm" in draft.theirs:
+        draft.set("max_grad_norm", 0.0, "max_grad_norm", why="null switches clipping off")
 
 
 def precision(draft: Draft, bf16="auto", fp16=False) -> None:
@@ -192,7 +205,7 @@ def hold_out(draft: Draft, size, *keys: str) -> None:
         draft.set("eval_data", float(size), *keys)
 
 
-RUN = (batch, epochs, warmup, precision)
+RUN = (batch, epochs, warmup, clipping, precision)
 KEPT = (saves, evaluations, best, upload, trackers)
 
 
@@ -225,7 +238,10 @@ def target_modules(draft: Draft, key: str, value) -> None:
 
 def betas(draft: Draft, name: str, value) -> None:
     """AdamW's two, a list or text."""
-    for ours, beta in zip(("adam_beta1", "adam_beta2"), re.findall(r"[\d.]+", str(value))):
+    found = re.findall(r"[\d.e-]+", str(value))
+    if len(found) != 2:
+        return draft.refuse(name, fix="two numbers are needed")
+    for ours, beta in zip(("adam_beta1", "adam_beta2"), found):
         draft.set(ours, float(beta), name)
 
 

@@ -123,6 +123,7 @@ def _loss(draft: Draft, rlhf_type=None, loss_type=None, *, loss_weights=None, rp
         shares = [float(weight) for weight in as_list(loss_weights)] or [1.0] * len(names)
         parts = dict(zip(names, shares))
         shared.with_sft(draft, parts, "rpo_alpha", rpo_alpha)
+        told += ["loss_weights"] if loss_weights is not None else []
         return shared.objective(draft, parts, options | {"discopop_tau": tau}, *told)
     name = _OTHERS.get((kind, *names)) if len(names) < 2 else None
     if name is None:
@@ -175,7 +176,7 @@ SWIFT = Tool(
         "truncation_strategy": "delete",
     },
     parts=(
-        *(_batch, shared.epochs, shared.warmup, shared.precision, _dtype, _four_bits, _tuner, data, _length),
+        *(_batch, *shared.RUN[1:], _dtype, _four_bits, _tuner, data, _length),
         *(*shared.KEPT, _reference, _loss),
     ),
     reasons=shared.REASONS

@@ -30,7 +30,7 @@ _TRACKERS = {"WandBLogger": "wandb", "TensorBoardLogger": "tensorboard"}
 
 
 def _has_lora(draft: Draft) -> bool:
-    return last(draft.theirs.get("model._component_") or "").startswith(("lora_", "qlora_"))
+    return last(str(draft.theirs.get("model._component_") or "")).startswith(("lora_", "qlora_"))
 
 
 def _model(draft: Draft, checkpoint_dir=None, checkpointer="", ref_checkpoint_dir=None) -> None:
@@ -47,7 +47,7 @@ def _model(draft: Draft, checkpoint_dir=None, checkpointer="", ref_checkpoint_di
     if kind == "FullModelMetaCheckpointer":  # Meta's own files lie in a folder of the one on the hub
         folder = folder.removesuffix("/original")
     draft.set("model", folder, "checkpoint_dir")
-    component = draft.theirs.get("model._component_") or ""
+    component = str(draft.theirs.get("model._component_") or "")
     owner = next((owner for name, owner in _OWNERS.items() if name in component), "OWNER")
     name = f"{owner}/{folder.rpartition('/')[2]}"
     draft.check("checkpoint_dir", f"`tune download` fills that folder; without it give --model {name} or so")
@@ -66,6 +66,7 @@ def _lora(
     quantize_base=False,
 ) -> None:
     if not _has_lora(draft):
+        draft.tell("model_component", ": all weights are trained, as without lora_rank")
         return  # full_dpo_distributed.py calls disable_dropout
     draft.set("lora_rank", lora_rank, "lora_rank")
     draft.set("lora_alpha", float(lora_alpha), "lora_alpha")
@@ -157,11 +158,16 @@ def _loss(draft: Draft, loss=None, loss_type=None, beta=0.1, gamma=None, *, labe
         return draft.refuse("loss")
     if loss_type not in (None, name):
         draft.refuse("loss_type")
-    options = {"beta": beta if gamma is None else gamma, "label_smoothing": label_smoothing or None}
-    shared.objective(draft, {name: 1.0}, options, "loss")
+    if gamma is not None and name == "sigmoid":
+        draft.refuse("gamma")
+    shared.objective(draft, {name: 1.0}, {"beta": beta, "label_smoothing": label_smoothing or None}, "loss")
+    if gamma is not None:
+        draft.set("beta", float(gamma), "gamma")
 
 
 def _tracker(draft: Draft, metric_logger=None) -> None:
+    if metric_logger is None:
+        return
     kind = last(metric_logger["_component_"])
     if kind in _TRACKERS:
         draft.set("report_to", _TRACKERS[kind], "metric_logger")
@@ -176,6 +182,7 @@ TORCHTUNE = Tool(
     defaults={
         "clip_grad_norm": None,
         "lr_scheduler._component_": None,
+        "optimizer.lr": 1e-3,
         "optimizer.weight_decay": 0.01,
         "tokenizer.max_seq_len": None,
         "gradient_accumulation_steps": 1,
@@ -198,6 +205,7 @@ TORCHTUNE = Tool(
         "source": "it is not given; give data",
         "prompt_template": "write the template to a Jinja file and give chat_template: FILE.jinja",
         "loss": f"known are {', '.join(_LOSSES)}; give objective (`fastdpo objectives` lists them)",
+        "gamma": "DPOLoss has none; remove it",
         "loss_type": "it is not that loss's; give objective (`fastdpo objectives` lists them)",
     },
     names={

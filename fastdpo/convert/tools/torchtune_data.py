@@ -40,16 +40,20 @@ def data(
     if (name := last(data_component or "")) not in SETS:
         return draft.refuse("data_component")
     own, columns = SETS[name]
+    own, _, folder = (own or "").partition(":")  # a folder that a component has comes before what is given
+    where = [] if folder else draft.given("data_dir", "config")
+    more = where + draft.given("split")
     files = [data_files] if isinstance(data_files, str) else data_files or []
     if isinstance(files, dict):
         return draft.refuse("data_files")
     if files:
         specs = [shared.spec(file, None, split) for file in files]
-        draft.set("data", shared.one_or_all(specs), "data_files")
-    elif source:
-        draft.set("data", shared.spec(source, data_dir or config, split), "source")
-    elif own:
-        draft.set("data", shared.spec(own, None, split), "data_component")
+        draft.set("data", shared.one_or_all(specs), "data_files", *more[len(where) :])
+        if where:
+            draft.refuse(where[0], fix="give the files' whole paths, or their folder, in data")
+    elif source or own:
+        key = "source" if source else "data_component"
+        draft.set("data", shared.spec(source or own, folder or data_dir or config, split), key, *more)
     else:
         return draft.refuse("source")
     columns = columns | (column_map or {})

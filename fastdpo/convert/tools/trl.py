@@ -71,12 +71,17 @@ def _sampling(draft: Draft, key: str, value) -> None:
 
 def _lengths(
     draft: Draft,
+    max_length=None,
     truncation_mode=None,
     max_prompt_length=None,
     max_completion_length=None,
     max_target_length=None,
 ) -> None:
     """What is cut of rows that are too long. TRL 0.7 to 0.28 had max_prompt_length, and kept a row's end."""
+    if max_length is not None:
+        draft.set("max_length", max_length, "max_length")
+    elif "max_length" in draft.theirs:
+        draft.refuse("max_length", "null")
     if truncation_mode:
         draft.set("truncation", truncation_mode, "truncation_mode")
     elif max_prompt_length and draft.defaults:
@@ -109,9 +114,10 @@ def _loss(
     if draft.theirs.get("f_divergence_type") != "alpha_divergence":
         draft.take("f_alpha_divergence_coef")
     options |= {name: draft.take(name) for name in _OPTIONS.split()}
-    shared.objective(draft, parts, options, source)
+    told = [source, *(["loss_weights"] if loss_weights else [])]
+    shared.objective(draft, parts, options, *told)
     if "orpo" in parts:
-        draft.check(source, "the likelihood is of the response here, in TRL's ORPO of the prompt, too")
+        draft.check(source, shared.WHOLE_LIKELIHOOD)
 
 
 def _trainers(draft: Draft, names: list) -> tuple[list, str]:
@@ -180,6 +186,7 @@ TRL = Tool(
     | {
         "lora_dropout": NO_DROPOUT,
         "loss_type": "no loss of TRL's trainers; if fastdpo has it (`fastdpo objectives`), set objective",
+        "max_length": "TRL cuts no row then; give the longest row in tokens",
         "loss_weights": "a weight for each loss is needed, each named once",
         "get_chat_template": "give chat_template a Jinja file, or one of our names",
     },
@@ -193,7 +200,7 @@ TRL = Tool(
         ),
         "tokenizer_name_or_path": only(fix="put that tokenizer into the model's folder"),
         "load_in_8bit": only(False, fix=QUANTISED),
-        "use_dora use_rslora activation_offloading max_length router_aux_loss_coef": SAME,
+        "use_dora use_rslora activation_offloading router_aux_loss_coef": SAME,
         "lora_modules_to_save lora_target_parameters": only([], fix=NO_SUCH),
         "lora_task_type": only("CAUSAL_LM", fix=NO_SUCH),
         "lora_bias": only("none", fix=NO_SUCH),
