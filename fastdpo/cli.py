@@ -180,6 +180,7 @@ def convert(
     from rich.console import Console
 
     from fastdpo.convert import convert
+    from fastdpo.convert.draft import as_lines
 
     values = convert.read(theirs)
     draft = convert.drafted(values, ignore or [])
@@ -198,7 +199,7 @@ def convert(
     except OSError as error:
         raise ConfigError(f"--output: cannot write {output}: {error}") from None
     if not diff:
-        print(f"read as a config of {draft.tool.name}", *draft.notes, sep="\n")
+        print(f"read as a config of {draft.tool.name}", *as_lines(draft.fates), sep="\n")
 
 
 def doctor():

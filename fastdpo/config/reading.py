@@ -33,6 +33,8 @@ def read_yaml(path: Path) -> dict:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected lines of `key: value`, got a {type(values).__name__}")
+    if odd := [key for key in values if not isinstance(key, str)]:
+        raise ConfigError(f"{path}: YAML reads the key {odd[0]!r} as no text; write it in quotes")
     return values
 
 

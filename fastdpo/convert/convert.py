@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastdpo.config.keys import FIELDS, Config, from_values
 from fastdpo.config.reading import read_yaml
-from fastdpo.convert.draft import Draft, Fate, spelled
+from fastdpo.convert.draft import Draft, Fate, as_lines, spelled
 from fastdpo.convert.files.notebooks import read_code
 from fastdpo.convert.files.scripts import read_script
 from fastdpo.convert.nested import flattened
@@ -23,6 +23,7 @@ from fastdpo.convert.tools.unsloth import UNSLOTH
 from fastdpo.errors import ConfigError
 
 TOOLS = (TRL, LLAMA_FACTORY, AXOLOTL, SWIFT, OPENRLHF, TORCHTUNE, UNSLOTH)
+_LAUNCHERS = {"compute_environment": "accelerate's launcher", "zero_optimization": "DeepSpeed"}
 
 
 def read(path: Path) -> dict:
@@ -36,6 +37,9 @@ def read(path: Path) -> dict:
 def recognise(values: dict) -> Tool | None:
     """The tool that has these keys: of those with a mark among them the one that knows most; None where no
     tool has any of them (but we may). Raises ConfigError where several know as many."""
+    if launcher := next((what for key, what in _LAUNCHERS.items() if key in values), None):
+        way = "give the trainer's own, with --num_processes N if it ran on N devices"
+        raise ConfigError(f"this is a config of {launcher}, not of a trainer; {way}")
     values = flattened(values)
     marks = {tool: [key for key in values if key in tool.marks] for tool in TOOLS}
     unknown = {tool: len(tool.unknown(values)) for tool in TOOLS if marks[tool]}
@@ -72,7 +76,15 @@ def config_of(whole: dict, over: dict) -> Config:
     if not problems:
         _say(base, over)
         _say(flags, {})
-    last = way_on(tool, refused, whole, ours) if tool else ""
+    config = _checked(tool, refused, problems, whole, ours)
+    for key, value in ignored.items():
+        print(f"{key} {spelled(value)}: ignored, as was asked for", file=sys.stderr)
+    return config
+
+
+def _checked(tool: Tool | None, refused: list[Fate], problems: list[str], theirs: dict, ours: dict) -> Config:
+    """Our keys as a Config. Raises ConfigError with the problems of theirs and of ours, all at once."""
+    last = way_on(tool, refused, theirs, ours) if tool else ""
     wrong = {concerns(tool, key) for fate in refused for key in fate.keys} if tool else set()
     try:
         config = from_values(ours, wrong)
@@ -80,8 +92,6 @@ def config_of(whole: dict, over: dict) -> Config:
         problems += error.args
     if problems:
         raise ConfigError(*problems, way_on=last)
-    for key, value in ignored.items():
-        print(f"{key} {spelled(value)}: ignored, as was asked for", file=sys.stderr)
     return config
 
 
@@ -97,8 +107,8 @@ def _is_whole(tool: Tool, values: dict) -> bool:
 def _say(draft: Draft | None, over: dict) -> None:
     """What became of the keys, but for those that others win over."""
     if draft:
-        notes = [fate.text for fate in draft.fates if fate.text and fate.ours not in over]
-        print(f"read as a config of {draft.tool.name}", *notes, sep="\n", file=sys.stderr)
+        told = [fate for fate in draft.fates if not fate.is_problem and fate.ours not in over]
+        print(f"read as a config of {draft.tool.name}", *as_lines(told), sep="\n", file=sys.stderr)
 
 
 def drafted(values: dict, ignore: Sequence[str] = ()) -> Draft:
@@ -108,8 +118,10 @@ def drafted(values: dict, ignore: Sequence[str] = ()) -> Draft:
     kept, ignored = without({key: value for key, value in values.items() if key != "ignore"}, names)
     tool = recognise(kept)
     if tool is None:
+        if values and values.keys() <= FIELDS.keys():
+            raise ConfigError("all its keys are fastdpo's own already; `fastdpo train` takes it as it is")
         known = ", ".join(tool.name for tool in TOOLS)
-        raise ConfigError(f"none of the keys is of a tool that is known: {known}")
+        raise ConfigError(f"none of its keys is of a tool that is known; known are {known}")
     draft = tool.translate(kept, _is_whole(tool, kept))
     if before or ignored:
         draft.ours["ignore"] = before | ignored
@@ -123,7 +135,5 @@ def converted(values: dict, draft: Draft) -> str:
     ConfigError where that is not a config that fastdpo can run."""
     from fastdpo.convert.written import as_yaml  # late: a run needs no tables
 
-    if refused := problems_left(draft, {}):
-        raise ConfigError(*draft.problems, way_on=way_on(draft.tool, refused, values, draft.ours))
-    from_values(draft.ours)
+    _checked(draft.tool, problems_left(draft, {}), draft.problems, values, draft.ours)
     return as_yaml(values, draft)

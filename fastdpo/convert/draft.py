@@ -1,6 +1,7 @@
 """A config on its way from another tool's keys to ours, and what became of each key."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -143,3 +144,22 @@ def plain(value):
         return float(parsed)
     except ValueError:
         return value
+
+
+def as_lines(fates: Iterable[Fate]) -> list[str]:
+    """Notes to be read before a run: what is left out for one reason on one line, and last what to check."""
+    lines: list[str] = []
+    checks: list[str] = []
+    left: dict[str, list[str]] = defaultdict(list)
+    for text in dict.fromkeys(fate.text for fate in fates if fate.text):
+        key, is_left, why = text.partition(": left out, ")
+        if text.startswith("check: "):
+            checks.append(text)
+        elif is_left:
+            left[why].append(key)
+        else:
+            lines.append(text)
+    for why, keys in left.items():
+        several = len(keys) > 1
+        lines.append(f"left out, {why}: {', '.join(keys)}" if several else f"{keys[0]}: left out, {why}")
+    return lines + checks

@@ -120,7 +120,7 @@ def _became(key: str, value, place: Place, draft: Draft) -> list[str]:
         holders = [fate.ours for fate in draft.fates if key in _heads(fate) and fate.ours]
         return [f"in {', '.join(dict.fromkeys(holders))}"] if holders else [_silent(value)]
     itself = rf"{re.escape(key)}(:? {re.escape(spelled(value))})?"
-    twice = re.compile(rf"^{itself}(, |: | |$)|, {itself}$")
+    twice = re.compile(rf"^{itself}(, |: | |$)|, {itself}(?=$| \()")
     notes = []
     for fate in place.fates:
         check = "check: " if fate.text.startswith("check: ") else ""

@@ -118,6 +118,7 @@ def test_wrong_flags(file, argv, message, capsys):
     [
         ("data: d", "model: missing"),
         ("- a\n- b", "expected lines of `key: value`"),
+        ("beta: 0.1\n1: 2", "YAML reads the key 1 as no text; write it in quotes"),
         ("model: [", "is not YAML"),
         ("model: m\ndata: d\nbeta: 1\nbeta: 2", "'beta' is given twice"),
         ("!!python/object/apply:os.system ['true']", "is not YAML"),

@@ -195,7 +195,7 @@ def notes_of(text, **more):
 def test_notes_say_what_became_of_keys():
     notes = notes_of(TRL)
     for note in (
-        "per_device_train_batch_size 2, gradient_accumulation_steps 8 -> batch_size 16",
+        "per_device_train_batch_size 2, gradient_accumulation_steps 8 (of one device) -> batch_size 16",
         "num_train_epochs 3 (TRL's default) -> num_epochs 3",
         "precompute_ref_log_probs true: left out, the reference is always computed once and kept",
         "report_to ['wandb', 'mlflow']: left out mlflow, metrics.jsonl has it all",
@@ -231,7 +231,8 @@ def test_their_words_in_a_config_of_ours():
     assert ours == {"model": "m", "batch_size": 4, "beta": 0.3, "resume": True}
     assert notes == [
         "read as a config of TRL",
-        "per_device_train_batch_size 4, gradient_accumulation_steps 1 (TRL's default) -> batch_size 4",
+        "per_device_train_batch_size 4, gradient_accumulation_steps 1 (TRL's default) (of one device) "
+        "-> batch_size 4",
     ]
 
 

@@ -67,7 +67,10 @@ def test_a_config_of_theirs_trains_as_ours(theirs, capsys):
     assert (config.batch_size, config.objective, config.beta, config.num_epochs) == (8, "ipo", 0.3, 2)
     assert (config.warmup_steps, config.optim) == (0.1, "adamw_torch_fused")
     notes = capsys.readouterr().err
-    assert "per_device_train_batch_size 2, gradient_accumulation_steps 4 -> batch_size 8" in notes
+    assert (
+        "per_device_train_batch_size 2, gradient_accumulation_steps 4 (of one device) -> batch_size 8"
+        in notes
+    )
 
 
 def test_convert(theirs, tmp_path, capsys):
@@ -79,7 +82,7 @@ def test_convert(theirs, tmp_path, capsys):
     assert load_config([str(ours)]) == load_config([theirs])
     assert main(["convert", theirs, "--output", str(ours)]) == 2
     assert main(["convert", str(ours)]) == 2 and main(["convert"]) == 2
-    assert "none of the keys is of a tool that is known" in capsys.readouterr().err
+    assert "all its keys are fastdpo's own already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,12 @@ def test_what_no_config_can_be_read_from(tmp_path, old, new, text):
     assert text in str(error.value)
 
 
+def test_a_notebook_without_cells(tmp_path):
+    (tmp_path / "old.ipynb").write_text('{"worksheets": []}')
+    with pytest.raises(ConfigError, match="cannot be read as Python: no notebook of version 4"):
+        read(tmp_path / "old.ipynb")
+
+
 def test_convert_takes_it_and_runs_nothing(tmp_path, capsys):
     path = written(tmp_path, [*NOTEBOOK, f"open({str(tmp_path / 'ran')!r}, 'w')"])
     assert main(["convert", str(path)]) == 0

@@ -8,7 +8,7 @@ from fastdpo import api
 from fastdpo.cli import main
 from fastdpo.config.keys import Config
 from fastdpo.config.reading import to_yaml
-from fastdpo.convert.convert import config_of
+from fastdpo.convert.convert import config_of, drafted
 from fastdpo.errors import ConfigError
 from tests.config.command_line import load_config
 
@@ -94,7 +94,7 @@ def test_what_a_flag_replaced_is_not_told(file, capsys):
         [file(TRL), "--gradient_accumulation_steps", "4", "--learning_rate", "1e-5", "--model", "other"]
     )
     said = capsys.readouterr().err
-    assert "gradient_accumulation_steps 4 -> batch_size 8" in said and "-> model" not in said
+    assert "gradient_accumulation_steps 4 (of one device) -> batch_size 8" in said and "-> model" not in said
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,25 @@ def test_what_a_flag_replaces_may_be_wrong(file, wrong, flags, key, value):
     with pytest.raises(ConfigError):
         load_config([theirs])
     assert getattr(load_config([theirs, *flags]), key) == value
+
+
+def test_what_a_flag_replaced_is_no_problem_to_tell(file, capsys):
+    theirs = yaml.safe_load(TRL) | {"optim": "lion_8bit", "per_device_train_batch_size": "auto"}
+    load_config([file(yaml.safe_dump(theirs)), "--batch_size=4", "--optim=adafactor"])
+    said = capsys.readouterr().err
+    assert "read as a config of TRL" in said and "lion_8bit" not in said and "auto" not in said
+
+
+def test_what_a_launcher_reads_is_no_config_of_a_trainer():
+    for values in (
+        {"compute_environment": "LOCAL_MACHINE", "bf16": True},
+        {"zero_optimization": {"stage": 3}},
+    ):
+        for read in (drafted, lambda values: config_of(values, {"model": "m", "data": "d"})):
+            with pytest.raises(
+                ConfigError, match="not of a trainer; give the trainer's own, with --num_processes"
+            ):
+                read(values)
 
 
 def test_from_python(file, monkeypatch):

@@ -116,6 +116,13 @@ def of_mixer(mixer, splits=("train_prefs", "test_prefs"), **more):
     return became(dataset_name=None, dataset_mixer=mixer, dataset_splits=list(splits), **more)[0]
 
 
+def test_what_a_mixture_is_read_in_place_of():
+    ours, notes = became(dataset_mixer={"org/a": 1.0}, datasets=[{"path": "org/b"}])
+    assert ours["data"] == "org/a"
+    for what in ("datasets [{'path': 'org/b'}]", "dataset_name org/d"):
+        assert f"check: {what}: left out, dataset_mixer says what is read" in notes
+
+
 def test_an_older_mixture():
     ours = of_mixer({"org/a": 1.0, "org/b": 0.5}, dataset_configs=["en", None], eval_strategy="steps")
     assert ours["data"] == ["org/a:en#train_prefs", "org/b#train_prefs[:50%]"]

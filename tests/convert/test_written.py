@@ -9,6 +9,7 @@ from rich.console import Console
 from fastdpo.cli import main
 from fastdpo.config.keys import from_values
 from fastdpo.convert.convert import converted, drafted
+from fastdpo.convert.draft import Fate, as_lines
 from fastdpo.convert.written import as_yaml, side_by_side
 from fastdpo.errors import ConfigError
 from tests.convert.test_convert import AXOLOTL, FILES, TRL
@@ -38,7 +39,7 @@ WRITTEN = """
 learning_rate: 5.0e-07
 # deepspeed ds_config.json: left out, there is one device: batch_size is the whole batch, of all
 #   devices together
-batch_size: 8  # per_device_train_batch_size 2, gradient_accumulation_steps 4
+batch_size: 8  # per_device_train_batch_size 2, gradient_accumulation_steps 4 (of one device)
 model: org/model  # model_name_or_path
 # report_to: left out, it is empty
 # fp16 false: left out, it is so here
@@ -128,8 +129,12 @@ def test_what_fastdpo_cannot_run_is_not_written():
         text_of(values | {"optim": "lion_8bit"})
     with pytest.raises(ConfigError, match=r"(?s)sync_ref_model: true: .*\n  neftune_noise_alpha: 5: "):
         text_of(values | {"sync_ref_model": True, "neftune_noise_alpha": 5})
-    with pytest.raises(ConfigError, match="none of the keys is of a tool that is known: TRL, "):
+    with pytest.raises(ConfigError, match="all its keys are fastdpo's own already"):
         drafted({"model": "m", "data": "d"})
+    with pytest.raises(ConfigError, match="none of its keys is of a tool that is known; known are TRL, "):
+        drafted({"odd": 1})
+    with pytest.raises(ConfigError, match=r"(?s)sync_ref_model: true: .*\n  seed: -1 is below 0"):
+        text_of(values | {"sync_ref_model": True, "seed": -1})
 
 
 def test_a_null_of_ours_and_nested_values_stay_in_order():
@@ -154,7 +159,10 @@ def test_both_beside_each_other():
     rows = [[cell.strip() for cell in (line[:75], line[75:133], line[133:])] for line in text.splitlines()]
     rows = {theirs or ours: (ours, became) for theirs, ours, became in rows if not theirs.startswith("─")}
     assert rows["learning_rate: 5e-07"] == ("learning_rate: 5e-07", "")
-    assert rows["gradient_accumulation_steps: 4"] == ("batch_size: 8", "per_device_train_batch_size 2")
+    assert rows["gradient_accumulation_steps: 4"] == (
+        "batch_size: 8",
+        "per_device_train_batch_size 2 (of one device)",
+    )
     assert rows["per_device_train_batch_size: 2"] == ("", "in batch_size")
     assert rows["fp16: false"] == ("", "left out, it is so here")
     assert rows["sync_ref_model: true"][1].startswith("refused: the reference does not move here")
@@ -191,3 +199,16 @@ def test_a_value_that_several_keys_make_is_told_with_theirs():
     values = {"loss_type": "ipo", "model_name_or_path": "m", "dataset_name": "d", "beta": 0.3}
     made = "per_device_train_batch_size 8 (TRL's default), gradient_accumulation_steps 1 (TRL's default)"
     assert made in shown(values, 400)
+
+
+def test_lines_before_a_run():
+    """What is left out for one reason shares a line; what is to be checked stands last."""
+    told = ["check: c: so", "a 1: left out, it is slow", "x 2 -> y 2", "b 3: left out, it is odd"]
+    told += ["d: left out, it is slow", "x 2 -> y 2", "check: e 4: left out, it is odd", ""]
+    assert as_lines([Fate((), text) for text in told]) == [
+        "x 2 -> y 2",
+        "left out, it is slow: a 1, d",
+        "b 3: left out, it is odd",
+        "check: c: so",
+        "check: e 4: left out, it is odd",
+    ]

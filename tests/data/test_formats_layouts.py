@@ -59,6 +59,9 @@ def test_a_missing_column_is_told_beside_the_rows_own():
         read(OWN | {"label": None}, {"prompt": "q", "chosen": "yess", "rejected": "no"})
     assert caught.value.field == "yess"
     assert "null (this row has: q, yes, no, about, prompt; a row is {prompt, chosen" in caught.value.message
+    assert caught.value.message.endswith(
+        "; data_format asks for it: name the rows' own columns there, or set it to null"
+    )
 
 
 def test_problems_name_the_rows_own_columns():

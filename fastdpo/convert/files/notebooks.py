@@ -56,7 +56,10 @@ def read_code(path: Path) -> dict:
 
 def _code(text: str) -> str:
     """The code of a notebook, without its magics."""
-    cells = [cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    notebook = json.loads(text)
+    if "cells" not in notebook:
+        raise ValueError("no notebook of version 4, which has cells")
+    cells = [cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
     sources = ["".join(source) for source in cells]
     python = [source for source in sources if not re.match(r"\s*%%(?!capture|time)", source)]
     return re.sub(r"(?m)^([ \t]*)[!%](.*\\\n)*.*$", r"\1pass", "\n".join(python))

@@ -96,7 +96,8 @@ def batch(
     if not wrong:
         devices, given = ([num_processes], ["num_processes"]) if num_processes else ([], [])
         values = {size_key: size, steps_key: steps}
-        draft.set("batch_size", math.prod([size, steps, *devices]), *values, *given, **values)
+        why = "" if devices else "of one device"
+        draft.set("batch_size", math.prod([size, steps, *devices]), *values, *given, why=why, **values)
 
 
 def epochs(draft: Draft, num_train_epochs=None, max_steps=-1) -> None:

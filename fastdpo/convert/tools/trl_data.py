@@ -36,6 +36,10 @@ def data(
     dataset_config=None,
     dataset_train_split=None,
 ) -> None:
+    given = {"dataset_mixture": dataset_mixture, "dataset_mixer": dataset_mixer, "datasets": datasets}
+    given = {key: value for key, value in (given | {"dataset_name": dataset_name}).items() if value}
+    for other in list(given)[1:]:
+        draft.check(other, f"left out, {next(iter(given))} says what is read")
     evaluates = draft.theirs.get("eval_strategy") or draft.theirs.get("evaluation_strategy") or "no"
     if dataset_mixture:  # alignment-handbook's since July 2025
         _mixture(draft, dataset_mixture)

@@ -40,7 +40,10 @@ class Layout:
         """The problem of this row with the row's own names for the columns it is in, and those it has."""
         theirs = lambda match: self.columns.get(match[0], match[0])
         field = re.sub(r"^\w+|(?<= and )\w+", theirs, problem.field)
-        return RowProblem(problem.reason, field, beside_names(problem.message, row))
+        message = beside_names(problem.message, row)
+        if field in self.columns.values():
+            message += "; data_format asks for it: name the rows' own columns there, or set it to null"
+        return RowProblem(problem.reason, field, message)
 
 
 def layout_of(data_format: str | dict | None) -> Layout | None:
