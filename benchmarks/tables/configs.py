@@ -35,9 +35,9 @@ def collection(folder: Path = FOLDER) -> list[Collected]:
     return [Collected(**one) for file in files for one in yaml.safe_load(file.read_text(encoding="utf-8"))]
 
 
-def collected_table() -> str:
+def collected_table(folder: Path = FOLDER) -> str:
     """A row a config."""
-    configs = collection()
+    configs = collection(folder)
     rows = [_row(config) for config in sorted(configs, key=lambda one: one.draft().tool.name)]
     whole = sum(not config.ignore for config in configs)
     text = f"{whole} of {len(configs)} run as they are."
@@ -51,7 +51,7 @@ def _row(config: Collected) -> list[str]:
     check = sum(note.startswith("check: ") for note in draft.notes)
     refused = ", ".join(f"`{key}`" for key in config.ignore)
     return [
-        f"[{config.name}]({config.source})",
+        f"[{config.name}](<{config.source}>)",  # an address may have brackets
         draft.tool.name,
         _became(draft.ours),
         str(left),

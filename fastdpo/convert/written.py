@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
 def as_yaml(values: dict, draft: Draft) -> str:
     """Ours where the first of their keys stood in `values`, and at the end what they left out."""
-    values = {key: plain(value) for key, value in values.items()}
+    values = _as_read(values, draft)
     lines = [f"# read as a config of {draft.tool.name}"]
     for key, place in _places(values, draft).items():
         if key is None:
@@ -42,7 +42,7 @@ def as_yaml(values: dict, draft: Draft) -> str:
 
 def side_by_side(values: dict, draft: Draft) -> Table:
     """A row a key of theirs: it, ours, and what became of it where that is more than another name."""
-    values = {key: plain(value) for key, value in values.items()}
+    values = _as_read(values, draft)
     columns = (("theirs", 30), ("ours", 23), ("what became of it", 23))
     table = Table(
         *(Column(name, overflow="fold", ratio=ratio) for name, ratio in columns),
@@ -64,6 +64,15 @@ def side_by_side(values: dict, draft: Draft) -> Table:
         for fate in place.fates:
             _row(table, "", [], [fate.text])
     return table
+
+
+def _as_read(values: dict, draft: Draft) -> dict:
+    """Theirs in their order, what is within others as a key of its own where the tool reads it so."""
+    out: dict = {}
+    for key, value in values.items():
+        within = {name: one for name, one in draft.theirs.items() if name.startswith(f"{key}.")}
+        out |= within or {key: plain(value)}
+    return out
 
 
 def _shown(ours: str, draft: Draft) -> str:

@@ -10,10 +10,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from benchmarks.tables.configs import Collected, collection
+from benchmarks.tables.configs import Collected, collected_table, collection, refused_table
 from fastdpo.api import train
 from fastdpo.config.keys import FIELDS, from_values
-from fastdpo.convert.convert import converted
+from fastdpo.convert.convert import TOOLS, converted
+from fastdpo.convert.rules import Only
 from tests.convert.some_rows import some_rows
 from tests.tiny import save_model, write_jsonl
 
@@ -77,3 +78,19 @@ def runnable(config: Collected, ours: dict, model: str, folder) -> dict:
         over["lora_target_modules"] = "all-linear"  # names of other models' modules
     assert over.keys() <= FIELDS.keys()
     return over
+
+
+def test_the_tables_of_the_documentation(tmp_path):
+    keys = {"model_name_or_path": "m", "dataset_name": "me/rows", "use_peft": True, "lora_r": 4}
+    keys |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1, 0.5], "sync_ref_model": True, "bf16": True}
+    config = {"name": "mine", "source": "https://x/(7B).yaml", "rows": "trl", "keys": keys}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump([config | {"ignore": ["sync_ref_model"]}]))
+    text = collected_table(tmp_path)
+    assert text.startswith("0 of 1 run as they are.")
+    assert "| [mine](<https://x/(7B).yaml>) | TRL | sigmoid + sft, LoRA of rank 4, `me/rows` |" in text
+    assert text.endswith("| `sync_ref_model` |")
+    said = refused_table().splitlines()  # Unsloth's without TRL's, so any tool's row will do
+    only = [(key, rule.fix) for tool in TOOLS for key, rule in tool.rules.items() if isinstance(rule, Only)]
+    assert len(only) > 100
+    missing = [key for key, why in only if not any(f"`{key}`" in row and why in row for row in said)]
+    assert not missing

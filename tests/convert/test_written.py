@@ -8,8 +8,8 @@ from rich.console import Console
 
 from fastdpo.cli import main
 from fastdpo.config.keys import from_values
-from fastdpo.convert.convert import converted, drafted
-from fastdpo.convert.draft import Fate, as_lines
+from fastdpo.convert.convert import converted, drafted, recognise
+from fastdpo.convert.draft import Draft, Fate, as_lines
 from fastdpo.convert.written import as_yaml, side_by_side
 from fastdpo.errors import ConfigError
 from tests.convert.test_convert import AXOLOTL, FILES, TRL
@@ -212,3 +212,13 @@ def test_lines_before_a_run():
         "check: c: so",
         "check: e 4: left out, it is odd",
     ]
+
+
+def test_keys_within_others_have_places_of_their_own_where_the_tool_reads_them_so():
+    values = {"loss": {"kind": "dpo", "beta": 0.2}, "seed": 1}
+    draft = Draft(recognise({"loss_type": "ipo"}), {"loss.kind": "dpo", "loss.beta": 0.2, "seed": 1}, {})
+    draft.set("seed", 1, "seed")
+    draft.set("beta", 0.2, "loss.beta")
+    draft.leave("loss.kind", "it is so here")
+    lines = ["# loss.kind dpo: left out, it is so here", "beta: 0.2  # loss.beta", "seed: 1"]
+    assert as_yaml(values, draft).splitlines()[1:] == lines
