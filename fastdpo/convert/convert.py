@@ -7,11 +7,11 @@ from pathlib import Path
 
 from fastdpo.config.keys import FIELDS, Config, from_values
 from fastdpo.config.reading import read_yaml
-from fastdpo.convert.draft import Draft, Fate, as_lines, spelled
+from fastdpo.convert.draft import Draft, Fate, as_lines
 from fastdpo.convert.files.notebooks import read_code
 from fastdpo.convert.files.scripts import read_script
 from fastdpo.convert.nested import flattened
-from fastdpo.convert.overrides import concerns, laid_over, problems_left, to_ignore, way_on, without
+from fastdpo.convert.overrides import as_fates, concerns, laid_over, problems_left, to_ignore, way_on, without
 from fastdpo.convert.rules import Tool
 from fastdpo.convert.tools.axolotl import AXOLOTL
 from fastdpo.convert.tools.llama_factory import LLAMA_FACTORY
@@ -77,8 +77,8 @@ def config_of(whole: dict, over: dict) -> Config:
         _say(base, over)
         _say(flags, {})
     config = _checked(tool, refused, problems, whole, ours)
-    for key, value in ignored.items():
-        print(f"{key} {spelled(value)}: ignored, as was asked for", file=sys.stderr)
+    for fate in as_fates(ignored):
+        print(fate.text, file=sys.stderr)
     return config
 
 
@@ -125,8 +125,7 @@ def drafted(values: dict, ignore: Sequence[str] = ()) -> Draft:
     draft = tool.translate(kept, _is_whole(tool, kept))
     if before or ignored:
         draft.ours["ignore"] = before | ignored
-    for key, value in ignored.items():
-        draft.fates.append(Fate((key,), f"{key} {spelled(value)}: ignored, as was asked for", "ignore"))
+    draft.fates += as_fates(ignored)
     return draft
 
 

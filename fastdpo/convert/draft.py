@@ -10,7 +10,8 @@ import yaml
 
 from fastdpo.convert.nested import within
 
-_LOGS_IN = re.compile("(api_key|hub_token|secret)$")  # keys whose value is shown nowhere
+# keys whose value is shown and kept nowhere
+_LOGS_IN = re.compile("(api_key|(hub|hf|auth|access)_token|secret|password)$")
 
 
 class Unresolved(str):
@@ -75,7 +76,7 @@ class Draft:
         if key in self.negated:
             return f"{self.negated[key]} true"
         if (value := within(self.theirs, key)) is not None:
-            return key if _LOGS_IN.search(key) else f"{key} {spelled(value)}"
+            return key if is_secret(key) else f"{key} {spelled(value)}"
         value = self.defaults.get(key, default)
         return (
             f"{key} is not given" if value is None else f"{key} {spelled(value)} ({self.tool.name}'s default)"
@@ -110,9 +111,10 @@ class Draft:
 
     def refuse(self, name: str, value=None, fix: str | None = None) -> None:
         """A problem: what would change training and cannot be had. The reason is `fix`, or the tool's."""
-        shown = spelled(within(self.theirs, self.key(name)) if value is None else value)
-        text = f"{self.key(name)}: {shown}: {fix or self.tool.reasons[name]}"
-        self._add((name,), text, is_problem=True)
+        key = self.key(name)
+        value = within(self.theirs, key) if value is None else value
+        said = key if is_secret(key) else f"{key}: {spelled(value)}"
+        self._add((name,), f"{said}: {fix or self.tool.reasons[name]}", is_problem=True)
 
     def tell_problem(self, names: Iterable[str], text: str) -> None:
         """A problem in words of its own, of the keys of these names."""
@@ -121,6 +123,10 @@ class Draft:
     def _add(self, names: tuple[str, ...], text: str, ours=None, is_problem: bool = False) -> None:
         keys = tuple(self.negated.get(key, key) for key in map(self.key, names))
         self.fates.append(Fate(keys, text, ours, is_problem))
+
+
+def is_secret(key: str) -> bool:
+    return bool(_LOGS_IN.search(key))
 
 
 def spelled(value) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from fastdpo.config.keys import FIELDS
 from fastdpo.config.names import called
-from fastdpo.convert.draft import Draft, Fate, plain
+from fastdpo.convert.draft import Draft, Fate, is_secret, plain, spelled
 from fastdpo.convert.nested import put, remove, within
 from fastdpo.convert.rules import Tool
 from fastdpo.errors import ConfigError
@@ -35,11 +35,17 @@ def without(values: dict, names: Iterable[str]) -> tuple[dict, dict]:
             wrong.append(
                 f"ignore: {name!r} is not in the config. {nearest(name, _keys(values))}".rstrip(". ")
             )
-        ignored[name] = within(values, name)
+        ignored[name] = "not kept" if is_secret(name) else within(values, name)
         remove(kept, name)
     if wrong:
         raise ConfigError(*wrong)
     return kept, ignored
+
+
+def as_fates(ignored: dict) -> list[Fate]:
+    """What is said of keys that were left out so."""
+    said = ((key, f"{key} {spelled(value)}: ignored, as was asked for") for key, value in ignored.items())
+    return [Fate((key,), text, "ignore") for key, text in said]
 
 
 def _has(values: dict, name: str) -> bool:

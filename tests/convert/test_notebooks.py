@@ -100,6 +100,8 @@ def test_a_script(tmp_path):
     "old, new, text",
     [
         ("beta=BETA", "beta=args.beta", "beta: args.beta: only running the file would tell"),
+        ("beta=BETA", "beta=-[1]", "beta: -[1]: only running the file would tell"),
+        ("beta=BETA", "beta={[1]: 2}", "beta: {[1]: 2}: only running the file would tell"),
         ("beta=BETA", "**more", "DPOTrainer(**): more: only running the file would tell"),
         ("BETA = 0.3", "BETA = 0.3\nBETA = 0.4", "beta: BETA: only running"),
         ("BETA = 0.3", "BETA = 0.3\nfor BETA in (1, 2): pass", "beta: BETA: only running"),

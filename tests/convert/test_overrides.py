@@ -290,3 +290,13 @@ def test_how_replaced_data_is_read_is_no_problem():
     with pytest.raises(ConfigError, match=r"datasets\.type"):
         config_of(yaml.safe_load(AXOLOTL) | {"datasets": wrong}, {})
     assert config_of(yaml.safe_load(AXOLOTL) | {"datasets": wrong}, {"data": "e"}).data == "e"
+
+
+def test_a_secret_is_shown_and_kept_nowhere(file, capsys):
+    path = file(TRL, my_api_key="sk-123", hf_token="sk-123", pad_token="seen")
+    with pytest.raises(ConfigError, match="my_api_key: not a key that is known of TRL") as error:
+        load_config([path])
+    config = load_config([path, "--ignore", "my_api_key,hf_token,pad_token"])
+    assert config.ignore == {"my_api_key": "not kept", "hf_token": "not kept", "pad_token": "seen"}
+    assert main(["convert", path, "--diff"]) == 2
+    assert "sk-123" not in str(error.value) + "".join(capsys.readouterr())

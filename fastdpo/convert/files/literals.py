@@ -125,7 +125,7 @@ class Code:
     def or_text(self, node: ast.expr) -> Any:
         try:
             return self.value(node)
-        except LookupError:
+        except (LookupError, TypeError, ArithmeticError):  # -[1], {[]: 1}, 1e400 / 3
             return Unresolved(ast.unparse(node))
 
     def made(self, node: ast.expr | None) -> list[ast.Call]:
