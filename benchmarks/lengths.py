@@ -104,7 +104,8 @@ def main() -> None:
     from rich.console import Console
     from transformers import AutoTokenizer
 
-    from fastdpo.data.groups import Limits, load_groups
+    from fastdpo.data.groups import Limits
+    from fastdpo.data.load import load_groups
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data")

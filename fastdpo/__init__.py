@@ -20,7 +20,7 @@ _HOME = {
     "PreferenceGroup": "records",
     "ResponseLogps": "records",
     "fill_reference": "api",
-    "load_groups": "data.groups",
+    "load_groups": "data.load",
     "pack": "data.packing",
     "prepare": "model.support",
     "split_step": "data.packing",
@@ -34,7 +34,8 @@ leave_out_noise()
 if TYPE_CHECKING:  # the same in words that a type checker reads
     from fastdpo.api import fill_reference, train
     from fastdpo.config.keys import Config
-    from fastdpo.data.groups import Limits, load_groups, to_group
+    from fastdpo.data.groups import Limits, to_group
+    from fastdpo.data.load import load_groups
     from fastdpo.data.packing import pack, split_step
     from fastdpo.errors import FastDPOError
     from fastdpo.model.policy import Policy

@@ -129,40 +129,61 @@ def push(folder: str, /, *, to: str):
     push(model, to, Console())
 
 
-def cache(file: Path | None = None, /):
-    """show the reference cache: its size, and what is in it by model and data
+def cache(where: Path | None = None, /):
+    """show what is kept on disk: the reference's log-probs by model and data, and data sets as tokens
 
-    :param file: default: that of reference_cache: auto
+    :param where: a file of log-probs or a folder of tokens; default: those of auto
     """
     from rich.console import Console
 
-    from fastdpo.reference.cache_contents import show
+    from fastdpo.data.store import contents as tokens
+    from fastdpo.reference import cache_contents as reference
 
-    show(file, Console())
+    console, folder = Console(), tokens.folder_of(where)
+    if where is None or folder is None:
+        reference.show(where, console)
+    if folder is not None:
+        tokens.show(folder, console)
 
 
 def prune(
-    file: Path | None = None,
+    where: Path | None = None,
     /,
     *,
     older_than: str | None = None,
     namespace: list[str] | None = None,
+    tokens: list[str] | None = None,
     dry_run: bool = False,
 ):
-    """remove namespaces from the reference cache, and give their space back
+    """remove some of what `fastdpo cache` shows, and give its space back
 
-    Asks nothing. With an age and namespaces, only those of both go.
+    Asks nothing. With an age and ids, only those of both go.
 
-    :param file: default: that of reference_cache: auto
-    :param older_than: those last filled longer ago, as in 12h, 30d or 2w; a run that finds all is no fill
-    :param namespace: how its id begins, as `fastdpo cache` shows it; may be given again
+    :param where: a file of log-probs or a folder of tokens; default: those of auto
+    :param older_than: log-probs last filled and tokens last used longer ago, as in 12h, 30d or 2w
+    :param namespace: of log-probs, how its id begins, as `fastdpo cache` shows it; may be given again
+    :param tokens: of a tokenised data set, how its id begins; may be given again
     :param dry_run: only say what would go
     """
     from rich.console import Console
 
-    from fastdpo.reference.cache_contents import prune
+    from fastdpo.data.store import contents
+    from fastdpo.reference import cache_contents as reference
+    from fastdpo.values import as_age
 
-    prune(file, older_than, namespace or [], dry_run, Console())
+    if older_than is None and not namespace and not tokens:
+        raise ConfigError(
+            "cache prune: say what goes: --older_than 30d, or --namespace or --tokens and how its id begins "
+            "in `fastdpo cache`. To remove everything, delete the file and the folder"
+        )
+    age, console = None if older_than is None else as_age("--older_than", older_than), Console()
+    folder = contents.folder_of(where)
+    if where and (wrong := tokens and "--tokens" if folder is None else namespace and "--namespace"):
+        raise ConfigError(f"{wrong}: {where} holds none of them; name what does, or leave one of the two out")
+    if (where is None or folder is None) and (namespace or not tokens):
+        reference.prune(where, age, namespace or [], dry_run, console)
+    if folder is not None and (tokens or not namespace):
+        contents.prune(folder, age, tokens or [], dry_run, console)
 
 
 def convert(

@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
+from datetime import timedelta
 
 import yaml
 
@@ -97,3 +98,15 @@ def as_bytes(name: str, text: str) -> int:
     if size <= 0:
         raise ConfigError(f"{name}: {text!r} is not a size as in 24GB or 512MiB")
     return size
+
+
+_AGE = re.compile(r"(\d{1,5})\s*(h|d|w)(?:ours?|ays?|eeks?)?")
+_SPANS = {"h": "hours", "d": "days", "w": "weeks"}
+
+
+def as_age(name: str, text: str) -> timedelta:
+    """ "30d", "2 weeks" -> how long. Raises ConfigError."""
+    found = _AGE.fullmatch(text.strip().lower())
+    if not found:
+        raise ConfigError(f"{name}: {text!r} is not an age as in 12h, 30d or 2w")
+    return timedelta(**{_SPANS[found[2]]: int(found[1])})

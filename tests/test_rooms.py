@@ -11,10 +11,10 @@ import pytest
 from fastdpo.moved import MOVED
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "records", "moving", "values", "console", "files"}
+GROUND = {"errors", "preferences", "records", "moving", "values", "console", "files"}
 PATH = {  # from a row to an updated weight: a house of its own, which looks into no other room
     "data": GROUND,
-    "objectives": GROUND,
+    "objectives": GROUND | {"data"},
     "config": GROUND | {"data", "objectives"},
     "model": GROUND | {"data"},
     "optim": GROUND | {"model"},
@@ -53,6 +53,7 @@ BENCHMARKS = {tool: TOOLS for tool in TOOLS} | {
     "memory": TOOLS | {"peers", "tables"},
     "learning": TOOLS | {"peers"},
     "growth": TOOLS | {"attention", "head"},
+    "rows": TOOLS,
     "cpu": TOOLS | {"gate", "steps"},
     "gpu": TOOLS | {"attention", "growth", "head", "learning", "memory", "steps"},
 }

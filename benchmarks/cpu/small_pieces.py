@@ -22,14 +22,15 @@ from benchmarks.lengths import draw
 from benchmarks.models import MODELS, build, tiny
 from benchmarks.results import RESULTS, write_result
 from fastdpo.config.keys import Config
-from fastdpo.data.groups import Limits, load_groups, to_group
+from fastdpo.data.groups import Limits, to_group
+from fastdpo.data.load import load_groups
 from fastdpo.data.packing import epoch_order, pack, split_step
+from fastdpo.data.store.digests import response_keys
 from fastdpo.demo import DISHES, HELPFUL, QUESTIONS, RUDE, make_model
 from fastdpo.model import attention
 from fastdpo.model.policy import Policy
 from fastdpo.records import ResponseLogps
 from fastdpo.reference.fill import load_reference
-from fastdpo.reference.fingerprint import response_keys
 from fastdpo.training.job import objective_of
 
 PAIRS, MAX_TOKENS, VOCAB = 64, 8192, 32_000
@@ -77,7 +78,9 @@ def test_load_groups(benchmark, rows, tokenizer, tmp_path):
     """64 rows of a file: what a row costs where many are tokenised together."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    load = lambda: load_groups(str(path), tokenizer, Limits(1024), strict=True, console=QUIET)
+    load = lambda: load_groups(
+        str(path), tokenizer, Limits(1024), strict=True, console=QUIET, data_cache="off"
+    )
     benchmark(load)
 
 

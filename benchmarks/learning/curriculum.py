@@ -18,7 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.figures import Bar, bars
 from benchmarks.learning.frontier import spread
 from benchmarks.learning.train import FULL, QUIET, Base, Groups, Run, Sizes, reference, settings
-from fastdpo.data.groups import Limits, load_groups
+from fastdpo.data.groups import Limits
+from fastdpo.data.load import load_groups
 from fastdpo.data.packing import epoch_order
 from fastdpo.model.policy import Policy
 from fastdpo.records import Pair, PreferenceGroup

@@ -34,7 +34,8 @@ from transformers import (
 from benchmarks.figures import Band, curves
 from benchmarks.results import stage_arguments, write_result
 from fastdpo.config.keys import Config
-from fastdpo.data.groups import Limits, load_groups
+from fastdpo.data.groups import Limits
+from fastdpo.data.load import load_groups
 from fastdpo.data.packing import epoch_order
 from fastdpo.demo import make_model, write_data
 from fastdpo.model import support

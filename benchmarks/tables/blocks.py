@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.tables import head_blocks, memory_blocks
+from benchmarks.tables import head_blocks, memory_blocks, row_blocks
 from benchmarks.tables.markdown import markdown, number, where
 
 
@@ -241,6 +241,13 @@ BLOCKS = {
     ),
     "parity-cpu": ("parity", "cpu", parity, "learning beside TRL in fp32", "make bench-cpu"),
     "cache": ("cache", "cpu", cache, "the reference cache", "make bench-cpu"),
+    "rows-cpu": (
+        "rows",
+        "cpu",
+        row_blocks.rows,
+        "rows from a file to training, beside TRL",
+        "python -m benchmarks.rows.run",
+    ),
     "growth-cpu": ("growth", "cpu", growth, "how cost grows on a CPU", "make bench-cpu"),
     "steps-gpu": ("steps", "gpu", steps_on_a_gpu, "training steps on a GPU, beside TRL", _all("steps")),
     "dropin-gpu": ("dropin", "gpu", dropin, "TRL stock and patched on a GPU", _all("dropin")),

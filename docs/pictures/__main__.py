@@ -5,10 +5,11 @@ python -m docs.pictures
 
 from pathlib import Path
 
-from docs.pictures import ladder, memory, packing
+from docs.pictures import ladder, memory, packing, rows
 
 FOLDER = Path(__file__).parent
 PICTURES = {"packing": packing.draw, "memory": memory.draw, "ladder": ladder.draw}
+PICTURES |= {"rows": rows.draw}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A canvas of boxes, dots and words, and the SVG they become."""
+"""A canvas of boxes, dots, lines and words, and the SVG they become."""
 
 from html import escape
 
@@ -40,6 +40,11 @@ class Canvas:
 
     def dot(self, x, y, colour: str) -> None:
         self._parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="2" fill="{colour}"/>')
+
+    def line(self, places: list[tuple[float, float]], colour: str) -> None:
+        """From place to place."""
+        points = " ".join(f"{x:.5g},{y:.5g}" for x, y in places)
+        self._parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
 
     def legend(self, y, entries: dict[str, str], columns: int) -> None:
         """{word: its colour} in so many columns; y is the first base line."""

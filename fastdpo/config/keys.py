@@ -196,6 +196,12 @@ class Config:
     )
     use_dora: bool = _key(False, "DoRA: a LoRA that learns the weights' magnitude apart (2402.09353)")
     use_rslora: bool = _key(False, "scale the LoRA by alpha / sqrt(rank), not alpha / rank (2312.03732)")
+    data_cache: str = _key(
+        "auto",
+        "folder that keeps the tokenised rows for every later run with the same data, tokenizer, template "
+        "and lengths; auto is ~/.cache/fastdpo/tokens (or under $XDG_CACHE_HOME), off tokenises in every run "
+        "and keeps the tokens in memory",
+    )
     reference_cache: str = _key(
         "auto",
         "SQLite file that keeps the reference's log-probs for every later run with the same start weights; "
@@ -242,7 +248,7 @@ class Config:
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 GROUPS = {  # of the help and of docs/keys.md: each key once
     "Data": "model adapter data data_format eval_data chat_template chat_template_kwargs pairs pair_gap "
-    "flip_pairs max_length truncation strict".split(),
+    "flip_pairs max_length truncation data_cache strict".split(),
     "Objective": "objective objective_args beta label_smoothing router_aux_loss_coef reference_cache "
     "stages".split(),
     "Optimizer": "learning_rate warmup_steps lr_scheduler_type lr_scheduler_kwargs optim adam_beta1 "

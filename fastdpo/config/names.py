@@ -16,12 +16,14 @@ OPTIMIZERS = {
     "ao_adamw_4bit": "adamw_torch_4bit",
 }
 _OFF = {False: "off", "false": "off", "no": "off", "none": "off"}
+_AUTO = {True: "auto", "true": "auto", "yes": "auto", "on": "auto"}
 SAME: dict[str, dict] = {
     "optim": OPTIMIZERS,
     "dtype": {"bfloat16": "bf16", "float32": "fp32"},
     "lora_target_modules": {"all_linear": "all-linear", "all": "all-linear"},
     "push_to_hub": {False: None, "false": None, "no": None},  # transformers' switch
-    "reference_cache": _OFF | {True: "auto", "true": "auto", "yes": "auto", "on": "auto"},
+    "data_cache": _OFF | _AUTO,
+    "reference_cache": _OFF | _AUTO,
 }
 _SIZES = ("memory", "head_memory")
 ALSO_CALLED = (*SAME, *_SIZES, "max_steps")  # the keys that `in_our_words` changes

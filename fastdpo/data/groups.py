@@ -2,24 +2,21 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 
-from fastdpo.console.progress import make_progress
 from fastdpo.data.chat.arguments import Chat
 from fastdpo.data.chat.scripts import Draft, write
 from fastdpo.data.formats.layouts import Layout
 from fastdpo.data.one_row import problem_of, refuse_lone_surrogates
 from fastdpo.data.report import NOT_PRINTED, DataReport, RowProblem
 from fastdpo.data.rows import Row, parse_row
-from fastdpo.data.sources import Rows, chunks, load_sets, named
+from fastdpo.data.sources import Rows
 from fastdpo.data.tokenizing import Encoder, Tokens, shared_length, tokenize
 from fastdpo.errors import ConfigError, DataError
-from fastdpo.records import Pair, PreferenceGroup, Response
+from fastdpo.preferences import Pair, PreferenceGroup, Response
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,72 +67,47 @@ def to_group(
     return outcome
 
 
-def load_groups(
-    spec: str | list[str],
-    tokenizer: "PreTrainedTokenizerBase",
-    limits: Limits,
-    *,
-    strict: bool,
-    console: Console,
-    data_format: str | dict[str, str] | None = None,
-    chat: Chat | None = None,
-    key: str = "data",
-) -> tuple[list[PreferenceGroup], DataReport]:
-    """All usable rows of a data source (see load_rows), or of several, one after the other, as groups, and
-    the account of every row. `data_format` says how to read the rows, where their columns do not; `chat`,
-    what the chat template is given besides; `key` is the config's, for errors about the source.
+def shard_of(
+    rows: Rows, chunk: Sequence[tuple[int, Any]], encoder: Encoder, limits: Limits, chat: Chat
+) -> tuple[list[PreferenceGroup], dict[str, Any]]:
+    """(the groups of some of a data set's rows, the account of these rows as JSON), all numbered as they are
+    in the data set: what a process of its own makes, whatever the other rows are.
 
-    Raises DataError when no row is left, or under `strict` at the first row that was dropped,
-    truncated, identical or malformed.
+    `refused` of it is the first row that `strict` does not let pass, and why.
     """
-    sets = load_sets(spec, data_format, key)
-    encoder, report, chat = Encoder(tokenizer), DataReport(named(sets)), chat or Chat()
-    groups: list[PreferenceGroup] = []
-    seen: set[bytes] = set()
-    with make_progress(console) as bar:
-        task = bar.add_task("reading rows", total=sum(map(len, sets)), unit="rows", info="")
-        for rows, chunk in chunks(sets, _CHUNK):
-            outcomes = _outcomes(chunk, encoder, limits, chat, rows.layout, report)
-            for (number, _), outcome in zip(chunk, outcomes):
-                if strict:
-                    _refuse(outcome, rows, number)
-                if isinstance(outcome, RowProblem):
-                    report.drop(number, outcome, rows.told(number, outcome))
-                else:
-                    group, notes = outcome
-                    groups.append(group)
-                    notes["duplicate_row"] += (digest := _digest(group)) in seen
-                    seen.add(digest)
-                    report.keep(group, +notes)
-            bar.update(task, advance=len(chunk))
-    if not groups:
-        raise DataError(f"{key}: none of the {report.rows} rows of {spec!r} can be used.\n{report.losses()}")
-    report.dates = list(chat.dates)
-    return groups, report
+    chat = replace(chat)  # which keeps what is told from here on
+    report, groups, refused = DataReport(rows.source, rows_read=len(chunk)), [], None
+    for start in range(0, len(chunk), _CHUNK):
+        some = chunk[start : start + _CHUNK]
+        for (number, _), outcome in zip(some, _outcomes(some, encoder, limits, chat, rows.layout, report)):
+            refused = refused or _refused(outcome, rows, number)
+            if isinstance(outcome, RowProblem):
+                report.drop(number, outcome, rows.told(number, outcome))
+            else:
+                group, notes = outcome
+                groups.append(group)
+                report.note(number, +notes)
+    report.dates = chat.dates
+    return groups, report.account() | {"refused": refused, "told": chat.told}
 
 
-def _digest(group: PreferenceGroup) -> bytes:
-    """What the group trains: its tokens, labels and pairs."""
-    parts = [repr((group.pairs, [response.label for response in group.responses])).encode()]
-    parts += [group.prompt.tobytes()]
-    parts += [array.tobytes() for one in group.responses for array in (one.ids, one.target_mask)]
-    digest = blake2b(digest_size=16)
-    for part in parts:
-        digest.update(len(part).to_bytes(8) + part)
-    return digest.digest()
-
-
-def _refuse(outcome: Outcome, rows: Rows, number: int) -> None:
-    """Raises DataError for what `strict` does not let pass."""
+def _refused(outcome: Outcome, rows: Rows, number: int) -> dict[str, Any] | None:
+    """What `strict` does not let pass, as `refuse` needs it."""
     problem: object = outcome
     if not isinstance(outcome, RowProblem):
         notes = outcome[1]
         found = [text.format(notes[name]) for name, text in _SERIOUS.items() if notes[name]]
         if not found:
-            return
+            return None
         problem = f"responses: {'; '.join(found)}"
+    return {"row": number, "line": rows.line(number), "problem": str(problem)}
+
+
+def refuse(refused: dict[str, Any], source: str) -> None:
+    """Raises DataError for a row that `strict` does not let pass."""
+    line = f" ({refused['line']})" if refused["line"] else ""
     way_out = "Correct or remove the row, or set strict: false to go on without such rows, counted."
-    raise DataError(f"{rows.where(number)}: {problem}\n{way_out}") from None
+    raise DataError(f"row {refused['row']} of {source}{line}: {refused['problem']}\n{way_out}")
 
 
 def _outcomes(

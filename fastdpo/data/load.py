@@ -3,17 +3,24 @@
 import math
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 
 from fastdpo.data.chat.arguments import Chat
-from fastdpo.data.groups import Limits, load_groups
+from fastdpo.data.groups import Limits, refuse
 from fastdpo.data.packing import epoch_order
-from fastdpo.errors import ConfigError
-from fastdpo.records import PreferenceGroup
+from fastdpo.data.report import DataReport
+from fastdpo.data.sources import sources_of
+from fastdpo.data.store.making import shards_of
+from fastdpo.data.store.stored import StoredGroups, facts_of, taken
+from fastdpo.data.store.work import Making
+from fastdpo.errors import ConfigError, DataError
+from fastdpo.preferences import Groups
 
-Rows = list[PreferenceGroup]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -28,17 +35,19 @@ class DataSpec:
     truncation: str
     strict: bool
     seed: int  # of which rows a fraction holds out
+    data_cache: str = "auto"
 
 
 def load_data(
     spec: DataSpec, tokenizer, console: Console, clock: datetime | None = None
-) -> tuple[Rows, Rows, dict]:
+) -> tuple[Groups, Groups, dict]:
     """(training groups, evaluation groups, the account of every row for data_report.json). `clock` is the
     time that a chat template is told, None for now. Raises DataError, or ConfigError where a fraction leaves
     nothing to train on."""
     limits = Limits(spec.max_length, spec.truncation)
     chat = Chat(spec.chat_template_kwargs, clock or datetime.now())
     how: dict[str, Any] = dict(strict=spec.strict, data_format=spec.data_format, chat=chat)
+    how["data_cache"] = spec.data_cache
 
     def load(name: str | list[str], key: str = "data"):
         groups, report = load_groups(name, tokenizer, limits, console=console, key=key, **how)
@@ -50,14 +59,65 @@ def load_data(
         groups, report = load(spec.data)
         return groups, eval_groups, {"data": report, "eval_data": eval_report}
     groups, report = load(spec.data)
-    size = spec.eval_data or 0
-    held = math.ceil(size * len(groups)) if size < 1 else min(int(size), len(groups))
-    order = epoch_order(len(groups), spec.seed, epoch=2**31)  # a stream that no training reaches
-    eval_groups = [groups[i] for i in sorted(order[:held])]
-    groups = [groups[i] for i in sorted(order[held:])]
-    if not groups:
+    size, count = spec.eval_data or 0, len(groups)
+    held = math.ceil(size * count) if size < 1 else min(int(size), count)
+    order = epoch_order(count, spec.seed, epoch=2**31)  # a stream that no training reaches
+    if held == count:
         raise ConfigError(f"eval_data: {spec.eval_data} of {held} groups leaves none to train on")
+    eval_groups, groups = taken(groups, np.sort(order[:held])), taken(groups, np.sort(order[held:]))
     if held:
-        console.print(f"eval_data: {held} of {held + len(groups)} groups split off by seed")
-    split = {"split_off": held, "rows": [g.row for g in eval_groups]}
+        console.print(f"eval_data: {held} of {count} groups split off by seed")
+    split = {"split_off": held, "rows": facts_of(eval_groups).row.tolist()}
     return groups, eval_groups, {"data": report, "eval_data": split}
+
+
+def load_groups(
+    spec: str | list[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    limits: Limits,
+    *,
+    strict: bool,
+    console: Console,
+    data_format: str | dict[str, str] | None = None,
+    chat: Chat | None = None,
+    key: str = "data",
+    data_cache: str = "auto",
+) -> tuple[Groups, DataReport]:
+    """All usable rows of a data source (see load_rows), or of several, one after the other, as groups, and
+    the account of every row. `data_format` says how to read the rows, where their columns do not; `chat`,
+    what the chat template is given besides; `key` is the config's, for errors about the source. `data_cache`,
+    as in the config: where the tokenised rows are kept, and looked for.
+
+    Raises DataError when no row is left, or under `strict` at the first row that was dropped,
+    truncated, identical or malformed.
+    """
+    making = Making(tokenizer, limits, chat or Chat())
+    shards, firsts, names, first, report = [], [], [], 0, DataReport("")
+    sources = sources_of(spec, data_format, key)
+    # all are looked into first: none is tokenised in vain, if another cannot be read
+    for source, made in [(one, shards_of(one, making, console, data_cache)) for one in sources]:
+        names.append(f"{source.spec} (from row {first} on)" if first else source.spec)
+        for shard in made:
+            if strict and shard.account["refused"]:
+                refuse(shard.account["refused"], source.spec)
+            report.add(shard.account, first)
+            shards.append(shard)
+            firsts.append(first)
+        first = report.rows_read
+    report.source = ", ".join(names)
+    groups = StoredGroups(shards, firsts)
+    if not len(groups):
+        raise DataError(f"{key}: none of the {first} rows of {spec!r} can be used.\n{report.losses()}")
+    _note_duplicates(groups, report)
+    report.keep(groups.facts)
+    return groups, report
+
+
+def _note_duplicates(groups: StoredGroups, report: DataReport) -> None:
+    trained = groups.facts.trained
+    _, firsts = np.unique(trained, return_index=True)
+    again = np.ones(len(trained), bool)
+    again[firsts] = False
+    for row in groups.facts.row[again].tolist():
+        report.note(row, {"duplicate_row": 1})
+    report.notes = dict(sorted(report.notes.items(), key=lambda note: note[1].examples[0]))  # as they came up

@@ -6,13 +6,16 @@ of groups, whatever the cap: packing never changes what an optimizer step sees, 
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any
+from dataclasses import dataclass
+from itertools import accumulate, count
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from fastdpo.data.beginnings import Branch, branches_of, own_prompts, own_tokens
+from fastdpo.data.store.facts import Facts
+from fastdpo.data.store.stored import facts_of
 from fastdpo.records import Groups, PackedGroups, PreferenceGroup, PrefixLayout, Response
 
 
@@ -21,35 +24,49 @@ def epoch_order(n_groups: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n_groups)
 
 
-@dataclass
-class _Bin:
-    """A microbatch being filled."""
+def epoch_steps(n_groups: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+    """The places of each step's groups, epoch after epoch, without end."""
+    for epoch in count():
+        order = epoch_order(n_groups, seed, epoch)
+        yield from (order[start : start + batch_size] for start in range(0, n_groups, batch_size))
 
-    groups: Groups = field(default_factory=list)
-    tokens: int = 0
-    rows: int = 0  # responses
-    width: int = 0  # of the longest separate row
-    scored: int = 0
+
+class Size(NamedTuple):
+    """What a group, or a microbatch, is counted by."""
+
+    tokens: int  # of the shared-prompt forward
+    responses: int
+    width: int  # of the longest separate row
+    scored: int
+    row: int  # of the first group
+
+    @classmethod
+    def of(cls, group: PreferenceGroup) -> "Size":
+        width = len(group.prompt) + max(len(group.inputs(r)) for r in group.responses)
+        return cls(group.input_tokens, len(group.responses), width, group.scored_tokens, group.row)
 
     def places(self, share: bool) -> int:
         """What it takes of max_tokens: shared rows have no padding, separate ones are as wide as the
         longest."""
-        return self.tokens if share else self.rows * self.width
+        return self.tokens if share else self.responses * self.width
 
-    def plus(self, group: PreferenceGroup) -> "_Bin":
-        width = len(group.prompt) + max(len(group.inputs(r)) for r in group.responses)
-        return _Bin(
-            [*self.groups, group],
-            self.tokens + group.input_tokens,
-            self.rows + len(group.responses),
-            max(self.width, width),
-            self.scored + group.scored_tokens,
-        )
+
+def sizes_of(facts: Facts) -> np.ndarray:
+    """The columns of Size, i64[G, 5]."""
+    width = facts.prompt + np.maximum.reduceat(facts.inputs, facts.cu_resp[:-1])
+    columns = facts.input_tokens, facts.responses, width, facts.scored_tokens, facts.row
+    return np.stack(columns, 1, dtype=np.int64, casting="unsafe")
+
+
+def places_of(sizes: np.ndarray, share: bool) -> np.ndarray:
+    """What each of these groups alone takes of max_tokens, i64[G]."""
+    of_shared: np.ndarray = sizes[:, 0]
+    return of_shared if share else sizes[:, 1] * sizes[:, 2]
 
 
 def places(group: PreferenceGroup, share: bool) -> int:
     """What a group alone takes of max_tokens."""
-    return _Bin().plus(group).places(share)
+    return Size.of(group).places(share)
 
 
 def split_step(
@@ -61,39 +78,84 @@ def split_step(
     """Cuts one step's groups into microbatches of at most `max_tokens` input tokens (padding counted
     where rows are separate) and `max_scored` scored ones: first-fit decreasing, ties by row. A group is
     never split, so a group larger than a cap is a microbatch of its own."""
+    parts = split_sizes(list(map(Size.of, groups)), max_tokens, max_scored, share)
+    return [[groups[i] for i in part] for part in parts]
+
+
+def split_sizes(
+    sizes: Sequence[Size], max_tokens: int, max_scored: int | None = None, share: bool = True
+) -> list[list[int]]:
+    """split_step by what it looks at: the places of the groups of each microbatch."""
     most = math.inf if max_scored is None else max_scored
-    in_order = sorted(groups, key=lambda g: (-places(g, share), g.row))
-    return _fill(in_order, lambda b: b.places(share) <= max_tokens and b.scored <= most)
+    in_order = sorted(range(len(sizes)), key=lambda i: (-sizes[i].places(share), sizes[i].row))
+    return _fill(in_order, sizes, max_tokens, most, share)
 
 
-def in_row_order(
-    groups: Sequence[PreferenceGroup], max_tokens: int, share: bool = True
-) -> list[list[PreferenceGroup]]:
+def row_bounds(facts: Facts, max_tokens: int, share: bool = True) -> np.ndarray:
     """Cuts groups into microbatches of at most `max_tokens` places, in their own order: next-fit. Groups
-    added at the end leave the microbatches before the last one as they were."""
-    return _fill(groups, lambda b: b.places(share) <= max_tokens, only_last=True)
+    added at the end leave the microbatches before the last one as they were. i64[n+1]: microbatch i is the
+    groups bounds[i]:bounds[i + 1]."""
+    bounds: list[int] = []
+    tokens = rows = widest = 0
+    for i, (more, responses, width) in enumerate(zip(*sizes_of(facts)[:, :3].T.tolist())):
+        tokens, rows, widest = tokens + more, rows + responses, max(widest, width)
+        if not bounds or (tokens if share else rows * widest) > max_tokens:
+            bounds.append(i)
+            tokens, rows, widest = more, responses, width
+    return np.array([*bounds, len(facts)], np.int64)
+
+
+def in_row_order(groups: Groups, max_tokens: int, share: bool = True) -> "Cut":
+    """The microbatches of `row_bounds`."""
+    return Cut(groups, row_bounds(facts_of(groups), max_tokens, share))
+
+
+@dataclass(frozen=True, eq=False)
+class Cut(Sequence[Groups]):
+    """Groups in microbatches of neighbours, which are read when one is asked for."""
+
+    groups: Groups
+    bounds: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, number: Any) -> Any:
+        number = range(len(self))[number]  # raises IndexError, where iterating ends
+        return [self.groups[i] for i in range(*self.bounds[number : number + 2].tolist())]
 
 
 def _fill(
-    groups: Iterable[PreferenceGroup], fits: Callable[[_Bin], bool], only_last: bool = False
-) -> list[list[PreferenceGroup]]:
-    """Each group into the first microbatch (or the last one) that still fits with it, or into a new one."""
-    bins: list[_Bin] = []
-    for group in groups:
-        for i in range(max(len(bins) - 1, 0) if only_last else 0, len(bins)):
-            if fits(new := bins[i].plus(group)):
-                bins[i] = new
+    order: Iterable[int],
+    sizes: Sequence[Size],
+    max_tokens: int,
+    max_scored: float,
+    share: bool,
+) -> list[list[int]]:
+    """Each group into the first microbatch that still fits with it, or into a new one."""
+    parts: list[list[int]] = []
+    filled: list[tuple[int, int, int, int]] = []  # of each its tokens, responses, width, scored tokens
+    for i in order:
+        tokens, responses, width, scored, _ = sizes[i]
+        for n in range(len(parts)):
+            has_tokens, has_responses, has_width, has_scored = filled[n]
+            both, wider = has_responses + responses, max(has_width, width)
+            places = has_tokens + tokens if share else both * wider
+            if places <= max_tokens and has_scored + scored <= max_scored:
+                filled[n] = has_tokens + tokens, both, wider, has_scored + scored
+                parts[n].append(i)
                 break
         else:
-            bins.append(_Bin().plus(group))
-    return [b.groups for b in bins]
+            parts.append([i])
+            filled.append((tokens, responses, width, scored))
+    return parts
 
 
 @dataclass(frozen=True)
 class Packing:
     """Microbatches, each packed when it is asked for: a GPU computes the one before meanwhile."""
 
-    parts: list[Groups]
+    parts: Sequence[Groups]
     pack: Callable[[Groups], PackedGroups]
 
     def __len__(self) -> int:
@@ -103,13 +165,16 @@ class Packing:
         return map(self.pack, self.parts)
 
 
-def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
+def pack(
+    groups: Sequence[PreferenceGroup], share: bool = True, tree: Sequence[Branch] | None = None
+) -> PackedGroups:
     """Packs whole groups into one microbatch.
 
-    share=True computes each prompt once, with a PrefixLayout. share=False gives one right-padded row a
-    response, for models whose attention cannot be shared. Both score the same tokens in the same order.
+    share=True computes each prompt once, with a PrefixLayout; where a `tree` of the responses is given, what
+    that says once. share=False gives one right-padded row a response, for models whose attention cannot be
+    shared. All score the same tokens in the same order.
     """
-    flat = _shared_rows(groups) if share else _separate_rows(groups)
+    flat = _shared_rows(groups, tree or own_prompts(groups)) if share else _separate_rows(groups)
     responses = [r for g in groups for r in g.responses]
     group_resp = tuple(accumulate((len(g.responses) for g in groups), initial=0))
     scored = [int(r.target_mask.sum()) for r in responses]
@@ -118,7 +183,6 @@ def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
     numbered = lambda found: torch.tensor(
         [first + i for first, some in zip(group_resp, found) for i in some], dtype=torch.int64
     )
-    separate = sum(len(g.prompt) + len(g.inputs(r)) for g in groups for r in g.responses)
     return PackedGroups(
         **flat,
         target=torch.from_numpy(np.concatenate([r.ids[r.target_mask] for r in responses])),
@@ -136,7 +200,6 @@ def pack(groups: Sequence[PreferenceGroup], share: bool = True) -> PackedGroups:
         rows=tuple(g.row for g in groups),
         group_resp=group_resp,
         group_scored=tuple(cu_resp[r] for r in group_resp),
-        input_tokens=sum(g.input_tokens for g in groups) if share else separate,
         unshared_tokens=sum(len(g.prompt) + len(r.ids) for g in groups for r in g.responses),
     )
 
@@ -150,38 +213,44 @@ def _token_weight(responses: Sequence[Response]) -> torch.Tensor | None:
     return torch.from_numpy(np.concatenate(weights))
 
 
-def _shared_rows(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
-    """Flat order of a group: prompt, R1 without its last token (but of whole groups), R2 likewise, ...
-    The last prompt row predicts the first token of every response."""
-    ids, positions, score_row, seen_until, kv_index, segments = [], [], [], [], [], []
-    base = gathered = 0
-    for group in groups:
-        n_prompt, end = len(group.prompt), base + group.input_tokens
-        ids.append(group.prompt)
-        positions.append(np.arange(n_prompt))
-        seen_until.append(np.full(n_prompt, end))
-        start = base + n_prompt
-        for i, response in enumerate(group.responses):
-            inputs = group.inputs(response)
-            n = len(inputs)
-            ids.append(inputs)
-            positions.append(np.arange(n_prompt, n_prompt + n))
-            seen_until.append(np.full(n, start + n))
-            predicts = np.concatenate([[base + n_prompt - 1], np.arange(start, start + n)])
-            score_row.append(predicts[: len(response.ids)][response.target_mask])
-            first_query = base if i == 0 else start  # the prompt's own queries ride with R1
-            if start + n > first_query:
-                kv_index += [np.arange(base, base + n_prompt), np.arange(start, start + n)]
-                segments.append((first_query, start + n, gathered, gathered + n_prompt + n))
-                gathered += n_prompt + n
-            start += n
-        base = end
+def _shared_rows(groups: Sequence[PreferenceGroup], tree: Sequence[Branch]) -> dict[str, Any]:
+    """The rows that each response brings of its own, and behind them those of what branches off it, the last
+    branch first: of a plain group its prompt, R1 without its last token (but of whole groups), R2 likewise,
+    ... The last prompt row predicts the first token of every response."""
+    own, branches = own_tokens(groups, tree), branches_of(tree)
+    order, todo = [], [i for i, branch in enumerate(tree) if branch.parent is None][::-1]
+    while todo:
+        order.append(i := todo.pop())
+        todo += branches[i][::-1]
+    starts, paths, kv_index, segments = [0] * len(tree), [np.zeros(0, np.int64)] * len(tree), [], []
+    rows = gathered = 0
+    for i in order:
+        (parent, at), n = tree[i], len(own[i])
+        before = [] if parent is None else [paths[parent][:at]]
+        starts[i], paths[i] = rows, np.concatenate([*before, np.arange(rows, rows + n)])
+        if n:
+            kv_index.append(paths[i])
+            segments.append((rows, rows + n, gathered, gathered + at + n))
+            gathered += at + n
+        rows += n
+    seen_until, ends = np.empty(rows, np.int64), [0] * len(tree)
+    for i in reversed(order):
+        start, ends[i] = starts[i], starts[i] + len(own[i])
+        seen_until[start : ends[i]] = ends[i]
+        for branch in branches[i]:
+            ends[i] = ends[branch]
+            seen_until[start : start + tree[branch].at - tree[i].at] = ends[i]
+    responses = [(len(group.prompt) - 1, r) for group in groups for r in group.responses]
+    predicts = [path[n : n + len(r.ids)][r.target_mask] for path, (n, r) in zip(paths, responses)]
     return {
-        "input_ids": torch.from_numpy(np.concatenate(ids))[None],
-        "position_ids": torch.from_numpy(np.concatenate(positions))[None],
+        "input_ids": torch.from_numpy(np.concatenate([own[i] for i in order]))[None],
+        "position_ids": torch.from_numpy(
+            np.concatenate([np.arange(tree[i].at, tree[i].at + len(own[i])) for i in order])
+        )[None],
         "attention_mask": None,
-        "layout": _layout(np.concatenate(kv_index), np.concatenate(seen_until), segments),
-        "score_row": torch.from_numpy(np.concatenate(score_row)),
+        "layout": _layout(np.concatenate(kv_index), seen_until, segments),
+        "score_row": torch.from_numpy(np.concatenate(predicts)),
+        "input_tokens": rows,
     }
 
 
@@ -224,4 +293,5 @@ def _separate_rows(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
         "attention_mask": torch.from_numpy(mask),
         "layout": None,
         "score_row": torch.from_numpy(np.concatenate(score_row)),
+        "input_tokens": sum(map(len, rows)),
     }

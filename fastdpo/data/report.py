@@ -2,14 +2,15 @@
 
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, TypeGuard
 
 from fastdpo.console.formatting import printable
 from fastdpo.errors import DataError
 
-if TYPE_CHECKING:  # torch, which reading a config does not need
-    from fastdpo.records import PreferenceGroup
+if TYPE_CHECKING:  # numpy: `fastdpo train --help` comes by this file
+    from fastdpo.data.store.facts import Facts
 
 _EXAMPLES = 5
 _BINS = 12
@@ -104,6 +105,13 @@ class Tally:
         if len(self.examples) < _EXAMPLES:
             self.examples.append(row)
 
+    def join(self, other: "Tally", first: int) -> None:
+        """What happened in later rows, which are numbered from `first` here."""
+        self.rows += other.rows
+        self.items += other.items
+        self.message = self.message or other.message
+        self.examples = [*self.examples, *(row + first for row in other.examples)][:_EXAMPLES]
+
     def numbers(self) -> str:
         return ", ".join(map(str, self.examples)) + (", ..." if self.rows > _EXAMPLES else "")
 
@@ -111,28 +119,31 @@ class Tally:
         return {name: value for name, value in asdict(self).items() if name != "message" or value}
 
 
-def _counts(group: "PreferenceGroup") -> dict[str, int]:
-    """What a group adds to the totals, by their names in data_report.json."""
-    responses = group.responses
-    weights = [r.token_weight for r in responses if r.token_weight is not None]
-    labels = [r.label for r in responses]
-    unpaired = any(label is not None for label in labels)  # then it is the only response
-    return {
-        "groups": 1,
-        "responses": len(responses),
-        "pairs": len(group.pairs),
-        "paired_rows": int(not unpaired),
-        "unpaired_rows": int(unpaired),
-        "desirable": labels.count(True),
-        "undesirable": labels.count(False),
-        "weighted_responses": len(weights),
-        "relevant_tokens": sum(int((w > 0).sum()) for w in weights),
-        "prompt_tokens": len(group.prompt),
-        "response_tokens": sum(len(r.ids) for r in responses),
-        "scored_tokens": group.scored_tokens,
-        "shared_forward_tokens": group.input_tokens,  # each prompt once, last tokens left out
-        "separate_rows_tokens": sum(len(group.prompt) + len(r.ids) for r in responses),  # a row a response
+def _counts(facts: "Facts") -> Counter[str]:
+    """The totals of the groups, by their names in data_report.json."""
+    import numpy as np  # late: `fastdpo train --help` comes by this file
+
+    unpaired = facts.label[facts.cu_resp[:-1]] >= 0  # then it is the only response
+    weighted = facts.relevant >= 0
+    both = facts.prompt[facts.group_of] + facts.length
+    sums = {
+        "groups": len(facts),
+        "prompts": len(np.unique(facts.prompt_key)),  # different ones
+        "responses": len(facts.length),
+        "pairs": len(facts.pairs),
+        "paired_rows": (~unpaired).sum(),
+        "unpaired_rows": unpaired.sum(),
+        "desirable": (facts.label == 1).sum(),
+        "undesirable": (facts.label == 0).sum(),
+        "weighted_responses": weighted.sum(),
+        "relevant_tokens": facts.relevant[weighted].sum(),
+        "prompt_tokens": facts.prompt.sum(),
+        "response_tokens": facts.length.sum(),
+        "scored_tokens": facts.scored.sum(),
+        "shared_forward_tokens": facts.input_tokens.sum(),  # each prompt once, last tokens left out
+        "separate_rows_tokens": both.sum(),  # a row a response
     }
+    return Counter({name: int(value) for name, value in sums.items()})
 
 
 @dataclass
@@ -148,8 +159,9 @@ class DataReport:
         default_factory=dict
     )  # of kept rows, see Draft.kind: the first one's number
     counts: Counter = field(default_factory=Counter)  # see _counts
-    lengths: list[int] = field(default_factory=list)  # prompt + response, one a response
+    lengths: Sequence[int] = ()  # prompt + response, one a response
     dates: list[str] = field(default_factory=list)  # what the chat template was told of the time
+    rows_read: int = 0
 
     @property
     def rows(self) -> int:
@@ -159,18 +171,38 @@ class DataReport:
         """`told`: what to say of it, where that is more than the problem (see Rows.told)."""
         self.dropped.setdefault(problem.reason, Tally()).add(row, message=told or str(problem))
 
-    def keep(self, group: "PreferenceGroup", notes: dict[str, int]) -> None:
-        self.kept.add(group.row, len(group.responses))
+    def note(self, row: int, notes: Mapping[str, int]) -> None:
+        """Of a row that is kept."""
         for name, items in notes.items():
-            self.notes.setdefault(name, Tally()).add(group.row, items)
-        self.counts.update(_counts(group))
-        self.lengths += [len(group.prompt) + len(r.ids) for r in group.responses]
+            self.notes.setdefault(name, Tally()).add(row, items)
+
+    def account(self) -> dict:
+        """What `add` takes over: all that is told of rows one by one, as JSON."""
+        tallies = lambda some: {name: asdict(tally) for name, tally in some.items()}
+        told = {"dropped": tallies(self.dropped), "notes": tallies(self.notes), "rows": self.rows_read}
+        return told | {"formats": dict(self.formats), "kinds": self.kinds, "dates": self.dates}
+
+    def add(self, account: dict, first: int = 0) -> None:
+        """Another report's account, whose rows are numbered from `first` here."""
+        for mine, name in ((self.dropped, "dropped"), (self.notes, "notes")):
+            for key, tally in account[name].items():
+                mine.setdefault(key, Tally()).join(Tally(**tally), first)
+        self.formats.update(account["formats"])
+        self.rows_read += account["rows"]
+        for kind, row in account["kinds"].items():
+            self.kinds.setdefault(kind, row + first)
+        self.dates += [date for date in account["dates"] if date not in self.dates]
+
+    def keep(self, facts: "Facts") -> None:
+        """The groups of all rows that are kept."""
+        self.kept = Tally(len(facts), len(facts.length), facts.row[:_EXAMPLES].tolist())
+        self.counts, self.lengths = _counts(facts), facts.prompt[facts.group_of] + facts.length
 
     def histogram(self) -> tuple[list[int], list[int]]:
         """(edges, counts): how many sequences have edges[i] <= length < edges[i + 1]."""
         import numpy as np  # late: `fastdpo train --help` comes by this file
 
-        longest = max(self.lengths, default=0)
+        longest = int(max(self.lengths, default=0))
         width = max(1, -(-(longest + 1) // _BINS))
         edges = list(range(0, longest + 1 + width, width))
         counts, _ = np.histogram(self.lengths, edges)
@@ -180,7 +212,7 @@ class DataReport:
         import numpy as np
 
         names, at = ("p50", "p90", "p99", "max"), (50, 90, 99, 100)
-        found = np.percentile(self.lengths or [0], at, method="inverted_cdf")
+        found = np.percentile(self.lengths if len(self.lengths) else [0], at, method="inverted_cdf")
         return dict(zip(names, map(int, found)))
 
     def to_dict(self) -> dict:
@@ -230,6 +262,8 @@ class DataReport:
             f"a pass over the data: {n['shared_forward_tokens']:,} tokens with each prompt once, "
             f"{n['separate_rows_tokens']:,} with a row a response ({saved:.0%} saved)",
         ]
+        if again := n["groups"] - n["prompts"]:
+            lines += [f"{n['prompts']:,} different prompts: {again:,} rows share theirs with an earlier row"]
         if n["unpaired_rows"]:
             labels = f"{n['desirable']:,} desirable, {n['undesirable']:,} undesirable"
             lines += [f"{n['unpaired_rows']:,} unpaired rows ({labels}), {n['paired_rows']:,} rows of pairs"]

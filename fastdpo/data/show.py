@@ -6,10 +6,11 @@ import numpy as np
 from rich.text import Text
 
 from fastdpo.data.chat.arguments import Chat
-from fastdpo.data.groups import Limits, load_groups
-from fastdpo.data.load import DataSpec
+from fastdpo.data.groups import Limits
+from fastdpo.data.load import DataSpec, load_groups
 from fastdpo.data.report import DataReport
-from fastdpo.records import PreferenceGroup, Response
+from fastdpo.data.store.stored import facts_of
+from fastdpo.preferences import Groups, PreferenceGroup, Response
 
 _SCORED, _UNSCORED = ("«", "»", "bold green"), ("⟦", "⟧", "yellow")
 _RELEVANT = ("【", "】", "bold magenta")  # tokens of a response with weights; a weight below 1 follows it
@@ -22,20 +23,21 @@ def show_data(spec: DataSpec, tokenizer, console) -> None:
     limits = Limits(spec.max_length, spec.truncation)
     chat = Chat(spec.chat_template_kwargs)
     how = dict(strict=spec.strict, console=console, data_format=spec.data_format, chat=chat)
+    how["data_cache"] = spec.data_cache
     for key, source in (("data", spec.data), ("eval_data", spec.eval_data)):
         if isinstance(source, str | list):
             show(*load_groups(source, tokenizer, limits, key=key, **how), tokenizer, console)
 
 
-def show(groups: list[PreferenceGroup], report: DataReport, tokenizer, console) -> None:
+def show(groups: Groups, report: DataReport, tokenizer, console) -> None:
     """Prints the report, the lengths and the first group of each kind of row, its scored and its relevant
     tokens told by colour and by marks."""
     report.print(console)
     report.print_lengths(console)
-    kinds = {row: kind for kind, row in report.kinds.items()}
-    for group in groups:
-        if group.row in kinds:
-            _show_group(group, kinds[group.row], tokenizer, console)
+    rows = facts_of(groups).row
+    for row, kind in sorted((row, kind) for kind, row in report.kinds.items()):
+        if len(places := np.flatnonzero(rows == row)):  # there may be some of the report's rows alone
+            _show_group(groups[int(places[0])], kind, tokenizer, console)
 
 
 def _weighted(group: PreferenceGroup) -> bool:

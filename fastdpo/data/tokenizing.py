@@ -204,4 +204,6 @@ def _first_by_decoding(prompt: str, first: int, full: np.ndarray, encoder: Encod
 def shared_length(a: np.ndarray, b: np.ndarray) -> int:
     """How many leading items two id arrays share."""
     length = min(len(a), len(b))
-    return int(np.append(a[:length] != b[:length], True).argmax())
+    differ = a[:length] != b[:length]
+    first = int(differ.argmax()) if length else 0
+    return first if length and differ[first] else length

@@ -13,7 +13,7 @@ from fastdpo.data.packing import pack
 from fastdpo.errors import ModelError
 from fastdpo.model import attention
 from fastdpo.model.policy import Policy
-from fastdpo.records import PreferenceGroup, Response
+from fastdpo.records import Groups, PreferenceGroup, Response
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _PROBE_ROWS, _PROBE_TOKENS = 200, 256  # groups looked at, and the longest row that is compared
@@ -33,7 +33,7 @@ def sharing_refusal(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def prepare(policy: Policy, groups: list[PreferenceGroup], console: Console) -> None:
+def prepare(policy: Policy, groups: Groups, console: Console) -> None:
     """Switches shared prompts on where they are exact and says aloud where they are not.
 
     Compares the log-probs of two real groups, packed together, with the model's own logits on separate
@@ -102,10 +102,10 @@ def _windowed_layers(config: PreTrainedConfig) -> int:
     return count
 
 
-def _probe(groups: list[PreferenceGroup]) -> list[PreferenceGroup]:
+def _probe(groups: Groups) -> list[PreferenceGroup]:
     """The smallest group, cut where it is long, and the largest affordable one, several responses each where
     there are."""
-    some = groups[:_PROBE_ROWS]
+    some = list(groups[:_PROBE_ROWS])
     several = [g for g in some if len(g.responses) > 1] or some
     smallest = min(several, key=lambda g: g.input_tokens)
     affordable = [g for g in several if _longest(g) <= _PROBE_TOKENS and g is not smallest]

@@ -1,28 +1,55 @@
 """Whether rows have what an objective reads: told before training, by row."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 
+import numpy as np
+
+from fastdpo.data.store.facts import Facts
+from fastdpo.data.store.stored import facts_of
 from fastdpo.errors import DataError
 from fastdpo.objectives.catalogue import CATALOGUE
 from fastdpo.objectives.seam import Objective
-from fastdpo.records import PreferenceGroup, Response
+from fastdpo.records import Groups, PreferenceGroup, Response
 
 
-def check_rows(objective: Objective, groups: Sequence[PreferenceGroup], name: str = "") -> None:
+def check_rows(objective: Objective, groups: Groups, name: str = "") -> None:
     """Raises DataError naming the first row that lacks what the objective needs. `name`: of a held-out set,
     which may hold responses of one kind only where training needs both."""
     where, of = f"{name}: " if name else "", f"objective {objective.name}"
-    for group in groups:
+    facts = facts_of(groups)
+    for place in np.flatnonzero(_lacking(facts, objective))[:1].tolist():
+        group = facts.outline(place)
         for problem in _problems(group, objective.needs):
             raise DataError(f"{where}row {group.row}: {problem} ({of}).")
-        if objective.only_chosen and not group.chosen:
-            text = "no chosen response: each is labelled undesirable, or worse than another one"
-            way_out = "Leave the row out, or flip_pairs where that turned it."
-            raise DataError(f"{where}row {group.row}: {text} ({of}). {way_out}")
-    if "judged" in objective.needs and groups and not name:
+        text = "no chosen response: each is labelled undesirable, or worse than another one"
+        way_out = "Leave the row out, or flip_pairs where that turned it."
+        raise DataError(f"{where}row {group.row}: {text} ({of}). {way_out}")
+    if "judged" in objective.needs and len(groups) and not name:
         for good, label in ((True, "desirable (label: true)"), (False, "undesirable (label: false)")):
-            if not any(group.judged(good) for group in groups):
+            if not len(facts.pairs) and not (facts.label == good).any():
                 raise DataError(f"no response is {label}, and {of} needs both kinds.")
+
+
+def _lacking(facts: Facts, objective: Objective) -> np.ndarray:
+    """Which groups lack something, bool[G]: what `_problems` says in words."""
+    group_of = np.repeat(np.arange(len(facts)), np.diff(facts.cu_pairs))
+    per_pair = lambda wrong: np.bincount(group_of[wrong], minlength=len(facts)) > 0
+    unpaired = np.diff(facts.cu_pairs) == 0
+    winner, loser = facts.of_pairs
+    good, bad = facts.score[winner], facts.score[loser]
+    wrong: dict[str, Callable[[], np.ndarray]] = {
+        "judged": lambda: unpaired & (facts.per_group(facts.label >= 0) == 0),
+        "no offsets": lambda: per_pair(facts.offset != 0),
+        "pairs": lambda: unpaired,
+        "scores": lambda: per_pair(np.isnan(good + bad)),
+        "ordered scores": lambda: per_pair(~(good >= bad)),
+        "positive scores": lambda: per_pair(~(np.minimum(good, bad) > 0)),
+        "token weights": lambda: per_pair((facts.relevant[winner] < 0) | (facts.relevant[loser] < 0)),
+    }
+    found = [wrong[need]() for need in objective.needs if need in wrong]
+    if objective.only_chosen:
+        found.append(facts.per_group(facts.chosen) == 0)
+    return np.any([np.zeros(len(facts), bool), *found], axis=0)
 
 
 def _problems(group: PreferenceGroup, needs: frozenset[str]) -> Iterator[str]:

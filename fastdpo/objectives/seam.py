@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastdpo.data.store.stored import only_chosen
 from fastdpo.objectives.batch import drdpo
-from fastdpo.records import PreferenceGroup, ResponseLogps
+from fastdpo.records import Groups, PreferenceGroup, ResponseLogps
 
 Reward = Callable[[ResponseLogps], Tensor]  # -> f32[R]
 
@@ -75,9 +76,9 @@ class Objective:
     seen: Callable[[ResponseLogps], ResponseLogps] = lambda logps: logps  # with the token weights it applies
     reward: Reward | None = None  # of each response as `seen`, for the metrics rewards/*
 
-    def select(self, group: PreferenceGroup) -> PreferenceGroup:
-        """The part of a group that this objective computes."""
-        return group.only_chosen() if self.only_chosen else group
+    def select(self, groups: Groups) -> Groups:
+        """The part of each group that this objective computes."""
+        return only_chosen(groups) if self.only_chosen else groups
 
     def whole(self, logps: ResponseLogps) -> Tensor:
         """The loss of a whole batch, a scalar: a mean."""

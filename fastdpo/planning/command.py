@@ -10,7 +10,7 @@ from fastdpo.model.policy import load_model_config, load_tokenizer
 from fastdpo.model.spec import ModelSpec
 from fastdpo.planning import show
 from fastdpo.planning.choose import budget_of
-from fastdpo.planning.prediction import assumed_groups, selected, step_loads
+from fastdpo.planning.prediction import assumed_groups, selected
 from fastdpo.planning.search import SURE, Option, Planner
 from fastdpo.planning.target import Target
 from fastdpo.training.job import check_stepping, job_of, part, stage_job
@@ -44,12 +44,11 @@ def plan_stage(config: Config, model_config, groups, target: Target, budget, con
     assumed = groups is None
     rows = assumed_groups(config) if assumed else groups
     planner = Planner(model_config, selected(config, rows), target)
-    loads = step_loads(config, model_config, planner.groups, target)
     now = planner.option(config, {})
     if budget is None or abs(now.prediction.total / budget - 1) < SURE:  # else a few layers tell enough
         now = planner.option(config, {}, exact=True)
     console.print(show.owners_table(now.prediction, target))
-    lines = [show.load_line(config, loads, assumed), show.verdict(now.prediction, budget)]
+    lines = [show.load_line(config, planner.loads(config), assumed), show.verdict(now.prediction, budget)]
     for line in (*lines, show.time_line(now.time, target)):
         console.print(line, highlight=False, soft_wrap=True)
     if budget is None or now.prediction.total <= budget:

@@ -5,12 +5,14 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice, starmap
 
 import numpy as np
 
 from fastdpo.config.keys import Config
-from fastdpo.data.packing import places, split_step
+from fastdpo.data.packing import Size, epoch_steps, sizes_of, split_sizes
 from fastdpo.data.pairs import BY_GAP, select_pairs
+from fastdpo.data.store.stored import facts_of
 from fastdpo.model.support import sharing_refusal
 from fastdpo.planning.allocations import ADAPTERS, GRADIENTS, OWNERS, STATES, WEIGHTS, Peak
 from fastdpo.planning.fake_model import head_policy, with_head_memory, with_layers
@@ -18,7 +20,6 @@ from fastdpo.planning.simulate import Load, simulate
 from fastdpo.planning.target import CONTEXT, SLACK, Target
 from fastdpo.records import Groups, Pair, PreferenceGroup, Response
 from fastdpo.training.job import objective_of, total_steps
-from fastdpo.training.stage import step_groups
 
 
 def selected(config: Config, groups: Groups) -> Groups:
@@ -26,7 +27,7 @@ def selected(config: Config, groups: Groups) -> Groups:
     nobody knows yet, with all their responses."""
     if config.pairs not in BY_GAP or config.pair_gap != "logp":
         groups, _ = select_pairs(groups, config.pairs)
-    return list(map(objective_of(config).select, groups))
+    return objective_of(config).select(groups)
 
 
 def assumed_groups(config: Config) -> Groups:
@@ -44,15 +45,23 @@ def step_loads(config: Config, model_config, groups: Groups, target: Target) -> 
     the most scored tokens, among those that are a step alone, and among those of steps of several. Without
     those that another one of them surpasses in all; the one with the most places first. groups: as
     `selected` gives them."""
-    share = sharing_refusal(model_config) is None
     most_scored = head_policy(config, model_config, target).max_scored
+    share = sharing_refusal(model_config) is None
+    return largest_loads(config, groups, sizes_of(facts_of(groups)), most_scored, share)
+
+
+def largest_loads(
+    config: Config, groups: Groups, sizes: np.ndarray, most_scored: int | None, share: bool
+) -> list[Load]:
+    """step_loads by the sizes of all groups; only groups of these microbatches are read."""
     steps = min(total_steps(config, len(groups)), -(-len(groups) // config.batch_size))
-    found = []  # (places, scored tokens, several, groups)
-    for step in step_groups(groups, config, steps):
-        parts = split_step(step, config.max_tokens, most_scored, share)
+    found: list[tuple[int, int, bool, np.ndarray]] = []  # (places, scored tokens, several, groups)
+    for places in islice(epoch_steps(len(groups), config.batch_size, config.seed), steps):
+        of_step = list(starmap(Size, sizes[places].tolist()))
+        parts = split_sizes(of_step, config.max_tokens, most_scored, share)
         for part in parts:
-            tokens, scored = sum(places(g, share) for g in part), sum(g.scored_tokens for g in part)
-            found.append((tokens, scored, len(parts) > 1, tuple(part)))
+            tokens, scored = sum(of_step[i].places(share) for i in part), sum(of_step[i].scored for i in part)
+            found.append((tokens, scored, len(parts) > 1, places[part]))
     largest = []
     for several in (False, True):
         some = [one for one in found if one[2] is several]
@@ -61,7 +70,7 @@ def step_loads(config: Config, model_config, groups: Groups, target: Target) -> 
     for one in sorted(largest, key=operator.itemgetter(0, 1, 2), reverse=True):
         if not any(all(map(operator.ge, other[:3], one[:3])) for other in kept):
             kept.append(one)
-    return [Load(part, several) for *_, several, part in kept]
+    return [Load(tuple(groups[i] for i in part), several) for *_, several, part in kept]
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from transformers.configuration_utils import PreTrainedConfig
 
 from fastdpo.config.keys import FIELDS, Config
-from fastdpo.data.packing import places
+from fastdpo.data.packing import places_of, sizes_of
+from fastdpo.data.store.stored import facts_of
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.support import sharing_refusal
-from fastdpo.planning.fake_model import trains_all
-from fastdpo.planning.prediction import Prediction, predict, step_loads
+from fastdpo.planning.fake_model import head_policy, trains_all
+from fastdpo.planning.prediction import Prediction, largest_loads, predict
+from fastdpo.planning.simulate import Load
 from fastdpo.planning.step_time import Shape, StepTime, step_time
 from fastdpo.planning.target import Target
 from fastdpo.records import Groups
@@ -66,6 +69,7 @@ class Planner:
     target: Target
     free: frozenset[str] | None = None  # of CHOSEN, what may be chosen; None: what is at its default
     _known: dict[str, Prediction] = field(default_factory=dict, init=False)
+    _loads: dict[tuple, list[Load]] = field(default_factory=dict, init=False)  # by what cuts a step
 
     def __post_init__(self):
         # one layer is simulated for all of them
@@ -75,15 +79,24 @@ class Planner:
                 "take is not predicted; leave memory out, and lower max_tokens where a run does not fit"
             )
         self.shape = Shape(self.model_config)
-        share = sharing_refusal(self.model_config) is None
-        self.longest = max(places(group, share) for group in self.groups)
+        self.share = sharing_refusal(self.model_config) is None
+        facts = facts_of(self.groups)
+        self.sizes, self.timed = sizes_of(facts), facts.taken(np.arange(len(facts))[:_TIMED])
+        self.longest = int(places_of(self.sizes, self.share).max())
 
     def left_open(self, config: Config) -> frozenset[str]:
         """Those of CHOSEN that may be chosen."""
         return at_default(config) if self.free is None else self.free
 
+    def loads(self, config: Config) -> list[Load]:
+        """See step_loads."""
+        scored = head_policy(config, self.model_config, self.target).max_scored
+        if (cut := (config.batch_size, config.max_tokens, scored)) not in self._loads:
+            self._loads[cut] = largest_loads(config, self.groups, self.sizes, scored, self.share)
+        return self._loads[cut]
+
     def predict(self, config: Config, exact: bool = False) -> Prediction:
-        loads = step_loads(config, self.model_config, self.groups, self.target)
+        loads = self.loads(config)
         rows = [(tuple(group.row for group in load.groups), load.several) for load in loads]
         key = repr((replace(config, max_tokens=1), rows, exact))  # the cap shows in the microbatches alone
         if key not in self._known:
@@ -94,7 +107,7 @@ class Planner:
         return self.predict(replace(config, **changes)).total <= budget
 
     def time(self, config: Config) -> StepTime:
-        return step_time(config, self.model_config, self.groups[:_TIMED], self.target, self.shape)
+        return step_time(config, self.model_config, self.timed, self.target, self.shape)
 
     def option(self, config: Config, changes: dict, exact: bool = False) -> Option:
         changed = replace(config, **changes)

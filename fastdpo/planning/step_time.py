@@ -5,13 +5,16 @@ layers, and are not counted.
 """
 
 from dataclasses import dataclass
+from itertools import starmap
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from fastdpo.config.keys import Config
-from fastdpo.data.packing import places, split_step
+from fastdpo.data.packing import Size, sizes_of, split_sizes
+from fastdpo.data.store.facts import Facts
 from fastdpo.model.cards import Card
 from fastdpo.model.flops import attended, useful
 from fastdpo.model.quantised import quantised_linears
@@ -20,7 +23,6 @@ from fastdpo.optim.bytes import host_state_bytes, state_bytes
 from fastdpo.optim.spec import OptimSpec
 from fastdpo.planning.fake_model import head_policy, trains_all, with_layers
 from fastdpo.planning.target import Target
-from fastdpo.records import Groups
 from fastdpo.training.job import part
 
 # The share of a card's dense bf16 rate that a step's matrix products reach: an assumption, not measured yet.
@@ -57,16 +59,19 @@ class Shape:
         return 0 if trains_all(config) else (config.lora_rank or 16) * self.sides
 
 
-def step_time(config: Config, model_config, groups: Groups, target: Target, shape: Shape) -> StepTime:
-    """Of an average step over these groups (some hundred will do)."""
+def step_time(config: Config, model_config, facts: Facts, target: Target, shape: Shape) -> StepTime:
+    """Of an average step over groups of which these are the facts (some hundred will do)."""
     share = sharing_refusal(model_config) is None
     policy = head_policy(config, model_config, target)
     cap = config.max_tokens, policy.max_scored, share
+    groups, pairs = list(starmap(Size, sizes_of(facts).tolist())), _attended(facts)
     steps = range(0, len(groups), config.batch_size)
-    parts = [part for i in steps for part in split_step(groups[i : i + config.batch_size], *cap)]
-    sizes = [sum(places(group, share) for group in part) for part in parts]
-    flops = sum(_body_flops(config, shape, T, part) for T, part in zip(sizes, parts))
-    flops += sum(policy.plan(sum(group.scored_tokens for group in part)).flops for part in parts)
+    parts = [
+        [i + n for n in part] for i in steps for part in split_sizes(groups[i : i + config.batch_size], *cap)
+    ]
+    sizes = [sum(groups[n].places(share) for n in part) for part in parts]
+    flops = sum(_body_flops(config, shape, T, sum(pairs[n] for n in part)) for T, part in zip(sizes, parts))
+    flops += sum(policy.plan(sum(groups[n].scored for n in part)).flops for part in parts)
     all_train, size = trains_all(config), 2 if config.pure_bf16 else 4
     trained = shape.body + shape.outside if all_train else shape.lora(config)
     moved = 0  # bytes that go to the host, and come back
@@ -92,12 +97,17 @@ def step_time(config: Config, model_config, groups: Groups, target: Target, shap
     return StepTime(flops // len(steps), compute + update)
 
 
-def _body_flops(config: Config, shape: Shape, T: int, part: Groups) -> int:
+def _attended(facts: Facts) -> list[int]:
+    """(query, key) pairs of each group."""
+    lengths = np.split(facts.length, facts.cu_resp[1:-1])
+    return [attended(prompt, some.tolist()) for prompt, some in zip(facts.prompt.tolist(), lengths)]
+
+
+def _body_flops(config: Config, shape: Shape, T: int, pairs: int) -> int:
     """Forward and backward, and of recomputed layers a forward more."""
     A, N, level = shape.lora(config), shape.body, config.gradient_checkpointing
     again = 0 if level in (False, "selective") else 1 / int(level)
     forward = 4 * shape.head_dim * shape.heads * shape.layers
-    pairs = sum(attended(len(group.prompt), (len(r.ids) for r in group.responses)) for group in part)
     body, attention = useful(N, A, forward, T, pairs)
     more = again * (N + A)
     if config.tiled_mlp and not again:

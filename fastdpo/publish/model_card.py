@@ -19,8 +19,8 @@ from fastdpo.values import as_list
 SETTINGS = "adapter_config.json"  # what makes a folder a peft adapter
 _FILES = (".jsonl", ".json", ".csv", ".parquet")
 _NO_SETTINGS = set(  # told elsewhere in the card, or of this machine alone
-    "model adapter data eval_data output_dir push_to_hub reference_cache report_to logging_steps save_steps "
-    "save_total_limit resume overwrite samples stages".split()
+    "model adapter data eval_data output_dir push_to_hub data_cache reference_cache report_to logging_steps "
+    "save_steps save_total_limit resume overwrite samples stages".split()
 )
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
 

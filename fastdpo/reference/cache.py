@@ -9,14 +9,16 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fastdpo.reference.cache_file import KEY_BYTES, CacheFile, cannot_write, transaction
+from fastdpo.data.store.digests import BYTES
+from fastdpo.reference.cache_file import CacheFile, cannot_write, transaction
 from fastdpo.reference.fingerprint import Fingerprint
+from fastdpo.reference.values import FLOAT, Values, as_keys
 
 COMMIT_SECONDS = 1.0  # a kill loses what was computed since the last commit; 0 commits every pack
 _COMMIT_SHARE = 0.02  # ... or rarer: a slow disk's commits may take this share of a fill's time
@@ -24,15 +26,16 @@ _INSERT_PACK = "INSERT INTO packs (namespace, fill, digest, keys, lengths, logps
 
 
 class RefCache(CacheFile):
-    """The log-probs of the wanted responses under one fingerprint: `values` are those known, f32[n] each.
+    """The log-probs of the wanted responses under one fingerprint: `values` are those known.
 
-    Without a path they are kept in memory only. Use it in `with`.
+    Without a path they are of this process only. Use it in `with`.
     """
 
-    def __init__(self, path: Path | None, fingerprint: Fingerprint, wanted: Collection[bytes], console):
+    def __init__(self, path: Path | None, fingerprint: Fingerprint, wanted: np.ndarray, console):
+        """wanted: keys, V16[n], sorted and each once."""
         super().__init__(path, console)
-        self.values: dict[bytes, np.ndarray] = {}
-        self._fingerprint, self._wanted = fingerprint, wanted
+        self.values = Values(wanted, path and path.parent)
+        self._fingerprint = fingerprint
         self._namespace = bytes.fromhex(fingerprint.namespace)
         self._pending: list[dict[bytes, np.ndarray]] = []  # per computed pack, what is not stored yet
         self._environment: dict = {}
@@ -49,13 +52,15 @@ class RefCache(CacheFile):
         self._environment = environment
         self.run(self._store)
 
-    def add(self, keys: list[bytes], values: list[np.ndarray]) -> None:
-        """A computed pack. A response that is known keeps its value. Commits when it is time."""
-        new = {key: value for key, value in zip(keys, values) if key not in self.values}
-        self.values |= new
+    def add(self, keys: np.ndarray, lengths: np.ndarray, values: np.ndarray) -> None:
+        """A computed pack: V16[n], i32[n] and f32. A response that is known keeps its value. Commits when it
+        is time."""
         if self.path is None:
+            self.values.add(keys, lengths, values)
             return
-        self._pending.append(new)
+        each = zip(keys.tolist(), np.split(values, np.cumsum(lengths)[:-1]), self.values.known(keys))
+        self._pending.append({key: value for key, value, known in each if not known})
+        self.values.add(keys, lengths, values)
         due = COMMIT_SECONDS * max(1.0, self._commit_took / _COMMIT_SHARE)
         if time.monotonic() - self._committed >= due:
             self.commit()
@@ -84,7 +89,7 @@ class RefCache(CacheFile):
         self.values.clear()
         self._read_new(db)
         orphans = "NOT EXISTS (SELECT 1 FROM namespaces WHERE namespaces.id = packs.namespace)"
-        self._damaged += db.execute(f"SELECT id, length(keys) / {KEY_BYTES} FROM packs WHERE {orphans}")
+        self._damaged += db.execute(f"SELECT id, length(keys) / {BYTES} FROM packs WHERE {orphans}")
         try:
             self._delete_damaged(db)
         except sqlite3.Error as error:
@@ -99,14 +104,16 @@ class RefCache(CacheFile):
         for number, digest, *content in db.execute(query, (self._last_pack, self._namespace)):
             self._last_pack = number
             if not _confirmed(digest, self._namespace, *content):
-                n_keys = len(content[0]) // KEY_BYTES if isinstance(content[0], bytes) else 0
+                n_keys = len(content[0]) // BYTES if isinstance(content[0], bytes) else 0
                 self._damaged.append((number, n_keys))
                 continue
-            for key, value in _unpacked(*content):
-                if key in self._wanted:  # in the place of one that is only pending, and of no other
-                    pending = [pack.pop(key) for pack in self._pending if key in pack]
-                    if pending or key not in self.values:
-                        self.values[key] = value
+            # in the place of one that is only pending, and of no other
+            pending: Any = False
+            if self._pending:
+                popped = lambda key: [pack.pop(key) for pack in self._pending if key in pack]
+                pending = np.array([bool(popped(key)) for key in as_keys(content[0]).tolist()], bool)
+            lengths, values = np.frombuffer(content[1], "<i4"), np.frombuffer(content[2], FLOAT)
+            self.values.add(as_keys(content[0]), lengths, values, anew=pending)
 
     def _delete_damaged(self, db) -> None:
         if not self._damaged:
@@ -143,16 +150,8 @@ class RefCache(CacheFile):
 def _packed(pack: dict[bytes, np.ndarray]) -> tuple[bytes, bytes, bytes]:
     """(keys, lengths, values) of a pack's responses, as they are stored."""
     lengths = np.array([len(value) for value in pack.values()], "<i4")
-    values = np.concatenate(list(pack.values())).astype("<f4", copy=False)
+    values = np.concatenate(list(pack.values())).astype(FLOAT, copy=False)
     return b"".join(pack), lengths.tobytes(), values.tobytes()
-
-
-def _unpacked(keys: bytes, lengths: bytes, logps: bytes) -> Iterator[tuple[bytes, np.ndarray]]:
-    values = np.frombuffer(logps, "<f4")
-    ends = np.frombuffer(lengths, "<i4").cumsum().tolist()
-    starts = [0, *ends[:-1]]
-    for i, (start, end) in enumerate(zip(starts, ends)):
-        yield keys[i * KEY_BYTES : (i + 1) * KEY_BYTES], values[start:end]
 
 
 def _confirmed(digest, *content) -> bool:
@@ -164,5 +163,6 @@ def _digest(*content: bytes) -> bytes:
     """Of the parts, their lengths and their order."""
     hash_ = hashlib.blake2b(digest_size=16)
     for part in content:
-        hash_.update(len(part).to_bytes(8, "little") + part)
+        hash_.update(len(part).to_bytes(8, "little"))
+        hash_.update(part)
     return hash_.digest()

@@ -5,7 +5,6 @@ writes nothing, so nothing tells when values were last used.
 """
 
 import json
-import re
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,15 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastdpo.console.formatting import counted, gigabytes, printable
+from fastdpo.data.store.digests import BYTES
 from fastdpo.errors import ConfigError, TrainingError
-from fastdpo.reference.cache_file import KEY_BYTES, CacheFile, cache_path, transaction
+from fastdpo.reference.cache_file import CacheFile, cache_path, transaction
 
 SHOWN = 8  # hex digits of a namespace
 _TABLES = {"packs": "namespace", "fills": "namespace", "namespaces": "id"}  # each by which column
-_AGE = re.compile(r"(\d{1,5})\s*(h|d|w)(?:ours?|ays?|eeks?)?")
-_UNITS = {"h": "hours", "d": "days", "w": "weeks"}
 _SIZES = (
-    f"SELECT namespace, total(length(keys)) / {KEY_BYTES}, total(length(logps)) / 4, "
+    f"SELECT namespace, total(length(keys)) / {BYTES}, total(length(logps)) / 4, "
     "total(length(digest) + length(keys) + length(lengths) + length(logps)) "
     "FROM packs WHERE typeof(namespace) = 'blob' GROUP BY namespace"
 )
@@ -69,14 +67,8 @@ def show(file: Path | None, console) -> None:
         console.print(_table(found))
 
 
-def prune(file: Path | None, older_than: str | None, prefixes: list[str], dry_run: bool, console) -> None:
+def prune(file: Path | None, age: timedelta | None, prefixes: list[str], dry_run: bool, console) -> None:
     """Removes the namespaces that are older and begin so; with both given, those of both."""
-    if older_than is None and not prefixes:
-        raise ConfigError(
-            "cache prune: say what goes: --older_than 30d, or --namespace and how its id begins in "
-            "`fastdpo cache`. To remove everything, delete the file"
-        )
-    age = None if older_than is None else _age(older_than)
     path = _existing(file, console)
     if path is None:
         return
@@ -220,13 +212,6 @@ def _computed_by(fill: dict) -> str:
 
 def _distinct(texts: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(filter(None, texts)))
-
-
-def _age(text: str) -> timedelta:
-    found = _AGE.fullmatch(text.strip().lower())
-    if not found:
-        raise ConfigError(f"--older_than: {text!r} is not an age as in 12h, 30d or 2w")
-    return timedelta(**{_UNITS[found[2]]: int(found[1])})
 
 
 def _dict(value) -> dict:

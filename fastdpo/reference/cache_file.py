@@ -14,7 +14,6 @@ from rich.markup import escape
 from fastdpo.errors import ConfigError, TrainingError
 
 VERSION = 1  # of the file format
-KEY_BYTES = 16  # of a response's hash
 BUSY_SECONDS = 60
 WAY_OUT = "Set reference_cache to another file, or to off to compute the log-probs anew in every run"
 _APPLICATION = 0x66647063  # "fdpc": how SQLite files of different programs are told apart

@@ -5,7 +5,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdpo.records import Groups, PreferenceGroup
+from fastdpo.data.store.facts import Facts
+from fastdpo.data.store.stored import facts_of
+from fastdpo.records import Groups
 
 _EXAMPLES = 5
 
@@ -22,13 +24,14 @@ class ReferenceColumns:
     per_token = False
 
     def __init__(self, sets: list[Groups]):
-        responses = sum(len(group.responses) for groups in sets for group in groups)
+        responses = sum(len(facts_of(groups).key) for groups in sets)
         self.account = {"source": "columns", "responses": responses}
 
     def of(self, groups: Groups) -> Tensor:
         """f32[M] on the CPU, in the order of pack(groups)."""
-        if unknown := [group.row for group in groups if not _known(group)]:
-            raise ValueError(f"row {unknown[0]}: not among the rows this reference was made for")
+        for group in groups:
+            if any(response.ref_logp is None for response in group.responses):
+                raise ValueError(f"row {group.row}: not among the rows this reference was made for")
         responses = [response for group in groups for response in group.responses]
         lengths = np.array([int(response.target_mask.sum()) for response in responses])
         sums = np.array([response.ref_logp for response in responses], np.float64)
@@ -38,24 +41,27 @@ class ReferenceColumns:
 def reference_columns(sets: list[Groups], console) -> ReferenceColumns | None:
     """The columns of the training rows and the held-out rows, where every one of them has them; says
     that they are used, or why not. None without a word where there are none."""
-    rows = [(name, group) for name, groups in zip(("", "held-out "), sets) for group in groups]
-    without = [(name, group.row) for name, group in rows if not _known(group)]
-    if len(without) == len(rows):
+    facts = [facts_of(groups) for groups in sets[:2]]
+    rows, without = sum(map(len, facts)), [_rows_without(some) for some in facts]
+    unknown = sum(map(len, without))
+    if unknown == rows:
         return None
-    if without:
-        shown = ", ".join(f"{name}{row}" for name, row in without[:_EXAMPLES])
-        more = ", ..." if len(without) > _EXAMPLES else ""
+    if unknown:
+        named = [(name, row) for name, some in zip(("", "held-out "), without) for row in some[:_EXAMPLES]]
+        shown = ", ".join(f"{name}{row}" for name, row in named[:_EXAMPLES])
+        more = ", ..." if unknown > _EXAMPLES else ""
         note = (
             f"[yellow]reference: ref_chosen_logps and ref_rejected_logps can be used in "
-            f"{len(rows) - len(without):,} of {len(rows):,} rows (not in rows {shown}{more}, which lack them "
+            f"{rows - unknown:,} of {rows:,} rows (not in rows {shown}{more}, which lack them "
             "or are not scored whole): the reference is computed instead"
         )
     else:
         note = "reference: the ref_chosen_logps and ref_rejected_logps columns of the data "
         note += "(sums; no reference forward)"
     console.print(note, highlight=False, soft_wrap=True)
-    return None if without else ReferenceColumns(sets)
+    return None if unknown else ReferenceColumns(sets)
 
 
-def _known(group: PreferenceGroup) -> bool:
-    return all(response.ref_logp is not None for response in group.responses)
+def _rows_without(facts: Facts) -> np.ndarray:
+    """The rows of the groups that lack one."""
+    return facts.row[facts.per_group(np.isnan(facts.ref_logp)) > 0]

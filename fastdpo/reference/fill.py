@@ -6,8 +6,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,33 +17,43 @@ from torch import Tensor
 
 from fastdpo.console.formatting import counted
 from fastdpo.console.progress import make_progress
-from fastdpo.data.packing import in_row_order, pack
+from fastdpo.data.beginnings import beginnings, once
+from fastdpo.data.packing import Cut, pack, row_bounds
+from fastdpo.data.store.digests import response_keys
+from fastdpo.data.store.facts import HASH, Facts
+from fastdpo.data.store.stored import facts_of
 from fastdpo.errors import DeadEndError, FastDPOError, TrainingError
 from fastdpo.files.installed import versions
 from fastdpo.model.policy import Policy
 from fastdpo.moving import to_host
 from fastdpo.records import Groups, PackedGroups
 from fastdpo.reference.cache import RefCache
-from fastdpo.reference.fingerprint import Fingerprint, reference_fingerprint, response_keys
+from fastdpo.reference.fingerprint import Fingerprint, reference_fingerprint
+from fastdpo.reference.values import Values, as_keys
 
 
 class ReferenceTable:
-    """The reference's token log-probs of every response of a stage, in memory."""
+    """The reference's token log-probs of every response of a stage."""
 
     per_token = True
 
-    def __init__(self, values: dict[bytes, np.ndarray], account: dict):
+    def __init__(self, values: Values, account: dict):
         self._values = values
-        self.account = account  # file, namespace, hits, misses, packs, tokens, seconds, bytes
+        self.account = (
+            account  # file, namespace, hits, misses, packs, tokens, repeated_tokens, seconds, bytes
+        )
 
     def of(self, groups: Groups) -> Tensor:
         """f32[M] on the CPU, in the order of pack(groups)."""
-        try:
-            values = [self._values[key] for group in groups for key in response_keys(group)]
-        except KeyError:
-            unknown = (g.row for g in groups if any(k not in self._values for k in response_keys(g)))
-            raise ValueError(f"row {next(unknown)}: not among the rows this reference was made for") from None
-        return torch.from_numpy(np.concatenate(values))
+        values = self._values.of(as_keys([key for group in groups for key in response_keys(group)]))
+        if values is None:
+            unknown = (g.row for g in groups if not self._values.known(as_keys(response_keys(g))).all())
+            raise ValueError(f"row {next(unknown)}: not among the rows this reference was made for")
+        return torch.from_numpy(values)
+
+    def sums(self, facts: Facts) -> np.ndarray:
+        """f64[R]: the log-prob of each response of these groups."""
+        return self._values.sums(facts.key)
 
 
 def load_reference(
@@ -59,31 +70,33 @@ def load_reference(
 ) -> ReferenceTable:
     """The reference of all responses: the policy as it stands, so call this before the first step.
 
-    Each set (training rows, held-out rows) is cut into packs in row order, whatever is stored already,
+    Each set (training rows, then held-out ones) is cut into packs in row order, whatever is stored already,
     and a pack with a missing response is computed whole: an interrupted fill then ends with the bits of
-    one that was not. `check` is called after each pack and may raise; what has arrived is then stored.
+    one that was not. Of training rows, what repeats is computed once (see data/beginnings.py); held-out rows
+    are packed as an evaluation packs them. `check` is called after each pack and may raise; what has arrived
+    is then stored.
     `expected_namespace` is what a resumed run was started from; DeadEndError where this is not it.
     `source` is what `fastdpo cache` shows of it: model, adapter, stage, data, as they were named.
     """
     start = time.perf_counter()
     fingerprint = reference_fingerprint(policy, fresh_lora)
-    keys = [[response_keys(group) for group in groups] for groups in groups_sets]
-    wanted = {key for of_set in keys for of_group in of_set for key in of_group}
+    facts = [facts_of(groups) for groups in groups_sets]
+    wanted = np.unique(np.concatenate([np.zeros(0, HASH), *(some.key for some in facts)]))
     with RefCache(path, fingerprint, wanted, console) as cache:
         if expected_namespace not in (None, fingerprint.namespace):
             raise _other_weights(fingerprint, cache.parts_of(expected_namespace))
-        hits = len(cache.values)
-        packs = tokens = 0
+        hits = cache.values.count
+        packs = tokens = repeated = 0
         if hits < len(wanted):
             cache.start_fill(_environment(policy) | (source or {}))
-            # no cap on scored tokens: that one is for the backward, and would make other packs of full
-            # fine-tuning than of a LoRA
-            parts = [part for g in groups_sets for part in in_row_order(g, max_tokens, share=policy.share)]
-            in_order = chain.from_iterable(keys)
-            all_packs = [(part, [key for _ in part for key in next(in_order)]) for part in parts]
+            gathers = policy.share and not any(some.whole.any() for some in facts[:1])
+            sets = [
+                _packs(*some, max_tokens, policy.share, gathers and number == 0)
+                for number, some in enumerate(zip(groups_sets, facts))
+            ]
             # a fresh LoRA's start is the base model; otherwise the policy as it stands
             with policy.model.disable_adapter() if fresh_lora else contextlib.nullcontext():
-                packs, tokens = _fill(policy, all_packs, cache, console, check)
+                packs, tokens, repeated = _fill(policy, sets, len(wanted) - hits, cache, console, check)
     account = {
         "file": None if path is None else str(path),
         "namespace": fingerprint.namespace,
@@ -91,6 +104,7 @@ def load_reference(
         "misses": len(wanted) - hits,
         "packs": packs,
         "tokens": tokens,
+        "repeated_tokens": repeated,
         "seconds": time.perf_counter() - start,
         "bytes": None if path is None else path.stat().st_size,
     }
@@ -98,21 +112,60 @@ def load_reference(
     return ReferenceTable(cache.values, account)
 
 
-def _fill(policy, packs, cache: RefCache, console, check) -> tuple[int, int]:
-    """Computes and stores the packs with a missing response; returns (packs, tokens) computed."""
-    todo = [(groups, keys) for groups, keys in packs if any(key not in cache.values for key in keys)]
-    done = tokens = 0
+class Pack(NamedTuple):
+    """What one forward computes."""
+
+    read: Callable[[], Groups]
+    keys: np.ndarray  # V16[n] of its responses
+    apart: int | None  # where what repeats is computed once: the tokens it would be without that
+
+
+@dataclass(frozen=True, eq=False)
+class _Packs:
+    """A set's packs, whose groups are read when they are computed."""
+
+    cut: Cut
+    keys: np.ndarray  # V16[R]
+    bounds: np.ndarray  # i64[n+1]: the responses of pack i are bounds[i]:bounds[i + 1]
+    apart: np.ndarray | None  # i64[n]: see Pack
+
+    def todo(self, values: Values) -> list[int]:
+        """The numbers of those with a missing response."""
+        return np.flatnonzero(np.logical_or.reduceat(~values.known(self.keys), self.bounds[:-1])).tolist()
+
+    def __getitem__(self, number: int) -> Pack:
+        keys = self.keys[slice(*self.bounds[number : number + 2])]
+        apart = None if self.apart is None else int(self.apart[number])
+        return Pack(partial(self.cut.__getitem__, number), keys, apart)
+
+
+def _packs(groups: Groups, facts: Facts, max_tokens: int, share: bool, gathers: bool = False) -> _Packs:
+    """Cut without a cap on scored tokens: that one is for the backward, and would make other packs of full
+    fine-tuning than of a LoRA. A pack in which something repeats has room left: its keys are gathered a
+    response, however few tokens that takes."""
+    groups, tokens = once(groups) if gathers else (groups, None)
+    facts = facts_of(groups) if gathers else facts
+    cut = Cut(groups, row_bounds(facts, max_tokens, share))
+    apart = None if tokens is None else np.add.reduceat(tokens, cut.bounds[:-1])
+    return _Packs(cut, facts.key, facts.cu_resp[cut.bounds], apart)
+
+
+def _fill(policy, sets: list[_Packs], missing: int, cache: RefCache, console, check) -> tuple[int, int, int]:
+    """Computes and stores the packs with a missing response; returns (packs, tokens, repeated tokens)
+    computed."""
+    todo = [(packs, number) for packs in sets for number in packs.todo(cache.values)]
+    done = tokens = repeated = 0
     if len(todo) > 1:
-        missing = set(chain.from_iterable(keys for _, keys in todo)) - set(cache.values)  # each once
-        text = f"reference: {counted(len(missing), 'response')} to compute, in {counted(len(todo), 'pack')}"
+        text = f"reference: {counted(missing, 'response')} to compute, in {counted(len(todo), 'pack')}"
         console.print(text, highlight=False, soft_wrap=True)
     with make_progress(console) as bar:
         task = bar.add_task("reference", total=len(todo), unit="packs", info="")
         try:
-            for keys, computed in _in_turn(policy, todo, cache):
+            for keys, computed in _in_turn(policy, (packs[number] for packs, number in todo), cache):
                 if computed is not None:
-                    cache.add(keys, computed.values())
+                    cache.add(keys, *computed.values())
                     done, tokens = done + 1, tokens + computed.batch.input_tokens
+                    repeated += computed.repeated
                 bar.update(task, advance=1)
                 check()
         except BaseException:
@@ -120,20 +173,20 @@ def _fill(policy, packs, cache: RefCache, console, check) -> tuple[int, int]:
                 cache.commit()
             raise
         cache.commit()
-    return done, tokens
+    return done, tokens, repeated
 
 
-def _in_turn(policy, packs, cache: RefCache) -> Iterator[tuple[list[bytes], "_Computed | None"]]:
+def _in_turn(policy, packs, cache: RefCache) -> Iterator[tuple[np.ndarray, "_Computed | None"]]:
     """(its keys, what was computed) of each pack, in order; None where an earlier pack, or another process,
     had all of it. A GPU has begun with the next pack by then: that one is packed, and this one stored, while
     the GPU computes."""
     ahead = int(policy.device.type == "cuda")
-    waiting: deque[tuple[list[bytes], _Computed | None]] = deque()
-    for groups, keys in packs:
-        coming = {key for earlier, _ in waiting for key in earlier}
-        missing = any(key not in cache.values and key not in coming for key in keys)
+    waiting: deque[tuple[np.ndarray, _Computed | None]] = deque()
+    for one in packs:
+        coming = {key for earlier, _ in waiting for key in earlier.tolist()}
+        missing = not coming.issuperset(one.keys[~cache.values.known(one.keys)].tolist())
         try:
-            waiting.append((keys, _computed(policy, groups) if missing else None))
+            waiting.append((one.keys, _computed(policy, one) if missing else None))
         except BaseException:
             yield from waiting  # what the GPU has computed before it is stored
             raise
@@ -149,26 +202,30 @@ class _Computed:
     batch: PackedGroups
     token_logp: Tensor  # f32[M] on the host, once it has arrived
     arrived: Callable[[], None]  # waits until then
+    repeated: int  # tokens that are left out, as they repeat others of this pack or of earlier ones
 
-    def values(self) -> list[np.ndarray]:
-        """The log-probs of each response. Raises TrainingError where one is not a number."""
+    def values(self) -> tuple[np.ndarray, np.ndarray]:
+        """(i64[n], f32[M]): the lengths of its responses and their log-probs, one response after the other.
+        Raises TrainingError where one is not a number."""
         self.arrived()
-        token_logp = self.token_logp.numpy().copy()  # the table would keep pinned memory
+        token_logp = self.token_logp.numpy().copy()  # the cache would keep pinned memory
         if not math.isfinite(token_logp.sum(dtype=np.float64)):
             raise TrainingError(
                 f"reference: the log-probs of rows {self.batch.some_rows} are not numbers, so none of them "
                 "is stored. Look at the rows with `fastdpo data`, or try dtype: fp32; the model's weights "
                 "may be broken"
             )
-        return [token_logp[a:b] for a, b in pairwise(self.batch.cu_resp.tolist())]
+        return np.diff(self.batch.cu_resp.numpy()), token_logp
 
 
 @torch.no_grad()
-def _computed(policy: Policy, groups: Groups) -> _Computed:
+def _computed(policy: Policy, one: Pack) -> _Computed:
     """The log-probs of a pack, through the policy's own path; on a GPU, asked for."""
-    batch = pack(groups, policy.share)
+    groups = one.read()
+    batch = pack(groups, policy.share, None if one.apart is None else beginnings(groups))
+    repeated = 0 if one.apart is None else one.apart - batch.input_tokens
     try:
-        return _Computed(batch, *to_host(policy.token_logp(batch.to(policy.device))))
+        return _Computed(batch, *to_host(policy.token_logp(batch.to(policy.device))), repeated)
     except torch.OutOfMemoryError:
         raise TrainingError(
             f"reference: out of GPU memory on a pack of {batch.input_ids.numel()} tokens (rows "
@@ -206,6 +263,8 @@ def _print(account: dict, console) -> None:
     if account["misses"]:
         packs = counted(account["packs"], "pack")
         done = f"{account['misses']:,} computed in {packs} of {account['tokens']:,} tokens"
+        if account["repeated_tokens"]:
+            done += f" ({account['repeated_tokens']:,} more repeat these and are not computed)"
     line = f"{account['hits']:,} of {total:,} responses found, {done}, {account['seconds']:.1f} s; "
     line += f"{where}, namespace {account['namespace'][:8]}"
     console.print(f"[bold]reference[/]: {escape(line)}", highlight=False, soft_wrap=True)

@@ -1,5 +1,5 @@
-"""What the reference's log-probs depend on, as content hashes: of the model (the namespace), and of each
-response (its key). Two runs that hash alike may use each other's values; where they live does not count.
+"""What the reference's log-probs depend on besides the tokens: a content hash of the model. Names and places
+do not count.
 """
 
 import hashlib
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from fastdpo.files.durable import json_digest
 from fastdpo.model.policy import Policy
-from fastdpo.records import PreferenceGroup
-from fastdpo.reference.cache_file import KEY_BYTES
 
 NUMERICS_VERSION = 1  # raise it when our own forward gives other values for the same model and tokens
 _PIECE_BYTES = 64 << 20  # a thread's piece of a tensor: one such copy a thread, when it comes from a GPU
@@ -77,20 +75,6 @@ def reference_fingerprint(policy: Policy, fresh_lora: bool) -> Fingerprint:
             "logit softcap": repr(policy.head.softcap),
         }
     )
-
-
-def response_keys(group: PreferenceGroup) -> list[bytes]:
-    """One key a response: a hash of the whole sequence (ids as little-endian int32) and of which of its
-    tokens are scored, so that it does not matter where the prompt that the group shares ends."""
-    prompt = hashlib.blake2b(group.prompt.astype("<i4").tobytes(), digest_size=KEY_BYTES)
-    unscored = bytes(len(group.prompt))
-    keys = []
-    for response in group.responses:
-        key = prompt.copy()
-        key.update(response.ids.astype("<i4").tobytes())
-        key.update(unscored + response.target_mask.tobytes())  # 4 + 1 bytes a token: no two splits agree
-        keys.append(key.digest())
-    return keys
 
 
 def _place(name: str, prefix: str | None, weights: dict, adapter: dict) -> tuple[dict, str]:

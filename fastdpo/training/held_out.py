@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdpo.data.store.stored import facts_of
 from fastdpo.moving import to_device
 from fastdpo.objectives.seam import UNITS, Decomposable, Objective
-from fastdpo.records import PreferenceGroup, ResponseLogps
+from fastdpo.records import Groups, ResponseLogps
 from fastdpo.training.metrics import Sums, add_kl, add_pair_metrics
 
 _OF_PAIRS = ("rewards/accuracies", "rewards/margins", "logps/accuracies")
@@ -36,17 +37,16 @@ class _Values(Sums):
 
 
 @torch.no_grad()
-def by_prompt(
-    objective: Objective, logps: ResponseLogps, groups: Sequence[PreferenceGroup], kl: bool
-) -> dict[str, list[float]]:
+def by_prompt(objective: Objective, logps: ResponseLogps, groups: Groups, kl: bool) -> dict[str, list[float]]:
     """{number: v_p of each different prompt, in the order of the groups}, where `logps` are of these groups.
 
     The loss is among them where it is a sum over pairs, tokens or responses; KTO's z0 and BCO's mean count
     as given; a mixture of experts' balance loss, which is no sum over rows, is left out.
     """
-    numbers: dict[bytes, int] = {}
-    prompt = [numbers.setdefault(g.prompt.tobytes(), len(numbers)) for g in groups for _ in g.responses]
-    (of,) = to_device([torch.tensor(prompt)], logps.token_logp.device)
+    facts, numbers = facts_of(groups), dict[bytes, int]()
+    prompts = [numbers.setdefault(key, len(numbers)) for key in facts.prompt_key.tolist()]
+    prompt = np.repeat(prompts, facts.responses)
+    (of,) = to_device([torch.from_numpy(prompt)], logps.token_logp.device)
     shares = lambda values, where, units=None: _shares(values, of[where], units, len(numbers))
     values, out = _Values(), {}
     terms = objective.terms if isinstance(objective, Decomposable) else ()

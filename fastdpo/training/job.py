@@ -1,8 +1,9 @@
 """A run's config in parts: what each room needs of it, as that room's own record."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from fastdpo.config.keys import Config
 from fastdpo.data.load import DataSpec
+from fastdpo.data.packing import epoch_steps
 from fastdpo.data.pairs import BY_GAP
 from fastdpo.errors import ConfigError
 from fastdpo.model.spec import ModelSpec
@@ -18,6 +20,7 @@ from fastdpo.objectives import Objective, Rescaled, make_objective
 from fastdpo.optim.library import check_library
 from fastdpo.optim.optimizers import check_schedule
 from fastdpo.optim.spec import OptimSpec
+from fastdpo.records import Groups
 
 T = TypeVar("T")
 RESCALES = (
@@ -142,6 +145,14 @@ def objective_of(config: Config) -> Objective:
 def total_steps(stage: StageJob | Config, n_groups: int) -> int:
     """Optimizer steps of a stage on so many groups."""
     return stage.max_steps or math.ceil(stage.num_epochs * math.ceil(n_groups / stage.batch_size))
+
+
+def step_groups(groups: Groups, job: StageJob | Config, n_steps: int, skip: int = 0) -> Iterator[Groups]:
+    """The groups of each optimizer step after the first `skip`, epoch after epoch, each read when its step
+    comes: a function of seed and epoch alone."""
+    steps = epoch_steps(len(groups), job.batch_size, job.seed)
+    for places in itertools.islice(steps, skip, n_steps):
+        yield [groups[i] for i in places]
 
 
 def part(kind: type[T], config: Config, /, **own: Any) -> T:

@@ -1,15 +1,18 @@
 """Where a run's numbers go: metrics.jsonl, the progress bar and the lines above it."""
 
+from collections.abc import Iterable
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from fastdpo.console.formatting import about, all_ties, at_time, counted, duration
 from fastdpo.console.progress import make_progress
-from fastdpo.data.packing import places
+from fastdpo.data.packing import places_of, sizes_of
+from fastdpo.data.store.stored import facts_of
 from fastdpo.files import durable
 from fastdpo.model.experts import experts
 from fastdpo.objectives.seam import Coupled
@@ -46,10 +49,9 @@ class RunLog:
             self._task = self._progress.add_task(name, completed=done, total=total, unit="steps", info="")
             yield
 
-    def track(self, batches: list, what: str):
+    def track(self, batches: Iterable, total: int, what: str):
         """Yields the batches under a bar of their own, gone when they are done."""
-        total, visible = len(batches), len(batches) > 1
-        task = self._progress.add_task(what, total=total, unit="packs", info="", visible=visible)
+        task = self._progress.add_task(what, total=total, unit="packs", info="", visible=total > 1)
         for batch in batches:
             yield batch
             self._progress.update(task, advance=1)
@@ -103,13 +105,14 @@ class RunLog:
     def announce(self, stage: Stage) -> dict:
         """Says what a stage will do, before it does it; returns the same as numbers."""
         name, first = stage.objective.name, next(step_groups(stage.groups, stage.job, 1))
+        known = facts_of(stage.groups)
         batches = list(stage.microbatches(first))
         facts: dict[str, Any] = {
             "objective": name,
             "steps": stage.total,
             "groups": len(stage.groups),
-            "pairs": sum(len(g.pairs) for g in stage.groups),
-            "responses": sum(len(g.responses) for g in stage.groups),
+            "pairs": len(known.pairs),
+            "responses": len(known.key),
             "first_step_microbatches": len(batches),
             "first_step_tokens": sum(b.input_tokens for b in batches),
             "first_step_separate_tokens": sum(b.unshared_tokens for b in batches),
@@ -146,13 +149,14 @@ class RunLog:
         return {"router_aux_loss_coef": coef}
 
     def _announce_caps(self, stage: Stage) -> dict:
-        cap, scored = stage.job.max_tokens, stage.policy.max_scored
-        sizes = [(places(group, stage.policy.share), group.row) for group in stage.groups]
-        if scored is not None and _may_end(stage, scored, [size for size, _ in sizes]):
+        cap, scored, facts = stage.job.max_tokens, stage.policy.max_scored, facts_of(stage.groups)
+        sizes = places_of(sizes_of(facts), stage.policy.share)
+        if scored is not None and _may_end(stage, scored, sizes):
             self.say(f"a microbatch ends at {scored:,} scored tokens or max_tokens={cap:,}")
-        over = [row for size, row in sizes if size > cap]
-        largest, row = max(sizes)
+        over = facts.row[sizes > cap].tolist()
+        largest = int(sizes.max())
         if over:
+            row = facts.row[sizes == largest].max()
             self.say(
                 f"[yellow]{len(over)} groups are larger than max_tokens={cap:,} and go alone, whole "
                 f"(rows {', '.join(map(str, over[:5]))}{', ...' * (len(over) > 5)}); "
@@ -164,9 +168,9 @@ class RunLog:
         self.console.print(text, highlight=False)
 
 
-def _may_end(stage: Stage, scored: int, sizes: list[int]) -> bool:
+def _may_end(stage: Stage, scored: int, sizes: np.ndarray) -> bool:
     """Whether so many scored tokens can end a microbatch: a step has more, and max_tokens may hold more."""
-    counts = [group.scored_tokens for group in stage.groups]
-    in_a_step = sum(sorted(counts)[-stage.job.batch_size :])
-    densest = max(count / size for count, size in zip(counts, sizes))
-    return min(in_a_step, densest * stage.job.max_tokens) > scored
+    counts = facts_of(stage.groups).scored_tokens
+    in_a_step = np.sort(counts)[-stage.job.batch_size :].sum()
+    densest = (counts / sizes).max()
+    return bool(min(in_a_step, densest * stage.job.max_tokens) > scored)

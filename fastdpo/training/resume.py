@@ -9,11 +9,11 @@ from rich.markup import escape
 
 from fastdpo.config.keys import FIELDS, Config
 from fastdpo.config.names import in_our_words
+from fastdpo.data.store.stored import facts_of
 from fastdpo.errors import ConfigError, DeadEndError
 from fastdpo.model.lm_head import named_budget
 from fastdpo.objectives.make import same_objective
-from fastdpo.records import PreferenceGroup
-from fastdpo.reference.fingerprint import response_keys
+from fastdpo.records import Groups
 from fastdpo.training import checkpoint
 from fastdpo.training.folder import RUN_FILES
 from fastdpo.training.job import Job, StageJob, total_steps
@@ -25,7 +25,7 @@ from fastdpo.training.job import Job, StageJob, total_steps
 # is compared token by token, wherever its file lies.
 FREE = set(
     "max_steps num_epochs eval_steps logging_steps save_steps save_total_limit load_best report_to samples "
-    "reference_cache memory max_tokens head_memory gradient_checkpointing activation_offloading "
+    "data_cache reference_cache memory max_tokens head_memory gradient_checkpointing activation_offloading "
     "tiled_mlp offload_optimizer optimizer_in_backward push_to_hub output_dir resume overwrite strict "
     "ignore chat_template".split()
 )
@@ -165,16 +165,11 @@ def check_start(expected: str | None, namespace: str) -> None:
         )
 
 
-def rows_digest(*sets: list[PreferenceGroup]) -> str:
+def rows_digest(*sets: Groups) -> str:
     """Fingerprint of the rows in their order: tokens, what is scored, the pairs, scores, labels, token
     weights and the reference columns."""
     digest = hashlib.blake2b(digest_size=16)
     for groups in sets:
         digest.update(len(groups).to_bytes(8, "little"))
-        for group in groups:
-            digest.update(b"".join(response_keys(group)))
-            known = [(r.ref_logp, r.score, r.label) for r in group.responses]
-            digest.update(repr([known, [tuple(pair) for pair in group.pairs]]).encode())
-            for r in group.responses:
-                digest.update(b"-" if r.token_weight is None else r.token_weight.tobytes())
+        digest.update(facts_of(groups).digest.tobytes())
     return digest.hexdigest()

@@ -10,12 +10,14 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
+from fastdpo.data.store.stored import facts_of
 from fastdpo.errors import ConfigError, DeadEndError, FastDPOError, Stopped, TrainingError
 from fastdpo.files import durable
 from fastdpo.files.installed import versions
@@ -207,10 +209,10 @@ class Run:
 
 
 def spread(groups: Groups, count: int) -> Groups:
-    """At most `count` groups with different prompts, from all over the list."""
-    different = list({group.prompt.tobytes(): group for group in reversed(groups)}.values())[::-1]
-    count = min(count, len(different))
-    return [different[i * len(different) // count] for i in range(count)]
+    """At most `count` groups with different prompts, from all over them."""
+    _, first = np.unique(facts_of(groups).prompt_key, return_index=True)
+    different, count = np.sort(first).tolist(), min(count, len(first))
+    return [groups[different[i * len(different) // count]] for i in range(count)]
 
 
 def device_name() -> str:

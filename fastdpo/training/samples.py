@@ -13,14 +13,14 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from fastdpo.console.progress import make_progress
 from fastdpo.model.policy import Policy
-from fastdpo.records import PreferenceGroup
+from fastdpo.records import Groups, PreferenceGroup
 
 
 @torch.no_grad()
 def complete(
     policy: Policy,
     tokenizer,
-    groups: list[PreferenceGroup],
+    groups: Groups,
     max_new_tokens: int = 128,
     console: Console | None = None,
 ) -> list[dict]:
@@ -98,7 +98,7 @@ def turns_of(tokenizer, ids: list[int]) -> list[dict] | None:
     return turns or None
 
 
-def end_tokens(policy: Policy, tokenizer, groups: list[PreferenceGroup]) -> list[int]:
+def end_tokens(policy: Policy, tokenizer, groups: Groups) -> list[int]:
     """The ids that end a completion: the tokenizer's and the model's EOS, and whichever special token
     the responses themselves end with (a chat template's end of turn is often neither)."""
     known = [tokenizer.eos_token_id, getattr(policy.core.generation_config, "eos_token_id", None)]
@@ -108,7 +108,7 @@ def end_tokens(policy: Policy, tokenizer, groups: list[PreferenceGroup]) -> list
     return sorted(ends | last & set(tokenizer.get_added_vocab().values()))
 
 
-def batches(policy: Policy, groups: list[PreferenceGroup], max_new_tokens: int):
+def batches(policy: Policy, groups: Groups, max_new_tokens: int):
     """(groups, new tokens) of each call: all at once, but alone and shorter where the model's positions
     do not suffice, since a position too many is an error (on a GPU, one that ends the process)."""
     limit = getattr(policy.core.config.get_text_config(), "max_position_embeddings", None)

@@ -3,28 +3,28 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastdpo.config.keys import Config
-from fastdpo.data.mismatched import mismatched
-from fastdpo.data.packing import Packing, epoch_order, in_row_order, pack, split_step
+from fastdpo.data.mismatched import beside, mismatched
+from fastdpo.data.packing import Packing, epoch_steps, in_row_order, pack, split_step
+from fastdpo.data.store.stored import as_whole, facts_of, joined, taken
 from fastdpo.errors import DeadEndError
 from fastdpo.model.experts import Balance, coefficient, mean_of
 from fastdpo.model.flops import Counted
 from fastdpo.model.policy import Policy
 from fastdpo.objectives import Rescaled
 from fastdpo.optim.optimizers import make_optimizer, set_schedule
-from fastdpo.records import Groups, PackedGroups, ResponseLogps
+from fastdpo.records import Groups, PackedGroups, PreferenceGroup, ResponseLogps
 from fastdpo.reference.columns import ReferenceColumns
 from fastdpo.reference.fill import ReferenceTable
 from fastdpo.training.accumulate import Accumulator, NotFinite, context_of
 from fastdpo.training.failures import WAY_OUT, Explain, memory_guard, not_finite, update_guard
 from fastdpo.training.held_out import by_prompt
-from fastdpo.training.job import RESCALES, StageJob, total_steps
+from fastdpo.training.job import RESCALES, StageJob, step_groups, total_steps
 from fastdpo.training.metrics import EVAL_STATS, Progress, Sums, add_kl, add_pair_metrics, add_token_metrics
 from fastdpo.training.speed import Pace
 
@@ -42,18 +42,16 @@ class Stage:
         self.reference: ReferenceTable | ReferenceColumns | None = None
         self.objective = job.objective
         self.balance, self.unbalanced = self.balance_of()
-        self.groups, self.eval_groups = (
-            [self.objective.select(g) for g in some] for some in (groups, eval_groups)
-        )
+        self.groups, self.eval_groups = map(self.objective.select, (groups, eval_groups))
         if self.balance:
-            self.groups = [replace(g, whole=True) for g in self.groups]
-            self.eval_groups = [replace(g, whole=True) for g in self.eval_groups]
-        aside = lambda some: mismatched(some, job.max_length) if self.objective.mismatched else {}
+            self.groups, self.eval_groups = map(as_whole, (self.groups, self.eval_groups))
+        aside = lambda some: mismatched(some, job.max_length) if self.objective.mismatched else []
         self.mismatched, self.eval_mismatched = aside(self.groups), aside(self.eval_groups)
         self.per_epoch = math.ceil(len(self.groups) / job.batch_size)
         self.total = total_steps(job, len(self.groups))
         self.counted, self.pace = Counted.of(policy), Pace()
         self.drifts: list[Tensor] | None = None  # of the first step's microbatches, while it runs
+        self.last_aside: tuple = (None, [])  # (groups, what is aside of them)
         self.ahead: tuple = (None, None)  # (groups, the same packed) of a microbatch that is to come
 
     def balance_of(self) -> tuple[Balance | None, str]:
@@ -199,7 +197,7 @@ class Stage:
         if self.reference and self.reference.per_token:
             add_kl(sums, logps)
 
-    def cut(self, groups: Groups) -> list[Groups]:
+    def cut(self, groups: Groups) -> list[list[PreferenceGroup]]:
         """One step's groups as microbatches."""
         return split_step(groups, self.job.max_tokens, self.policy.max_scored, self.policy.share)
 
@@ -233,31 +231,41 @@ class Stage:
         logps = ResponseLogps.of(batch, token_logp, batch.ref_token_logp, token_stats)
         return replace(logps, aux_loss=balance.loss(routed, batch)) if balance else logps
 
-    def in_row_order(self, groups: Groups) -> list[PackedGroups]:
+    def in_row_order(self, groups: Groups) -> Packing:
         """Rows packed as the reference packs what it computes: equal models then agree bit by bit."""
-        return [self.packed(part) for part in in_row_order(groups, self.job.max_tokens, self.policy.share)]
+        return Packing(in_row_order(groups, self.job.max_tokens, self.policy.share), self.packed)
 
     def aside(self, groups: Groups) -> Groups:
-        """The mismatched groups beside these training rows, where the objective looks at them."""
-        return [self.mismatched[group.row] for group in groups if group.row in self.mismatched]
+        """The mismatched groups beside these training rows, where the objective looks at them; the very same
+        ones where they are asked for again at once."""
+        last, found = self.last_aside
+        if last is not groups:
+            rows = [group.row for group in groups]
+            found = list(beside(self.mismatched, rows)) if self.mismatched else []
+            self.last_aside = groups, found
+        return found
 
     def reference_sets(self) -> list[Groups]:
-        """What the reference must know: training rows (all, unless max_steps ends before one pass), held-out
-        rows, and what lies beside either."""
+        """What the reference must know: training rows (all, unless max_steps ends before one pass) and what
+        lies beside them, held-out rows, and what lies beside those."""
         used = self.groups
         if self.total < self.per_epoch:
-            visited = {group.row for step in step_groups(used, self.job, self.total) for group in step}
-            used = [group for group in used if group.row in visited]
-        return [used, self.eval_groups, self.aside(used), list(self.eval_mismatched.values())]
+            steps = epoch_steps(len(used), self.job.batch_size, self.job.seed)
+            used = taken(used, np.sort(np.concatenate(list(itertools.islice(steps, self.total)))))
+        sets = [used, self.eval_groups]
+        if self.objective.mismatched:
+            sets[0] = joined(used, beside(self.mismatched, facts_of(used).row))
+        return [*sets, self.eval_mismatched]
 
     @torch.no_grad()
-    def evaluate(self, batches, run, progress: Progress) -> None:
+    def evaluate(self, batches: Packing, run, progress: Progress) -> None:
         """Loss and metrics of the held-out rows as one batch, the vocabulary-wide ones too; after a signal
         they stay due."""
         sums, seen, step = Sums(), [], run.place.first + progress.steps
         self.policy.model.eval()
-        aside = self.in_row_order(list(self.eval_mismatched.values()))
-        for batch in run.log.track([*batches, *aside], "held-out"):
+        aside = self.in_row_order(self.eval_mismatched)
+        both = itertools.chain(batches, aside)
+        for batch in run.log.track(both, len(batches) + len(aside), "held-out"):
             if run.stopping.requested:
                 break
             with memory_guard(step, batch, self.explain):
@@ -285,12 +293,3 @@ class Stage:
         progress.eval_loss = sums.means()["loss"]
         if not math.isfinite(progress.eval_loss):
             raise DeadEndError(f"step {step}: the held-out loss is {progress.eval_loss}; {WAY_OUT}")
-
-
-def step_groups(groups, job: StageJob | Config, n_steps: int, skip: int = 0) -> Iterator[Groups]:
-    """The groups of each optimizer step after the first `skip`, epoch after epoch: a function of seed
-    and epoch alone."""
-    size, orders = job.batch_size, (epoch_order(len(groups), job.seed, epoch) for epoch in itertools.count())
-    steps = (order[start : start + size] for order in orders for start in range(0, len(groups), size))
-    for rows in itertools.islice(steps, skip, n_steps):
-        yield [groups[i] for i in rows]

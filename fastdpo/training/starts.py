@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from fastdpo.data.pairs import BY_GAP, flip_pairs, select_pairs
+from fastdpo.data.store.stored import facts_of
 from fastdpo.records import Groups
 from fastdpo.reference.columns import reference_columns
 from fastdpo.reference.fill import ReferenceTable
@@ -40,11 +39,7 @@ def pairs_of_stage(job: StageJob, groups, fill: Fill):
     """What `select_pairs` makes of its rows, by the reference's log-probs where pairs are told by them."""
     if not job.by_logp:
         return select_pairs(groups, job.pairs)
-    table = fill([groups])
-    ends = [np.cumsum([int(r.target_mask.sum()) for r in group.responses])[:-1] for group in groups]
-    values = [table.of([group]).double().numpy() for group in groups]
-    sums = [[part.sum() for part in np.split(*pair)] for pair in zip(values, ends)]
-    return select_pairs(groups, job.pairs, sums)
+    return select_pairs(groups, job.pairs, fill([groups]).sums(facts_of(groups)))
 
 
 def make_reference(run: Run, stage: Stage, fill: Fill):

@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
 from fastdpo.config.keys import Config
 from fastdpo.data.load import load_data
 from fastdpo.data.pairs import flip_pairs, select_pairs
+from fastdpo.data.store.stored import facts_of
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.files import durable
 from fastdpo.model.experts import coefficient
@@ -26,7 +28,7 @@ from fastdpo.model.policy import (
 )
 from fastdpo.model.support import prepare
 from fastdpo.objectives import check_rows
-from fastdpo.records import PreferenceGroup
+from fastdpo.records import Groups
 from fastdpo.reference.cache_file import CacheFile, cache_path
 from fastdpo.reference.fill import load_reference
 from fastdpo.reference.fingerprint import reference_fingerprint
@@ -127,20 +129,19 @@ def ready_policy(job: Job, groups, eval_groups, console: Console, head_budget: i
     head_budget: bytes that its head has, where they are known before."""
     policy = load_policy(job.model, console)
     policy.head_budget = head_budget or policy.head_budget
-    check_vocabulary(policy, groups + eval_groups)
+    for some in (groups, eval_groups):
+        check_vocabulary(policy, some)
     prepare(policy, groups, console)
     return policy
 
 
-def check_vocabulary(policy: Policy, groups: list[PreferenceGroup]) -> None:
-    size = policy.core.get_input_embeddings().weight.shape[0]
-    for group in groups:
-        largest = max(group.prompt.max(), *(r.ids.max() for r in group.responses))
-        if largest >= size:
-            raise ModelError(
-                f"row {group.row}: token id {largest}, but the model embeds only {size} ids: "
-                "the tokenizer is of another model"
-            )
+def check_vocabulary(policy: Policy, groups: Groups) -> None:
+    size, facts = policy.core.get_input_embeddings().weight.shape[0], facts_of(groups)
+    for place in np.flatnonzero(facts.largest >= size)[:1]:
+        raise ModelError(
+            f"row {facts.row[place]}: token id {facts.largest[place]}, but the model embeds only {size} ids: "
+            "the tokenizer is of another model"
+        )
 
 
 def check_cache(job: Job, console: Console) -> None:

@@ -94,8 +94,8 @@ def the_positions(monkeypatch):
     """Responses begin at one position later than their prompt ends."""
     real = packing._shared_rows
 
-    def broken(groups):
-        flat = real(groups)
+    def broken(*args):
+        flat = real(*args)
         later = flat["position_ids"][0].diff(prepend=torch.tensor([0])) < 0
         return flat | {"position_ids": flat["position_ids"] + later.cumsum(0)}
 

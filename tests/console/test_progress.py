@@ -10,6 +10,7 @@ from rich.console import Console
 from fastdpo import Config, train
 from fastdpo.console.formatting import about
 from fastdpo.console.progress import Lines, make_progress
+from fastdpo.data.store import making
 from tests import tiny
 
 
@@ -79,8 +80,9 @@ def test_where_a_bar_is_drawn_and_where_not():
     assert not bar()
 
 
-def test_each_phase_of_a_run_speaks(tmp_path):
+def test_each_phase_of_a_run_speaks(tmp_path, monkeypatch):
     """As if every look at the clock took 12 s."""
+    monkeypatch.setattr(making, "SHARD_ROWS", 200)
     data = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(600))
     keys = dict(
         max_steps=3,

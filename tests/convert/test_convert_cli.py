@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 
 from fastdpo.cli import main
-from fastdpo.data.groups import load_groups
+from fastdpo.data.load import load_groups
 from fastdpo.errors import ConfigError
 from tests.config.command_line import load_config
 from tests.data.shared_data import WIDE, small_tokenizer, text_row, write_lines

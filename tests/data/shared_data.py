@@ -22,6 +22,15 @@ FOLDERS = {
 }
 
 WIDE = Limits(100_000)
+
+
+@pytest.fixture(params=[None, 3], ids=["at once", "in pieces"])
+def pieces(request, monkeypatch):
+    """Files are read as they are, and 3 bytes at a time."""
+    if request.param:
+        monkeypatch.setattr("fastdpo.data.files.stamps.PIECE", request.param)
+
+
 CHATML = (
     "{% for m in messages %}"
     "{% if m['role'] == 'tool' and 'refuse' in m['content'] %}{{ raise_exception('no such tool') }}"

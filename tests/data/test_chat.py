@@ -12,7 +12,8 @@ from fastdpo.cli import main
 from fastdpo.config.keys import from_values
 from fastdpo.data.chat import arguments as chat_module
 from fastdpo.data.chat.arguments import Chat
-from fastdpo.data.groups import load_groups, to_group
+from fastdpo.data.groups import to_group
+from fastdpo.data.load import load_groups
 from fastdpo.data.report import RowProblem
 from fastdpo.errors import ConfigError
 from tests.data.shared_data import (

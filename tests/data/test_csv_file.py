@@ -8,7 +8,9 @@ from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import parse_row
 from fastdpo.data.sources import load_rows
 from fastdpo.errors import DataError
-from tests.data.shared_data import write_lines
+from tests.data.shared_data import pieces, write_lines  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("pieces")
 
 
 def rows_of(tmp_path, text: str, data_format=None):
@@ -63,7 +65,7 @@ def test_rows_keep_their_lines(tmp_path):
     rows = rows_of(tmp_path, text)
     assert [row["prompt"] for row in rows] == ['a\nb, "c"', "p", "q"]
     assert rows[1]["chosen"] == "x\r\n\n"
-    assert [rows.where(i)[-18:] for i in range(3)] == [f" (line {n} of d.csv)" for n in (2, 5, 8)]
+    assert [rows.line(i) for i in range(3)] == [f"line {n} of d.csv" for n in (2, 5, 8)]
 
 
 def test_a_cell_may_be_long(tmp_path):
@@ -131,4 +133,4 @@ def test_a_folder_of_csv_files(tmp_path):
         write_lines(tmp_path / f"part{i}.csv", ["prompt,chosen,rejected", f"{i},a,b"])
     rows = load_rows(str(tmp_path))
     assert [row["prompt"] for row in rows] == ["1", "2"]
-    assert rows.where(1).endswith("(line 2 of part2.csv)")
+    assert rows.line(1) == "line 2 of part2.csv"

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 import fastdpo.data.report
-from fastdpo.data.groups import Limits, load_groups
+from fastdpo.data.groups import Limits
+from fastdpo.data.load import load_groups
 from fastdpo.data.report import DataReport, RowProblem
 from fastdpo.data.show import show
 from fastdpo.errors import DataError
@@ -88,6 +89,7 @@ def test_totals_add_up(tmp_path):
     assert out["prompt_tokens"] == prompt
     assert out["response_tokens"] == sum(len(r.ids) for g in groups for r in g.responses)
     assert out["scored_tokens"] == sum(int(r.target_mask.sum()) for g in groups for r in g.responses)
+    assert out["prompts"] == len({g.prompt.tobytes() for g in groups})
     assert out["shared_forward_tokens"] == prompt + out["response_tokens"] - out["responses"]
     assert out["separate_rows_tokens"] == sum(lengths)
     assert sum(out["lengths"]["counts"]) == len(lengths)
@@ -237,6 +239,16 @@ def test_show_tells_scored_tokens_by_marks_and_colour(tmp_path, color):
     assert "<|im_start|>user\ngood [old]?<|im_end|>" in text
     assert "response 0 (chosen)" in text and "response 1 (rejected)" in text
     assert "row 0, decoded" in text and "1 of 1" in text
+
+
+def test_rows_of_one_prompt_are_counted(tmp_path):
+    prompts = ["good old ", "good wor ", "good old ", "good old ", "gold "]
+    rows = [text_row(prompt, "old morning", "wor") for prompt in prompts]
+    _, report = load(write_lines(tmp_path / "d.jsonl", rows))
+    assert report.to_dict()["prompts"] == 3
+    assert "3 different prompts: 2 rows share theirs with an earlier row" in printed(report)
+    _, report = load(write_lines(tmp_path / "d.jsonl", rows[:2]))
+    assert report.to_dict()["prompts"] == 2 and "different prompts" not in printed(report)
 
 
 @needs_shared

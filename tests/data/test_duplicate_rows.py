@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from fastdpo.data.groups import load_groups
+from fastdpo.data.load import load_groups
 from tests.data.shared_data import WIDE, ranked_row, small_tokenizer, text_row, write_lines
 
 

@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from fastdpo.data.groups import Limits, load_groups, to_group
+from fastdpo.data.groups import Limits, to_group
+from fastdpo.data.load import load_groups
 from fastdpo.data.rows import RowProblem, parse_row
 from tests.data.shared_data import (
     WIDE,

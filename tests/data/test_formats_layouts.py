@@ -178,7 +178,7 @@ def test_alpaca_with_both_responses_in_one_list(folder):
 def test_split_of_a_listed_data_set(folder, tmp_path):
     spec = folder([{"ask": str(i)} | ANSWERS for i in range(4)], {"ranking": True, "columns": ALPACA})
     assert [row["ask"] for row in load_rows(spec + "#train[1:3]")] == ["1", "2"]
-    assert load_rows(spec).where(2) == f"row 2 of {spec} (line 3 of d.jsonl)"
+    assert load_rows(spec).line(2) == "line 3 of d.jsonl"
     sub = tmp_path / "sub"
     sub.mkdir()
     write_lines(sub / "a_test.jsonl", [{"ask": "t"} | ANSWERS])

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from fastdpo.data.formats.known import FORMATS
-from fastdpo.data.groups import load_groups
+from fastdpo.data.load import load_groups
 from fastdpo.data.show import show
 from fastdpo.errors import DataError
 from tests.data.shared_data import WIDE, assistant, small_tokenizer, text_row, user

@@ -8,13 +8,14 @@ import shlex
 import pytest
 from rich.console import Console
 
-from fastdpo.data.groups import load_groups
+from fastdpo.data.load import load_groups
 from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import parse_row
 from fastdpo.data.sources import load_rows
 from fastdpo.errors import DataError
-from tests.data.shared_data import WIDE, small_tokenizer, text_row, write_lines
+from tests.data.shared_data import WIDE, pieces, small_tokenizer, text_row, write_lines  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("pieces")
 QUIET = Console(file=io.StringIO())
 ROW = text_row()
 LINE = json.dumps(ROW)
@@ -42,7 +43,7 @@ def test_jsonl_is_read_by_line_whatever_it_begins_with(tmp_path):
 def test_an_object_a_line_may_be_called_either(tmp_path, name):
     rows = rows_of(tmp_path, f"\n{LINE}\n\n{LINE}\r\n", name)
     assert list(rows) == [ROW, ROW]
-    assert rows.where(1).endswith(f"(line 4 of {name})")
+    assert rows.line(1) == f"line 4 of {name}"
 
 
 def test_an_array_in_a_jsonl_is_told_its_name(tmp_path):
@@ -94,10 +95,29 @@ def test_a_table_in_one_object_is_told_how_to_become_rows(tmp_path, whole):
 def test_rows_of_an_array_keep_their_lines(tmp_path):
     rows = rows_of(tmp_path, f'\n [ {LINE},\n\n{{\n"prompt": "p"}}\n, 3\n]\n\n')
     assert list(rows) == [ROW, {"prompt": "p"}, 3]
-    assert [line for _, line in rows.lines] == [2, 4, 6]
+    assert [rows.line(i) for i in range(3)] == [f"line {n} of d.json" for n in (2, 4, 6)]
 
 
-@pytest.mark.parametrize("text", ["[]", "[ \n]\n"])
+def test_numbers_and_escapes_of_an_array_are_whole_wherever_it_is_read_from(tmp_path):
+    items = [1.5, 12, -1e-7, 1e5, True, None, float("-inf"), "é😀\n\\" + "long" * 20, {"é": ["😀"]}]
+    for ascii in (True, False):
+        text = json.dumps(items, ensure_ascii=ascii)
+        assert list(rows_of(tmp_path, text)) == items
+        rows = rows_of(tmp_path, text.replace(", ", ",\n"))
+        assert [rows.line(i) for i in (0, 8)] == ["line 1 of d.json", "line 9 of d.json"]
+
+
+@pytest.mark.parametrize("space", ["", "\n"])
+def test_a_fault_of_an_array_has_its_place_in_the_whole_file(tmp_path, space):
+    text = f'[{{"é": 1}},{space} {{"é": "b",{space} "c" 2}}]'
+    with pytest.raises(json.JSONDecodeError) as fault:
+        json.loads(text)
+    with pytest.raises(DataError) as caught:
+        rows_of(tmp_path, text)
+    assert str(caught.value).endswith(f"is not JSON from line {2 if space else 1} on: {fault.value}")
+
+
+@pytest.mark.parametrize("text", ["[]", "[ \n]\n", "\f[\n]"])
 def test_an_empty_array_has_no_rows(tmp_path, text):
     with pytest.raises(DataError, match="has no rows"):
         rows_of(tmp_path, text)

@@ -9,7 +9,7 @@ from datasets import Audio, Features, Image, List, Value
 from rich.console import Console
 
 from fastdpo.data.formats.layouts import layout_of
-from fastdpo.data.groups import load_groups
+from fastdpo.data.load import load_groups
 from fastdpo.data.rows import RowProblem, parse_row
 from fastdpo.data.sources import load_rows
 from tests.data.shared_data import WIDE, assistant, chat_row, small_tokenizer, text_row, user, write_lines

@@ -1,10 +1,23 @@
 """The packed layout says exactly which tokens each scored token was predicted from."""
 
+from dataclasses import replace
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
 
-from fastdpo.data.packing import epoch_order, pack, places, split_step
+from fastdpo.data.packing import (
+    Size,
+    epoch_order,
+    epoch_steps,
+    pack,
+    places,
+    places_of,
+    sizes_of,
+    split_step,
+)
+from fastdpo.data.store.stored import facts_of
 from fastdpo.records import Pair
 from tests.tiny import group, groups
 
@@ -119,6 +132,25 @@ def test_the_cap_counts_padding_of_separate_rows(max_tokens):
         assert len(part) == 1 or pack(part, share=False).input_ids.numel() <= max_tokens
     assert places(group(0, 4, [3, 5]), share=False) == 2 * 8
     assert places(group(0, 4, [3, 5]), share=True) == 4 + 2 + 4
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_sizes_say_what_groups_take(share):
+    """Of facts as of the groups, and so that steps are cut alike."""
+    step = [group(i, 1 + i % 7, [1 + (i * j) % 11 for j in range(1 + i % 4)]) for i in range(30)]
+    step += [replace(one, row=one.row + 30, whole=True) for one in step]
+    sizes = sizes_of(facts_of(step))
+    assert [Size(*row) for row in sizes.tolist()] == [Size.of(one) for one in step]
+    assert places_of(sizes, share).tolist() == [places(one, share) for one in step]
+    for one in step:
+        packed = pack([one], share)
+        assert places(one, share) == packed.input_ids.numel() and Size.of(one).scored == len(packed.target)
+
+
+def test_steps_are_the_epochs_in_pieces():
+    steps = list(islice(epoch_steps(8, 3, seed=0), 7))
+    assert [step.tolist() for step in steps[:3]] == [GOLDEN[:3], GOLDEN[3:6], GOLDEN[6:]]
+    assert sorted(np.concatenate(steps[3:6])) == list(range(8)) and len(steps[6]) == 3
 
 
 def test_order_is_a_function_of_seed_and_epoch():

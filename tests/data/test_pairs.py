@@ -1,12 +1,16 @@
 """Which pairs train: Curry-DPO's stages, what is left out, and flipped pairs."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from fastdpo.data.groups import to_group
 from fastdpo.data.pairs import RULES, flip_pairs, select_pairs
+from fastdpo.data.store.facts import Facts
+from fastdpo.data.store.shards import Shard, encoded
+from fastdpo.data.store.stored import StoredGroups, facts_of
 from fastdpo.errors import DataError
 from fastdpo.records import Pair, PreferenceGroup, Response
 from tests.data.shared_data import SHARED, WIDE, check, needs_shared, ranked_row, small_tokenizer
@@ -41,7 +45,7 @@ def texts(group):
 def chosen_pairs(group, ref_logps=None):
     out = {}
     for rule in RULES[1:]:
-        (kept,), _ = select_pairs([group], rule, None if ref_logps is None else [np.array(ref_logps)])
+        (kept,), _ = select_pairs([group], rule, None if ref_logps is None else np.array(ref_logps, float))
         assert len(kept.pairs) == 1 and len(kept.responses) == 2 and kept.row == group.row
         (out[rule],) = texts(kept)
     return out
@@ -105,6 +109,27 @@ def test_what_is_left_out_is_counted():
     assert [g.row for g in kept] == [0, 1, 2, 3] and kept[2] is groups[2]
     assert notes == {"pairs": 4, "responses": 3, "one_loser": 2}
     assert [len(g.responses) for g in kept] == [2, 2, 1, 2]
+
+
+@pytest.mark.parametrize("by_logp", [False, True])
+@pytest.mark.parametrize("rule", RULES[1:])
+def test_groups_together_are_as_each_alone(rule, by_logp):
+    """Ranked rows of 1 to 6 responses with ties, plain and unpaired ones, in a list and read from a shard."""
+    draw = np.random.default_rng(0)
+    groups = [ranked(*draw.integers(1, 5, draw.integers(1, 7)).tolist(), row=row) for row in range(60)]
+    groups += [unpaired(True, 60), random_group(61, 3, [4, 2]), ranked(1, 2, row=62)]
+    logps = draw.normal(-20, 5, sum(len(g.responses) for g in groups)).round()
+    ends = np.cumsum([len(g.responses) for g in groups])[:-1]
+    alone = [
+        select_pairs([g], rule, some if by_logp else None) for g, some in zip(groups, np.split(logps, ends))
+    ]
+    want, notes = [facts_of(some) for some, _ in alone], sum((told for _, told in alone), Counter())
+    for some in (groups, StoredGroups([Shard(encoded(groups, {}))], [0])):
+        kept, told = select_pairs(some, rule, logps if by_logp else None)
+        assert told == notes
+        for facts in (facts_of(kept), Facts.of(kept)):
+            for name in ("row", "cu_resp", "length", "score", "cu_pairs", "pairs", "offset", "weight"):
+                np.testing.assert_array_equal(getattr(facts, name), getattr(Facts.joined(want), name))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -182,6 +207,15 @@ def test_rows_told_are_those_changed():
     flipped, rows = flip_pairs(groups, 0.2, 1)
     before, after = outcome(groups), outcome(flipped)
     assert rows == [row for row in before if before[row] != after[row]] and 0 < len(rows) < 90
+
+
+def test_flips_of_groups_that_are_read_from_a_shard():
+    groups = many(40)
+    flipped, rows = flip_pairs(StoredGroups([Shard(encoded(groups, {}))], [0]), 0.4, 1)
+    want, want_rows = flip_pairs(groups, 0.4, 1)
+    assert rows == want_rows and outcome(flipped) == outcome(want)
+    for name in ("label", "pairs", "offset", "weight"):
+        np.testing.assert_array_equal(getattr(facts_of(flipped), name), getattr(Facts.of(want), name))
 
 
 def test_pairs_of_a_row_are_drawn_each_on_its_own():

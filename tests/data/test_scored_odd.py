@@ -110,6 +110,15 @@ def test_a_system_prompt_is_lost_though_the_user_says_the_same(question):
     assert turns_of(row, tokenizer) == (ends("gold"), {"system_not_printed": 1})
 
 
+@pytest.mark.parametrize("shown", ["gold", "old"])
+def test_a_system_prompt_that_only_one_of_two_responses_has_before_it(shown):
+    told = f"m.role != 'system' or messages[-1].content == '{shown}'"
+    text = f"{{% if {told} %}}<|im_start|>{{{{ m.role }}}}\n{{{{ m.content }}}}<|im_end|>{{% endif %}}"
+    tokenizer = with_template("{% for m in messages %}" + text + "{% endfor %}" + OPEN)
+    _, notes = turns_of(row_of(says("gold"), prompt=[system("Be brief."), user("Hello.")]), tokenizer)
+    assert notes["system_not_printed"] == 1
+
+
 def test_a_tool_is_lost_though_the_question_has_its_name():
     row = row_of(says("gold"), prompt=[user("Please search.")], tools=[TOOL])
     assert turns_of(row, with_template(PLAIN)) == (ends("gold"), {"tools_not_printed": 1})

@@ -8,7 +8,7 @@ from rich.console import Console
 
 import fastdpo
 from fastdpo.config.keys import Config
-from fastdpo.data.groups import load_groups
+from fastdpo.data.load import load_groups
 from fastdpo.errors import ConfigError, DataError
 from tests.config.command_line import load_config
 from tests.data.shared_data import WIDE, small_tokenizer, text_row, write_lines

@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from fastdpo.data.groups import load_groups
+from fastdpo.data.load import load_groups
 from fastdpo.data.show import show
 from fastdpo.errors import DataError
 from tests.data.shared_data import WIDE, assistant, chat_row, small_tokenizer, text_row, user, write_lines

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from fastdpo.data.rows import RowProblem, parse_row
-from fastdpo.data.sources import load_rows
+from fastdpo.data.sources import load_rows, sources_of
 from fastdpo.errors import DataError
 from fastdpo.files.names import Answer
 from tests.data.shared_data import chat_row, ranked_row, text_row, write_lines
@@ -27,7 +27,7 @@ def test_json_lines_need_not_have_one_type(tmp_path):
     spec = write_lines(tmp_path / "d.jsonl", [TEXT, "", CHAT, RANKED])
     rows = load_rows(spec)
     assert list(rows) == [TEXT, CHAT, RANKED]
-    assert rows.where(1) == f"row 1 of {spec} (line 3 of d.jsonl)"
+    assert rows.line(1) == "line 3 of d.jsonl"
 
 
 def test_a_line_separator_within_a_string_ends_no_line(tmp_path):
@@ -50,7 +50,7 @@ def test_json_array(tmp_path):
     path.write_text("\ufeff" + json.dumps([TEXT, CHAT], indent=1), encoding="utf-8")
     rows = load_rows(str(path))
     assert list(rows) == [TEXT, CHAT]
-    assert "(line 7 of d.json)" in rows.where(1)
+    assert rows.line(1) == "line 7 of d.json"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_splits_of_a_folder_come_from_file_names(tmp_path):
     assert list(load_rows(str(tmp_path))) == rows_of(10)
     rows = load_rows(f"{tmp_path}#train[:20%]+test[-1:]")
     assert list(rows) == [*rows_of(2), rows_of(4)[3]]
-    assert rows.where(2).endswith("(line 4 of pairs_test.jsonl)")
+    assert rows.line(2) == "line 4 of pairs_test.jsonl"
 
 
 def test_splits_of_a_saved_dict(tmp_path):
@@ -117,6 +117,11 @@ def test_split_that_is_none(tmp_path, split):
 def test_missing(spec):
     with pytest.raises(DataError, match=r"does not exist here. Give a \.jsonl"):
         load_rows(spec)
+
+
+def test_a_missing_one_of_several_is_told_before_any_is_read(tmp_path):
+    with pytest.raises(DataError, match=r"eval_data: '/nowhere/d\.csv' does not exist here"):
+        sources_of([write_lines(tmp_path / "d.jsonl", ["no json"]), "/nowhere/d.csv"], None, "eval_data")
 
 
 def test_empty(tmp_path):
@@ -188,7 +193,7 @@ def test_the_hub_is_asked_once(answer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("part, given", [("en", {"name": "en"}), ("data/rl", {"data_dir": "data/rl"})])
 def test_a_part_of_a_data_set_of_the_hub(part, given, monkeypatch):
     asked = []
-    monkeypatch.setattr("fastdpo.data.sources.look_up", lambda *_: Answer(True, ""))
+    monkeypatch.setattr("fastdpo.data.files.loaded.look_up", lambda *_: Answer(True, ""))
     rows = Dataset.from_list([TEXT])
     monkeypatch.setattr("datasets.load_dataset", lambda **options: asked.append(options) or rows)
     load_rows(f"org/rows:{part}")

@@ -7,12 +7,14 @@ import pytest
 from rich.console import Console
 from transformers import ByT5Tokenizer
 
-from fastdpo.data.groups import Limits, load_groups, to_group
+from fastdpo.data.groups import Limits, to_group
+from fastdpo.data.load import load_groups
 from fastdpo.data.packing import pack
 from fastdpo.data.report import DataReport
 from fastdpo.data.rows import RowProblem
 from fastdpo.data.show import show
 from fastdpo.data.spans import places_by_decoding
+from fastdpo.data.store.facts import Facts
 from fastdpo.data.tokenizing import Encoder
 from fastdpo.errors import DataError
 from tests.data.shared_data import (
@@ -352,6 +354,6 @@ def test_show_keeps_the_spaces_between_runs():
     tokenizer, console = real_tokenizer("stories260K"), Console(file=io.StringIO(), width=150)
     group, _ = weighted(spans_row([[5, 8]], [], chosen=" One day she was", rejected=" no"), tokenizer)
     report = DataReport("x", kinds={"trl, text": group.row})
-    report.keep(group, {})
+    report.keep(Facts.of([group]))
     show([group], report, tokenizer, console)
     assert "«One»【 day】« she was</s>»" in console.file.getvalue()

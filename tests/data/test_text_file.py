@@ -8,11 +8,12 @@ import shlex
 import pytest
 from rich.console import Console
 
-from fastdpo.data.groups import load_groups
+from fastdpo.data.load import load_groups
 from fastdpo.data.sources import load_rows
 from fastdpo.errors import DataError
-from tests.data.shared_data import WIDE, small_tokenizer, text_row
+from tests.data.shared_data import WIDE, pieces, small_tokenizer, text_row  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("pieces")
 QUIET = Console(file=io.StringIO())
 TEXT = {
     "jsonl": "".join(json.dumps(text_row(chosen=f" g {i}")) + "\n" for i in range(2)),
@@ -64,7 +65,13 @@ def test_a_line_that_is_not_utf_8_is_dropped_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, raw", [("d.json", b'[{},\n\n{"a": "caf\xe9"}]'), ("d.csv", b"prompt,chosen\na,b\nc,caf\xe9\n")]
+    "name, raw",
+    [
+        ("d.json", b'[{},\n\n{"a": "caf\xe9"}]'),
+        ("d.json", b'[{} {},\n\n{"a": "caf\xe9"}]'),  # whatever else is wrong before it
+        ("d.csv", b"prompt,chosen\na,b\nc,caf\xe9\n"),
+        ("d.csv", b'prompt,prompt\na,"b" b\nc,caf\xe9\n'),
+    ],
 )
 def test_an_array_and_a_csv_have_to_be_utf_8_as_a_whole(tmp_path, name, raw):
     (tmp_path / name).write_bytes(raw)

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from fastdpo.data.groups import Limits, load_groups, to_group
+from fastdpo.data.groups import Limits, to_group
+from fastdpo.data.load import load_groups
 from fastdpo.data.packing import pack
 from fastdpo.data.rows import RowProblem, parse_row
 from fastdpo.data.show import show

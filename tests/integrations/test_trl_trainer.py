@@ -35,7 +35,9 @@ def folder(tmp_path_factory):
 def packs(monkeypatch):
     """The rows of each pack that the reference computes."""
     computed, real = [], ref_fill._computed
-    monkeypatch.setattr(ref_fill, "_computed", lambda p, g: computed.append([x.row for x in g]) or real(p, g))
+    monkeypatch.setattr(
+        ref_fill, "_computed", lambda p, g: computed.append([x.row for x in g.read()]) or real(p, g)
+    )
     return computed
 
 

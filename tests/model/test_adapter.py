@@ -13,7 +13,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo.config.keys import Config
-from fastdpo.data.groups import Limits, load_groups
+from fastdpo.data.groups import Limits
+from fastdpo.data.load import load_groups
 from fastdpo.data.packing import pack
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.policy import load_model_config, load_policy, load_tokenizer, save_model

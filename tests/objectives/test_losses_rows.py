@@ -5,8 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fastdpo.data.store.facts import Facts
 from fastdpo.errors import DataError
 from fastdpo.objectives import check_rows, make
+from fastdpo.objectives.catalogue import NAMES
+from fastdpo.objectives.checks import _lacking, _problems
 from fastdpo.records import Pair
 from tests.tiny import group
 
@@ -94,3 +97,27 @@ def test_rows_that_lack_something(name, options, rows, message):
 )
 def test_rows_that_will_do(name, options, rows):
     check_rows(make(name, **options), rows)
+
+
+WAYS = [({}, name) for name in NAMES] + [(dict(gamma=0.5), "sigmoid"), (LOG_DIFFERENCE, "odpo")]
+
+
+@pytest.mark.parametrize("options, name", WAYS, ids=str)
+def test_what_columns_say_is_what_is_said_of_each_row(options, name):
+    """The first row that lacks something is found by columns of all, and described by itself."""
+    draw, some = np.random.default_rng(0), []
+    for row in range(200):
+        n = int(draw.integers(1, 5))
+        pairs = [
+            Pair(i, j, float(draw.integers(2))) for i in range(n) for j in range(n) if draw.random() < 0.2 < j
+        ]
+        made = group(row, 3, [2] * n, pairs=pairs)
+        label = lambda is_paired=bool(pairs): None if is_paired else (None, True, False)[draw.integers(3)]
+        weight = lambda: np.ones(2, np.float32) if draw.random() < 0.7 else None
+        score = lambda: float(draw.integers(-1, 4)) if draw.random() < 0.7 else None
+        new = [replace(r, label=label(), token_weight=weight(), score=score()) for r in made.responses]
+        some.append(replace(made, responses=tuple(new)))
+    objective = make(name, **options)
+    problem = lambda g: next(_problems(g, objective.needs), None)
+    wrong = [problem(g) is not None or (objective.only_chosen and not g.chosen) for g in some]
+    assert _lacking(Facts.of(some), objective).tolist() == wrong

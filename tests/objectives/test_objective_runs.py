@@ -6,17 +6,19 @@ import os
 import random
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import torch
 from rich.console import Console
 
 from fastdpo.api import fill_reference, train
 from fastdpo.config.keys import Config
+from fastdpo.data.store.facts import Facts
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.objectives import make
 from fastdpo.objectives.catalogue import NAMES
+from fastdpo.reference.fill import ReferenceTable
+from fastdpo.reference.values import Values
 from fastdpo.training.job import stage_job
 from fastdpo.training.starts import pairs_of_stage
 from tests.tiny import group, rows, save_model, sentence, write_jsonl
@@ -142,12 +144,13 @@ def test_pairs_by_what_the_reference_finds_far_apart(run, tmp_path):
 def test_the_gap_is_of_whole_responses_log_probs(rule, loser):
     """The best response stands at -1; the others 4, 9 and 2 nats away, whatever their ratings."""
     some = group(0, 3, [2, 1, 5, 3])
-    sums = [-1.0, -5.0, -10.0, 1.0]
+    sums = np.array([-1.0, -5.0, -10.0, 1.0])
     responses = [replace(r, score=float(4 - i)) for i, r in enumerate(some.responses)]
     some = replace(some, responses=tuple(responses))
-    lengths = [int(r.target_mask.sum()) for r in responses]
-    tokens = [torch.full((n,), total / n) for n, total in zip(lengths, sums)]
-    table = SimpleNamespace(of=lambda groups: torch.cat(tokens))
+    facts = Facts.of([some])
+    values = Values(np.unique(facts.key), None)
+    values.add(facts.key, facts.scored, np.repeat(sums / facts.scored, facts.scored))
+    table = ReferenceTable(values, {})
     config = Config(model="m", data="d", pairs=rule, pair_gap="logp")
     (kept,), _ = pairs_of_stage(stage_job(config), [some], lambda sets: table)
     (pair,) = kept.pairs

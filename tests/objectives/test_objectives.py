@@ -63,7 +63,7 @@ def test_response_sums_are_accurate():
 
 def test_sft_scores_the_chosen_tokens_only():
     objective = objective_of(config(objective="sft"))
-    selected = [objective.select(g) for g in groups()]
+    selected = objective.select(groups())
     assert [len(g.responses) for g in selected] == [1] * 5  # the others are not even computed
     batch = pack(selected)
     logp = -torch.rand(len(batch.target))
@@ -74,7 +74,7 @@ def test_sft_scores_the_chosen_tokens_only():
 @pytest.mark.parametrize("name", [n for n in NAMES if isinstance(make(n), Decomposable)])
 def test_any_cut_of_a_step_gives_the_same_sum(name):
     objective = make(name)
-    selected = [objective.select(g) for g in scored_groups()]
+    selected = objective.select(scored_groups())
     counts = objective.counts(selected)
 
     def total(parts):

@@ -15,6 +15,8 @@ from benchmarks.memory.plan_accuracy import LIMIT, SMALL, run
 from benchmarks.models import MODELS
 from fastdpo.config.keys import Config
 from fastdpo.data.packing import pack
+from fastdpo.data.store.shards import Shard, encoded
+from fastdpo.data.store.stored import StoredGroups, facts_of
 from fastdpo.errors import ModelError
 from fastdpo.model import attention
 from fastdpo.model.adapters import add_lora
@@ -205,13 +207,31 @@ def test_the_largest_microbatch_is_found():
     assert {len(g.prompt) + len(g.responses[0].ids) for g in rows} == {128}
 
 
+def test_a_plan_reads_only_the_groups_that_it_simulates(monkeypatch):
+    some = [group(i, 10 + i % 9, [10 + i % 13, 3 + i % 5]) for i in range(300)]
+    stored, read = StoredGroups([Shard(encoded(some, {}))], [0]), []
+    group_of = Shard.group
+    monkeypatch.setattr(Shard, "group", lambda *args: read.append(args[1]) or group_of(*args))
+    keys = config(batch_size=16, max_tokens=200)
+    planner = Planner(llama(), selected(keys, stored), CPU)
+    loads = planner.loads(keys)
+    assert sorted(read) == sorted(g.row for load in loads for g in load.groups) and len(read) < 40
+    plain = step_loads(keys, llama(), some, CPU)
+    assert [[g.row for g in load.groups] for load in loads] == [
+        [g.row for g in load.groups] for load in plain
+    ]
+    assert planner.time(keys) == Planner(llama(), some, CPU).time(keys)
+    planner.predict(keys)
+    assert len(read) < 40  # and once
+
+
 @pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Llama-3.1-8B LoRA"])
 def test_flops_are_the_benchmarks(name):
     model = MODELS[name]
     c = AutoConfig.for_model(model.model_type, **model.config)
     rows = [PairLengths(200, 150, 100), PairLengths(50, 400, 30)]
     keys = config(lora_rank=model.lora_rank, batch_size=2)
-    time = step_time(keys, c, groups_of(random_rows(rows, 1000)), GPU, Shape(c))
+    time = step_time(keys, c, facts_of(groups_of(random_rows(rows, 1000))), GPU, Shape(c))
     assert time.flops == pytest.approx(step_flops(model, rows, How())["total"], rel=0.01)
     assert card_named("NVIDIA H100 80GB HBM3").flops == pytest.approx(989e12)
     assert math.isfinite(time.seconds)

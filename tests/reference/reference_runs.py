@@ -4,6 +4,7 @@ import os
 
 from rich.console import Console
 
+from fastdpo.data.beginnings import once
 from fastdpo.data.packing import in_row_order
 from fastdpo.reference.fill import load_reference
 from tests import tiny
@@ -25,9 +26,9 @@ class Counted:
         self.policy.set_sharing(share)
         token_logp = self.policy.token_logp
 
-        def counted(batch):
+        def counted(batch, *stats):
             self.batches.append(batch.rows)
-            return token_logp(batch)
+            return token_logp(batch, *stats)
 
         self.policy.token_logp = counted
 
@@ -49,4 +50,5 @@ class Counted:
 
 
 def packs_of(groups, cap=CAP):
-    return [tuple(g.row for g in part) for part in in_row_order(groups, cap)]
+    """The rows of each pack of training rows."""
+    return [tuple(g.row for g in part) for part in in_row_order(once(groups)[0], cap)]

@@ -17,6 +17,7 @@ from fastdpo.errors import ConfigError, TrainingError
 from fastdpo.reference import cache as ref_cache
 from fastdpo.reference import cache_file
 from fastdpo.reference.cache_contents import prune, show
+from fastdpo.values import as_age
 from tests import tiny
 from tests.reference.reference_runs import Counted, make_groups, packs_of
 from tests.reference.test_cache_file import change
@@ -62,8 +63,8 @@ def shown(path):
 
 
 def pruned(path, *, older_than=None, namespaces=(), dry_run=False):
-    out = console()
-    prune(path, older_than, list(namespaces), dry_run, out)
+    out, age = console(), None if older_than is None else as_age("--older_than", older_than)
+    prune(path, age, list(namespaces), dry_run, out)
     return out.export_text()
 
 

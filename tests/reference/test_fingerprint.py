@@ -9,11 +9,12 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from fastdpo.data.store.digests import response_keys
 from fastdpo.model.policy import Policy
 from fastdpo.model.support import prepare
 from fastdpo.records import PreferenceGroup, Response
 from fastdpo.reference import fingerprint
-from fastdpo.reference.fingerprint import reference_fingerprint, response_keys
+from fastdpo.reference.fingerprint import reference_fingerprint
 from tests import tiny
 
 QUIET = Console(quiet=True)

@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from fastdpo.data.groups import Limits, load_groups, to_group
+from fastdpo.data.groups import Limits, to_group
+from fastdpo.data.load import load_groups
 from fastdpo.data.packing import pack
 from fastdpo.data.report import MEANING
 from fastdpo.data.rows import RowProblem, parse_row

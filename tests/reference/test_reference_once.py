@@ -117,7 +117,8 @@ def test_ref_says_when_there_is_nothing_to_fill(make, keys, text):
 
 def test_reference_columns_need_no_forward_and_train_alike(make, tmp_path):
     """Columns with the sums that the model itself gives."""
-    from fastdpo.data.groups import Limits, load_groups
+    from fastdpo.data.groups import Limits
+    from fastdpo.data.load import load_groups
     from fastdpo.model.policy import load_policy, load_tokenizer
     from fastdpo.model.support import prepare, stock_logp
 

@@ -21,6 +21,7 @@ from fastdpo.config.reading import to_yaml
 from fastdpo.console import formatting
 from fastdpo.data.report import DataReport
 from fastdpo.data.rows import RowProblem
+from fastdpo.data.store.facts import Facts
 from fastdpo.files import durable
 from fastdpo.report.history import Series, read_run
 from fastdpo.report.page import write_report
@@ -58,7 +59,8 @@ def event(minute, name, **values):
 def data_report():
     report = DataReport("pairs.jsonl")
     for row in range(40):
-        report.keep(tiny.group(row, 5 + row % 7, [3, 9]), {"truncated": 1} if row < 3 else {})
+        report.note(row, {"truncated": 1} if row < 3 else {})
+    report.keep(Facts.of(tiny.group(row, 5 + row % 7, [3, 9]) for row in range(40)))
     for row in range(40, 47):
         report.drop(row, RowProblem("identical", "rejected", "the same text as chosen"))
     return {"data": report.to_dict(), "eval_data": {"split_off": 2, "rows": [7, 11]}}

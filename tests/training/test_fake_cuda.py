@@ -75,7 +75,7 @@ def train(made: Stage, device) -> None:
     """Stage.run, with all of a run's surroundings but its files."""
     run = MagicMock()
     run.log.bar.return_value.__exit__.return_value = False
-    run.log.track = lambda batches, what: batches
+    run.log.track = lambda batches, total, what: batches
     run.log.train = lambda step, epoch, window, left: window.sums.means()
     run.place.first, run.stopping.requested = 0, False
     with device:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fastdpo import records
 from fastdpo.data.packing import pack
+from fastdpo.data.store.facts import Facts
 from fastdpo.errors import TrainingError
 from fastdpo.moving import ALIGNED, to_host
 from fastdpo.objectives.seam import Term
@@ -21,7 +22,6 @@ from fastdpo.optim.library import Library
 from fastdpo.records import ResponseLogps
 from fastdpo.reference import fill as ref_fill
 from fastdpo.reference.cache import RefCache
-from fastdpo.reference.fingerprint import response_keys
 from fastdpo.training import stage
 from fastdpo.training.accumulate import Accumulator
 from fastdpo.training.stage import Stage
@@ -282,32 +282,35 @@ def fill(monkeypatch):
         """What a fill of so many packs does, in order, and its cache."""
         some = [group(row // 2 if repeated else row, 6, [7, 4]) for row in range(n)]
         policy = make_stage(device, groups=some).policy
-        packs = [([g], response_keys(g)) for g in some]
-        wanted = {key for _, keys in packs for key in keys}
+        facts = Facts.of(some)
+        packs = [ref_fill._packs(some, facts, max_tokens=1, share=True)]
+        wanted = np.unique(facts.key)
         cache = RefCache(None, SimpleNamespace(namespace="00"), wanted, None)
-        events = []
+        events, added = [], []
         monkeypatch.setattr(*after(ref_fill, "pack", lambda batch, args: events.append("pack")))
-        monkeypatch.setattr(*after(cache, "add", lambda none, args: events.append("add")))
+        monkeypatch.setattr(
+            *after(cache, "add", lambda none, args: added.append(args) or events.append("add"))
+        )
         device.told = lambda wait: events.append("wait")
         with device:
-            done = ref_fill._fill(policy, packs, cache, Console(quiet=True), check)
-        return events, done, cache
+            done = ref_fill._fill(policy, packs, len(wanted), cache, Console(quiet=True), check)[:2]
+        return events, done, added
 
     return fill
 
 
 def test_a_fill_packs_and_stores_while_the_device_computes(fill):
     with fake_cuda() as device:
-        events, (packs, tokens), cache = fill(device)
+        events, (packs, tokens), added = fill(device)
     once = ["wait", "add"]
     assert events == ["pack", "pack", *once, "pack", *once, "pack", *once, *once]
     assert device.counts() == {("fill._Computed.values", "synchronise"): 4}
     assert packs == 4 and tokens == 4 * (6 + 6 + 3)
     there, back = ("moving.to_device", "moving.to_host")
     assert sorted(copy.where for copy in device.copies) == [there] * 4 + [back] * 4
-    assert {len(value) for value in cache.values.values()} == {5, 2}
+    assert [lengths.tolist() for _, lengths, _ in added] == [[5, 2]] * 4
     pinned = [torch.empty(0, dtype=torch.uint8).set_(some).numpy() for some in device._pinned.values()]
-    assert pinned and not any(np.shares_memory(v, p) for v in cache.values.values() for p in pinned)
+    assert pinned and not any(np.shares_memory(v, p) for *_, v in added for p in pinned)
 
 
 def test_a_fill_computes_nothing_that_is_on_its_way(fill):

@@ -41,7 +41,7 @@ def test_the_mean_over_prompts_is_the_number_itself(name):
     groups = [tiny.group(row, 5 + row, [4, 6, 3][: 1 + row % 3]) for row in range(9)]
     groups.append(replace(groups[4], row=9))
     objective = make(name, beta=0.3) if name != "sft" else make(name)
-    groups = [objective.select(group) for group in groups]
+    groups = objective.select(groups)
     logps = replace(scored(groups), context={"z0": 0.1})
     parts, whole = by_prompt(objective, logps, groups, kl=True), means(objective, logps)
     assert parts.keys() == {"loss", "kl"} | (

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from fastdpo.api import train
 from fastdpo.config.keys import Config
-from fastdpo.data.groups import load_groups
+from fastdpo.data.load import load_groups
 from fastdpo.errors import ConfigError, DataError, Stopped, TrainingError
 from fastdpo.training import checkpoint
 from fastdpo.training.resume import check_settings

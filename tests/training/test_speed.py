@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastdpo import Config, train
 from fastdpo.data.packing import pack
+from fastdpo.data.store.stored import facts_of
 from fastdpo.model import support
 from fastdpo.model.adapters import add_lora
 from fastdpo.model.flops import Counted
@@ -42,7 +43,7 @@ def test_flops_are_the_planners(model_type, keys):
     policy, groups = Policy(model, torch.float32), tiny.groups()
     support.prepare(policy, groups, Console(quiet=True))
     shape = Shape(policy.core.config)
-    planned = step_time(config, policy.core.config, groups, Target(is_cpu=True), shape).flops
+    planned = step_time(config, policy.core.config, facts_of(groups), Target(is_cpu=True), shape).flops
     counted = Counted.of(policy)
     assert (counted.N, counted.A) == (shape.body, shape.lora(config))
     assert counted.flops(pack(groups, policy.share)) == planned

@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 
 from fastdpo.config.keys import Config
-from fastdpo.data.mismatched import mismatched
+from fastdpo.data.mismatched import beside, mismatched
 from fastdpo.data.packing import pack, places
+from fastdpo.data.store.digests import response_keys
 from fastdpo.model import support
 from fastdpo.objectives import make
 from fastdpo.objectives.batch import kto_z0
 from fastdpo.objectives.catalogue import NAMES
 from fastdpo.records import Pair, ResponseLogps
-from fastdpo.reference.fingerprint import response_keys
 from fastdpo.training.accumulate import Accumulator
 from fastdpo.training.job import stage_job
 from fastdpo.training.stage import Progress, Stage
@@ -87,7 +87,7 @@ def truth(objective, p, groups, max_length):
     logps = ResponseLogps.of(pack(groups), token_logp, ref, stats)
     memory = {}
     if objective.mismatched:
-        aside = list(mismatched(groups, max_length).values())
+        aside = list(mismatched(groups, max_length))
         with torch.no_grad():
             values, _ = plain_token_logp(p, aside)
             z0 = kto_z0(ResponseLogps.of(pack(aside), values, reference.of(aside)))
@@ -111,7 +111,7 @@ def stage_of(objective, p, groups, **keys):
     config = Config(model="m", data="d", batch_size=len(groups), max_length=64, **keys)
     stage = Stage(stage_job(config), p, groups, [])
     stage.objective = objective
-    stage.groups = [objective.select(g) for g in groups]
+    stage.groups = objective.select(groups)
     if objective.mismatched:
         stage.mismatched = mismatched(stage.groups, config.max_length)
     stage.reference = Reference() if objective.needs_reference else None
@@ -120,7 +120,7 @@ def stage_of(objective, p, groups, **keys):
 
 def assert_exact(objective, groups, caps=CAPS):
     p = policy("gpt2", torch.float64)
-    selected = [objective.select(g) for g in groups]
+    selected = objective.select(groups)
     want_loss, want, want_memory = truth(objective, p, selected, 64)
     support.prepare(p, groups, QUIET)
     assert p.share
@@ -187,11 +187,12 @@ def test_mismatched_responses_are_of_another_prompt():
     groups[2] = replace(groups[2], prompt=groups[1].prompt)
     groups[4] = replace(groups[4], prompt=groups[0].prompt)
     found = mismatched(groups, 64)
-    taken = {row: other.responses[0].ids.tolist() for row, other in found.items()}
+    taken = {other.row: other.responses[0].ids.tolist() for other in found}
     assert taken == {row: groups[i].responses[0].ids.tolist() for row, i in enumerate([1, 3, 3, 4, 1])}
-    assert all((found[g.row].prompt == g.prompt).all() for g in groups)
+    assert all((other.prompt == g.prompt).all() for other, g in zip(found, groups, strict=True))
+    assert [g.row for g in beside(found, [3, 1, 7, 9])] == [3, 1]
     same = mismatched([replace(g, prompt=groups[0].prompt) for g in groups], 64)
-    assert same == {}  # there is no other prompt, and a row's own is no reference point
+    assert not len(same)  # there is no other prompt, and a row's own is no reference point
 
 
 def test_dr_dpo_in_the_authors_form_looks_at_so_many_groups_at_a_time():
@@ -250,6 +251,6 @@ def test_what_is_scored_first_is_counted(name):
         stage.step(stage.groups, progress, 1)
         seen[cap] = progress.window.first_pass
     step = sum(g.input_tokens for g in groups)
-    aside = sum(g.input_tokens for g in mismatched(groups, 64).values())
+    aside = sum(g.input_tokens for g in mismatched(groups, 64))
     want = {"drdpo": (0, 0), "kto": (aside, aside)}.get(name, (step, 0))
     assert (seen[1], seen[10**6]) == want

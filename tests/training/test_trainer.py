@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdpo.api import train
 from fastdpo.config.keys import Config
-from fastdpo.data.groups import Limits, load_groups
-from fastdpo.data.load import load_data
+from fastdpo.data.groups import Limits
+from fastdpo.data.load import load_data, load_groups
 from fastdpo.data.packing import epoch_order
 from fastdpo.errors import ConfigError, TrainingError
 from fastdpo.model import support
@@ -292,7 +292,7 @@ def test_held_out_fraction_is_disjoint_and_seeded(tmp_path):
     assert held["split_off"] == 6 and len(set(held["rows"])) == 6
     tokenizer = AutoTokenizer.from_pretrained(run.start)
     trained, evaluated, _ = load_data(run.config, tokenizer, QUIET)
-    assert sorted(g.row for g in trained + evaluated) == list(range(24))
+    assert sorted(g.row for g in [*trained, *evaluated]) == list(range(24))
     assert [g.row for g in evaluated] == held["rows"]
     again = Run(tmp_path, "again", eval_data=0.25, max_steps=1)
     assert json.loads((again.folder / "data_report.json").read_text())["eval_data"] == held

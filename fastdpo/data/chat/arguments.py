@@ -24,7 +24,12 @@ class Chat:
 
     kwargs: dict[str, Any] | None = None  # a row's own come over these
     clock: datetime = field(default_factory=lambda: datetime.now())
-    dates: dict[str, None] = field(default_factory=dict, init=False)  # what was told, in order
+    told: dict[str, str] = field(default_factory=dict, init=False)  # form -> text, in order
+
+    @property
+    def dates(self) -> list[str]:
+        """The texts that were told, in order."""
+        return list(dict.fromkeys(self.told.values()))
 
     def render(self, tokenizer, messages: list[dict], row_kwargs: dict[str, Any], **settings) -> str:
         """The tokenizer's apply_chat_template, as text. Raises whatever the template does."""
@@ -39,7 +44,7 @@ class Chat:
         from transformers.utils import chat_template_utils  # late: reading a config comes by this file
 
         theirs = chat_template_utils.datetime
-        chat_template_utils.datetime = _Clock(self.clock, self.dates)  # type: ignore[assignment,misc]
+        chat_template_utils.datetime = _Clock(self.clock, self.told)  # type: ignore[assignment,misc]
         try:
             yield
         finally:
@@ -49,14 +54,14 @@ class Chat:
 @dataclass
 class _Clock:
     time: datetime
-    told: dict[str, None]
+    told: dict[str, str]
 
     def now(self) -> "_Clock":
         return self
 
     def strftime(self, form: str) -> str:
         text = self.time.strftime(form)
-        self.told[text] = None
+        self.told[form] = text
         return text
 
 

@@ -1,41 +1,46 @@
 """Whether the text that the chat template made of a row says all that the row says."""
 
+from collections.abc import Iterable
+from itertools import chain
+
 from fastdpo.data.chat.pieces import Piece, holds, pieces, rename_tool, tool_texts
 from fastdpo.data.chat.rendering import Renderer, unused
 from fastdpo.data.chat.stretches import Page
 from fastdpo.data.report import RowProblem
-from fastdpo.data.rows import Messages
 
 Place = tuple[int, Piece]  # a message's, and what it says there
 
 
-def unprinted_of_prompt(template: Renderer, page: Page) -> set[tuple[str, int]]:
+def unprinted_of_prompt(template: Renderer, page: Page, proven: set[str]) -> set[tuple[str, int]]:
     """(kind, number of the message or the tool) of all that the prompt says and the text before the response
-    does not: the kinds of `pieces`, and tools."""
+    does not: the kinds of `pieces`, and tools. `proven` are texts before the row's other responses that say
+    all of it without a doubt; another such text joins them."""
     row, before = template.row, page.text[: min(start for start, _ in page.stretches.values())]
-    told = _told(row.prompt)
-    sought = [
-        (place, piece)
-        for place, message in enumerate(row.prompt)
-        for piece in pieces(message)
-        if not _surely_printed(piece, before, told)
-    ]
+    if before in proven:
+        return set()
+    said = [(place, piece) for place, message in enumerate(row.prompt) for piece in pieces(message)]
+    told = _told(piece for _, piece in said)
+    sought = [(place, piece) for place, piece in said if not _surely_printed(piece, before, told)]
     lost = {(piece.kind, place) for place, piece in _unprinted(template, page, sought)}
     names = tool_texts(row.tools)
     if not all(len(known) > 1 and holds(before, known) for known in names):
         lost |= {("tools", i) for i in _unprinted_tools(template, page, names)}
+    elif not sought:
+        proven.add(before)
     return lost
 
 
 def unprinted_of_response(template: Renderer, page: Page) -> tuple[set[tuple[str, int]], set[int]]:
     """The same of the response, whose assistant turns must say it where they are scored; and those of them of
     which something is printed, or which say nothing. Raises RowProblem where nothing is printed of any."""
-    sought, said, asked, all_told = [], set(), len(template.row.prompt), _told(page.messages)
-    silent = {turn for turn in page.stretches if not _told([page.messages[asked + turn]]).strip("\0 \n\t")}
+    sought, said, asked, silent = [], set(), len(template.row.prompt), set()
     for turn, message in enumerate(page.messages[asked:]):
         start, end = page.stretches.get(turn, (0, len(page.text)))
-        told = _told([message]) if turn in page.stretches else all_told
-        for piece in pieces(message):
+        own = list(pieces(message))
+        told = _told(own if turn in page.stretches else chain.from_iterable(map(pieces, page.messages)))
+        if turn in page.stretches and not told.strip("\0 \n\t"):
+            silent.add(turn)
+        for piece in own:
             if not any(map(str.strip, piece.texts)):
                 continue
             if _surely_printed(piece, page.text[start:end], told):
@@ -52,13 +57,13 @@ def unprinted_of_response(template: Renderer, page: Page) -> tuple[set[tuple[str
     return lost, said | silent
 
 
-def _told(messages: Messages) -> str:
-    """All that the messages say."""
-    return "\0".join(text for message in messages for piece in pieces(message) for text in piece.texts)
+def _told(some: Iterable[Piece]) -> str:
+    """All that they say."""
+    return "\0".join(text for piece in some for text in piece.texts)
 
 
 def _surely_printed(piece: Piece, text: str, told: str) -> bool:
-    """Whether a text has a piece as often as `told`, all that the messages say. That tells nothing of
+    """Whether a text has a piece as often as `told`, all that messages say. That tells nothing of
     results, which may be short, nor of thoughts and calls, whose words the answer has too."""
     said = [one for one in map(str.strip, piece.texts) if one]
     if piece.kind in ("reasoning", "tool_call", "tool_result"):

@@ -104,8 +104,9 @@ def _conversation(template: Renderer, notes: Counter) -> Draft:
     row, notes = template.row, Counter(notes)
     prompt = template(row.prompt, to_answer=True)
     lost: set[tuple[str, int]] = set()  # of the prompt: kinds, with the number of the turn or tool
+    proven: set[str] = set()
     scripts = tuple(
-        _script(template, prompt, turns, relevance, lost, notes)
+        _script(template, prompt, turns, relevance, lost, proven, notes)
         for turns, relevance in zip(row.responses, row.relevance)
     )
     notes.update(f"{kind}_not_printed" for kind, _ in sorted(lost))
@@ -113,9 +114,16 @@ def _conversation(template: Renderer, notes: Counter) -> Draft:
 
 
 def _script(
-    template: Renderer, prompt: str, turns: Messages, relevance: Relevance | None, lost: set, notes: Counter
+    template: Renderer,
+    prompt: str,
+    turns: Messages,
+    relevance: Relevance | None,
+    lost: set,
+    proven: set,
+    notes: Counter,
 ) -> Script:
-    """A response's text and what is scored of it; adds to `lost` what of the prompt it does not print."""
+    """A response's text and what is scored of it; adds to `lost` what of the prompt it does not print, and to
+    `proven` as unprinted_of_prompt does."""
     last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
     if last + 1 < len(turns):
         notes["trailing_turns"] += len(turns) - last - 1
@@ -129,7 +137,7 @@ def _script(
     ends = {turn: end for turn, (_, end) in page.stretches.items() if turn == last or last_words(turns[turn])}
     if not all(ends_its_turn(template, turns[turn], page.text[:end]) for turn, end in ends.items()):
         notes["no_end_of_turn"] += 1  # the model is never shown where to stop
-    lost |= unprinted_of_prompt(template, page)
+    lost |= unprinted_of_prompt(template, page, proven)
     unprinted, said = unprinted_of_response(template, page)
     notes.update(f"{kind}_not_printed" for kind, _ in sorted(unprinted))
     spans = tuple(stretch for turn, stretch in page.stretches.items() if turn in said)

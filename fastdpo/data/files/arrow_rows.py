@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+
+_BATCH = 256  # rows that are taken out of Arrow at once
 
 
 class ArrowRows:
-    """The rows of a datasets.Dataset, without what Arrow or datasets put there."""
+    """The rows of a datasets.Dataset, without what Arrow or datasets put there. What is pickled of it is
+    where its files are."""
 
     def __init__(self, data):
         from datasets import Features
@@ -13,15 +17,35 @@ class ArrowRows:
         # images are refused by name, so nothing is gained by decoding them, which takes more libraries
         data.info.features = Features(_undecoded(data.features))
         self.data, self.features = data, data.features
+        self._first, self._size = 0, len(data)
 
     def __len__(self) -> int:
-        return len(self.data)
+        return self._size
 
-    def __getitem__(self, number: int) -> dict:
-        return self._as_written(self.data[number])
+    def taken(self, start: int, stop: int) -> "ArrowRows":
+        some = object.__new__(ArrowRows)
+        some.data, some.features = self.data, self.features
+        some._first, some._size = self._first + start, stop - start
+        return some
 
-    def __iter__(self) -> Iterator[dict]:
-        return map(self._as_written, self.data)
+    def range(self, start: int, stop: int) -> Iterator[dict]:
+        start, stop = self._first + start, self._first + stop
+        for first in range(start, stop, _BATCH):
+            some = range(first, min(first + _BATCH, stop))
+            try:
+                columns = self.data[some.start : some.stop]
+                rows = (dict(zip(columns, values)) for values in zip(*columns.values()))
+            except Exception:
+                rows = (self.data[number] for number in some)  # which raises for one of them
+            yield from map(self._as_written, rows)
+
+    def line(self, number: int) -> str:
+        return ""
+
+    @property
+    def files(self) -> list[Path]:
+        """What it lies in; none where it is in memory."""
+        return [Path(file["filename"]) for file in self.data.cache_files]
 
     def _as_written(self, row: dict) -> dict:
         return {name: _without_filled(value, self.features[name]) for name, value in row.items()}

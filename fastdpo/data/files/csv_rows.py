@@ -1,53 +1,91 @@
 """Rows of a CSV file, each with its line. Text is text, also where it looks like a number or a null ("007",
 "None"); only the columns whose meaning is a number or a truth value are read as one."""
 
+import contextlib
 import csv
 import io
 import re
+from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 
-from fastdpo.data.files.encoding import decode, read_bytes
+import numpy as np
+
+from fastdpo.data.files.encoding import check_text, text_start
+from fastdpo.data.files.file_rows import FileRows
+from fastdpo.data.files.stamps import reading, stamp_of
 from fastdpo.data.report import RowProblem
 from fastdpo.errors import DataError
 
 _LONGEST_CELL = 2**31 - 1  # what a C long holds everywhere; Python's own limit is 128 KiB
+_CLOSE_IT = 'Close it after its last word; a quote within a cell is written twice, as in "a ""word"" here"'
 _QUOTED = re.compile(r'(?<![^,\r\n])"[^"]*(?:""[^"]*)*"?')  # a cell's start, and its end where it has one
 
 
-def read_csv(file: Path, numbers: Collection[str]) -> Iterator[tuple[object, int]]:
-    """Each row and the line it starts on; a RowProblem for one with too few cells or too many. `numbers` are
-    the columns of numbers and truth values. Raises DataError."""
-    text = decode(read_bytes(file), file)
+def csv_rows(file: Path, numbers: Collection[str]) -> FileRows:
+    """The rows of a file; a RowProblem for one with too few cells or too many. `numbers` are the columns of
+    numbers and truth values. Raises DataError."""
+    stamp, at = stamp_of(file), text_start(file)
+    try:
+        with _long_cells():
+            header, starts, lines = _positions(file, at)
+    except (DataError, UnicodeDecodeError):
+        check_text(file)  # what is not UTF-8 is told before all else
+        raise
+    return FileRows(file, stamp, starts, lines, partial(_row, header=header, numbers=frozenset(numbers)))
+
+
+def _positions(file: Path, at: int) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(the header, where each row begins and behind them where the file ends, their lines)."""
+    read: list[str] = []  # the lines of a row
+    header: list[str] = []
+    starts, lines, line = array("q"), array("i"), 1
+    with reading(file) as opened:
+        opened.seek(at)
+        text = io.TextIOWrapper(opened, encoding="utf-8", newline="")
+
+        def parts() -> Iterator[str]:
+            for part in text:
+                read.append(part)
+                yield part
+
+        reader = csv.reader(parts(), strict=True)
+        try:
+            for cells in reader:
+                if cells and not header:
+                    header = _checked(cells, file)
+                elif cells:
+                    starts.append(at)
+                    lines.append(line)
+                at += sum(len(part) if part.isascii() else len(part.encode()) for part in read)
+                read.clear()
+                line = reader.line_num + 1
+        except csv.Error as error:
+            opened_on = line + _opened("".join(read))
+            why = f"the quote that opens on line {opened_on} is not closed where its cell ends ({error})"
+            raise DataError(f"data: {file}: {why}. {_CLOSE_IT}.") from None
+    starts.append(at)
+    return header, np.array(starts, np.int64), np.array(lines, np.int32)
+
+
+def _row(raw: bytes, line: int, header: list[str], numbers: Collection[str]) -> object:
+    with _long_cells():
+        cells = next(csv.reader(io.StringIO(raw.decode("utf-8"), newline=""), strict=True))
+    if len(cells) == len(header):
+        return {n: _value(cell) if n in numbers else cell for n, cell in zip(header, cells)}
+    why = f"{len(cells)} cells, where the header has {len(header)}; quote cells with commas"
+    return RowProblem("cell_count", f"line {line}", why)
+
+
+@contextlib.contextmanager
+def _long_cells() -> Iterator[None]:
     before = csv.field_size_limit(_LONGEST_CELL)
     try:
-        yield from _rows(text, file, numbers)
+        yield
     finally:
         csv.field_size_limit(before)
-
-
-def _rows(text: str, file: Path, numbers: Collection[str]) -> Iterator[tuple[object, int]]:
-    reader, header, line = csv.reader(io.StringIO(text, newline=""), strict=True), None, 1
-    try:
-        for cells in reader:
-            if cells and header is None:
-                header = _checked(cells, file)
-            elif cells and header:
-                if len(cells) == len(header):
-                    row = dict(zip(header, cells))
-                    yield {n: _value(cell) if n in numbers else cell for n, cell in row.items()}, line
-                else:
-                    why = f"{len(cells)} cells, where the header has {len(header)}; quote cells with commas"
-                    yield RowProblem("cell_count", f"line {line}", why), line
-            line = reader.line_num + 1
-    except csv.Error as error:
-        opened = line + _opened("".join(io.StringIO(text, newline="").readlines()[line - 1 :]))
-        way_out = (
-            'Close it after its last word; a quote within a cell is written twice, as in "a ""word"" here"'
-        )
-        why = f"the quote that opens on line {opened} is not closed where its cell ends ({error})"
-        raise DataError(f"data: {file}: {why}. {way_out}.") from None
 
 
 def _checked(header: list[str], file: Path) -> list[str]:

@@ -1,8 +1,11 @@
 """The text of a data file: UTF-8, or an error that says what it is and how to make it UTF-8."""
 
+import codecs
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
+from fastdpo.data.files.stamps import pieces
 from fastdpo.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"  # UTF-8's
@@ -21,27 +24,35 @@ _WITHOUT_BOM: dict[tuple[bool, ...], str] = {
 }
 
 
-def read_bytes(file: Path) -> bytes:
-    """A file in UTF-8, or nearly so, without its BOM. Raises DataError for one in UTF-16 or UTF-32."""
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"data: cannot read {file}: {error}") from None
-    found = next((name for bom, name in _BOMS.items() if raw.startswith(bom)), None)
-    found = found or _WITHOUT_BOM.get(tuple(byte == 0 for byte in raw[:4]))
+def text_start(file: Path) -> int:
+    """Where the text begins of a file in UTF-8, or nearly so: behind its BOM. Raises DataError for one in
+    UTF-16 or UTF-32."""
+    head = next(pieces(file, size=4), b"")
+    found = next((name for bom, name in _BOMS.items() if head.startswith(bom)), None)
+    found = found or _WITHOUT_BOM.get(tuple(byte == 0 for byte in head))
     if found:
         raise DataError(f"data: {file} is {found}, not UTF-8. Save it as UTF-8, or: {_iconv(found, file)}")
-    return raw.removeprefix(_BOM)
+    return len(_BOM) if head.startswith(_BOM) else 0
 
 
-def decode(raw: bytes, file: Path) -> str:
-    """The text of a file that has to be right as a whole. Raises DataError."""
+def text_pieces(file: Path, at: int) -> Iterator[str]:
+    """The text from a byte on, of a file that has to be right as a whole. Raises DataError."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
     try:
-        return raw.decode("utf-8")
+        for piece in pieces(file, at):
+            yield decoder.decode(piece)
+            line += piece.count(b"\n")
+        decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        line, byte = raw.count(b"\n", 0, error.start) + 1, raw[error.start]
+        line, byte = line + error.object.count(b"\n", 0, error.start), error.object[error.start]
         way_out = f"Correct it; or, where all of the file is in another encoding: {_iconv('CP1252', file)}"
         raise DataError(f"data: {file}: byte {byte:#x} on line {line} is not UTF-8. {way_out}") from None
+
+
+def check_text(file: Path) -> None:
+    """Raises DataError for a file that is not UTF-8 as a whole."""
+    for _ in text_pieces(file, text_start(file)):
+        pass
 
 
 def _iconv(encoding: str, file: Path) -> str:

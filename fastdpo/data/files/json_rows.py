@@ -1,117 +1,71 @@
 """Rows of a JSON file, each with its line: an array, or an object a line. Read with json, not Arrow: rows
 need not have the same types, and an error can name the line."""
 
-import io
 import json
-import re
 import shlex
-from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
-from fastdpo.data.files.encoding import decode, read_bytes
+from fastdpo.data.files.encoding import text_start
+from fastdpo.data.files.file_rows import FileRows, line_positions
+from fastdpo.data.files.json_text import DECODER, FAULTS, Window, array_positions, reason
+from fastdpo.data.files.stamps import pieces, stamp_of
 from fastdpo.data.report import RowProblem
 from fastdpo.errors import DataError
 
-_FAULTS = (ValueError, RecursionError)  # not JSON, an integer of too many digits; nested too deeply
-_SPACE = re.compile(r"[ \t\r\n]*")  # JSON's own; \s is more
+_NAME_IT = "a file that is one array is to be named .json"
 
 
-def read_json(file: Path, columns: Collection[str]) -> Iterator[tuple[object, int]]:
-    """Each row and its line; a RowProblem for a line that is no JSON. A .jsonl is read by line whatever it
-    begins with, a .json that begins with [ is an array. `columns`: what a row may have. Raises DataError."""
-    raw = read_bytes(file)
-    if file.suffix == ".json":
-        if re.match(rb"\s*\[", raw):
-            return _array(decode(raw, file), file)
-        _refuse_rows_under_a_key(raw, file, columns)
-    return _lines(raw, file)
+def json_rows(file: Path, columns: Collection[str]) -> FileRows:
+    """A file's rows; a RowProblem for a line that is no JSON. A .jsonl is read by line whatever it begins
+    with, a .json that begins with [ is an array. `columns`: what a row may have. Raises DataError."""
+    stamp, at, is_json = stamp_of(file), text_start(file), file.suffix == ".json"
+    if is_json and _begins(file, at) == b"[":
+        return FileRows(file, stamp, *array_positions(file, at), _item)
+    rows = FileRows(file, stamp, *line_positions(file, at), partial(_line, hint="" if is_json else _NAME_IT))
+    if is_json and len(rows):
+        _refuse_rows_under_a_key(rows, columns)
+    _refuse_without_json(rows)
+    return rows
 
 
-def _array(text: str, file: Path) -> Iterator[tuple[object, int]]:
-    """A JSON array's items, each with the line it starts on."""
-    skip = lambda at: _SPACE.match(text, at).end()  # type: ignore[union-attr]
-    at, line, seen = skip(text.index("[") + 1), 1, 0
-    more = text[at : at + 1] != "]"
-    while more:
-        line, seen = line + text.count("\n", seen, at), at
-        if text[at : at + 1] in (",", "]"):
-            raise _not_json(
-                file, line, "a comma too many, or an item missing, between two commas or before ]"
-            )
-        try:
-            row, at = _DECODER.raw_decode(text, at)
-        except _FAULTS as error:
-            why = "the array has no end" if at == len(text) else _reason(error)
-            raise _not_json(file, line, why) from None
-        yield row, line
-        at = skip(at)
-        more = text[at : at + 1] == ","
-        if not more and text[at : at + 1] != "]":
-            line += text.count("\n", seen, at)
-            raise _not_json(
-                file, line, "a comma or ] is missing" if at < len(text) else "the array has no end"
-            )
-        at = skip(at + 1) if more else at
-    if skip(at + 1) < len(text):
-        line = text.count("\n", 0, skip(at + 1)) + 1
-        why = "the array ends before it. Where each line of the file is a row, rename it .jsonl"
-        raise _not_json(file, line, why)
+def _begins(file: Path, at: int) -> bytes:
+    """The first byte that is no white space."""
+    return next((piece.lstrip()[:1] for piece in pieces(file, at) if piece.strip()), b"")
 
 
-class _KeyTwice(ValueError):
-    """Python would take the last of the values without a word."""
+def _item(raw: bytes, line: int) -> object:
+    return DECODER.raw_decode(raw.decode("utf-8"))[0]
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise _KeyTwice(f"the key {key!r} is there twice; remove one")
-    return found
+def _line(raw: bytes, line: int, hint: str) -> object:
+    """`hint`: where the line begins with [, what to do if the file is meant as one array."""
+    content = raw.partition(b"\n")[0]  # what follows are blank lines
+    hint = f"; {hint}" if hint and content.lstrip()[:1] == b"[" else ""
+    try:
+        row: object = DECODER.decode(content.decode("utf-8").rstrip("\r"))
+    except UnicodeDecodeError as error:
+        why = f"byte {content[error.start]:#x} is not UTF-8; correct it, or save the file as UTF-8"
+        return RowProblem("not_utf8", f"line {line}", why)
+    except FAULTS as error:
+        return RowProblem("invalid_json", f"line {line}", f"not JSON: {reason(error, in_line=True)}{hint}")
+    return RowProblem("wrong_type", f"line {line}", f"a row is an object, not a list{hint}") if hint else row
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def _not_json(file: Path, line: int, why: str) -> DataError:
-    return DataError(f"data: {file} is not JSON from line {line} on: {why}")
-
-
-def _lines(raw: bytes, file: Path) -> Iterator[tuple[object, int]]:
-    good, first, way_out = False, None, "a file that is one array is to be named .json"
-    for line, content in enumerate(io.BytesIO(raw), start=1):
-        if not content.strip():
-            continue
-        row: object
-        hint = f"; {way_out}" if content.lstrip()[:1] == b"[" and file.suffix != ".json" else ""
-        try:
-            row, good = _DECODER.decode(content.decode("utf-8").rstrip("\r\n")), True
-            if hint:
-                row = RowProblem("wrong_type", f"line {line}", f"a row is an object, not a list{hint}")
-        except UnicodeDecodeError as error:
-            why = f"byte {content[error.start]:#x} is not UTF-8; correct it, or save the file as UTF-8"
-            row = RowProblem("not_utf8", f"line {line}", why)
-        except _FAULTS as error:
-            why = f"not JSON: {_reason(error, in_line=True)}{hint}"
-            row = RowProblem("invalid_json", f"line {line}", why)
-        if isinstance(row, RowProblem):
-            first = first or row
-        yield row, line
-    if first and not good:
+def _refuse_without_json(rows: FileRows) -> None:
+    """Raises DataError for a file without any line that is JSON; reads on to the first one that is."""
+    first = None
+    for row in rows.range(0, len(rows)):
+        if not isinstance(row, RowProblem) or row.reason == "wrong_type":
+            return
+        first = first or row
+    if first:
+        file = rows.file
         lines = f"Where a row goes over several lines: {_jq('-c .', file, 'rows.jsonl')}"
         if file.suffix == ".json":
             raise DataError(f"data: {file} is neither a JSON array nor one object a line: {first}. {lines}")
-        raise DataError(f"data: {file} has no line that is JSON: {first}. {lines}; {way_out}")
-
-
-def _reason(error: Exception, in_line: bool = False) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} (character {error.colno})" if in_line else str(error)
-    if isinstance(error, _KeyTwice):
-        return str(error)
-    nested = isinstance(error, RecursionError)
-    return "it is nested too deeply" if nested else "an integer has too many digits"
+        raise DataError(f"data: {file} has no line that is JSON: {first}. {lines}; {_NAME_IT}")
 
 
 def _jq(program: str, file: Path, to: str) -> str:
@@ -127,18 +81,15 @@ def _is_table(whole: dict) -> bool:
     return by_row or by_column or whole.keys() == {"columns", "index", "data"}
 
 
-def _refuse_rows_under_a_key(raw: bytes, file: Path, columns: Collection[str]) -> None:
+def _refuse_rows_under_a_key(rows: FileRows, columns: Collection[str]) -> None:
     """Raises DataError for a file that is one object and no row: {"data": [row, ...]}."""
-    first, more = re.match(rb"\s*([^\n]*)\s*(\S?)", raw).groups()  # type: ignore[union-attr]
+    file, window = rows.file, Window(rows.file, int(rows.starts[0]))
     try:
-        if more:
-            json.loads(first)
+        window.skip()
+        whole = window.value(json.JSONDecoder())
+        if window.skip():
             return  # an object a line
-    except _FAULTS:
-        pass
-    try:
-        whole = json.loads(raw)
-    except _FAULTS:
+    except (*FAULTS, DataError):
         return
     if not isinstance(whole, dict):
         return

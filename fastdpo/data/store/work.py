@@ -1,0 +1,114 @@
+"""The rows of one data set -> its shards, one by one: what any process can do that is handed this."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow as pa
+from xxhash import xxh3_128_hexdigest
+
+from fastdpo.data.chat.arguments import Chat
+from fastdpo.data.groups import Limits, shard_of
+from fastdpo.data.sources import Rows, Source
+from fastdpo.data.store.folder import Folder
+from fastdpo.data.store.key import in_time, tokenizer_digest
+from fastdpo.data.store.shards import Shard, encoded, read_whole
+from fastdpo.data.tokenizing import Encoder
+
+
+@dataclass(frozen=True)
+class Making:
+    """What rows are tokenised with."""
+
+    tokenizer: object
+    limits: Limits
+    chat: Chat
+
+    def __reduce__(self):
+        return Making, (self.tokenizer, self.limits, self.chat)  # the rest is found out again
+
+    @cached_property
+    def tokenizer_digest(self) -> str | None:
+        return tokenizer_digest(self.tokenizer)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A shard: in the folder, or where it could not be written, its bytes and why."""
+
+    where: Path | bytes
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """It can be pickled, if the tokenizer can."""
+
+    source: Source
+    rows: Rows
+    making: Making
+    folder: Folder | None  # None: nothing is written
+    shard_rows: int
+
+    @property
+    def shards(self) -> int:
+        return math.ceil(len(self.rows) / self.shard_rows)
+
+    def size(self, number: int) -> int:
+        """Rows that a shard is made of."""
+        start, stop = self._bounds(number)
+        return stop - start
+
+    def make(self, number: int, write: bool = True) -> Made:
+        """Raises DataError, also where the data changed since it was found: a shard holds what its name in
+        the folder, which is a hash of the data too, says."""
+        folder = self.folder if write else None
+        if folder is not None:
+            if found := self._found(number):
+                return Made(found)
+            folder.claim(number)
+        chunk = list(enumerate(self.rows.range(*self._bounds(number)), self._bounds(number)[0]))
+        groups, account = shard_of(
+            self.rows, chunk, self.making.encoder, self.making.limits, self.making.chat
+        )
+        self.source.check_unchanged()
+        data = encoded(groups, account)
+        if folder is None:
+            return Made(data.to_pybytes())
+        try:
+            return Made(folder.write(number, data))
+        except OSError as error:
+            return Made(data.to_pybytes(), error.strerror or str(error))
+
+    def open(self, number: int, made: Made) -> Shard:
+        try:
+            return Shard(made.where if isinstance(made.where, Path) else pa.py_buffer(made.where))
+        except OSError:  # somebody has just removed it
+            return self.open(number, self.make(number, write=False))
+
+    def _bounds(self, number: int) -> tuple[int, int]:
+        start = number * self.shard_rows
+        return start, min(start + self.shard_rows, len(self.rows))
+
+    def _found(self, number: int) -> Path | None:
+        """Of another run, which was quicker."""
+        assert self.folder is not None
+        for file, of, digest in self.folder.shards():
+            if of == number and (shard := opened(file, digest)):
+                if in_time(shard.account, self.making.chat.clock):
+                    return file
+        return None
+
+
+def opened(file: Path, digest: str) -> Shard | None:
+    """None for one that is damaged, or cannot be read."""
+    try:
+        read = read_whole(file)
+        return Shard(file, read) if xxh3_128_hexdigest(read) == digest else None
+    except (OSError, ValueError, LookupError):
+        return None
