@@ -58,7 +58,7 @@ def _folder(source: Source, making: Making, data_cache: str, console: Console) -
 def _found(folder: Folder, making: Making, console: Console) -> dict[int, Shard]:
     """The shards that are there and whole; what is damaged is named."""
     named, found = list(folder.shards()), {}
-    with ThreadPoolExecutor(cores()) as threads:
+    with ThreadPoolExecutor(min(cores(), 8)) as threads:
         shards = threads.map(lambda one: opened(one[0], one[2]), named)
         for (file, number, _), shard in zip(named, shards):
             if shard is None:

@@ -94,8 +94,10 @@ class Workers:
             work = pickle.dumps(self._work)
         except Exception as error:  # of any tokenizer's attributes
             raise NotReady(f"its tokenizer cannot be handed to others ({error})") from None
-        for _ in range(self._count):
-            self._processes.append(_process())
+        try:
+            self._processes += (_process() for _ in range(self._count))
+        except OSError as error:  # there may be no more of them
+            raise NotReady(f"others cannot do it ({type(error).__name__}: {error})") from None
         for process in self._processes:
             _send(process, work)
         for process in self._processes:

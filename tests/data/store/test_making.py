@@ -361,6 +361,9 @@ def test_work_that_cannot_be_handed_over_is_done_here(tmp_path, whole, monkeypat
     monkeypatch.setattr(Making, "__reduce__", lambda self: (int, ("no number",)))
     _, said = run("off")
     assert "others cannot do it (ValueError: invalid literal" in said
+    monkeypatch.setattr("sys.executable", str(tmp_path / "none"))
+    _, said = run("off")
+    assert "others cannot do it (FileNotFoundError: " in said
 
 
 def _unlike(limits, chat) -> Making:
