@@ -180,10 +180,12 @@ def prune(
     folder = contents.folder_of(where)
     if where and (wrong := tokens and "--tokens" if folder is None else namespace and "--namespace"):
         raise ConfigError(f"{wrong}: {where} holds none of them; name what does, or leave one of the two out")
+    sets = folder if tokens or not namespace else None
+    gone = contents.chosen(sets, age, tokens or []) if sets else []  # a wrong id is told before anything goes
     if (where is None or folder is None) and (namespace or not tokens):
         reference.prune(where, age, namespace or [], dry_run, console)
-    if folder is not None and (tokens or not namespace):
-        contents.prune(folder, age, tokens or [], dry_run, console)
+    if sets:
+        contents.prune(sets, gone, dry_run, console)
 
 
 def convert(

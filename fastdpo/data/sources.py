@@ -105,14 +105,14 @@ class Source:
 
     def find(self) -> None:
         """Raises DataError where it is missing here, or no data; the hub is not asked."""
-        with self._named():
+        with self.named():
             _ = self._found
 
     def identity(self) -> str | None:
         """A digest of what its rows are: the content and the base names of its files, which of the rows are
         meant, how they are read. None where that cannot be told. A data set of the hub is downloaded for it,
         and mapped. Raises DataError."""
-        with self._named():
+        with self.named():
             if not self._stamps:
                 return None
             found = self._found
@@ -121,7 +121,7 @@ class Source:
 
     def rows(self) -> Rows:
         """Raises DataError."""
-        with self._named():
+        with self.named():
             for file, stamp in self._stamps.items():
                 check_unchanged(file, stamp)
             rows = Rows(self.spec, self._parts(), self._found.layout)
@@ -131,12 +131,12 @@ class Source:
 
     def check_unchanged(self) -> None:
         """Raises DataError where a file is not what it was when `identity` or `rows` was asked for first."""
-        with self._named():
+        with self.named():
             for file, stamp in self._stamps.items():
                 check_unchanged(file, stamp)
 
     @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
+    def named(self) -> Iterator[None]:
         """Inside, errors about `data` are about the config's key."""
         try:
             yield

@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastdpo.console.formatting import counted, gigabytes, printable
+from fastdpo.data.store.contents import SHOWN, begin_so
 from fastdpo.data.store.digests import BYTES
 from fastdpo.errors import ConfigError, TrainingError
 from fastdpo.reference.cache_file import CacheFile, cache_path, transaction
 
-SHOWN = 8  # hex digits of a namespace
 _TABLES = {"packs": "namespace", "fills": "namespace", "namespaces": "id"}  # each by which column
 _SIZES = (
     f"SELECT namespace, total(length(keys)) / {BYTES}, total(length(logps)) / 4, "
@@ -133,19 +133,8 @@ def _last(namespace: Namespace) -> datetime:
 
 def _chosen(found: list[Namespace], age: timedelta | None, prefixes: list[str]) -> list[Namespace]:
     """Raises ConfigError for a prefix that is of none, or of several."""
-    if prefixes:
-        named = []
-        for prefix in prefixes:
-            fits = [n for n in found if prefix and n.id.startswith(prefix.lower())]
-            if not fits:
-                raise ConfigError(f"--namespace: no id begins with {prefix!r}. `fastdpo cache` shows them")
-            if len(fits) > 1:
-                ids = ", ".join(n.id[: max(SHOWN, len(prefix) + 4)] for n in fits)
-                raise ConfigError(f"--namespace: several ids begin with {prefix!r} ({ids}): give more of it")
-            named += fits
-        found = [n for n in found if n in named]
-    now = datetime.now(UTC)
-    return [n for n in found if age is None or (n.filled and now - _last(n) > age)]
+    some, now = begin_so(found, prefixes, "--namespace"), datetime.now(UTC)
+    return [n for n in some if age is None or (n.filled and now - _last(n) > age)]
 
 
 def _shrink(db, path: Path, what: str) -> None:

@@ -25,7 +25,7 @@ PASSED_ON = {  # (file, function) whose errors say what they were given: where t
     ("fastdpo/convert/overrides.py", "without"): "what it found",
     ("fastdpo/data/chat/arguments.py", "check_row_kwargs"): "_wrong",
     ("fastdpo/data/formats/columns.py", "_ref_logps"): "calls of its `problem`",
-    ("fastdpo/data/sources.py", "_named"): "the same, beginning with the config's key",
+    ("fastdpo/data/sources.py", "named"): "the same, beginning with the config's key",
     ("fastdpo/data/spans.py", "_bad_spans"): "its callers",
     ("fastdpo/data/store/worker.py", "_sendable"): "what was raised in that process",
     ("fastdpo/model/source.py", "_of_hub"): "fastdpo.files.names",

@@ -54,10 +54,15 @@ def show(folder: Path, console) -> None:
     console.print(_table(found))
 
 
-def prune(folder: Path, age: timedelta | None, prefixes: list[str], dry_run: bool, console) -> None:
-    """Removes the data sets that are older and begin so; with both given, those of both. Runs that read them
-    go on: what they have opened stays there for them."""
-    gone = _chosen(stored(folder), age, prefixes)
+def chosen(folder: Path, age: timedelta | None, prefixes: list[str]) -> list[TokenSet]:
+    """The data sets that are older and begin so; with both given, those of both. Raises ConfigError."""
+    some, now = begin_so(stored(folder), prefixes, "--tokens"), datetime.now(UTC)
+    return [one for one in some if age is None or now - one.used > age]
+
+
+def prune(folder: Path, gone: list[TokenSet], dry_run: bool, console) -> None:
+    """Removes these of the folder's data sets. Runs that read them go on: what they have opened stays there
+    for them."""
     if gone:
         console.print(_table(gone))
     what, size = _counted(gone), gigabytes(sum(one.bytes for one in gone))
@@ -111,20 +116,19 @@ def _remove(folder: Path) -> None:
         raise DataError(text) from None
 
 
-def _chosen(found: list[TokenSet], age: timedelta | None, prefixes: list[str]) -> list[TokenSet]:
-    """Raises ConfigError for a prefix that is of none, or of several."""
+def begin_so(found: list, prefixes: list[str], flag: str) -> list:
+    """Those whose `id` begins with one of the prefixes; all, where there are none. Raises ConfigError for a
+    prefix that is of none, or of several."""
     named = []
     for prefix in prefixes:
         fits = [one for one in found if prefix and one.id.startswith(prefix.lower())]
         if not fits:
-            raise ConfigError(f"--tokens: no id begins with {prefix!r}. `fastdpo cache` shows them")
+            raise ConfigError(f"{flag}: no id begins with {prefix!r}. `fastdpo cache` shows them")
         if len(fits) > 1:
             ids = ", ".join(one.id[: max(SHOWN, len(prefix) + 4)] for one in fits)
-            raise ConfigError(f"--tokens: several ids begin with {prefix!r} ({ids}): give more of it")
+            raise ConfigError(f"{flag}: several ids begin with {prefix!r} ({ids}): give more of it")
         named += fits
-    some = [one for one in found if one in named] if prefixes else found
-    now = datetime.now(UTC)
-    return [one for one in some if age is None or now - one.used > age]
+    return [one for one in found if one in named] if prefixes else found
 
 
 def _table(found: list[TokenSet]) -> Table:

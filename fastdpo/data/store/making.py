@@ -15,11 +15,11 @@ from fastdpo.data.store.folder import Folder, cache_folder
 from fastdpo.data.store.key import in_time, key_of
 from fastdpo.data.store.shards import Shard
 from fastdpo.data.store.work import Making, Work, opened
-from fastdpo.data.store.workers import Here, NotReady, Todo, Workers, cores
+from fastdpo.data.store.workers import Makers, NotReady, Todo, cores
 from fastdpo.errors import DataError
 
 SHARD_ROWS = 1024
-_FEW = 3  # shards that are made in this process: others take about a second to start
+_FEW = 3  # shards that this process makes alone: others take about a second to start
 
 
 def shards_of(source: Source, making: Making, console: Console, data_cache: str = "auto") -> Iterator[Shard]:
@@ -94,6 +94,7 @@ def _made(work: Work, found: dict[int, Shard], console: Console) -> Iterator[Sha
 
 def _in_order(work: Work, found: dict[int, Shard], console: Console) -> Iterator[Shard]:
     missing, said = [number for number in range(work.shards) if number not in found], False
+    work = replace(work, many=len(missing) > _FEW)
     with make_progress(console) as bar, _makers(work, missing, console) as makers:
         total = len(work.rows)
         done = total - sum(map(work.size, missing))
@@ -112,17 +113,17 @@ def _in_order(work: Work, found: dict[int, Shard], console: Console) -> Iterator
 
 
 @contextlib.contextmanager
-def _makers(work: Work, missing: list[int], console: Console) -> Iterator[Here | Workers]:
-    """What makes the missing shards: processes, where that pays and they can be had."""
-    todo, count = Todo(missing, work.folder), min(cores(), len(missing) // 2)
+def _makers(work: Work, missing: list[int], console: Console) -> Iterator[Makers]:
+    """What makes the missing shards: a process a core, where that pays and they can be had."""
+    todo, others = Todo(missing, work.folder), min(cores(), len(missing) // 2) - 1 if work.many else 0
+    makers = Makers(work, todo, others)
     try:
         with contextlib.ExitStack() as stack:
-            makers: Here | Workers = Here(work, todo)
-            if count > 1 and len(missing) > _FEW:
-                try:
-                    makers = stack.enter_context(Workers(work, todo, count))
-                except NotReady as error:
-                    _say(console, f"{work.source.key}: rows are tokenised by one process: {error}", "yellow")
+            try:
+                stack.enter_context(makers)
+            except NotReady as error:
+                _say(console, f"{work.source.key}: rows are tokenised by one process: {error}", "yellow")
+                makers = Makers(work, todo, 0)
             yield makers
     finally:
         if work.folder is not None:

@@ -1,4 +1,4 @@
-"""Some rows' groups as one Arrow IPC stream, on disk or in memory: a row a group, token ids as int32, and in
+"""Some rows' groups as one Arrow IPC file, on disk or in memory: a row a group, token ids as int32, and in
 the schema's metadata the account of all rows that it was made of. Any Arrow reader can read it."""
 
 import json

@@ -32,10 +32,6 @@ class Making:
     def tokenizer_digest(self) -> str | None:
         return tokenizer_digest(self.tokenizer)
 
-    @cached_property
-    def encoder(self) -> Encoder:
-        return Encoder(self.tokenizer)
-
 
 @dataclass(frozen=True)
 class Made:
@@ -54,6 +50,11 @@ class Work:
     making: Making
     folder: Folder | None  # None: nothing is written
     shard_rows: int
+    many: bool = False  # shards to make
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.making.tokenizer, self.many)
 
     @property
     def shards(self) -> int:
@@ -72,10 +73,10 @@ class Work:
             if found := self._found(number):
                 return Made(found)
             folder.claim(number)
-        chunk = list(enumerate(self.rows.range(*self._bounds(number)), self._bounds(number)[0]))
-        groups, account = shard_of(
-            self.rows, chunk, self.making.encoder, self.making.limits, self.making.chat
-        )
+        start, stop = self._bounds(number)
+        with self.source.named():
+            chunk = list(enumerate(self.rows.range(start, stop), start))
+        groups, account = shard_of(self.rows, chunk, self._encoder, self.making.limits, self.making.chat)
         self.source.check_unchanged()
         data = encoded(groups, account)
         if folder is None:

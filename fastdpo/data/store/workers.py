@@ -34,26 +34,12 @@ class Todo:
             return number
 
 
-class Here:
-    """This process, when it is asked for one."""
-
-    def __init__(self, work: Work, todo: Todo):
-        self._work, self._todo = work, todo
-        self._made: dict[int, Made] = {}
-
-    def result(self, number: int) -> Made:
-        while number not in self._made:
-            one = self._todo.take()
-            assert one is not None
-            self._made[one] = self._work.make(one)
-        return self._made.pop(number)
-
-
-class Workers:
-    """Processes, each with a thread here that gives it one number after the other. Use it in `with`, which
-    raises NotReady where the work cannot be handed over."""
+class Makers:
+    """This process, where it has to wait for a shard, and others, each with a thread here that gives it one
+    number after the other. Use it in `with`, which raises NotReady where the work cannot be handed over."""
 
     def __init__(self, work: Work, todo: Todo, count: int):
+        """`count`: of the others, none at least."""
         self._work, self._todo, self._count = work, todo, count
         self._processes: list[subprocess.Popen] = []
         self._threads: list[threading.Thread] = []
@@ -80,9 +66,18 @@ class Workers:
             _close(process)
 
     def result(self, number: int) -> Made:
-        """Waits for it. Raises what was raised when it was made."""
+        """Raises what was raised when it was made."""
+        is_there = lambda: number in self._made or self._broken
+        while not is_there() and (one := self._todo.take()) is not None:
+            found: Made | Exception
+            try:
+                found = self._work.make(one)
+            except Exception as error:  # raised when it is this one's turn
+                found = error
+            with self._news:
+                self._made[one] = found
         with self._news:
-            self._news.wait_for(lambda: number in self._made or self._broken)
+            self._news.wait_for(is_there)
             made = self._made.pop(number, self._broken)
         if isinstance(made, Made):
             return made
@@ -90,6 +85,8 @@ class Workers:
         raise made
 
     def _start(self) -> None:
+        if not self._count:
+            return
         try:
             work = pickle.dumps(self._work)
         except Exception as error:  # of any tokenizer's attributes

@@ -10,13 +10,16 @@ from fastdpo.data.chat.arguments import Chat
 from fastdpo.data.groups import Limits
 from fastdpo.data.store import making
 from fastdpo.data.store.work import Making
+from fastdpo.data.store.workers import Todo
 from tests.data.shared_data import small_tokenizer
-from tests.data.store.doubles import Source
+from tests.data.store.doubles import Source, take_as_others
 
 
 def main() -> None:
     folder, size, workers, *acts = sys.argv[1:]
     making.SHARD_ROWS, making._FEW, making.cores = 3, 0, lambda: int(workers)
+    if acts:
+        Todo.take = take_as_others
     source = Source(int(size), {int(row): act for row, _, act in (one.partition("=") for one in acts)})
     how = Making(small_tokenizer(), Limits(100), Chat())
     console = Console(stderr=True)

@@ -1,13 +1,18 @@
 """A data set that misbehaves as it is told. Child processes import this file, too: no torch."""
 
+import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastdpo.data.report import RowProblem
+from fastdpo.data.store.workers import Todo
 from fastdpo.errors import DataError
+
+_take = Todo.take
 
 
 class Strange(Exception):
@@ -15,6 +20,12 @@ class Strange(Exception):
 
     def __init__(self, one, two):
         super().__init__(f"{one} {two}")
+
+
+def take_as_others(todo: Todo) -> int | None:
+    """Todo.take, but nothing for the process whose data set it is while there are others: they make all."""
+    others = any("_serve" in thread.name for thread in threading.enumerate())
+    return None if others and threading.current_thread() is threading.main_thread() else _take(todo)
 
 
 @dataclass
@@ -70,6 +81,9 @@ class Source:
 
     def rows(self) -> Rows:
         return Rows(self.spec, self.size, self.acts)
+
+    def named(self):
+        return contextlib.nullcontext()
 
     def check_unchanged(self) -> None:
         if self.changes and Path(self.changes).exists():

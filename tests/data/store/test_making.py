@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ from fastdpo.data.store.making import shards_of
 from fastdpo.data.store.work import Making
 from fastdpo.errors import ConfigError, DataError
 from tests.data.shared_data import WIDE, small_tokenizer, text_row, write_lines
-from tests.data.store.doubles import Source
+from tests.data.store.doubles import Source, take_as_others
 
 ROOT = Path(__file__).resolve().parents[3]
 SIZE, SHARDS = 20, 7  # rows, and shards of three each
@@ -38,11 +39,19 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(making, "cores", lambda: 1)
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 3])
 def processes(request, monkeypatch):
-    monkeypatch.setattr(making, "_FEW", 0)
-    monkeypatch.setattr(making, "cores", lambda: request.param)
+    """This one alone; two others and not this one."""
+    if request.param > 1:
+        only_others(monkeypatch, request.param)
     return request.param
+
+
+def only_others(monkeypatch, cores: int = 2) -> None:
+    """All shards are made by other processes, one fewer than there are cores."""
+    monkeypatch.setattr(workers.Todo, "take", take_as_others)
+    monkeypatch.setattr(making, "_FEW", 0)
+    monkeypatch.setattr(making, "cores", lambda: cores)
 
 
 @pytest.fixture
@@ -109,6 +118,28 @@ def test_rows_are_tokenised_once(tmp_path, whole, processes, made):
     assert re.fullmatch(r"data: 20 rows found tokenised \(.*here/[0-9a-f]{32}\)\n", said)
 
 
+def test_this_process_makes_what_others_have_not_begun(tmp_path, whole, monkeypatch, made):
+    """The others are held up until it has made three, and make the rest."""
+    monkeypatch.setattr(making, "_FEW", 0)
+    monkeypatch.setattr(making, "cores", lambda: 3)
+    serve, take, enough = workers.Makers._serve, workers.Todo.take, threading.Event()
+
+    def late_serve(self, process):
+        enough.wait()
+        serve(self, process)
+
+    def mine(self):
+        if len(made) == 3:
+            enough.set()
+            return take_as_others(self)
+        return take(self)
+
+    monkeypatch.setattr(workers.Makers, "_serve", late_serve)
+    monkeypatch.setattr(workers.Todo, "take", mine)
+    assert run(tmp_path / "here") == (whole[0], "") and made == [0, 1, 2]
+    assert files(tmp_path / "here") == whole[1]
+
+
 def test_off_keeps_nothing(tmp_path, whole, processes, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = Source(SIZE)
@@ -165,7 +196,7 @@ def test_what_a_killed_run_left_half_written_goes_later(tmp_path):
 
 def test_ctrl_c_keeps_what_is_made_and_says_nothing_else(tmp_path, whole):
     os.mkfifo(tmp_path / "fifo")  # a process waits for what nobody writes
-    with child(tmp_path / "here", SIZE, 2, f"15=wait {tmp_path / 'fifo'}") as process:
+    with child(tmp_path / "here", SIZE, 3, f"15=wait {tmp_path / 'fifo'}") as process:
         while process.stdout.readline() != "4\n":
             pass
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -332,16 +363,14 @@ def test_errors_are_what_they_were_raised_as(tmp_path, processes):
 
 @pytest.mark.parametrize("act, said", [("kill", "ended by SIGKILL, as the system"), ("leave", "exit code 3")])
 def test_a_process_that_dies_is_told(tmp_path, monkeypatch, act, said):
-    monkeypatch.setattr(making, "_FEW", 0)
-    monkeypatch.setattr(making, "cores", lambda: 2)
+    only_others(monkeypatch)
     with pytest.raises(DataError, match=said):
         run(tmp_path / "here", Source(SIZE, {10: act}))
     assert not [*(tmp_path / "here").rglob("*.part")]
 
 
 def test_what_a_process_prints_is_no_answer(tmp_path, whole, monkeypatch, capfd):
-    monkeypatch.setattr(making, "_FEW", 0)
-    monkeypatch.setattr(making, "cores", lambda: 2)
+    only_others(monkeypatch)
     assert run(tmp_path / "here", Source(SIZE, {4: "say"}))[0] == whole[0]
     assert "a library says something" in capfd.readouterr().err
 
@@ -375,10 +404,10 @@ def test_few_rows_are_made_here(tmp_path, monkeypatch, made):
     run("off", Source(9))
     assert made == [0, 1, 2]
     asked = []
-    monkeypatch.setattr(workers.Workers, "_start", lambda self: asked.append(self._count) or refuse())
+    monkeypatch.setattr(workers.Makers, "_start", lambda self: asked.append(self._count) or refuse())
     run("off", Source(12))
     run("off", Source(300))
-    assert asked == [2, 8]
+    assert asked == [1, 7]
 
 
 def refuse():
