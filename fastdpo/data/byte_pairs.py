@@ -59,8 +59,9 @@ class BytePairs:
         pattern, model = _pattern(told["pre_tokenizer"]), told["model"]
         if pattern is None or (told["normalizer"] or {"type": "NFC"})["type"] != "NFC":
             return None
-        ranks, added = _ranks(model), [token["content"] for token in told["added_tokens"]]
-        if ranks is None:
+        added = [token["content"] for token in told["added_tokens"]]
+        del told  # tens of megabytes, as is what else is not needed for long
+        if (ranks := _ranks(model)) is None:
             return None
         core = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         return cls(backend, core, added)
@@ -89,8 +90,8 @@ class BytePairs:
 
 @functools.cache
 def _is_settled(character: str) -> bool:
-    """Whether a pattern reads it alike whatever version of Unicode it is read by: a letter, a mark, a number or
-    white space has always been one, what is none of them never was, and what is not assigned may be any."""
+    """Whether a pattern reads it alike whatever version of Unicode it is read by: a letter, a mark, a number
+    or white space has always been one, what is none of them never was; what is not assigned may be any."""
     before, now = unicodedata.ucd_3_2_0.category(character), unicodedata.category(character)
     return now not in ("Cn", "Cs") and (before == now or not {before[0], now[0]} & set("LMNZ"))
 
@@ -116,13 +117,13 @@ def _ranks(model: dict[str, Any]) -> dict[bytes, int] | None:
     ids, affixes = model["vocab"], ("continuing_subword_prefix", "end_of_word_suffix")
     if model["type"] != "BPE" or model["dropout"] or any(model[affix] for affix in affixes):
         return None
-    merges = [tuple(pair) for pair in model["merges"]]
-    made = np.array([ids[a + b] for a, b in merges], np.int64)
-    parts = np.array([max(ids[a], ids[b]) for a, b in merges], np.int64)
-    letters = _letters()
+    merges, letters = [tuple(pair) for pair in model.pop("merges")], _letters()
+    made = np.fromiter((ids[a + b] for a, b in merges), np.int64)
+    parts = np.fromiter((max(ids[a], ids[b]) for a, b in merges), np.int64)
     if (np.diff(made) < 0).any() or (made <= parts).any() or not letters.keys() <= ids.keys():
         return None
     merging = BPE(ids, merges)
+    del merges
     whole = [token for token in ids if letters.keys() >= set(token) and len(merging.tokenize(token)) == 1]
     if model["ignore_merges"] and len(whole) < len(ids):
         return None  # a piece that is a token is that token, whatever merging makes of it

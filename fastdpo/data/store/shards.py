@@ -145,7 +145,7 @@ class _Ragged:
 
 def _lists(arrays: Sequence, dtype) -> pa.ListArray:
     lengths = np.array([0, *map(len, arrays)], np.int64).cumsum()
-    flat = np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
+    flat = np.concatenate([np.zeros(0, dtype), *arrays], dtype=dtype, casting="unsafe")
     return pa.ListArray.from_arrays(pa.array(lengths, pa.int32()), pa.array(flat))
 
 
