@@ -41,10 +41,10 @@ class Plan:
 
     sizes: tuple[int, ...] = (2_000, 20_000, 200_000, 1_000_000)
     trl_most: int = 200_000
-    one_core_most: int = 200_000
+    one_core_most: int = 20_000
     resumed: tuple[int, ...] = (2_000, 200_000)
     turns: int = 3  # of sizes up to `often`; larger ones have one first start
-    often: int = 20_000
+    often: int = 2_000
     second: int = 3  # second starts, behind the first turn's first start
     mix: str = "UltraFeedback"
     max_length: int = 4096  # no row is longer: nothing is cut or dropped
