@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fastdpo.data import byte_pairs, tokenizing
 from fastdpo.data.byte_pairs import PATTERNS, BytePairs
+from fastdpo.data.store.key import tokenizer_digest
 from fastdpo.data.tokenizing import Encoder
 from tests.data.shared_data import SHARED
 
@@ -207,6 +208,23 @@ REFUSED = {
 @pytest.mark.parametrize("backend", REFUSED.values(), ids=REFUSED.keys())
 def test_what_is_not_known_to_be_the_same_is_not_asked(backend):
     assert BytePairs.of(backend) is None
+
+
+class Whole:
+    """A pre-tokenizer in Python, which cuts nothing."""
+
+    def pre_tokenize(self, _):
+        pass
+
+
+def test_a_part_in_python_is_not_known():
+    backend = trained(NO_REGEX)
+    backend.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Whole())
+    assert BytePairs.of(backend) is None
+    assert tokenizer_digest(PreTrainedTokenizerFast(tokenizer_object=trained(NO_REGEX))) is not None
+    encoder = encoder_of(trained(NO_REGEX))
+    encoder.tokenizer.backend_tokenizer.pre_tokenizer = backend.pre_tokenizer
+    assert tokenizer_digest(encoder.tokenizer) is None
 
 
 def test_a_normalizer_that_is_not_nfc_is_not_asked():

@@ -72,7 +72,10 @@ def tokenizer_digest(tokenizer) -> str | None:
         said = sorted((name, repr(value)) for name, value in state.items())
         special = tokenizer.special_tokens_map, tokenizer.all_special_tokens
         digest.update(repr((said, added, special)).encode())
-        digest.update(backend.to_str().encode())
+        try:
+            digest.update(backend.to_str().encode())
+        except Exception:  # just that, from Rust: a part that is written in Python has no text
+            return None
         return digest.hexdigest()
     if not ours and getattr(tokenizer, "_auto_class", None) is None:
         return None  # with it, the code that a model's folder brings is saved, too
