@@ -16,12 +16,17 @@ from fastdpo.planning.choose import choose
 from fastdpo.planning.out_of_memory import explain
 from fastdpo.publish.hub import check_hub, push
 from fastdpo.publish.model_card import add_card
-from fastdpo.report.page import write_report
 from fastdpo.training import trainer
 from fastdpo.training.job import Around
 from fastdpo.values import plain
 
 Given = Config | Mapping[str, Any] | str | PathLike[str]
+
+
+def write_report(run: Path, ended: bool) -> Path:
+    from fastdpo.report import page  # only now: matplotlib takes a second, and tens of megabytes
+
+    return page.write_report(run, ended)
 
 
 def around() -> Around:

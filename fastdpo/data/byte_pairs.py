@@ -67,6 +67,7 @@ class BytePairs:
         if (ranks := _ranks(model)) is None:
             return None
         core = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        ranks.clear()  # it has made its own of them
         return cls(backend, core, added)
 
     def encode(self, texts: Iterable[str]) -> dict[str, list[int]]:
