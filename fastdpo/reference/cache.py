@@ -22,6 +22,7 @@ from fastdpo.reference.values import FLOAT, Values, as_keys
 
 COMMIT_SECONDS = 1.0  # a kill loses what was computed since the last commit; 0 commits every pack
 _COMMIT_SHARE = 0.02  # ... or rarer: a slow disk's commits may take this share of a fill's time
+_AT_ONCE = 64  # packs that are taken over at once
 _INSERT_PACK = "INSERT INTO packs (namespace, fill, digest, keys, lengths, logps) VALUES (?, ?, ?, ?, ?, ?)"
 
 
@@ -101,19 +102,29 @@ class RefCache(CacheFile):
         if db is not self._read:
             self._read, self._fill, self._last_pack, self._damaged = db, None, 0, []
         query = "SELECT id, digest, keys, lengths, logps FROM packs WHERE id > ? AND namespace = ?"
-        for number, digest, *content in db.execute(query, (self._last_pack, self._namespace)):
-            self._last_pack = number
-            if not _confirmed(digest, self._namespace, *content):
+        found = db.execute(query, (self._last_pack, self._namespace))
+        while rows := found.fetchmany(_AT_ONCE):
+            self._take_over(rows)
+
+    def _take_over(self, rows: list[tuple]) -> None:
+        """(id, digest, keys, lengths, values) of packs: their values, at once."""
+        whole, damaged = [], []
+        for number, digest, *content in rows:
+            if _confirmed(digest, self._namespace, *content):
+                whole.append(content)
+            else:
                 n_keys = len(content[0]) // BYTES if isinstance(content[0], bytes) else 0
-                self._damaged.append((number, n_keys))
-                continue
-            # in the place of one that is only pending, and of no other
-            pending: Any = False
-            if self._pending:
-                popped = lambda key: [pack.pop(key) for pack in self._pending if key in pack]
-                pending = np.array([bool(popped(key)) for key in as_keys(content[0]).tolist()], bool)
-            lengths, values = np.frombuffer(content[1], "<i4"), np.frombuffer(content[2], FLOAT)
-            self.values.add(as_keys(content[0]), lengths, values, anew=pending)
+                damaged.append((number, n_keys))
+        content = [b"".join(column) for column in zip(*whole)] or [b"", b"", b""]
+        # in the place of one that is only pending, and of no other
+        pending: Any = False
+        if self._pending:
+            popped = lambda key: [pack.pop(key) for pack in self._pending if key in pack]
+            pending = np.array([bool(popped(key)) for key in as_keys(content[0]).tolist()], bool)
+        lengths, values = np.frombuffer(content[1], "<i4"), np.frombuffer(content[2], FLOAT)
+        self.values.add(as_keys(content[0]), lengths, values, anew=pending)
+        self._damaged += damaged
+        self._last_pack = rows[-1][0]
 
     def _delete_damaged(self, db) -> None:
         if not self._damaged:

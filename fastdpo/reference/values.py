@@ -50,10 +50,12 @@ class Values:
         return self._start[self._places(keys)] >= 0
 
     def add(self, keys: np.ndarray, lengths: np.ndarray, values: np.ndarray, anew=False) -> None:
-        """Takes V16[n], i32[n] and f32, one response after the other. What is not wanted is left out; what is
-        known stays as it is, but where `anew` (bool, or bool[n]) is True."""
+        """Takes V16[n], i32[n] and f32, one response after the other; of the same ones the first. What is not
+        wanted is left out; what is known stays as it is, but where `anew` (bool, or bool[n]) is True."""
         places = self._places(keys)
-        taken = (places < len(self._keys)) & ((self._start[places] < 0) | anew)
+        first = np.zeros(len(places), bool)
+        first[np.unique(places, return_index=True)[1]] = True
+        taken = first & (places < len(self._keys)) & ((self._start[places] < 0) | anew)
         if not taken.all():
             values = values[np.repeat(taken, lengths)]
             places, lengths = places[taken], lengths[taken]

@@ -79,6 +79,18 @@ def test_what_is_known_stays_unless_it_is_to_change():
     assert values.count == 0 and not values.known(array(range(5))).any()
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_the_first_of_several_at_once_is_kept(anew):
+    values = values_of(range(5))
+    add(values, [0])
+    some = [numbers_of(number) + np.float32(plus) for plus in (1, 2) for number in (3, 99, 0)]
+    lengths = np.array([len(v) for v in some], np.int32)
+    values.add(array([3, 99, 0] * 2), lengths, np.concatenate(some), anew)
+    np.testing.assert_array_equal(values.of(array([3])), expected([3], 1))
+    np.testing.assert_array_equal(values.of(array([0])), expected([0], anew))
+    assert values.count == 2
+
+
 def test_found_numbers_may_be_changed():
     values = values_of([1])
     add(values, [1])
