@@ -24,7 +24,10 @@ def core_counts(record: dict) -> list[int]:
 def rows(record: dict, link: str) -> str:
     """First and second starts on all cores, first starts on fewer, a resumed run."""
     before = [median(record, "before_seconds", who=who, start="second") for who in ("ours", "trl")]
-    tokens = median(record, "tokens", who="ours", rows=sizes(record)[-1]) / sizes(record)[-1]
+    most = sizes(record)[-1]
+    tokens = median(record, "tokens", who="ours", rows=most) / most
+    wanted = {"who": "ours", "rows": most, "start": "second"}
+    slowest = max(run["seconds"] for run in record["runs"] if wanted.items() <= run.items())
     text = (
         f"From a .jsonl file to rows that can be trained on, on {where(record)} ({link}): random words with "
         f"the lengths of {record['plan']['mix']}, {tokens:.0f} tokens a row, tokenizer "
@@ -33,7 +36,7 @@ def rows(record: dict, link: str) -> str:
         "what the first has left. Peak memory is that of the process and all that it starts, what they share "
         "counted once. Imports and the tokenizer come before, "
         f"{number(before[0])} s and TRL's {number(before[1])} s; they are in the memory and not in the "
-        "seconds:"
+        f"seconds. Medians: our slowest second start with {most:,} rows took {number(slowest)} s:"
     )
     tables = [text, _starts(record), f"First starts, rows a second:\n\n{_cores(record)}"]
     if record["resumed"]:
