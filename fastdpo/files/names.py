@@ -38,19 +38,31 @@ def is_hub_name(name: str) -> bool:
     return True
 
 
-def look_up(name: str, kind: str, revision: str | None = None) -> Answer:
-    """Asks the hub once whether it shows us the repository. kind: model (with a config.json), or dataset.
+def gguf_path(name: str) -> str:
+    """FOLDER/FILE.gguf of FOLDER:FILE.gguf, where there is such a folder; any other name as it is."""
+    folder, _, file = name.rpartition(":")
+    is_one = is_gguf(file) and os.path.isdir(folder) and not os.path.exists(name)
+    return f"{folder}/{file}" if is_one else name
+
+
+def is_gguf(name: str) -> bool:
+    return name.lower().endswith(".gguf")
+
+
+def look_up(name: str, kind: str, revision: str | None = None, file: str | None = None) -> Answer:
+    """Asks the hub once whether it shows us the repository. kind: model (with a config.json, or this file),
+    or dataset.
 
     Libraries try again and again, for a minute, where the hub is out of reach; who asks them only after a
     good answer never meets that.
     """
     from huggingface_hub import constants, errors, get_hf_file_metadata, get_token, hf_hub_url
 
-    file = "config.json" if kind == "model" else "README.md"
+    wanted = file or ("config.json" if kind == "model" else "README.md")
     answers = constants.HF_HUB_ETAG_TIMEOUT
     timeout: Any = (_CONNECT, answers, answers, _CONNECT)  # connect, read, write, wait for the pool
     try:
-        url = hf_hub_url(name, file, repo_type=kind, revision=revision)
+        url = hf_hub_url(name, wanted, repo_type=kind, revision=revision)
         get_hf_file_metadata(url, token=get_token(), timeout=timeout)
     except errors.GatedRepoError:
         page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{name}"
@@ -61,8 +73,11 @@ def look_up(name: str, kind: str, revision: str | None = None) -> Answer:
         why = f"is neither a path here nor a {kind} that the hub shows you; check the name"
         return Answer(False, f"{why}, and for a private one log in by `hf auth login`")
     except errors.EntryNotFoundError:
+        if file:
+            return Answer(False, f"has no file {file} on the hub")
         if kind == "model":
-            return Answer(False, "has no config.json on the hub: it is a GGUF, an adapter, or no model")
+            why = "has no config.json on the hub: it is an adapter, no model, or of GGUF files"
+            return Answer(False, f"{why}; one of these is named as in {name}:FILE.gguf")
     except errors.HfHubHTTPError as error:
         return Answer(None, f"the hub, {constants.ENDPOINT}, answers {error.response.status_code}")
     except errors.OfflineModeIsEnabled:

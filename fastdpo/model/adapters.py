@@ -12,8 +12,9 @@ from rich.markup import escape
 from safetensors import safe_open
 
 from fastdpo.errors import ConfigError, ModelError
-from fastdpo.files.names import similar
-from fastdpo.model.source import TOKENIZERS, Source, damage, find_source
+from fastdpo.files.names import gguf_path, similar
+from fastdpo.model.finding import Source, find_source, tokenizer_beside
+from fastdpo.model.source import damage
 from fastdpo.model.spec import ModelSpec
 from fastdpo.values import not_one_of
 
@@ -29,15 +30,14 @@ _UNSUPPORTED += ("use_bdlora", "use_qalora", "velora_config")
 class Start(NamedTuple):
     """What a run starts from."""
 
-    model: str  # a folder or a hub name, never an adapter
+    model: str  # a folder, a GGUF file or a hub name, never an adapter
     adapter: Path | None  # a peft folder that goes on it
     settings: dict  # what is in its adapter_config.json
 
     @property
-    def tokenizer(self) -> str | None:
-        """The adapter's folder, where one is beside it, as it was trained with it; None: the model's."""
-        beside = self.adapter and any((self.adapter / name).exists() for name in TOKENIZERS)
-        return str(self.adapter) if beside else None
+    def tokenizer(self) -> Source:
+        """The adapter's folder, where one is beside it, as it was trained with it; or else the model."""
+        return tokenizer_beside(self.adapter, "model") or self.source()
 
     def source(self) -> Source:
         """Where the model is. Raises ModelError where it is not."""
@@ -50,7 +50,7 @@ class Start(NamedTuple):
 
 def find_start(spec: ModelSpec) -> Start:
     """The base model and the adapter that `model` and `adapter` name; `model` may be an adapter folder."""
-    given = os.path.expanduser(spec.model)
+    given = gguf_path(os.path.expanduser(spec.model))
     model_is_adapter = Path(given, _SETTINGS).exists()
     if model_is_adapter and spec.adapter is not None:
         raise ConfigError(

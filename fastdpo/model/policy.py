@@ -172,7 +172,8 @@ def resolve_dtype(name: str) -> torch.dtype:
 def load_model_config(spec: ModelSpec) -> PreTrainedConfig:
     """The model's transformers config. Raises ModelError, or ConfigError for a max_length beyond it."""
     start = find_start(spec)
-    model_config = source.load_config(start.source())
+    found = start.source()
+    model_config = source.load_config(found)
     limit = getattr(model_config, "max_position_embeddings", None)
     rope = getattr(model_config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
@@ -185,6 +186,11 @@ def load_model_config(spec: ModelSpec) -> PreTrainedConfig:
             f"set max_length: {limit} or less"
         )
     has_lora = start.adapter is not None or spec.lora_rank is not None
+    if spec.load_in_4bit and found.gguf:
+        raise ConfigError(
+            f"load_in_4bit: {start.model} is a GGUF file, which is dequantised as it is loaded; leave the "
+            "key out, or give the model that it was made of"
+        )
     check_quantisation(spec.load_in_4bit, has_lora, start.model, model_config)
     return model_config
 
@@ -229,9 +235,11 @@ def load_policy(spec: ModelSpec, console: Console) -> Policy:
 
 
 def tell_loading(model: str, console: Console) -> None:
-    """Before weights that may take long: over 2 GB, or of the hub, which may have to be fetched."""
-    size = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
-    if size > 2e9 or not Path(model).is_dir():
+    """Before weights that may take long: over 2 GB, or to be dequantised, or of the hub, which may have to be
+    fetched."""
+    path = Path(model)
+    size = sum(one.stat().st_size for one in ([path] if path.is_file() else path.glob("*.safetensors")))
+    if size > 2e9 or not path.is_dir():
         what = f" of {model}, {gigabytes(size)}" if size else f" of {model}"
         console.print(escape(f"loading the weights{what}"), highlight=False, soft_wrap=True)
 
@@ -239,10 +247,7 @@ def tell_loading(model: str, console: Console) -> None:
 def load_tokenizer(spec: ModelSpec, console: Console | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of the model, or of the adapter to start from where that has one, with the
     spec's chat template where it names one."""
-    start = find_start(spec)
-    found = start.source()
-    own = start.tokenizer
-    tokenizer = source.load_tokenizer(own or found.where, "model", {} if own else found.options)
+    tokenizer = source.load_tokenizer(find_start(spec).tokenizer, "model")
     if spec.chat_template is not None:
         tokenizer.chat_template = template_of(spec.chat_template, tokenizer.chat_template)
         if console and (split := in_pieces(spec.chat_template, tokenizer)):

@@ -1,11 +1,8 @@
-"""Where a model is read from, a folder or the hub: what is wrong with it is found at once, and told in a
-sentence; and no weight starts at random."""
+"""What is read of a model that is there: config, weights and tokenizer. What is wrong with them is told in a
+sentence, before anything is trained; and no weight starts at random."""
 
 import json
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,100 +23,21 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from fastdpo.console.quiet import no_bars
 from fastdpo.errors import ModelError
 from fastdpo.files.installed import versions
-from fastdpo.files.names import is_hub_name, look_up, similar
+from fastdpo.model import gguf_file
+from fastdpo.model.finding import CONFIG, WHOLE, Source
 
-_CONFIG, _SETTINGS = "config.json", "adapter_config.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or an index of parts, named after it
-TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 _VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json")
 _REMOTE = "needs code of its own (trust_remote_code), and fastdpo never runs a model's code"
-_WHOLE = "give a folder that save_pretrained wrote, or a hub name"
 _LFS = b"version https://git-lfs"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model that is there, by its config.json at least."""
-
-    name: str  # a folder, or a name on the hub
-    label: str  # how errors about it begin
-    folder: Path | None  # what is on this machine: None where it is to be downloaded
-    revision: str | None = None
-    offline: str = ""  # why a hub's name is read from the cache alone
-
-    @property
-    def where(self) -> str:
-        """What from_pretrained reads. Offline the cache's folder: by its name it would still be asked for."""
-        return str(self.folder or self.name)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """from_pretrained's arguments."""
-        return {"trust_remote_code": False, "revision": self.revision or "main"}
-
-
-def find_source(name: str, label: str, revision: str | None = None, way_out: str = _WHOLE) -> Source:
-    """Raises ModelError, which begins with the label, where there is no model of this name. The hub is asked
-    once a process, and where it is out of reach its cache will do."""
-    path = Path(os.path.expanduser(name))  # a user who is not known is a folder's name, and no error
-    if path.exists():
-        if not (path / _CONFIG).is_file():
-            raise ModelError(f"{label} {_no_model(path)}")
-        return Source(str(path), label, path)
-    if not is_hub_name(name):
-        raise ModelError(f"{label} does not exist here{similar(path) or f'; {way_out}'}")
-    return _of_hub(name, label, revision)
-
-
-@cache  # what is raised is not kept
-def _of_hub(name: str, label: str, revision: str | None) -> Source:
-    answer = look_up(name, "model", revision)
-    if answer.found:
-        return Source(name, label, None, revision)
-    if answer.found is not None:
-        raise ModelError(f"{label} {answer.why}{similar(name)}")
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(name, _CONFIG, revision=revision)
-    if not isinstance(cached, str):
-        where = "is neither a folder here nor in the hub's cache"
-        way_out = similar(name) or f"; give a folder, or download it first (`hf download {name}`)"
-        raise ModelError(f"{label} {where}, and {answer.why}{way_out}")
-    return Source(name, label, Path(cached).parent, revision, answer.why)
-
-
-def _no_model(path: Path) -> str:
-    """What a path holds instead of a config.json."""
-    if path.suffix.lower() == ".gguf":
-        return "is a GGUF file, quantised to be run; give the model that it was made of"
-    if path.is_file():
-        beside = f"give its folder, {path.parent}" if (path.parent / _CONFIG).exists() else _WHOLE
-        return f"is a file, not a folder; {beside}"
-    inside = [found.parent for name in (_CONFIG, _SETTINGS) for found in path.glob(f"*/{name}")]
-    inside += [found.parent for found in path.glob(f"snapshots/*/{_CONFIG}")]  # of the hub's cache
-    if inside:
-        return f"holds no {_CONFIG}; the model is in {' or '.join(map(str, sorted(inside)[:3]))}"
-    if not any(path.iterdir()):
-        return f"is an empty folder; {_WHOLE}"
-    if any((path / name).exists() for name in ("events.jsonl", "checkpoints")):
-        return "is the folder of a run that has no model yet; go on with it by --resume"
-    kind = "a tokenizer and no model" if any((path / name).exists() for name in TOKENIZERS) else "no model"
-    return f"holds {kind}: there is no {_CONFIG}; {_WHOLE}"
 
 
 @no_bars()
 def load_config(source: Source) -> PreTrainedConfig:
-    """The transformers config of a causal LM. Raises ModelError."""
-    try:
-        kept = _stored_config(source)
-        model_type = kept.get("model_type")
-        if model_type is None or model_type not in CONFIG_MAPPING:
-            raise ModelError(f"{source.label} {_unknown(kept)}")
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source.where, **source.options)
-    except ModelError:
-        raise
-    except Exception as error:  # whatever a broken folder makes transformers raise
-        raise ModelError(f"{source.label} has a {_CONFIG} that cannot be read: {_one_line(error)}") from None
+    """The transformers config of a causal LM; of a GGUF, once the whole file is known to be right. Raises
+    ModelError."""
+    config = _config_of_gguf(source) if source.gguf else _config_of_folder(source)
+    model_type = config.model_type
     if getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{source.label} is of model_type {model_type}, which is no causal LM")
     reads_both_ways = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
@@ -128,11 +46,40 @@ def load_config(source: Source) -> PreTrainedConfig:
     return config
 
 
-def _stored_config(source: Source) -> dict:
-    from transformers.utils import cached_file
+def _config_of_folder(source: Source) -> PreTrainedConfig:
+    try:
+        kept = _stored_config(source)
+        if kept.get("model_type") not in CONFIG_MAPPING:
+            raise ModelError(f"{source.label} {_unknown(kept)}")
+        return AutoConfig.from_pretrained(source.where, **source.options)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a broken folder makes transformers raise
+        raise ModelError(f"{source.label} has a {CONFIG} that cannot be read: {_one_line(error)}") from None
 
-    options = {name: value for name, value in source.options.items() if name != "trust_remote_code"}
-    kept = json.loads(Path(str(cached_file(source.where, _CONFIG, **options))).read_text(encoding="utf-8"))
+
+def _config_of_gguf(source: Source) -> PreTrainedConfig:
+    architecture = _header(source).architecture
+    try:
+        with source.reading() as (where, options):
+            return AutoConfig.from_pretrained(where, **options)
+    except Exception as error:  # whatever transformers raises where it knows no such model, or lacks metadata
+        why = f"the installed transformers ({versions('transformers')['transformers']}) cannot read it"
+        what = f"is a GGUF of the architecture {architecture}, and {why}: {_one_line(error)}"
+        raise ModelError(f"{source.label} {what}") from None
+
+
+def _header(source: Source) -> gguf_file.Header:
+    """Of a source that is a GGUF. Raises ModelError."""
+    try:
+        path = source.file(str(source.gguf))
+    except Exception as error:  # of a download
+        raise ModelError(f"{source.label} cannot be had: {_one_line(error)}") from None
+    return gguf_file.read_header(path, source.label)
+
+
+def _stored_config(source: Source) -> dict:
+    kept = json.loads(source.file(CONFIG).read_text(encoding="utf-8"))
     if not isinstance(kept, dict):
         raise ValueError("it is no JSON object")
     return kept
@@ -143,15 +90,16 @@ def _unknown(kept: dict) -> str:
     if "auto_map" in kept:
         return _REMOTE
     if "model_type" not in kept:
-        return f"has a {_CONFIG} without model_type, so it is no model of transformers; {_WHOLE}"
+        return f"has a {CONFIG} without model_type, so it is no model of transformers; {WHOLE}"
     known = f"the installed transformers ({versions('transformers')['transformers']}) does not know"
     return f"is of model_type {kept['model_type']}, which {known}; update it"
 
 
 def check_weights(source: Source) -> None:
-    """Raises ModelError where the weights on this machine are not whole: said before the data is read."""
+    """Raises ModelError where the weights on this machine are not whole: said before the data is read. Those
+    of a GGUF were looked at for its config."""
     folder = source.folder
-    if folder is None:
+    if folder is None or source.gguf:
         return
     own = _stored_config(source).get("transformers_weights")  # a file that is called otherwise
     names = [own.removesuffix(".index.json")] if isinstance(own, str) else _WEIGHTS
@@ -193,15 +141,18 @@ def load_weights(source: Source, config: PreTrainedConfig, console: Console, **o
     if source.offline:
         text = f"{source.name}: {source.offline}; it is read from the hub's cache"
         console.print(f"[yellow]{escape(text)}", highlight=False, soft_wrap=True)
-    options |= source.options | dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    options |= dict(config=config, output_loading_info=True, ignore_mismatched_sizes=True)
+    if source.gguf:
+        options |= gguf_file.dequantised()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source.where, config=config, **options)
+        with source.reading() as (where, found):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(where, **found, **options)
         model, told = loaded
     except Exception as error:
         raise ModelError(f"{source.label} cannot be loaded: {_one_line(error)}") from None
     for key, stored, wanted in sorted(told["mismatched_keys"]):
-        sizes = f"{key} is {list(stored)}, and by {_CONFIG} {list(wanted)}"
-        raise ModelError(f"{source.label} has weights of other shapes than its {_CONFIG} says: {sizes}")
+        sizes = f"{key} is {list(stored)}, and by {CONFIG} {list(wanted)}"
+        raise ModelError(f"{source.label} has weights of other shapes than its {CONFIG} says: {sizes}")
     # Who trains on it names it, as an adapter its base: not by the cache's folder on this machine.
     model.name_or_path = model.config.name_or_path = source.name
     name = type(model).__name__
@@ -211,22 +162,30 @@ def load_weights(source: Source, config: PreTrainedConfig, console: Console, **o
     if unused := sorted(told["unexpected_keys"]):
         text = f"{source.name}: not a part of {name}, and left out: {_some(unused)}"
         console.print(f"[yellow]{escape(text)}", highlight=False, soft_wrap=True)
+    if source.gguf and (lost := gguf_file.lost_scaling(_header(source), model.config)):
+        text = f"{source.name}: transformers leaves out how it scales positions ({_some(lost)}): it is not "
+        text += "quite the model that the file was made of"
+        console.print(f"[yellow]{escape(text)}", highlight=False, soft_wrap=True)
     return model
 
 
 @no_bars()
-def load_tokenizer(name: str, key: str, options: dict) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, or of a hub name that was looked up. Raises ModelError."""
-    label, folder = f"{key}: no tokenizer in {name!r}", Path(name)
+def load_tokenizer(found: Source, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that is there, or of a folder. Raises ModelError."""
+    label, folder = f"{key}: no tokenizer in {found.name if found.gguf else found.where!r}", found.folder
+    if found.gguf and not _header(found).has_vocabulary:
+        raise ModelError(f"{label}: this GGUF has no vocabulary; give one that has, with the tokenizer in it")
     empty = f"{label}: there is no vocabulary (tokenizer.json); copy the files of the model's tokenizer there"
     try:
-        options = {"trust_remote_code": False} | options  # without a word on it transformers asks the user
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
+        with found.reading() as (where, options):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **options)
     except Exception as error:
-        if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
+        if folder and not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
             raise ModelError(empty) from None
         why = f"it {_REMOTE}" if "trust_remote_code" in str(error) else _one_line(error)
         raise ModelError(f"{label}: {why}") from None
+    if found.gguf:
+        tokenizer.name_or_path = found.name
     vocabulary = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()
     if not vocabulary - {*tokenizer.all_special_tokens}:  # what some classes make of no file at all
         raise ModelError(empty)

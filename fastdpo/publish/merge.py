@@ -15,16 +15,8 @@ from fastdpo.console.formatting import significant
 from fastdpo.console.quiet import no_bars
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.files import durable
-from fastdpo.model.source import (
-    TOKENIZERS,
-    Source,
-    check_weights,
-    damage,
-    find_source,
-    load_config,
-    load_tokenizer,
-    load_weights,
-)
+from fastdpo.model.finding import Source, find_source, tokenizer_beside
+from fastdpo.model.source import check_weights, damage, load_config, load_tokenizer, load_weights
 from fastdpo.publish.model_card import SETTINGS, add_card, base_of, model_folder, run_of
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -67,8 +59,7 @@ def merge(
         text = "load_in_4bit: the run trained on this base in 4 bits. The merged model has its whole "
         text += "weights, so its log-probs differ from the run's by what 4 bits lost"
         console.print(f"[yellow]{text}", soft_wrap=True)
-    own = any((adapter / name).exists() for name in TOKENIZERS)  # as it was trained with it
-    tokenizer = load_tokenizer(str(adapter) if own else base.where, "merge", {} if own else base.options)
+    tokenizer = load_tokenizer(tokenizer_beside(adapter, "merge") or base, "merge")
     model = _with_adapter(adapter, settings, base, model_config, wanted, console)
     merged = _merged(model, wanted, console)
     try:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from fastdpo.config.reading import to_word
 from fastdpo.data.chat.named import file_of, is_text
 from fastdpo.errors import ConfigError
+from fastdpo.files.names import gguf_path, is_gguf
 from fastdpo.report.history import RunHistory, read_run
 from fastdpo.report.story import stage_tables
 from fastdpo.values import as_list
@@ -59,7 +60,7 @@ def model_card(history: RunHistory | None, folder: Path, adapter: Path | None = 
     """The card's text, for a folder of weights; see `add_card`."""
     config = history.config if history else {}
     settings = adapter_settings(folder) or (adapter_settings(adapter) if adapter else {})
-    base = base_of(settings) or config.get("model") or ""
+    base, gguf = _in_gguf(base_of(settings) or config.get("model") or "")
     losses = _losses(history) if history else {}
     is_adapter = (Path(folder) / SETTINGS).exists()
     name = None if adapter else config.get("push_to_hub")
@@ -82,7 +83,8 @@ def model_card(history: RunHistory | None, folder: Path, adapter: Path | None = 
         merged=_read_json(Path(folder) / "config.json") if adapter else None,
         why_not_vllm=unserved_by_vllm(settings) if is_adapter else [],
         vllm_ranks=_VLLM_RANKS,
-        **dict(name=name, history=history, config=config, settings=settings, base=base, losses=losses),
+        **dict(name=name, history=history, config=config, settings=settings, losses=losses),
+        **dict(base=base, gguf=gguf),
         **dict(is_adapter=is_adapter, is_on_hub=_is_on_hub, public=_public, link=_link),
         **dict(changed_settings=_changed_settings, tables=_tables),
     )
@@ -101,6 +103,15 @@ def adapter_settings(folder: Path) -> dict:
 
 def _read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _in_gguf(base: str) -> tuple[str, str]:
+    """(folder or repository, file in it) of a GGUF; (base, nothing) of any other."""
+    base = gguf_path(base)
+    if not is_gguf(base):
+        return base, ""
+    place, colon, file = base.rpartition(":")
+    return (place, file) if colon and not Path(base).exists() else (str(Path(base).parent), Path(base).name)
 
 
 def _is_on_hub(name: str) -> bool:

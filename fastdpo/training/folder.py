@@ -14,6 +14,7 @@ from fastdpo.config.reading import to_yaml
 from fastdpo.data.chat.named import file_of
 from fastdpo.errors import ConfigError
 from fastdpo.files import durable
+from fastdpo.files.names import gguf_path
 from fastdpo.model.adapters import find_start
 from fastdpo.training import checkpoint
 from fastdpo.training.checkpoint import Checkpoint
@@ -39,6 +40,7 @@ def free_folder(job: Job) -> Path:
             "Go on with it by --resume, replace it by --overwrite, or name another folder"
         )
     named = {name: getattr(job.config, name) for name in ("model", "adapter", "data", "eval_data")}
+    named["model"] = gguf_path(job.config.model)
     named["chat_template"] = file_of(job.config.chat_template)
     for name, value in (named | {"the adapter's base": find_start(job.model).model}).items():
         for source in (Path(str(one).partition("#")[0]).resolve() for one in as_list(value)):

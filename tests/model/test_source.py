@@ -17,6 +17,7 @@ from fastdpo.config.keys import Config
 from fastdpo.errors import ModelError
 from fastdpo.files.names import look_up
 from fastdpo.model import source
+from fastdpo.model.finding import Source
 from fastdpo.model.policy import check_stored, load_model_config, load_policy, load_tokenizer
 from tests.hub import REFUSALS, running
 from tests.tiny import save_model, tokenizer
@@ -232,7 +233,7 @@ def test_a_tokenizer_beside_an_adapter_runs_no_code_and_asks_nothing(folder, mon
     }
     path.write_text(json.dumps(kept))
     with pytest.raises(ModelError, match=r"needs code of its own .* never runs a model's code"):
-        source.load_tokenizer("good", "model", {})
+        source.load_tokenizer(Source("good", "", folder), "model")
 
 
 @pytest.mark.parametrize(
