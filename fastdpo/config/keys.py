@@ -33,7 +33,7 @@ def _key(default: Any, doc: str, low: int | None = None) -> Any:
 class Config:
     """Everything a run depends on. Unknown keys are errors; see `fastdpo train --help`."""
 
-    model: str = _key("", "model to train: a folder or a hub name (required)")
+    model: str = _key("", "model to train: a folder, a hub name or FOLDER:FILE.gguf (required)")
     adapter: str | None = _key(
         None, "a peft adapter folder to start from: it is trained on, and the reference is model + adapter"
     )

@@ -11,6 +11,7 @@ from fastdpo.config.keys import FIELDS, Config
 from fastdpo.config.names import in_our_words
 from fastdpo.data.store.stored import facts_of
 from fastdpo.errors import ConfigError, DeadEndError
+from fastdpo.files.names import gguf_path
 from fastdpo.model.lm_head import named_budget
 from fastdpo.objectives.make import same_objective
 from fastdpo.records import Groups
@@ -86,7 +87,7 @@ def _same_file(old, new) -> bool:
     """Whether two values are two ways to write the path of one file or folder."""
     if not (isinstance(old, str) and isinstance(new, str)):
         return False
-    (old, _, old_split), (new, _, new_split) = old.partition("#"), new.partition("#")
+    (old, _, old_split), (new, _, new_split) = (gguf_path(name).partition("#") for name in (old, new))
     return old_split == new_split and Path(new).exists() and Path(old).resolve() == Path(new).resolve()
 
 

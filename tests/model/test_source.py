@@ -239,14 +239,13 @@ def test_a_tokenizer_beside_an_adapter_runs_no_code_and_asks_nothing(folder, mon
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("m.gguf", "is a GGUF file, quantised to be run; give the model that it was made of"),
         ("good/model.safetensors", "is a file, not a folder; give its folder, good"),
         ("a.bin", "is a file, not a folder; give a folder that save_pretrained wrote, or a hub name"),
     ],
 )
 def test_a_file(name, words, folder):
     if not Path(name).exists():
-        Path(name).write_bytes(b"GGUF")
+        Path(name).write_bytes(b"weights")
     assert refused(name) == f"model: {name!r} {words}"
 
 
@@ -320,7 +319,7 @@ def test_an_adapter_that_is_none(name, words, folder):
 ANSWERS = {  # of the hub -> what is said, after "model: 'org/name' "
     "not there": "is neither a path here nor a model that the hub shows you; check the name, and for",
     "gated": "is gated: ask for access at http://127.0.0.1:",
-    "no such file": "has no config.json on the hub: it is a GGUF, an adapter, or no model",
+    "no such file": "has no config.json on the hub: it is an adapter, no model, or of GGUF files; one",
     "down": "is neither a folder here nor in the hub's cache, and the hub, http://127.0.0.1:",
     None: "is neither a folder here nor in the hub's cache, and the hub, http://127.0.0.1:",
 }
