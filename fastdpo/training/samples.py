@@ -1,8 +1,10 @@
 """Greedy completions of a few prompts, before and after training, for the report."""
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,30 +32,21 @@ def complete(
     Greedy, so no random number is drawn; the policy is left as it was. A model that cannot generate costs
     a run its samples and nothing else: a note says why, and the list is empty.
     """
-    model, was_training, config = policy.core, policy.model.training, policy.core.generation_config
     ends = end_tokens(policy, tokenizer, groups)
-    pad = next(i for i in (tokenizer.pad_token_id, *ends, 0) if i is not None)  # any does: it is masked
-    policy.model.eval()
-    # In place of the model's own, whose sampling and penalties (Qwen's 1.1) would have a say here.
-    model.generation_config = GenerationConfig(
-        do_sample=False, use_cache=True, eos_token_id=ends or None, pad_token_id=pad
-    )
     completions: dict[int, list[int]] = {}
     try:
         calls = list(batches(policy, groups, max_new_tokens))
-        with policy.stock(), policy.autocast(), make_progress(console or Console()) as bar:
+        with generating(policy, tokenizer, ends, do_sample=False), make_progress(console or Console()) as bar:
             total = sum(room for _, room in calls)
             task = bar.add_task("sample completions", total=total, unit="tokens", info="")
             for batch, room in calls:
-                completions |= zip(map(id, batch), generate(model, batch, room, partial(bar.advance, task)))
+                each = partial(bar.advance, task)
+                completions |= zip(map(id, batch), generate(policy.core, batch, room, each))
             bar.update(task, completed=total)  # all may have ended before
     except Exception as error:  # whatever a model's own generation code raises
         why = escape(f"{type(error).__name__}: {error}")
         (console or Console()).print(f"[yellow]no sample completions: {why}", soft_wrap=True)
         return []
-    finally:
-        model.generation_config = config
-        policy.model.train(was_training)
     text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()
     until_end = lambda ids: list(itertools.takewhile(lambda token: token not in ends, ids))
     return [
@@ -66,6 +59,24 @@ def complete(
         }
         for group in groups
     ]
+
+
+@contextlib.contextmanager
+def generating(policy: Policy, tokenizer, ends: list[int], **how: Any) -> Iterator[None]:
+    """Inside, the model generates as `how` says (arguments of GenerationConfig), and not by its own config,
+    whose sampling and penalties (Qwen's 1.1) would have a say. Then all is as it was."""
+    model, was_training, config = policy.core, policy.model.training, policy.core.generation_config
+    pad = next(i for i in (tokenizer.pad_token_id, *ends, 0) if i is not None)  # any does: it is masked
+    policy.model.eval()
+    model.generation_config = GenerationConfig(
+        **how, use_cache=True, eos_token_id=ends or None, pad_token_id=pad
+    )
+    try:
+        with policy.stock(), policy.autocast():
+            yield
+    finally:
+        model.generation_config = config
+        policy.model.train(was_training)
 
 
 _ROLES = {"system", "developer", "user", "assistant", "model", "tool", "ipython"}
