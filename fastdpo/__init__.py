@@ -19,6 +19,7 @@ _HOME = {
     "Policy": "model.policy",
     "PreferenceGroup": "records",
     "ResponseLogps": "records",
+    "evaluate": "api",
     "fill_reference": "api",
     "load_groups": "data.load",
     "pack": "data.packing",
@@ -27,12 +28,12 @@ _HOME = {
     "to_group": "data.groups",
     "train": "api",
 }
-__all__ = ["Config", "FastDPOError", "Limits", "Policy", "PreferenceGroup", "ResponseLogps", "fill_reference"]
-__all__ += ["load_groups", "pack", "prepare", "split_step", "to_group", "train"]
+__all__ = ["Config", "FastDPOError", "Limits", "Policy", "PreferenceGroup", "ResponseLogps", "evaluate"]
+__all__ += ["fill_reference", "load_groups", "pack", "prepare", "split_step", "to_group", "train"]
 leave_out_noise()
 
 if TYPE_CHECKING:  # the same in words that a type checker reads
-    from fastdpo.api import fill_reference, train
+    from fastdpo.api import evaluate, fill_reference, train
     from fastdpo.config.keys import Config
     from fastdpo.data.groups import Limits, to_group
     from fastdpo.data.load import load_groups

@@ -57,6 +57,47 @@ def fill_reference(config: Given | None = None, console: Console | None = None, 
     trainer.fill_reference(_config(config, keys), console or _console(), around())
 
 
+def evaluate(
+    model: str | PathLike[str],
+    data: str | list[str],
+    *,
+    reference: str | PathLike[str] | None = None,
+    versus: str | PathLike[str] | None = None,
+    objective: str | dict[str, Any] | list[Any] | None = None,
+    beta: float | None = None,
+    samples: int | None = None,
+    per_prompt: int = 1,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    scorer: str | None = None,
+    max_length: int | None = None,
+    data_format: str | dict[str, Any] | None = None,
+    chat_template: str | None = None,
+    output: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """What `fastdpo eval` does, with its options by name; returns what eval.json holds: `numbers` (value and
+    standard error of each, by model), `tests`, `sources`, `by_prompt`, `answers`.
+
+        >>> import fastdpo
+        >>> found = fastdpo.evaluate("runs/first", "held_out.jsonl", scorer="length", samples=50)
+        >>> found["numbers"]["model"]["rewards/accuracies"]["value"]
+
+    Raises FastDPOError, whose message says what to do.
+    """
+    from fastdpo.evaluation.evaluate import evaluate
+    from fastdpo.evaluation.result import Settings
+
+    console = console or _console()
+    given = dict(model=model, data=data, reference=reference, versus=versus, objective=objective, beta=beta)
+    given |= dict(max_length=max_length, data_format=data_format, chat_template=chat_template)
+    given |= dict(samples=samples, per_prompt=per_prompt, max_new_tokens=max_new_tokens, seed=seed)
+    settings = Settings(**plain(given | {"scorer": scorer}))
+    settle_backends(console)
+    return evaluate(settings, None if output is None else str(output), overwrite, console)
+
+
 def _config(given: Given | None, keys: dict[str, Any]) -> Config:
     if isinstance(given, Config):
         if not keys:

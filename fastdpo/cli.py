@@ -11,6 +11,7 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 from fastdpo import __version__
 from fastdpo.console.threads import wait_asleep
 from fastdpo.errors import ConfigError, FastDPOError, Stopped
+from fastdpo.evaluation.command import evaluation
 from fastdpo.flags import UNEXPECTED, takes_keys, with_values
 
 app = App(
@@ -283,6 +284,7 @@ for place, command in enumerate(
     (train, ref, cache, data, plan, report, merge, push, convert, doctor, objectives, demo, completion)
 ):
     app.command(command, sort_key=place)
+app.command(evaluation, name="eval", sort_key=0)
 app["cache"].command(prune)
 
 if __name__ == "__main__":

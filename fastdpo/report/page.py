@@ -66,9 +66,9 @@ def render(history: RunHistory) -> str:
 
 
 @functools.cache
-def template(name: str):
-    """A page of this folder, with the filters that pages use."""
-    here = FileSystemLoader(Path(__file__).parent)
+def template(name: str, folder: Path | None = None):
+    """A page of this folder, or of another one, with the filters that pages use."""
+    here = FileSystemLoader([folder or Path(__file__).parent, Path(__file__).parent])
     environment = Environment(loader=here, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     for filter in (significant, percent, duration, counted, first_few, shortened, spoken):
         environment.filters[filter.__name__] = filter

@@ -111,6 +111,26 @@ def draw_lengths(edges: list[int], counts: list[int], limit: int | None, folder:
         return _render(axes, "lengths", "Lengths", folder)
 
 
+def draw_histogram(
+    name: str,
+    title: str,
+    labels: tuple[str, str],
+    edges: np.ndarray,
+    counts: dict[str, tuple[str, np.ndarray]],
+) -> Markup:
+    """Histograms over each other, {label: (colour, counts)}, with the same edges; labels: of the axes."""
+    with rc_context(_STYLE):
+        axes = _axes(*labels)
+        for label, (colour, some) in counts.items():
+            axes.stairs(some, edges, color=COLOURS[colour], lw=1.6, label=label)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter(short)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        place: dict = dict(loc="lower left", bbox_to_anchor=(-0.02, 0.985), ncols=4, columnspacing=1.2)
+        axes.legend(frameon=False, labelcolor=COLOURS["ink"], handlelength=1.8, borderpad=0.1, **place)
+        return _render(axes, name, title, None)
+
+
 def _axes(x_label: str, y_label: str) -> Axes:
     axes = Figure(figsize=(5.2, 3.0)).add_axes((0.15, 0.165, 0.83, 0.72))
     axes.grid(True, axis="y", color=COLOURS["grid"], lw=0.8)

@@ -14,6 +14,7 @@ difference, in pairs (section 4.2 there), far smaller, as most of what rows diff
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,38 +37,63 @@ class _Values(Sums):
         self.tensors[name] = values
 
 
-@torch.no_grad()
-def by_prompt(objective: Objective, logps: ResponseLogps, groups: Groups, kl: bool) -> dict[str, list[float]]:
-    """{number: v_p of each different prompt, in the order of the groups}, where `logps` are of these groups.
+class Part(NamedTuple):
+    """A mean: of values each of a response, which count as so many units (None: as one)."""
 
-    The loss is among them where it is a sum over pairs, tokens or responses; KTO's z0 and BCO's mean count
-    as given; a mixture of experts' balance loss, which is no sum over rows, is left out.
-    """
-    facts, numbers = facts_of(groups), dict[bytes, int]()
-    prompts = [numbers.setdefault(key, len(numbers)) for key in facts.prompt_key.tolist()]
-    prompt = np.repeat(prompts, facts.responses)
-    (of,) = to_device([torch.from_numpy(prompt)], logps.token_logp.device)
-    shares = lambda values, where, units=None: _shares(values, of[where], units, len(numbers))
-    values, out = _Values(), {}
+    values: Tensor
+    of: Tensor  # i64[n]: the responses
+    units: Tensor | None = None
+    weight: float = 1.0  # where a number is a sum of several means
+
+
+@torch.no_grad()
+def parts_of(objective: Objective, logps: ResponseLogps, kl: bool) -> dict[str, list[Part]]:
+    """{number: the means that it is the sum of}: the loss where it is a sum over pairs, tokens or responses
+    (KTO's z0 and BCO's mean count as given; a mixture of experts' balance loss, which is no sum over rows, is
+    left out), what pairs say, the KL where it is asked for."""
+    values, out = _Values(), dict[str, list[Part]]()
     terms = objective.terms if isinstance(objective, Decomposable) else ()
     wheres = [UNITS[term.unit].responses(logps) for term in terms]
     if terms and all(map(len, wheres)):
         units = [logps.lengths[w] if t.unit == "chosen token" else None for t, w in zip(terms, wheres)]
-        parts = [t.weight * shares(t.each(logps), w, u) for t, w, u in zip(terms, wheres, units)]
-        out["loss"] = torch.stack(parts).sum(0)
+        out["loss"] = [Part(t.each(logps), w, u, t.weight) for t, w, u in zip(terms, wheres, units)]
     add_pair_metrics(values, objective.seen(logps), objective.reward)
     for name in _OF_PAIRS:
         if name in values.tensors and len(logps.pairs):
-            out[name] = shares(values.tensors[name], logps.winner)
+            out[name] = [Part(values.tensors[name], logps.winner)]
     if kl:
         add_kl(values, logps)
-        out["kl"] = shares(logps.per_response(values.tensors["kl"]), slice(None), logps.lengths)
+        everyone = torch.arange(len(logps.lengths), device=logps.lengths.device)
+        out["kl"] = [Part(logps.per_response(values.tensors["kl"]), everyone, logps.lengths)]
+    return out
+
+
+def prompts_of(groups: Groups) -> np.ndarray:
+    """Of each response the number of its prompt, as they come, from 0; i64[R]."""
+    facts, numbers = facts_of(groups), dict[bytes, int]()
+    prompts = [numbers.setdefault(key, len(numbers)) for key in facts.prompt_key.tolist()]
+    return np.repeat(prompts, facts.responses).astype(np.int64)
+
+
+@torch.no_grad()
+def by_prompt(objective: Objective, logps: ResponseLogps, groups: Groups, kl: bool) -> dict[str, list[float]]:
+    """{number: v_p of each different prompt, in the order of the groups}, of the numbers of `parts_of`, where
+    `logps` are of these groups."""
+    prompt = prompts_of(groups)
+    (of,) = to_device([torch.from_numpy(prompt)], logps.token_logp.device)
+    count = int(prompt.max(initial=-1)) + 1
+    out = {name: shares(parts, of, count) for name, parts in parts_of(objective, logps, kl).items()}
     rounded = lambda column: [float(f"{value:.6g}") for value in column]
     return dict(zip(out, map(rounded, torch.stack(list(out.values())).tolist()))) if out else {}
 
 
+def shares(parts: list[Part], prompt: Tensor, n_prompts: int) -> Tensor:
+    """v_p, f64[P], of a number; prompt: of each response its number, i64[R]."""
+    each = [part.weight * _shares(part.values, prompt[part.of], part.units, n_prompts) for part in parts]
+    return torch.stack(each).sum(0)
+
+
 def _shares(values: Tensor, prompt: Tensor, units: Tensor | None, n_prompts: int) -> Tensor:
-    """v_p, f64[P], of values that are each of a prompt and count as so many units (None: as one)."""
     units = torch.ones_like(prompt) if units is None else units
     nothing = torch.zeros(n_prompts, dtype=torch.float64, device=prompt.device)
     add = lambda some: nothing.index_add(0, prompt, some)
