@@ -154,8 +154,8 @@ def _parts(rows: Rows, logps: ResponseLogps, aside: list[ResponseLogps]):
     if isinstance(own, Coupled) and own.remember is not None and rows.has_reference:
         context |= own.remember(logps, {})  # as if these rows were all it had seen
     logps, whole = replace(logps, context=context), None
-    parts = parts_of(rewarded, logps, kl=rows.has_reference)
-    parts.pop("loss", None)
+    of_pairs = replace(rewarded, terms=()) if isinstance(rewarded, Decomposable) else rewarded
+    parts = parts_of(of_pairs, logps, kl=rows.has_reference)  # without its loss, which need not be the one
     if rows.has_reference or not own.needs_reference:
         if not isinstance(own, Decomposable):
             whole = float(own.whole(logps))

@@ -1,5 +1,6 @@
 """An evaluation in the console: the numbers of each model, and the paired tests."""
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -69,7 +70,9 @@ def data_line(made: dict[str, Any]) -> str:
 
 def show(made: dict[str, Any], console: Console) -> None:
     console.print(escape(data_line(made)), highlight=False, soft_wrap=True)
-    table = Table("number", *(f"{called(key)}\n{escape(name)}" for key, name in made["names"].items()))
+    table = Table(
+        "number", *(f"{called(key)}\n{escape(Path(name).name)}" for key, name in made["names"].items())
+    )
     for number in present(made):
         cells = []
         for key in made["names"]:

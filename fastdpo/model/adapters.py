@@ -243,7 +243,7 @@ def load_adapter(model, start: Start, console):
         )
     trained_on = start.settings.get("base_model_name_or_path")
     other = "" if trained_on == start.model else f" (it was trained on {trained_on})"
-    line = f"starting from the adapter {start.adapter} on {start.model}{other}; the reference is both"
+    line = f"starting from the adapter {start.adapter} on {start.model}{other}; a run's reference is both"
     console.print(escape(line), highlight=False, soft_wrap=True)
     lora = _peft().PeftConfig.from_pretrained(start.adapter)
     lora.base_model_name_or_path = start.model  # where whoever loads the result finds it

@@ -119,7 +119,7 @@ def test_a_run_goes_on_from_it_and_refers_to_it(first, tmp_path, key):
 @pytest.mark.filterwarnings("error:The PEFT config's `base_model_name_or_path`")  # said once, by us
 def test_what_it_starts_from_is_said(first, adapter):
     _, said = load(config_of(first, adapter))
-    assert f"starting from the adapter {adapter} on {first.start}; the reference is both" in said
+    assert f"starting from the adapter {adapter} on {first.start}; a run's reference is both" in said
     edit(adapter, base_model_name_or_path="a/model")
     policy, said = load(config_of(first, adapter))
     assert f"on {first.start} (it was trained on a/model)" in said
