@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+from rich.console import Console
 
 from fastdpo import __version__
 from fastdpo.console.threads import wait_asleep
 from fastdpo.errors import ConfigError, FastDPOError, Stopped
-from fastdpo.evaluation.command import evaluation
+from fastdpo.evaluation.options import Options
 from fastdpo.flags import UNEXPECTED, takes_keys, with_values
 
 app = App(
@@ -77,8 +78,6 @@ def ref(config):
 @takes_keys
 def data(config):
     """show what the rows become: counts, lengths, drops, one row decoded"""
-    from rich.console import Console
-
     from fastdpo.data.show import show_data
     from fastdpo.model.policy import load_tokenizer
 
@@ -102,6 +101,22 @@ def plan(config, *, card: str | None = None, device: Literal["cpu", "cuda"] = "c
     return 0 if plan(config, card, device) else 3
 
 
+def evaluate(model: str, /, *data: str, options: Options | None = None):
+    """is a model better, and by how much is that noise?
+
+    Its accuracies, margins, loss and KL on preference rows, each with its
+    standard error; paired tests against its reference and, if you name one,
+    another model; and, where answers are sampled, their scores and exact KL.
+    Writes eval.json and eval.html.
+
+    :param model: a run folder, an adapter's or a model's folder, or a hub name
+    :param data: preference rows, as the key data takes them
+    """
+    from fastdpo.api import evaluate
+
+    evaluate(model, list(data) if len(data) != 1 else data[0], **vars(options or Options()))
+
+
 def merge(folder: str, /, *, output: str | None = None, dtype: Literal["auto", "bf16", "fp32"] = "auto"):
     """make one whole model of a LoRA adapter and its base
 
@@ -120,8 +135,6 @@ def push(folder: str, /, *, to: str):
     :param folder: a run's folder, or a model's
     :param to: the repository, as in me/my-dpo; a new one is made private
     """
-    from rich.console import Console
-
     from fastdpo.publish.hub import check_hub, push
     from fastdpo.publish.model_card import model_folder
 
@@ -135,8 +148,6 @@ def cache(where: Path | None = None, /):
 
     :param where: a file of log-probs or a folder of tokens; default: those of auto
     """
-    from rich.console import Console
-
     from fastdpo.data.store import contents as tokens
     from fastdpo.reference import cache_contents as reference
 
@@ -166,8 +177,6 @@ def prune(
     :param tokens: of a tokenised data set, how its id begins; may be given again
     :param dry_run: only say what would go
     """
-    from rich.console import Console
-
     from fastdpo.data.store import contents
     from fastdpo.reference import cache_contents as reference
     from fastdpo.values import as_age
@@ -201,8 +210,6 @@ def convert(
     :param diff: show both beside each other instead, and what became of each key
     :param ignore: a key of theirs to go on without; may be given again
     """
-    from rich.console import Console
-
     from fastdpo.convert import convert
     from fastdpo.convert.draft import as_lines
 
@@ -247,8 +254,6 @@ def report(*runs: Path, output: Path | None = None):
     :param runs: run folders, as in runs/beta-*
     :param output: the page of several runs (default: comparison.html in the folder that holds them)
     """
-    from rich.console import Console
-
     from fastdpo.report.compare import report
 
     report(runs, output, Console())
@@ -256,8 +261,6 @@ def report(*runs: Path, output: Path | None = None):
 
 def objectives():
     """list every loss: what it is, its options, its paper"""
-    from rich.console import Console
-
     from fastdpo.objectives import table
 
     table(Console())
@@ -284,7 +287,7 @@ for place, command in enumerate(
     (train, ref, cache, data, plan, report, merge, push, convert, doctor, objectives, demo, completion)
 ):
     app.command(command, sort_key=place)
-app.command(evaluation, name="eval", sort_key=0)
+app.command(evaluate, name="eval", sort_key=1)
 app["cache"].command(prune)
 
 if __name__ == "__main__":

@@ -100,10 +100,15 @@ def _answer(tokenizer, group: PreferenceGroup, ids: list[int], ends: set[int]) -
 
 
 def add_kl(
-    answers: Answers, groups: Groups, policy: Policy, reference: Policy | None, max_tokens: int
+    answers: Answers,
+    groups: Groups,
+    policy: Policy,
+    reference: Policy | None,
+    max_tokens: int,
+    console: Console,
 ) -> None:
     """The exact KL of each answer; reference None: the policy's own base."""
-    found = sequence_kl(policy, reference, groups, max_tokens=max_tokens)
+    found = sequence_kl(policy, reference, groups, max_tokens=max_tokens, console=console)
     answers.kl = _cut(found.tolist(), len(answers.given))
 
 

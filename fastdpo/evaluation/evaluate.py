@@ -162,10 +162,11 @@ class Evaluation:
             found.answers, groups = answer(policy, self.tokenizer, self.sampling, self.console, one.name)
             if own_base or beside is not None:
                 base = None if own_base else beside
-                add_kl(found.answers, groups, policy, base, self.rows.job.max_tokens)
+                add_kl(found.answers, groups, policy, base, self.rows.job.max_tokens, self.console)
         return found
 
     def judge(self, measured: dict[str, Measured], scorer: Scorer) -> None:
+        _collect()
         for one in measured.values():
             assert one.answers is not None and self.settings.scorer is not None
             one.answers.judge(scorer, self.settings.scorer, self.console, one.name)

@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from fastdpo.console.progress import make_progress
 from fastdpo.data.packing import in_row_order, pack
 from fastdpo.errors import ModelError
 from fastdpo.model.policy import Policy
@@ -17,7 +19,12 @@ _ROWS, _COLUMNS = 256, 1 << 14  # of logits at once; of the lm_head's weight tha
 
 @torch.no_grad()
 def sequence_kl(
-    policy: Policy, reference: Policy | None, groups: Groups, *, max_tokens: int = 8192
+    policy: Policy,
+    reference: Policy | None,
+    groups: Groups,
+    *,
+    max_tokens: int = 8192,
+    console: Console | None = None,
 ) -> np.ndarray:
     """f64[R], in nats: of each response of the groups, in order, the sum over its scored tokens of
     KL(policy || reference) = sum over v of pi(v | prefix) (log pi(v | prefix) - log pi_ref(v | prefix)), over
@@ -36,13 +43,17 @@ def sequence_kl(
         text = f"one has {sizes[0]:,} logits a token, the other {sizes[1]:,}"
         raise ModelError(f"KL: the model and its reference are over different vocabularies ({text})")
     out = [np.zeros(0)]
-    for part in in_row_order(groups, max_tokens, policy.share and other.share):
-        ours, bounds = _hidden(policy, part)
-        with policy.model.disable_adapter() if reference is None else contextlib.nullcontext():
-            theirs, _ = _hidden(other, part)
-            head = _head(other)
-        per_token = _per_token(ours, _head(policy), theirs, head)
-        out.append(torch.segment_reduce(per_token, "sum", offsets=bounds).cpu().numpy())
+    parts = in_row_order(groups, max_tokens, policy.share and other.share)
+    with make_progress(console or Console(quiet=True)) as bar:
+        task = bar.add_task("exact KL", total=len(parts), unit="packs", info="")
+        for part in parts:
+            ours, bounds = _hidden(policy, part)
+            with policy.model.disable_adapter() if reference is None else contextlib.nullcontext():
+                theirs, _ = _hidden(other, part)
+                head = _head(other)
+            per_token = _per_token(ours, _head(policy), theirs, head)
+            out.append(torch.segment_reduce(per_token, "sum", offsets=bounds).cpu().numpy())
+            bar.update(task, advance=1)
     return np.concatenate(out)
 
 

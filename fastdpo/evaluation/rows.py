@@ -97,11 +97,16 @@ def scored(rows: Rows, policy: Policy, reference: ReferenceTable | None, name: s
                 try:
                     logps = stage.score(batch, rows.job.objective.stats)
                 except torch.OutOfMemoryError:
-                    text = f"{name}: out of GPU memory on a pack of {batch.input_ids.numel()} tokens"
-                    raise ModelError(f"{text} (rows {batch.some_rows}); lower max_length") from None
+                    tokens = batch.input_ids.numel()
+                    raise ModelError(
+                        f"{name}: out of GPU memory on a pack of {tokens} tokens (rows {batch.some_rows}); "
+                        "lower max_length"
+                    ) from None
                 if not logps.token_logp.isfinite().all():
-                    text = f"{name}: the log-probs of rows {batch.some_rows} are not numbers; its weights may"
-                    raise ModelError(f"{text} be broken")
+                    raise ModelError(
+                        f"{name}: the log-probs of rows {batch.some_rows} are not numbers; its weights may "
+                        "be broken"
+                    )
                 found.append(on_host(logps))
                 bar.update(task, advance=1)
     return ResponseLogps.joined(seen[0]), seen[1]

@@ -64,8 +64,10 @@ def _generated(policy: Policy, batch: list[PreferenceGroup], room: int, each) ->
     try:
         return generate(policy.core, batch, room, each)
     except torch.OutOfMemoryError:
-        text = f"sampling: out of GPU memory on {len(batch)} prompts of up to {len(batch[-1].prompt)} tokens"
-        raise ModelError(f"{text}; lower max_length, or max_new_tokens") from None
+        raise ModelError(
+            f"sampling: out of GPU memory on {len(batch)} prompts of up to {len(batch[-1].prompt)} tokens; "
+            "lower max_length, or max_new_tokens"
+        ) from None
     except Exception as error:  # whatever a model's own generation code raises
         why, name = f"{type(error).__name__}: {error}", type(policy.core).__name__
         raise ModelError(f"sampling: {name} cannot generate (row {batch[0].row}): {why}") from error

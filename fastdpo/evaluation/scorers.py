@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from fastdpo.console.progress import make_progress
 from fastdpo.console.quiet import no_bars
 from fastdpo.errors import ConfigError, ModelError
+from fastdpo.model.policy import resolve_dtype
 from fastdpo.model.source import find_source, load_tokenizer
 
 AT_ONCE = 32  # answers that a scorer is given in a call
@@ -51,6 +52,8 @@ def make_scorer(name: str) -> Scorer:
     said = [{"role": "user", "content": "Hello."}]
     tiny = Answer(-1, "Hello.", "Hello to you.", 4, said, "Hello. Hello to you.")
     _checked(scorer, [tiny], f"scorer: {name} fails its first try, on an answer to 'Hello.'")
+    if isinstance(scorer, RewardModel) and torch.cuda.is_available():
+        scorer.device = "cuda"  # from its first answers on, when the models that gave them have gone
     return scorer
 
 
@@ -134,13 +137,13 @@ def _of_file(file: str, function: str) -> Scorer:
 
 class RewardModel:
     """A model with one output, of what its own chat template makes of prompt and answer; where it has none,
-    or the prompt's turns are not known, of the text as the policy's template wrote it. Its weights are on the
-    device for a call only."""
+    or the prompt's turns are not known, of the text as the policy's template wrote it. Its first
+    try is on the CPU."""
 
     def __init__(self, name: str) -> None:
         label = f"scorer: {name!r}"
         source = find_source(name, label, way_out=f"a scorer is {_NAMES}")
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = "cpu"
         try:
             config = AutoConfig.from_pretrained(source.where, **source.options)
         except Exception as error:  # whatever a broken folder makes transformers raise
@@ -154,12 +157,11 @@ class RewardModel:
         self.model = self._load(source, config, label)
         self.at_once = 8 if self.tokenizer.pad_token_id is not None else 1
         self.limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self.name = name
 
     @no_bars()
     def _load(self, source, config, label: str) -> Any:
         load: Any = partial(AutoModelForSequenceClassification.from_pretrained, **source.options)
-        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        dtype = resolve_dtype("auto")
         try:
             model, told = load(source.where, config=config, dtype=dtype, output_loading_info=True)
         except Exception as error:
@@ -178,11 +180,8 @@ class RewardModel:
                 raise ValueError(f"row {answer.row}: {len(some)} tokens, and it has {self.limit} positions")
         out: list[float] = []
         self.model.to(self.device)
-        try:
-            for start in range(0, len(ids), self.at_once):
-                out += self._scored(ids[start : start + self.at_once])
-        finally:
-            self.model.to("cpu")
+        for start in range(0, len(ids), self.at_once):
+            out += self._scored(ids[start : start + self.at_once])
         return out
 
     def _scored(self, ids: list[list[int]]) -> list[float]:

@@ -10,6 +10,7 @@ DATA = (
     "runs/demo/data/train.jsonl",
     "runs/demo/data/held_out.jsonl",
     "train.jsonl",
+    "held_out.jsonl",
 )
 
 

@@ -188,6 +188,31 @@ def test_other_objectives(place, objective):
     )
 
 
+def test_an_adapters_reference_answers_as_the_base_alone(place):
+    """Its base with the adapter off, beside the base that is loaded by itself."""
+    keys = dict(samples=6, max_new_tokens=8, seed=4)
+    of = [evaluated(place, name, **keys)["answers"] for name in ("lora", "full")]
+    references, models = [
+        [[entry["answers"][key][0]["text"] for entry in some] for some in of]
+        for key in ("reference", "model")
+    ]
+    assert references[0] == references[1] and models[0] != models[1] and models[0] != references[0]
+
+
+def test_rows_without_pairs(place):
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in tiny.rows(24, seed=7)
+        for side in ("chosen", "rejected")
+    ]
+    tiny.write_jsonl(place[0] / "unpaired.jsonl", rows)
+    found = evaluated(place, data="unpaired.jsonl", objective="kto")
+    assert set(found["numbers"]["model"]) == {"loss", "kl"} and found["data"]["won_by_length"] is None
+    assert found["numbers"]["model"]["loss"]["prompts"] == 24 and found["tests"] == []
+    with pytest.raises(DataError, match="data: row 0: an unpaired row"):
+        evaluated(place, data="unpaired.jsonl")
+
+
 def test_a_run_of_several_stages_says_what_its_reference_is(tmp_path, monkeypatch):
     monkeypatch.setattr("fastdpo.api.write_report", lambda *_, **__: None)
     stages = [{"objective": "sft", "max_steps": 1, "beta": None}, {"objective": "ipo", "max_steps": 1}]

@@ -1,4 +1,4 @@
-"""`fastdpo eval`: its flags and their help. What it does is imported when it runs."""
+"""The flags of `fastdpo eval` and their help, without what it imports when it runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,19 +41,3 @@ class Options:
     chat_template: str | None = None
     output: Path | None = None
     overwrite: Annotated[bool, Parameter(negative=())] = False
-
-
-def evaluation(model: str, /, *data: str, options: Options = Options()) -> None:
-    """is a model better, and by how much is that noise?
-
-    Its accuracies, margins, loss and KL on preference rows, each with its
-    standard error; paired tests against its reference and, if you name one,
-    another model; and, where answers are sampled, their scores and exact KL.
-    Writes eval.json and eval.html.
-
-    :param model: a run folder, an adapter's or a model's folder, or a hub name
-    :param data: preference rows, as the key data takes them
-    """
-    from fastdpo.api import evaluate
-
-    evaluate(model, list(data) if len(data) != 1 else data[0], **vars(options))
