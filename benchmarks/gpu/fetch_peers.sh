@@ -19,7 +19,8 @@ FOR_PYTHON=${FOR_PYTHON:-3.12}
 CUDA=${CUDA:-130}
 PACKAGES=(trl==1.16.0 datasets==5.2.0 "dill<0.4.2" "multiprocess<0.70.20" xxhash)
 PACKAGES+=("cyclopts>=5.5,<6" attrs docstring_parser rich-rst) # fastdpo's own
-PACKAGES+=("liger-kernel>=0.8.5,<0.9" cut-cross-entropy==25.1.1 bitsandbytes==0.50.2 flash-attn "$@")
+PACKAGES+=("liger-kernel>=0.8.5,<0.9" cut-cross-entropy==25.1.1 bitsandbytes==0.50.2 flash-attn)
+PACKAGES+=(gguf vaderSentiment "$@") # of the stage `learning`
 PLATFORMS=()
 for version in 2_35 2_34 2_31 2_28 2_27 2_24 2_17 2014 1; do
     PLATFORMS+=(--platform "manylinux${version/#2_/_2_}_x86_64")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from benchmarks.learning.real import shown
 from benchmarks.tables import head_blocks, memory_blocks, row_blocks
 from benchmarks.tables.markdown import markdown, number, where
 
@@ -284,5 +285,7 @@ BLOCKS = {
         "python -m benchmarks.memory.plan_accuracy --gpu",
     ),
     "attention-gpu": ("attention", "gpu", attention, "shared-prompt attention on a GPU", _all("attention")),
+    "assistant-cpu": ("learning_real", "cpu", shown.block, "objectives on a real assistant", "make learn"),
+    "assistant-gpu": ("learning_real", "gpu", shown.block, "the full grid of them", _all("learning")),
     "growth-gpu": ("growth", "gpu", growth, "how cost grows on a GPU", _all("growth")),
 }
