@@ -44,6 +44,7 @@ FASTDPO["__main__"] = {"cli"}
 # what is named at the top comes when it is asked for; the imports are for type checkers alone
 FASTDPO["fastdpo"] = GROUND | {"moved", "api", "config", "data", "model"}
 TOOLS = {"process", "results", "lengths", "models", "inputs", "flops", "ceilings", "figures", "workers"}
+TOOLS |= {"frontiers"}
 BENCHMARKS = {tool: TOOLS for tool in TOOLS} | {
     "gate": TOOLS,
     "tables": TOOLS | {"head"},
@@ -52,7 +53,7 @@ BENCHMARKS = {tool: TOOLS for tool in TOOLS} | {
     "head": TOOLS,
     "attention": TOOLS | {"head"},
     "memory": TOOLS | {"peers", "tables"},
-    "learning": TOOLS | {"peers"},
+    "learning": TOOLS | {"peers", "tables"},
     "growth": TOOLS | {"attention", "head"},
     "rows": TOOLS,
     "cpu": TOOLS | {"gate", "steps"},

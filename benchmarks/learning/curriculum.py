@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.figures import Bar, bars
-from benchmarks.learning.frontier import spread
+from benchmarks.frontiers import spread
 from benchmarks.learning.train import FULL, QUIET, Base, Groups, Run, Sizes, reference, settings
 from fastdpo.data.groups import Limits
 from fastdpo.data.load import load_groups

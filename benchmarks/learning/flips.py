@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from benchmarks.learning.frontier import spread
+from benchmarks.frontiers import spread
 from benchmarks.learning.plots import Curve, lines
 from benchmarks.learning.train import Run, Sizes, settings
 

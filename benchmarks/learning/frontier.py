@@ -5,11 +5,11 @@ four samples a prompt and all their pairs. Number of pairs: as Amini et al. 2024
 """
 
 from pathlib import Path
-from statistics import mean, stdev
 
 import numpy as np
 from rich.table import Table
 
+from benchmarks.frontiers import Points, pareto, reward_at, spread
 from benchmarks.learning.plots import Curve, lines
 from benchmarks.learning.train import FULL, Run, Sizes, settings
 
@@ -18,8 +18,6 @@ KLS = (0.25, 0.5, 1.0, 2.0)  # nats a completion
 HIGHEST = 3.0  # nats, in the plots
 SEEDS = 3
 PAIRS = (30, 100, 300)
-
-Points = list[tuple[float, float]]  # (KL, reward)
 
 
 def frontier_runs(sizes: Sizes) -> list[Run]:
@@ -73,23 +71,6 @@ def points_of(runs: list[Run], results: list[list[dict]]) -> dict[str, dict[int,
     return out
 
 
-def pareto(points: Points) -> Points:
-    """The points that no other beats in reward at a lower or equal KL, by KL."""
-    best, kept = -np.inf, []
-    for kl, reward in sorted(points, key=lambda p: (p[0], -p[1])):
-        if reward > best:
-            best = reward
-            kept.append((kl, reward))
-    return kept
-
-
-def reward_at(points: Points, kl: float) -> float | None:
-    """The most reward for at most this KL, between the frontier's points by a straight line, which mixtures
-    of the two models reach (KL is convex); None below the lowest and above the highest KL of all points."""
-    x, y = zip(*pareto(points))
-    return float(np.interp(kl, x, y)) if x[0] <= kl <= max(p[0] for p in points) else None
-
-
 def summary(runs: list[Run], results: list[list[dict]]) -> dict:
     """Per arm and KL the reward of each seed's frontier, and its difference to DPO's (on as many pairs)."""
     points, rewards, gains = points_of(runs, results), {}, {}
@@ -116,14 +97,6 @@ def tables(title: str, found: dict) -> list[Table]:
             table.add_row(arm, *(spread(values, sign=name.startswith("gain")) for values in by_kl.values()))
         out.append(table)
     return out
-
-
-def spread(values: list[float], sign: bool = False) -> str:
-    """Mean, standard deviation over seeds and how many of them there are."""
-    if not values:
-        return "-"
-    head = f"{mean(values):+.3f}" if sign else f"{mean(values):.3f}"
-    return f"{head} ± {stdev(values) if len(values) > 1 else 0:.3f} ({len(values)})"
 
 
 def draw(name: str, title: str, found: dict, folder: Path) -> list[Path]:

@@ -73,12 +73,17 @@ class Run:
 
 
 def demo_start(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The demo's model and tokenizer. TRL scores white space after the end of a turn and fastdpo does not:
-    here there is none."""
+    """The demo's model and tokenizer."""
     make_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", "<|im_end|>")
+    tokenizer = without_space_after_turns(AutoTokenizer.from_pretrained(folder))
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer
+
+
+def without_space_after_turns(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """TRL scores white space after the end of a turn, and fastdpo does not: here there is none."""
+    template = tokenizer.chat_template.replace("<|im_end|>\n", "<|im_end|>")
+    tokenizer.chat_template = template.replace("'<|im_end|>' + '\n'", "'<|im_end|>'")
+    return tokenizer
 
 
 def demo_rows(folder: Path, n: int, seed: int) -> list[dict]:
@@ -178,6 +183,7 @@ def compare(setting: Setting, seed: int) -> dict:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             b = theirs(setting, rows, folder)  # TRL's bars say nothing here
     start = dict(setting.model.named_parameters())
+    trl = {name: b.weights[name] for name in start}  # which keeps a second adapter for the reference
     return {
         "losses": a.losses,
         "trl_losses": b.losses,
@@ -186,7 +192,7 @@ def compare(setting: Setting, seed: int) -> dict:
         "trl_grad_norms": b.grad_norms,
         "first_margin": a.first_margin,
         "trl_first_margin": b.first_margin,
-        "weights_difference": _distance(a.weights, b.weights) / _distance(b.weights, start),
+        "weights_difference": _distance(a.weights, trl) / _distance(trl, start),
     }
 
 

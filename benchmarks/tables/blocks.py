@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.learning.real import shown
-from benchmarks.tables import head_blocks, memory_blocks, row_blocks
+from benchmarks.tables import head_blocks, learning_blocks, memory_blocks, row_blocks
 from benchmarks.tables.markdown import markdown, number, where
 
 
@@ -207,25 +206,6 @@ def growth(record: dict, link: str) -> str:
     return f"{text}\n\n{markdown(('', 'from, to', 'time', 'peak memory'), rows)}"
 
 
-def parity(record: dict, link: str) -> str:
-    """A sentence a comparison."""
-    said = []
-    for r in record["results"].values():
-        runs, what = list(r["seeds"].values()), r["settings"]
-        first = max(abs(run["first_margin"]) for run in runs)
-        theirs = max(abs(run["trl_first_margin"]) for run in runs)
-        spread = r["mean_difference_between_orders"]
-        apart = "" if spread is None else f" and TRL's own runs on different orders are {spread:.0e} apart"
-        said.append(
-            f"{what['steps']} steps of {what['pairs']} pairs in {r['dtype']} on {where(record)}, "
-            f"{r['model']}, {len(runs)} orders of the rows ({link}): the loss of a step differs from TRL "
-            f"1.16's by {r['largest_difference']:.0e} at most and {r['mean_difference']:.0e} on average, "
-            f"while it falls by {r['fell_by']:.2f}{apart}; the first step's margin is {first:.1g} "
-            f"(TRL's {theirs:.1g})."
-        )
-    return "\n\n".join(said)
-
-
 def _all(stage: str) -> str:
     return f"bash benchmarks/gpu_all.sh {stage}"
 
@@ -240,7 +220,14 @@ BLOCKS = {
         "TRL stock and patched on a CPU",
         "python -m benchmarks.steps.dropin",
     ),
-    "parity-cpu": ("parity", "cpu", parity, "learning beside TRL in fp32", "make bench-cpu"),
+    "parity-cpu": ("parity", "cpu", learning_blocks.parity, "learning beside TRL in fp32", "make bench-cpu"),
+    "parity-assistant": (
+        "parity_real",
+        "cpu",
+        learning_blocks.parity,
+        "learning beside TRL on a real assistant",
+        "python -m benchmarks.learning.real.parity",
+    ),
     "cache": ("cache", "cpu", cache, "the reference cache", "make bench-cpu"),
     "rows-cpu": (
         "rows",
@@ -254,7 +241,7 @@ BLOCKS = {
     "dropin-gpu": ("dropin", "gpu", dropin, "TRL stock and patched on a GPU", _all("dropin")),
     "head-gpu": ("head", "gpu", head, "the lm_head on a GPU, beside every other one", _all("head")),
     "head-shapes": ("head", "gpu", head_blocks.shapes, "the lm_head in every shape", _all("head")),
-    "parity-gpu": ("parity", "gpu", parity, "learning beside TRL in bf16", _all("parity")),
+    "parity-gpu": ("parity", "gpu", learning_blocks.parity, "learning beside TRL in bf16", _all("parity")),
     "memory-gpu": ("memory", "gpu", memory, "the largest pair and model that fit a GPU", _all("memory")),
     "fit-gpu": (
         "fit",
@@ -285,7 +272,19 @@ BLOCKS = {
         "python -m benchmarks.memory.plan_accuracy --gpu",
     ),
     "attention-gpu": ("attention", "gpu", attention, "shared-prompt attention on a GPU", _all("attention")),
-    "assistant-cpu": ("learning_real", "cpu", shown.block, "objectives on a real assistant", "make learn"),
-    "assistant-gpu": ("learning_real", "gpu", shown.block, "the full grid of them", _all("learning")),
+    "assistant-cpu": (
+        "learning_real",
+        "cpu",
+        learning_blocks.assistant,
+        "objectives on a real assistant",
+        "make learn",
+    ),
+    "assistant-gpu": (
+        "learning_real",
+        "gpu",
+        learning_blocks.assistant,
+        "the full grid of them",
+        _all("learning"),
+    ),
     "growth-gpu": ("growth", "gpu", growth, "how cost grows on a GPU", _all("growth")),
 }

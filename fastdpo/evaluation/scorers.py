@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from fastdpo.console.progress import make_progress
 from fastdpo.console.quiet import no_bars
 from fastdpo.errors import ConfigError, ModelError
+from fastdpo.model.finding import find_source
 from fastdpo.model.policy import resolve_dtype
-from fastdpo.model.source import find_source, load_tokenizer
+from fastdpo.model.source import load_tokenizer
 
 AT_ONCE = 32  # answers that a scorer is given in a call
 _NAMES = "vader, length, FILE.py:function, or a reward model's folder or hub name"
@@ -145,13 +146,14 @@ class RewardModel:
         source = find_source(name, label, way_out=f"a scorer is {_NAMES}")
         self.device = "cpu"
         try:
-            config = AutoConfig.from_pretrained(source.where, **source.options)
+            with source.reading() as (where, options):
+                config = AutoConfig.from_pretrained(where, **options)
         except Exception as error:  # whatever a broken folder makes transformers raise
             raise ModelError(f"{label} has a config.json that cannot be read: {error}") from None
         if config.num_labels != 1:
             kind = ", ".join(config.architectures or ["a model of unknown kind"])
             raise ModelError(f"{label} has {config.num_labels} outputs ({kind}); a reward model has one")
-        self.tokenizer = load_tokenizer(source.where, "scorer", source.options)
+        self.tokenizer = load_tokenizer(source, "scorer")
         if config.get_text_config().pad_token_id is None:  # by which it finds a row's last token
             config.get_text_config().pad_token_id = config.pad_token_id = self.tokenizer.pad_token_id
         self.model = self._load(source, config, label)

@@ -10,6 +10,7 @@ import torch
 from benchmarks.learning.real import grid, run, sentiment, shown, start
 from benchmarks.learning.real.grid import DRY, FULL, REDUCED
 from benchmarks.learning.real.training import untrain
+from benchmarks.tables import learning_blocks
 from fastdpo.demo import make_model
 from fastdpo.model.policy import load_policy
 from fastdpo.model.spec import ModelSpec
@@ -76,12 +77,12 @@ def record():
 
 
 def test_rewards_at_a_kl_and_what_dpo_gains():
-    points = shown.points_of(record(), "frontier")
+    points = learning_blocks.points_of(record(), "frontier")
     assert points["DPO"] == {0: [(0, 0.1), (2, 0.3), (8, 0.6)], 1: [(0, 0.2), (2, 0.4), (8, 0.7)]}
-    assert shown.rewards_at(points["DPO"], 5.0) == pytest.approx({0: 0.45, 1: 0.55})
-    assert shown.rewards_at(points["ODPO"], 7.0) == {}  # none came so far
-    assert shown.gain(record()) == pytest.approx({0: 0.35, 1: 0.35})
-    text = shown.block(record(), "[results](x)")
+    assert learning_blocks.rewards_at(points["DPO"], 5.0) == pytest.approx({0: 0.45, 1: 0.55})
+    assert learning_blocks.rewards_at(points["ODPO"], 7.0) == {}  # none came so far
+    assert learning_blocks.gain(record()) == pytest.approx({0: 0.35, 1: 0.35})
+    text = learning_blocks.assistant(record(), "[results](x)")
     (row,) = (line for line in text.splitlines() if line.startswith("| ODPO |"))
     assert row.split(" | ")[3] == "0.650 ± 0.071 (2); +0.150 ± 0.000 (2)"
     assert "gains +0.350 ± 0.000 (2) over the start, 0.2 or more with 2 of 2 seeds" in text

@@ -73,7 +73,7 @@ def test_stages_go_on_after_a_failure(gpu_all, tmp_path):
     order = [stage for stage, _ in ran(done)]
     assert order == [
         *("gate", "head", "steps", "dropin", "parity", "memory"),
-        *("fit", "tricks", "attention", "growth", "tuning"),
+        *("fit", "tricks", "attention", "growth", "tuning", "learning"),
     ]
     assert all((process.ROOT / f"benchmarks/gpu/{stage}.py").exists() for stage in order)
     assert done.returncode == 1 and re.search(r"^head +failed with 3", done.stdout, re.M)

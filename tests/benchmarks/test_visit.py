@@ -17,7 +17,7 @@ from benchmarks.steps import race as race_module
 from benchmarks.steps.contenders import fastdpo
 from benchmarks.steps.race import Entry, Race
 from benchmarks.steps.steps import Plan, record_of, told
-from benchmarks.tables import blocks
+from benchmarks.tables import blocks, learning_blocks
 from benchmarks.workers import Worker, WorkerFailed
 from tests.benchmarks.test_results import GPU_RECORDS, MACHINE
 from tests.benchmarks.test_steps import COURSE, FakeDevice, FakeWorker, runner
@@ -348,7 +348,7 @@ def test_another_commits_gate_says_nothing(tmp_path, monkeypatch):
 def test_blocks_of_partial_results():
     parity, attention = (json.loads(json.dumps(GPU_RECORDS[what])) for what in ("parity", "attention"))
     parity["results"]["bf16"]["mean_difference_between_orders"] = None  # one order
-    assert "different orders" not in blocks.parity(parity | MACHINE, "")
+    assert "different orders" not in learning_blocks.parity(parity | MACHINE, "")
     del attention["problems"][0]["results"]["padded sdpa"]
     assert "HH-RLHF" not in blocks.attention(attention | MACHINE, "")
     assert blocks.where({"gpu": None, "cpu": "", "threads": 2}).startswith("2 cores")

@@ -17,6 +17,7 @@ from fastdpo.evaluation import result
 from fastdpo.model.support import stock_logp
 from tests import tiny
 from tests.evaluation.runs import WHERE, evaluated
+from tests.ggufs import save_gguf
 from tests.training.test_samples import silent
 from tests.training.test_trainer import Run
 
@@ -353,3 +354,20 @@ def test_a_base_that_has_gone_is_named_with_the_way_out(place, tmp_path):
     with pytest.raises(ModelError, match=r"reference: 'gone/for/good'.* name it by --reference"):
         fastdpo.evaluate(tmp_path / "full", str(place[0] / "rows.jsonl"), console=silent())
     assert not Path("gone").exists()
+
+
+def test_a_gguf_and_a_lora_that_was_trained_on_it(tmp_path, monkeypatch):
+    """The file alone has no reference; a run's is the file that it started from."""
+    monkeypatch.setattr("fastdpo.api.write_report", lambda *_, **__: None)
+    start = save_gguf(tmp_path / "tiny.gguf")
+    tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.rows(24, seed=3))
+    keys = dict(max_length=64, reference_cache=str(tmp_path / "cache"), output_dir=str(tmp_path / "run"))
+    keys |= dict(lora_rank=4, learning_rate=1e-2, max_steps=4, batch_size=8)
+    fastdpo.train(model=start, data=str(tmp_path / "rows.jsonl"), console=silent(), **keys)
+    of = lambda model: evaluated((tmp_path,), model, max_length=64, samples=2, max_new_tokens=4)
+    whole, trained = of("tiny.gguf"), of("run")
+    assert trained["names"]["reference"] == start
+    assert "rewards/accuracies" not in whole["numbers"]["model"]
+    assert value(trained, "rewards/accuracies") > 0.5
+    alone = value(whole, "logps/accuracies")
+    assert alone == value(trained, "logps/accuracies", "reference")

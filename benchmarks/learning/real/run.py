@@ -25,6 +25,7 @@ from benchmarks.learning.real.grid import DRY, FULL, REDUCED, UNREPORTED, Sizes
 from benchmarks.learning.real.start import absent, installed
 from benchmarks.learning.real.training import COMMON, HELD_OUT, Place, Training, execute, start
 from benchmarks.results import result_of_today, stage_arguments, stage_parser, write_result
+from benchmarks.tables.learning_blocks import assistant, trainings
 from fastdpo.demo import make_model
 
 WHAT = "learning_real"
@@ -80,7 +81,7 @@ class Grid:
     def rates(self) -> dict[tuple[str, str], float]:
         """Of each (arm, source) the most accurate rate."""
         best: dict[tuple[str, str], tuple[float, float]] = {}
-        for one in shown.trainings(self.record, "rates"):
+        for one in trainings(self.record, "rates"):
             arm, source, rate = one["arm"].split(", ")
             found = one["found"]["held_out"]["eval_rewards/accuracies"], float(rate.removeprefix("rate "))
             best[arm, source] = max(found, best.get((arm, source), (0.0, 0.0)))
@@ -148,7 +149,7 @@ def run(sizes: Sizes, place: Place, out: Path, workers: int, minutes: float, onl
     path = write_result(WHAT, found.record, out)
     record = json.loads(path.read_text())
     if record["trainings"]:
-        print(shown.block(record, path.name))
+        print(assistant(record, path.name))
         shown.draw(path.stem, record, out)
     return 0 if complete else 1
 

@@ -1,119 +1,13 @@
-"""What the trainings say together: tables and plots, made of the committed record alone."""
+"""Plots of a grid's record."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.learning.frontier import Points, pareto, reward_at, spread
+from benchmarks.frontiers import Points, pareto
 from benchmarks.learning.plots import Curve, lines
-from benchmarks.tables.markdown import markdown, number, where
-
-KLS = (1.0, 2.0, 5.0, 10.0)  # nats an answer
-BY_REWARD = {"frontier": "frontier", "few pairs": "few pairs, one a prompt"}
-SMALLEST_GAIN, AT_KL = 0.2, 5.0  # what plain DPO is to gain over the start, and where
-
-
-def trainings(record: dict, study: str) -> list[dict]:
-    return [one for one in record["trainings"] if one["study"] == study]
-
-
-def points_of(record: dict, study: str) -> dict[str, dict[int, Points]]:
-    """Per arm and seed the (KL, reward) of all betas and marks, and of the start at KL 0."""
-    out: dict[str, dict[int, Points]] = {}
-    for one in trainings(record, study):
-        arm = one["arm"].split(", beta")[0]
-        points = out.setdefault(arm, {}).setdefault(one["seed"], [])
-        if not points:
-            points.append((0.0, record["start"][str(one["seed"])]["reward"]))
-        points += [(mark["kl"], mark["reward"]) for mark in one["found"]["marks"]]
-    return out
-
-
-def rewards_at(points: dict[int, Points], kl: float) -> dict[int, float]:
-    """{seed: the most reward for at most this KL}, of the seeds that came so far."""
-    found = {seed: reward_at(some, kl) for seed, some in points.items()}
-    return {seed: value for seed, value in found.items() if value is not None}
-
-
-def gain(record: dict) -> dict[int, float]:
-    """{seed: what plain DPO gains over the start at AT_KL}."""
-    points = points_of(record, "frontier").get("DPO", {})
-    return {seed: r - points[seed][0][1] for seed, r in rewards_at(points, AT_KL).items()}
-
-
-def block(record: dict, link: str) -> str:
-    """All of it as Markdown."""
-    sizes, rows = record["sizes"], record["rows"]
-    first = rows[next(iter(rows))]
-    text = (
-        f"{record['model']} on {where(record)} ({link}): {sizes['answers']} answers each to "
-        f"{sizes['prompts']} prompts a seed, {sizes['steps']} steps of {record['common']['batch_size']} "
-        f"prompts, a LoRA of rank {record['common']['lora_rank']}, {len(sizes['seeds'])} seeds. Reward: "
-        f"{record['reward']}. The start model's answers have {number(first['reward'])} on average, the best "
-        f"of {sizes['answers']} {number(first['best'])}. Tuning: {record['tuned']}."
-    )
-    parts = [text]
-    for study, title in BY_REWARD.items():
-        if trainings(record, study):
-            parts.append(f"Mean reward at a KL of the {title}, ± its deviation over (seeds):")
-            parts.append(_rewards(points_of(record, study)))
-    if gains := gain(record):
-        enough = sum(value >= SMALLEST_GAIN for value in gains.values())
-        parts.append(
-            f"At a KL of {AT_KL:g} nats plain DPO gains {spread(list(gains.values()), sign=True)} over the "
-            f"start, {SMALLEST_GAIN} or more with {enough} of {len(record['sizes']['seeds'])} seeds."
-        )
-    if trainings(record, "noise"):
-        parts += ["Accuracy on clean held-out pairs, by the share of training pairs that are flipped:"]
-        parts += [_by_share(record, source) for source in ("sentiment", "hh")]
-    for study, number_of in (("curriculum", "rewards/accuracies"), ("optimizers", "loss")):
-        if trainings(record, study):
-            parts += [f"{study.capitalize()}, held out ({number_of}):", _ends(record, study, number_of)]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _rewards(points: dict[str, dict[int, Points]]) -> str:
-    """Of each arm at each KL, and behind it the same minus DPO's, on as many pairs."""
-    table = []
-    for arm, by_seed in points.items():
-        rivals = points.get(arm.replace(arm.split(",")[0], "DPO"), {})
-        cells = []
-        for kl in KLS:
-            ours, theirs = rewards_at(by_seed, kl), rewards_at(rivals, kl)
-            both = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-            apart = f"; {spread(both, sign=True)}" if both and rivals is not by_seed else ""
-            cells.append(spread(list(ours.values())) + apart)
-        table.append([arm, *cells])
-    return markdown(["", *(f"KL {kl:g}; minus DPO's" for kl in KLS)], table)
-
-
-def by_share(record: dict, source: str) -> dict[str, dict[str, list[float]]]:
-    """{arm: {share: accuracy of each seed}}"""
-    out: dict[str, dict[str, list[float]]] = {}
-    for one in trainings(record, "noise"):
-        arm, of, share = one["arm"].split(", ")
-        if of == source:
-            accuracy = one["found"]["held_out"]["eval_rewards/accuracies"]
-            out.setdefault(arm, {}).setdefault(share, []).append(accuracy)
-    return out
-
-
-def _by_share(record: dict, source: str) -> str:
-    arms = by_share(record, source)
-    if not arms:
-        return ""
-    shares = list(dict.fromkeys(share for of in arms.values() for share in of))
-    table = [[arm, *(spread(of.get(share, [])) for share in shares)] for arm, of in arms.items()]
-    return markdown([source, *shares], table)
-
-
-def _ends(record: dict, study: str, metric: str) -> str:
-    """A held-out number at the end, of each arm."""
-    arms: dict[str, list[float]] = {}
-    for one in trainings(record, study):
-        arms.setdefault(one["arm"], []).append(one["found"]["held_out"][f"eval_{metric}"])
-    return markdown(["", metric], [[arm, spread(values)] for arm, values in arms.items()])
+from benchmarks.tables.learning_blocks import BY_REWARD, by_share, points_of
 
 
 def draw(stem: str, record: dict, folder: Path) -> list[Path]:
