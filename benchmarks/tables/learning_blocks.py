@@ -1,5 +1,7 @@
 """What is learnt, beside TRL and by objective: from records to Markdown."""
 
+from statistics import mean
+
 from benchmarks.frontiers import Points, reward_at, spread
 from benchmarks.tables.markdown import markdown, number, where
 from fastdpo.console.formatting import counted
@@ -58,14 +60,15 @@ def gain(record: dict) -> dict[int, float]:
 
 def assistant(record: dict, link: str) -> str:
     """All of it as Markdown."""
-    sizes, rows = record["sizes"], record["rows"]
-    first = rows[next(iter(rows))]
+    sizes = record["sizes"]
+    rows = [record["rows"][f"sentiment-{seed}"] for seed in sizes["seeds"]]
+    reward, best = (number(mean(some[name] for some in rows)) for name in ("reward", "best"))
     text = (
         f"{record['model']} on {where(record)} ({link}): {sizes['answers']} answers each to "
         f"{sizes['prompts']} prompts a seed, {sizes['steps']} steps of {record['common']['batch_size']} "
         f"prompts, a LoRA of rank {record['common']['lora_rank']}, {len(sizes['seeds'])} seeds. Reward: "
-        f"{record['reward']}. The start model's answers have {number(first['reward'])} on average, the best "
-        f"of {sizes['answers']} {number(first['best'])}. Tuning: {record['tuned']}."
+        f"{record['reward']}. The start model's answers have {reward} on average, the best of "
+        f"{sizes['answers']} {best}. Tuning: {record['tuned']}."
     )
     parts = [text]
     for study, title in BY_REWARD.items():
@@ -84,6 +87,7 @@ def assistant(record: dict, link: str) -> str:
     for study, number_of in (("curriculum", "rewards/accuracies"), ("optimizers", "loss")):
         if trainings(record, study):
             parts += [f"{study.capitalize()}, held out ({number_of}):", _ends(record, study, number_of)]
+    parts += [f"Left out: {study}, {why}." for study, why in record.get("skipped", {}).items()]
     return "\n\n".join(part for part in parts if part)
 
 

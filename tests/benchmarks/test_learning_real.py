@@ -47,6 +47,13 @@ def test_a_grid_has_each_training_once_with_a_loss_there_is(sizes):
     assert all(one.seed != grid.UNREPORTED for one in some if one not in rates)
 
 
+def test_what_is_not_there_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "RANKED", tmp_path / "ranked.jsonl")
+    assert "ranked.jsonl" in grid.skipped(FULL)["curriculum"] and grid.curricula(FULL) == []
+    assert grid.skipped(REDUCED) == {}
+    assert FULL.held_out <= len(sentiment.prompts(True))
+
+
 def marks(points, more):
     return [{"kl": kl, "reward": reward + more} for kl, reward in points]
 
@@ -68,7 +75,7 @@ def record():
         "tuned": "t",
         "sizes": {"answers": 4, "prompts": 8, "steps": 2, "seeds": [0, 1]},
         "trainings": [dict(zip(("study", "arm", "seed", "found"), one)) for one in found],
-        "rows": {"sentiment-0": {"reward": 0.1, "best": 0.5}},
+        "rows": {f"sentiment-{seed}": {"reward": 0.1 + seed / 10, "best": 0.5} for seed in (0, 1)},
         "start": {"0": {"reward": 0.1}, "1": {"reward": 0.2}},
         "threads": 2,
         "cpu": "CPU",
@@ -87,6 +94,7 @@ def test_rewards_at_a_kl_and_what_dpo_gains():
     assert row.split(" | ")[3] == "0.650 ± 0.071 (2); +0.150 ± 0.000 (2)"
     assert "gains +0.350 ± 0.000 (2) over the start, 0.2 or more with 2 of 2 seeds" in text
     assert "| IPO | 0.700 ± 0.000 (1) |" in text
+    assert "have 0.150 on average, the best of 4 0.500" in text
 
 
 def test_plots_are_of_the_record(tmp_path):

