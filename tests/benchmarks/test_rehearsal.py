@@ -28,7 +28,7 @@ case "$*" in
 esac
 """
 OTHERS = ["trl", "datasets", "dill", "multiprocess", "xxhash", "liger-kernel", "cut-cross-entropy"]
-OTHERS += ["cyclopts", "attrs", "docstring_parser", "rich-rst"]
+OTHERS += ["cyclopts", "attrs", "docstring_parser", "rich-rst", "gguf", "vaderSentiment"]
 LIBRARIES = ["cpu", "cuda118", "cuda130", "cuda132", "rocm713", "xpu2025"]
 
 
