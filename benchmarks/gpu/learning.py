@@ -7,14 +7,14 @@ runs/learning-real as long as the machine is the same.
 import sys
 
 from benchmarks.learning.real.grid import FULL
-from benchmarks.learning.real.run import measure
+from benchmarks.learning.real.run import arguments, measure
 from benchmarks.learning.real.start import join_parts
 from benchmarks.results import stage_parser
 
 
 def main() -> int:
     join_parts()
-    return measure(stage_parser(__doc__), FULL, workers=3)
+    return measure(arguments(stage_parser(__doc__)), FULL, workers=3)
 
 
 if __name__ == "__main__":

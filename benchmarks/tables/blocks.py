@@ -279,6 +279,13 @@ BLOCKS = {
         "objectives on a real assistant",
         "make learn",
     ),
+    "assistant-second": (
+        "learning_second",
+        "cpu",
+        learning_blocks.assistant,
+        "Dr. DPO on flipped pairs and ODPO on few",
+        "python -m benchmarks.learning.real --second",
+    ),
     "assistant-gpu": (
         "learning_real",
         "gpu",

@@ -1,5 +1,6 @@
 """What is learnt, beside TRL and by objective: from records to Markdown."""
 
+import re
 from statistics import mean
 
 from benchmarks.frontiers import Points, reward_at, spread
@@ -66,15 +67,18 @@ def assistant(record: dict, link: str) -> str:
     text = (
         f"{record['model']} on {where(record)} ({link}): {sizes['answers']} answers each to "
         f"{sizes['prompts']} prompts a seed, {sizes['steps']} steps of {record['common']['batch_size']} "
-        f"prompts, a LoRA of rank {record['common']['lora_rank']}, {len(sizes['seeds'])} seeds. Reward: "
+        f"prompts, a LoRA of rank {record['common']['lora_rank']}, {counted(len(rows), 'seed')}. Reward: "
         f"{record['reward']}. The start model's answers have {reward} on average, the best of "
         f"{sizes['answers']} {best}. Tuning: {record['tuned']}."
     )
     parts = [text]
     for study, title in BY_REWARD.items():
         if trainings(record, study):
-            parts.append(f"Mean reward at a KL of the {title}, ± its deviation over (seeds):")
-            parts.append(_rewards(points_of(record, study)))
+            parts.append(
+                f"Mean reward at a KL of the {title}, ± its deviation over (seeds); between the measured "
+                "models by a straight line, which mixtures of two of them reach:"
+            )
+            parts += [_rewards(points_of(record, study)), _plot(link, study, title)]
     if gains := gain(record):
         enough = sum(value >= SMALLEST_GAIN for value in gains.values())
         parts.append(
@@ -89,6 +93,13 @@ def assistant(record: dict, link: str) -> str:
             parts += [f"{study.capitalize()}, held out ({number_of}):", _ends(record, study, number_of)]
     parts += [f"Left out: {study}, {why}." for study, why in record.get("skipped", {}).items()]
     return "\n\n".join(part for part in parts if part)
+
+
+def _plot(link: str, study: str, title: str) -> str:
+    """The picture that run.py draws beside the linked JSON."""
+    found = re.fullmatch(r"\[results\]\((.*)/(.*)\.json\)", link)
+    name = study.replace(" ", "_")
+    return f"![Reward and KL: {title}]({found[1]}/plots/{found[2]}_{name}.svg)" if found else ""
 
 
 def _rewards(points: dict[str, dict[int, Points]]) -> str:
@@ -112,7 +123,7 @@ def by_share(record: dict, source: str) -> dict[str, dict[str, list[float]]]:
     for one in trainings(record, "noise"):
         arm, of, share = one["arm"].split(", ")
         if of == source:
-            accuracy = one["found"]["held_out"]["eval_rewards/accuracies"]
+            accuracy = one["found"]["held_out"]["rewards/accuracies"]["value"]
             out.setdefault(arm, {}).setdefault(share, []).append(accuracy)
     return out
 
@@ -127,8 +138,9 @@ def _by_share(record: dict, source: str) -> str:
 
 
 def _ends(record: dict, study: str, metric: str) -> str:
-    """A held-out number at the end, of each arm."""
+    """A held-out number at the end, of each arm; none of a model that is still the start model."""
     arms: dict[str, list[float]] = {}
     for one in trainings(record, study):
-        arms.setdefault(one["arm"], []).append(one["found"]["held_out"][f"eval_{metric}"])
+        found = one["found"]["held_out"]
+        arms.setdefault(one["arm"], []).extend([found[metric]["value"]] if metric in found else [])
     return markdown(["", metric], [[arm, spread(values)] for arm, values in arms.items()])

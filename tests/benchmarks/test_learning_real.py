@@ -47,6 +47,14 @@ def test_a_grid_has_each_training_once_with_a_loss_there_is(sizes):
     assert all(one.seed != grid.UNREPORTED for one in some if one not in rates)
 
 
+def test_all_pairs_get_the_tokens_that_one_pair_took(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "RANKED", tmp_path)
+    tokens = {("one pair", 0): 30, ("all pairs", 0): 90, ("one pair", 1): 30}
+    (equal,) = grid.equal_tokens(FULL, tokens)
+    (whole,) = (one for one in grid.curricula(FULL) if (one.arm, one.seed) == ("all pairs", 0))
+    assert equal.keys == whole.keys | {"max_steps": whole.keys["max_steps"] // 3} and equal.name != whole.name
+
+
 def test_what_is_not_there_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "RANKED", tmp_path / "ranked.jsonl")
     assert "ranked.jsonl" in grid.skipped(FULL)["curriculum"] and grid.curricula(FULL) == []
@@ -66,7 +74,7 @@ def record():
         for arm, of in arms.items()
     ]
     for arm, accuracy in (("DPO", 0.6), ("IPO", 0.7)):
-        held_out = {"eval_rewards/accuracies": accuracy}
+        held_out = {"rewards/accuracies": {"value": accuracy, "stderr": 0.01}}
         found.append(("noise", f"{arm}, sentiment, 40%", 0, {"held_out": held_out}))
     return {
         "model": "m.gguf",

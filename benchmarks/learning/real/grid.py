@@ -1,6 +1,6 @@
 """Which trainings there are: the grid of a GPU, the part of it that a CPU has time for, and a dry run's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.learning.curriculum import ARMS as ORDERS
@@ -10,13 +10,9 @@ from benchmarks.learning.real.start import LONGEST
 from benchmarks.learning.real.training import Training
 
 HH_TRAIN, HH_TEST = (SHARED / "pref" / f"hh_rlhf_{part}.jsonl" for part in ("train", "test"))
+RANKED_TRAIN, RANKED_HELD_OUT = "ranked.jsonl", "ranked-held-out.jsonl"  # nine tenths of RANKED, and the rest
 UNREPORTED = 99  # the seed that rates are chosen on
 RATE = 5e-4
-TUNED = (
-    "learning rate 5e-4 for all objectives of the frontier: between 3e-4 and 1e-3, tried for plain DPO at "
-    "beta 0.1 on a seed that is not reported. Noise: for each loss the most accurate of the rates tried on "
-    "that seed, with a fifth of the pairs flipped. alpha 1: the paper's"
-)
 FRONTIER = {
     "DPO": {"objective": "sigmoid"},
     "IPO": {"objective": "ipo_sum"},
@@ -51,6 +47,7 @@ class Sizes:
     marks: tuple[int, ...]
     betas: tuple[float, ...]
     arms: tuple[str, ...]  # of FRONTIER
+    flipped: float = 0.0  # the share of the frontier's pairs that are
     shares: tuple[float, ...] = ()  # of flipped pairs
     rates: tuple[float, ...] = ()
     pairs: tuple[int, ...] = ()
@@ -86,6 +83,8 @@ REDUCED = Sizes(
     betas=(0.1,),
     arms=("DPO", "IPO", "ODPO", "Dr. DPO"),
 )
+# where the papers' gains are largest, as many held-out answers: pairs that are wrong, and very few of them
+SECOND = replace(REDUCED, name="second", arms=("DPO", "Dr. DPO"), flipped=0.4, pairs=(24,))
 DRY = Sizes(
     name="dry",
     seeds=(0,),
@@ -98,12 +97,22 @@ DRY = Sizes(
     arms=("DPO", "ODPO", "SimPO", "SFT on the best"),
     shares=(0.4,),
     rates=(1e-3,),
-    pairs=(4,),
+    pairs=(16,),
     losses=("DPO", "Dr. DPO 1"),
     hh_steps=3,
     hh_rows=24,
     hh_length=256,
 )
+
+
+def tuned(sizes: Sizes) -> str:
+    """How the rates were chosen."""
+    text = (
+        "learning rate 5e-4 for all objectives, between 3e-4 and 1e-3, tried for plain DPO at beta "
+        "0.1 on a seed that is not reported; ODPO's alpha is its paper's, 1"
+    )
+    noise = "; noise: for each loss the most accurate rate on that seed, with a fifth of the pairs flipped"
+    return text + (noise if sizes.shares else "")
 
 
 def skipped(sizes: Sizes) -> dict[str, str]:
@@ -116,14 +125,15 @@ def skipped(sizes: Sizes) -> dict[str, str]:
 
 def frontier(sizes: Sizes) -> list[Training]:
     """Reward against KL, all pairs of the ranked answers."""
-    out = []
+    out, flips = [], {"flip_pairs": sizes.flipped} if sizes.flipped else {}
     for seed in sizes.seeds:
         for arm in sizes.arms:
             keys = FRONTIER[arm]
             for beta in sizes.betas[:1] if keys["objective"] in NO_BETA else sizes.betas:
                 own = {} if keys["objective"] in NO_BETA else {"beta": beta}
                 name = arm if len(sizes.betas) == 1 or not own else f"{arm}, beta {beta:g}"
-                out.append(_sentiment(sizes, "frontier", name, seed, keys | own, marks=sizes.marks))
+                name += f", {sizes.flipped:.0%} flipped" if flips else ""
+                out.append(_sentiment(sizes, "frontier", name, seed, keys | own | flips, marks=sizes.marks))
     return out
 
 
@@ -173,7 +183,7 @@ def sources(sizes: Sizes) -> tuple[str, ...]:
 
 
 def curricula(sizes: Sizes) -> list[Training]:
-    """Curry-DPO on ranked rows: at equal steps, and all pairs at once on about as many tokens."""
+    """Curry-DPO on ranked rows, at equal steps."""
     if not RANKED.exists() or not sizes.hh_steps:
         return []
     orders = {name: rules for name, rules in ORDERS.items() if "first reference" not in name}
@@ -184,10 +194,20 @@ def curricula(sizes: Sizes) -> list[Training]:
             staged = not isinstance(rules, str)
             own = {"stages": [{"pairs": rule} for rule in rules]} if staged else {"pairs": rules}
             own |= {"max_steps": steps // 3 if staged else steps}
-            out.append(_of_file(sizes, "curriculum", arm, seed, RANKED, own | {"eval_data": 0.1}))
-        # four responses and a prompt beside two and a prompt: about half of the steps are as many tokens
-        halved = {"pairs": "all", "max_steps": steps // 2, "eval_data": 0.1}
-        out.append(_of_file(sizes, "curriculum", "all pairs, equal tokens", seed, RANKED, halved))
+            more = {"eval_data": RANKED_HELD_OUT}
+            out.append(_of_file(sizes, "curriculum", arm, seed, RANKED_TRAIN, own, **more))
+    return out
+
+
+def equal_tokens(sizes: Sizes, tokens: dict[tuple[str, int], int]) -> list[Training]:
+    """All pairs at once on as many tokens as one pair a row took; tokens: of each (arm, seed) of curricula,
+    as TRL counts (a prompt with each of its responses)."""
+    out = []
+    for one in curricula(sizes):
+        if one.arm == "all pairs" and {("all pairs", one.seed), ("one pair", one.seed)} <= tokens.keys():
+            share = tokens["one pair", one.seed] / tokens["all pairs", one.seed]
+            keys = one.keys | {"max_steps": max(1, round(share * one.keys["max_steps"]))}
+            out.append(replace(one, arm="all pairs, equal tokens", keys=keys))
     return out
 
 
@@ -203,7 +223,8 @@ def optimizers(sizes: Sizes) -> list[Training]:
 
 
 def _whole(sizes: Sizes, arm: str, seed: int, keys: dict) -> Training:
-    return _hh(sizes, "optimizers", arm, seed, {"lora_rank": None, "learning_rate": 1e-5} | keys)
+    whole = {"lora_rank": None, "learning_rate": 1e-5, "max_grad_norm": 0}  # in backward nothing can clip
+    return _hh(sizes, "optimizers", arm, seed, whole | keys)
 
 
 def _sentiment(sizes: Sizes, study: str, arm: str, seed: int, keys: dict, rows: int | None = None, **more):
@@ -222,12 +243,12 @@ def _noise(sizes: Sizes, study: str, name: str, seed: int, arm: str, source: str
 
 def _hh(sizes: Sizes, study: str, arm: str, seed: int, keys: dict):
     keys = {"learning_rate": RATE, "max_steps": sizes.hh_steps, "batch_size": 16} | keys
-    return _of_file(sizes, study, arm, seed, HH_TRAIN, keys | {"eval_data": _cut(sizes, HH_TEST)})
+    return _of_file(sizes, study, arm, seed, HH_TRAIN, keys, eval_data=_cut(sizes, HH_TEST))
 
 
-def _of_file(sizes: Sizes, study: str, arm: str, seed: int, file: Path, keys: dict):
-    return Training(study, arm, seed, _cut(sizes, file), {"max_length": sizes.hh_length} | keys)
+def _of_file(sizes: Sizes, study: str, arm: str, seed: int, file: Path | str, keys: dict, **more):
+    return Training(study, arm, seed, _cut(sizes, file), {"max_length": sizes.hh_length} | keys, **more)
 
 
-def _cut(sizes: Sizes, file: Path) -> str:
+def _cut(sizes: Sizes, file: Path | str) -> str:
     return str(file) if sizes.hh_rows is None else f"{file}#train[:{sizes.hh_rows}]"

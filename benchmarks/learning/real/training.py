@@ -32,7 +32,7 @@ class Training:
     data: str  # a file in the work folder
     keys: dict[str, Any] = field(hash=False)  # the config's, over COMMON
     marks: tuple[int, ...] = ()  # optimizer steps after which the model is sampled
-    eval_data: str | None = None  # held-out rows, scored at the end
+    eval_data: str | None = None  # held-out rows that the trained model is evaluated on
 
     @property
     def name(self) -> str:
@@ -64,20 +64,24 @@ class Place:
         }
         if training.marks:
             keys |= {"save_steps": math.gcd(*training.marks), "save_total_limit": len(training.marks) + 1}
-        if training.eval_data:
-            keys["eval_data"] = str(self.work / training.eval_data)
         return keys | training.keys
 
 
 def execute(place: Place, training: Training) -> dict:
-    """Trains (or goes on where it was stopped), and measures."""
+    """Trains (or goes on where it was stopped), and measures: against the start model, whichever reference
+    the last stage had."""
     torch.compiler.set_stance("force_eager")  # torchao's optimizers: minutes of C++ for the same formula
     run = fastdpo.train(place.config(training), QUIET)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    out: dict[str, Any] = {"loss": [line["loss"] for line in lines if "loss" in line]}
-    if evaluated := [line for line in lines if "eval_loss" in line]:
-        names = [f"eval_{name}{end}" for name in NUMBERS for end in ("", "_stderr")]
-        out["held_out"] = {name: evaluated[-1][name] for name in names if name in evaluated[-1]}
+    trained = [line for line in lines if "loss" in line]
+    tokens = {line["stage"]: line["num_tokens"] for line in trained}  # the last of each stage
+    out: dict[str, Any] = {"loss": [line["loss"] for line in trained], "tokens": sum(tokens.values())}
+    if training.eval_data:
+        rows = str(
+            place.work / training.eval_data
+        )  # against the start model, whatever the last stage's reference
+        found = fastdpo.evaluate(run, rows, console=QUIET, overwrite=True)["numbers"]["model"]
+        out["held_out"] = {name: found[name] for name in NUMBERS if name in found}
     if training.marks:
         policy = policy_of(place.model, COMMON["lora_rank"])
         for step in training.marks:
