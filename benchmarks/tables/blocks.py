@@ -220,14 +220,6 @@ BLOCKS = {
         "TRL stock and patched on a CPU",
         "python -m benchmarks.steps.dropin",
     ),
-    "parity-cpu": ("parity", "cpu", learning_blocks.parity, "learning beside TRL in fp32", "make bench-cpu"),
-    "parity-assistant": (
-        "parity_real",
-        "cpu",
-        learning_blocks.parity,
-        "learning beside TRL on a real assistant",
-        "python -m benchmarks.learning.real.parity",
-    ),
     "cache": ("cache", "cpu", cache, "the reference cache", "make bench-cpu"),
     "rows-cpu": (
         "rows",
@@ -241,7 +233,6 @@ BLOCKS = {
     "dropin-gpu": ("dropin", "gpu", dropin, "TRL stock and patched on a GPU", _all("dropin")),
     "head-gpu": ("head", "gpu", head, "the lm_head on a GPU, beside every other one", _all("head")),
     "head-shapes": ("head", "gpu", head_blocks.shapes, "the lm_head in every shape", _all("head")),
-    "parity-gpu": ("parity", "gpu", learning_blocks.parity, "learning beside TRL in bf16", _all("parity")),
     "memory-gpu": ("memory", "gpu", memory, "the largest pair and model that fit a GPU", _all("memory")),
     "fit-gpu": (
         "fit",
@@ -272,26 +263,6 @@ BLOCKS = {
         "python -m benchmarks.memory.plan_accuracy --gpu",
     ),
     "attention-gpu": ("attention", "gpu", attention, "shared-prompt attention on a GPU", _all("attention")),
-    "assistant-cpu": (
-        "learning_real",
-        "cpu",
-        learning_blocks.assistant,
-        "objectives on a real assistant",
-        "make learn",
-    ),
-    "assistant-second": (
-        "learning_second",
-        "cpu",
-        learning_blocks.assistant,
-        "Dr. DPO on flipped pairs and ODPO on few",
-        "python -m benchmarks.learning.real --second",
-    ),
-    "assistant-gpu": (
-        "learning_real",
-        "gpu",
-        learning_blocks.assistant,
-        "the full grid of them",
-        _all("learning"),
-    ),
     "growth-gpu": ("growth", "gpu", growth, "how cost grows on a GPU", _all("growth")),
+    **learning_blocks.BLOCKS,
 }

@@ -31,6 +31,25 @@ def parity(record: dict, link: str) -> str:
     return "\n\n".join(said)
 
 
+def example(record: dict, link: str) -> str:
+    """What the README's example learns, in one paragraph."""
+    said = lambda number: f"{number['value']:.3f} ± {number['stderr']:.3f}"
+    runs, found, data = record["runs"], record["held_out"], record["data"]
+    tried = ", ".join(f"{said(one['new_pairs'])} by {one['learning_rate']:.0e}" for one in runs)
+    minutes, accuracy = mean(one["seconds"] for one in runs) / 60, found["rewards/accuracies"]
+    above = (accuracy["value"] - 0.5) / accuracy["stderr"]
+    longer, shorter = (found[f"rewards/accuracies_{which}"] for which in ("longer", "shorter"))
+    return (
+        f"{runs[0]['steps']} steps on {runs[0]['pairs']:,} pairs on {where(record)}, {minutes:.0f} minutes a "
+        f"run with its reference ({link}). Accuracy over the reference on pairs not yet trained on, in the "
+        f"second half of the only pass: {tried}. On {data['pairs']:,} held-out pairs: {said(accuracy)}, "
+        f"{above:.1f} standard errors above chance; margin {said(found['rewards/margins'])}, loss "
+        f"{said(found['loss'])} (0.693 before). The longer response is the chosen one in "
+        f"{said(data['won_by_length'])} of them; where it is, the accuracy is {said(longer)}, where "
+        f"it is not {said(shorter)}."
+    )
+
+
 def trainings(record: dict, study: str) -> list[dict]:
     return [one for one in record["trainings"] if one["study"] == study]
 
@@ -144,3 +163,51 @@ def _ends(record: dict, study: str, metric: str) -> str:
         found = one["found"]["held_out"]
         arms.setdefault(one["arm"], []).extend([found[metric]["value"]] if metric in found else [])
     return markdown(["", metric], [[arm, spread(values)] for arm, values in arms.items()])
+
+
+# as in blocks.py
+BLOCKS = {
+    "parity-cpu": ("parity", "cpu", parity, "learning beside TRL in fp32", "make bench-cpu"),
+    "parity-assistant": (
+        "parity_real",
+        "cpu",
+        parity,
+        "learning beside TRL on a real assistant",
+        "python -m benchmarks.learning.real.parity",
+    ),
+    "parity-gpu": (
+        "parity",
+        "gpu",
+        parity,
+        "learning beside TRL in bf16",
+        "bash benchmarks/gpu_all.sh parity",
+    ),
+    "example": (
+        "example",
+        "cpu",
+        example,
+        "the example of the README",
+        "python -m benchmarks.learning.real.example",
+    ),
+    "assistant-cpu": (
+        "learning_real",
+        "cpu",
+        assistant,
+        "objectives on a real assistant",
+        "make learn",
+    ),
+    "assistant-second": (
+        "learning_second",
+        "cpu",
+        assistant,
+        "Dr. DPO on flipped pairs and ODPO on few",
+        "python -m benchmarks.learning.real --second",
+    ),
+    "assistant-gpu": (
+        "learning_real",
+        "gpu",
+        assistant,
+        "the full grid of them",
+        "bash benchmarks/gpu_all.sh learning",
+    ),
+}

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.learning.real import grid, run, sentiment, shown, start
+from benchmarks.learning.real import example, grid, run, sentiment, shown, start
+from benchmarks.learning.real.example import BY_LENGTH, NUMBERS, of_run
 from benchmarks.learning.real.grid import DRY, FULL, REDUCED
 from benchmarks.learning.real.training import untrain
 from benchmarks.tables import learning_blocks
@@ -153,3 +154,37 @@ def test_a_grid_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "execute", None)  # nothing is trained twice
     assert go(10) == 0
     assert json.loads(path.read_text())["trainings"] == found["trainings"]
+
+
+def test_what_the_example_learnt_is_told_by_pairs_that_were_new_to_it(tmp_path):
+    (tmp_path / "config.yaml").write_text("learning_rate: 5.0e-04\n")
+    lines = [{"step": 0, "eval_loss": 0.69}]
+    lines += [
+        {"step": n, "loss": 0.6, "epoch": n / 4, "rewards/accuracies": n / 10, "eval_loss": 0.5}
+        for n in range(1, 9)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    events = [{"event": "start"}, {"event": "stage", "steps": 8, "pairs": 100}, {"event": "end"}]
+    events = [one | {"time": f"2026-01-01T00:0{3 * n}:00+00:00"} for n, one in enumerate(events)]
+    (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, events)))
+    found = of_run(tmp_path)
+    new = found.pop("new_pairs")
+    assert new["value"] == pytest.approx(0.35) and new["stderr"] == pytest.approx(np.sqrt(0.35 * 0.65 / 50))
+    assert found == {"learning_rate": 5e-4, "steps": 8, "pairs": 100, "seconds": 360}
+    number, names = {"value": 0.56, "stderr": 0.02}, (*NUMBERS, *BY_LENGTH)
+    record = {"runs": [found | {"new_pairs": new}], "held_out": {name: number for name in names}}
+    record |= {"data": {"pairs": 474, "won_by_length": number}, "threads": 2, "cpu": "x", "gpu": None}
+    text = learning_blocks.example(record, "link")
+    assert "0.350 ± 0.067 by 5e-04" in text and "0.560 ± 0.020, 3.0 standard errors above chance" in text
+    assert "8 steps on 100 pairs" in text and "6 minutes a run" in text
+
+
+def test_rows_of_the_example_share_no_opening_question(tmp_path, monkeypatch):
+    row = lambda text, source="hh_helpful_base": {"prompt": [{"content": text}], "source": source}
+    for name, texts in (("train", "abca"), ("test", "de")):
+        rows = [row(text) for text in texts] + [row("x", "hh_harmless_base")]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+        monkeypatch.setattr(example, f"HH_{name.upper()}", tmp_path / name)
+    monkeypatch.setattr(example, "TRAINED", 2)
+    found = [[json.loads(line) for line in path.open()] for path in example.write_rows(tmp_path / "work")]
+    assert found == [[row("a"), row("b")], [row("d"), row("e"), row("c")]]

@@ -24,13 +24,17 @@ from tests.docs.snippets import ALL, ROOT
 from tests.docs.workplace import furnish
 
 TAKEN_DOWN = ("make", "pip", "python", "python3", "git", "bash", "docker", "pre-commit", ".venv/bin/python")
-SHORTER = {"--max_steps 2000": "--max_steps 1", "--max_steps 3000": "--max_steps 2"}
+SHORTER = {
+    "--max_steps 20 ": "--max_steps 2 ",
+    "--max_steps 2000": "--max_steps 1",
+    "--max_steps 3000": "--max_steps 2",
+}
 FILE = re.compile(r"# (\S+\.yaml)\n")
 BLOCKS = {
     page: [s for s in ALL if s.page == page and s.language in ("bash", "yaml")]
     for page in dict.fromkeys(s.page for s in ALL if s.language == "bash")
 }
-CONFIG = next(s.text for s in ALL if s.page == "README.md" and s.text.startswith("# config.yaml\n"))
+CONFIG = next(s.text for s in ALL if s.page == "training.md" and s.text.startswith("# config.yaml\n"))
 
 
 def script(page: str, folder: Path) -> str:
@@ -41,6 +45,7 @@ def script(page: str, folder: Path) -> str:
         if snippet.language == "bash":
             lines.append(snippet.text)
         elif found := FILE.match(snippet.text):
+            (folder / found[1]).parent.mkdir(exist_ok=True)
             (folder / found[1]).write_text(snippet.text)
     text = "\n".join(lines)
     for long, short in SHORTER.items():

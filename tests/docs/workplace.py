@@ -4,8 +4,10 @@ from pathlib import Path
 
 from tests.tiny import rows, save_model, write_jsonl
 
-MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "runs/demo/sft/model")
+MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", "runs/demo/sft/model")
 DATA = (
+    "trl-lib/hh-rlhf-helpful-base/train.jsonl",
+    "trl-lib/hh-rlhf-helpful-base/test.jsonl",
     "trl-lib/ultrafeedback_binarized/train.jsonl",
     "runs/demo/data/train.jsonl",
     "runs/demo/data/held_out.jsonl",

@@ -1,0 +1,94 @@
+"""What examples/smollm2_hh.yaml learns: trained on some of hh-rlhf's helpful rows, evaluated on others.
+
+    python -m benchmarks.learning.real.example [--work DIR] [--out DIR]
+
+Of several learning rates the one is chosen that is right most often in the second half of its only pass over
+the data, where each pair is scored before it is trained on. The held-out rows have no say in it; none shares
+its opening question with a row of the training.
+"""
+
+import argparse
+import json
+import math
+import sys
+from datetime import datetime
+from pathlib import Path
+from statistics import mean
+
+import yaml
+
+import fastdpo
+from benchmarks.learning.real.grid import HH_TEST, HH_TRAIN
+from benchmarks.learning.real.start import absent, installed
+from benchmarks.process import ROOT
+from benchmarks.results import RESULTS, write_result
+
+RATES = (1e-3,)
+TRAINED = 1500  # rows
+MAX_LENGTH = 512  # of the held-out rows: those that the training leaves out for their length count as well
+NUMBERS = ("rewards/accuracies", "rewards/margins", "loss")
+BY_LENGTH = ("rewards/accuracies_longer", "rewards/accuracies_shorter")
+
+
+def write_rows(work: Path) -> tuple[Path, Path]:
+    """Rows to train on, and held-out ones."""
+    train, test = (
+        [row for row in map(json.loads, file.read_text().splitlines()) if "helpful" in row["source"]]
+        for file in (HH_TRAIN, HH_TEST)
+    )
+    opening = lambda row: row["prompt"][0]["content"]
+    seen = {opening(row) for row in train[:TRAINED]}
+    held_out = test + [row for row in train[TRAINED:] if opening(row) not in seen]
+    paths = work / "train.jsonl", work / "held_out.jsonl"
+    work.mkdir(parents=True, exist_ok=True)
+    for path, rows in zip(paths, (train[:TRAINED], held_out)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return paths
+
+
+def of_run(run: Path) -> dict:
+    """How it was trained, how right it was on pairs that were new to it, and how long it took."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    (stage,) = (event for event in events if event["event"] == "stage")
+    new = [line["rewards/accuracies"] for line in lines if "loss" in line and 0.5 < line["epoch"] <= 1]
+    began, ended = (datetime.fromisoformat(events[i]["time"]) for i in (0, -1))
+    accuracy, pairs = mean(new), stage["pairs"] // 2
+    return {
+        "learning_rate": config["learning_rate"],
+        "steps": stage["steps"],
+        "pairs": stage["pairs"],
+        "new_pairs": {"value": accuracy, "stderr": math.sqrt(accuracy * (1 - accuracy) / pairs)},
+        "seconds": (ended - began).total_seconds(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("runs/example"), help="rows, runs and the cache")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the JSON")
+    args = parser.parse_args()
+    if why := absent(None) or (None if HH_TRAIN.exists() else f"not there: {HH_TRAIN.name}"):
+        print(why)
+        return 2
+    train, held_out = map(str, write_rows(args.work))
+    keys = yaml.safe_load((ROOT / "examples/smollm2_hh.yaml").read_text())
+    keys |= {"model": installed(), "data": train, "eval_data": f"{held_out}#train[:120]", "resume": True}
+    keys |= {"reference_cache": str(args.work / "reference.sqlite"), "logging_steps": 4}
+    runs = {}
+    for rate in RATES:
+        run = args.work / f"rate-{rate:g}"
+        if not (run / "model").exists():
+            fastdpo.train(keys, learning_rate=rate, output_dir=run)
+        runs[run] = of_run(run)
+    best = max(runs, key=lambda run: runs[run]["new_pairs"]["value"])
+    found = fastdpo.evaluate(best, held_out, max_length=MAX_LENGTH, overwrite=True)
+    numbers = {name: found["numbers"]["model"][name] for name in (*NUMBERS, *BY_LENGTH)}
+    record = {"runs": list(runs.values()), "chosen": runs[best]["learning_rate"], "held_out": numbers}
+    write_result("example", record | {"data": found["data"]}, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
