@@ -98,6 +98,7 @@ def assistant(record: dict, link: str) -> str:
                 "models by a straight line, which mixtures of two of them reach:"
             )
             parts += [_rewards(points_of(record, study)), _plot(link, study, title)]
+            parts += ["And after the last step, whatever the KL:", _lasts(trainings(record, study))]
     if gains := gain(record):
         enough = sum(value >= SMALLEST_GAIN for value in gains.values())
         parts.append(
@@ -125,7 +126,7 @@ def _rewards(points: dict[str, dict[int, Points]]) -> str:
     """Of each arm at each KL, and behind it the same minus DPO's, on as many pairs."""
     table = []
     for arm, by_seed in points.items():
-        rivals = points.get(arm.replace(arm.split(",")[0], "DPO"), {})
+        rivals = points.get(_dpo(arm), {})
         cells = []
         for kl in KLS:
             ours, theirs = rewards_at(by_seed, kl), rewards_at(rivals, kl)
@@ -134,6 +135,25 @@ def _rewards(points: dict[str, dict[int, Points]]) -> str:
             cells.append(spread(list(ours.values())) + apart)
         table.append([arm, *cells])
     return markdown(["", *(f"KL {kl:g}; minus DPO's" for kl in KLS)], table)
+
+
+def _lasts(some: list[dict]) -> str:
+    """What as many steps give."""
+    arms: dict[str, dict[int, dict]] = {}
+    for one in some:
+        arms.setdefault(one["arm"], {})[one["seed"]] = one["found"]["marks"][-1]
+    table = []
+    for arm, by_seed in arms.items():
+        rivals = arms.get(_dpo(arm), {})
+        both = [mark["reward"] - rivals[seed]["reward"] for seed, mark in by_seed.items() if seed in rivals]
+        kl, reward = (spread([mark[name] for mark in by_seed.values()]) for name in ("kl", "reward"))
+        table.append([arm, kl, reward, spread(both, sign=True) if rivals is not by_seed else ""])
+    return markdown(["", "KL", "reward", "minus DPO's"], table)
+
+
+def _dpo(arm: str) -> str:
+    """The name of plain DPO under the same conditions."""
+    return ",".join(["DPO", *arm.split(",")[1:]])
 
 
 def by_share(record: dict, source: str) -> dict[str, dict[str, list[float]]]:

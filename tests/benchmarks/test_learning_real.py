@@ -99,9 +99,10 @@ def test_rewards_at_a_kl_and_what_dpo_gains():
     assert learning_blocks.rewards_at(points["ODPO"], 7.0) == {}  # none came so far
     assert learning_blocks.gain(record()) == pytest.approx({0: 0.35, 1: 0.35})
     text = learning_blocks.assistant(record(), "[results](x)")
-    (row,) = (line for line in text.splitlines() if line.startswith("| ODPO |"))
+    row, end = (line for line in text.splitlines() if line.startswith("| ODPO |"))
     assert row.split(" | ")[3] == "0.650 ± 0.071 (2); +0.150 ± 0.000 (2)"
     assert "gains +0.350 ± 0.000 (2) over the start, 0.2 or more with 2 of 2 seeds" in text
+    assert end == "| ODPO | 6.000 ± 0.000 (2) | 0.750 ± 0.071 (2) | +0.100 ± 0.000 (2) |"
     assert "| IPO | 0.700 ± 0.000 (1) |" in text
     assert "have 0.150 on average, the best of 4 0.500" in text
 

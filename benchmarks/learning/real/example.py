@@ -13,8 +13,8 @@ import math
 import sys
 from datetime import datetime
 from pathlib import Path
-from statistics import mean
 
+import numpy as np
 import yaml
 
 import fastdpo
@@ -52,9 +52,12 @@ def of_run(run: Path) -> dict:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     (stage,) = (event for event in events if event["event"] == "stage")
-    new = [line["rewards/accuracies"] for line in lines if "loss" in line and 0.5 < line["epoch"] <= 1]
+    trained = [line for line in lines if "loss" in line]  # each of the steps since the last
+    steps = np.diff([0, *(line["step"] for line in trained)])
+    new = [0.5 < line["epoch"] <= 1 for line in trained]
+    right = np.array([line["rewards/accuracies"] for line in trained])
     began, ended = (datetime.fromisoformat(events[i]["time"]) for i in (0, -1))
-    accuracy, pairs = mean(new), stage["pairs"] // 2
+    accuracy, pairs = float(np.average(right[new], weights=steps[new])), stage["pairs"] // 2
     return {
         "learning_rate": config["learning_rate"],
         "steps": stage["steps"],
