@@ -171,13 +171,13 @@ def test_what_the_example_learnt_is_told_by_pairs_that_were_new_to_it(tmp_path):
     found = of_run(tmp_path)
     new = found.pop("new_pairs")
     assert new["value"] == pytest.approx(0.35) and new["stderr"] == pytest.approx(np.sqrt(0.35 * 0.65 / 50))
-    assert found == {"learning_rate": 5e-4, "steps": 8, "pairs": 100, "seconds": 360}
+    assert found == {"learning_rate": 5e-4, "steps": 8, "pairs": 100, "seconds": 180}
     number, names = {"value": 0.56, "stderr": 0.02}, (*NUMBERS, *BY_LENGTH)
-    record = {"runs": [found | {"new_pairs": new}], "held_out": {name: number for name in names}}
+    record = {"run": found | {"new_pairs": new}, "held_out": {name: number for name in names}}
     record |= {"data": {"pairs": 474, "won_by_length": number}, "threads": 2, "cpu": "x", "gpu": None}
     text = learning_blocks.example(record, "link")
-    assert "0.350 ± 0.067 by 5e-04" in text and "0.560 ± 0.020, 3.0 standard errors above chance" in text
-    assert "8 steps on 100 pairs" in text and "6 minutes a run" in text
+    assert "only pass: 0.350 ± 0.067." in text and "0.560 ± 0.020, 3.0 standard errors above chance" in text
+    assert "8 steps on 100 pairs" in text and "3 minutes; before" in text
 
 
 def test_rows_of_the_example_share_no_opening_question(tmp_path, monkeypatch):
