@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks.process import python_path
 from fastdpo.cli import app
@@ -78,6 +79,11 @@ def test_the_commands_of_a_page(page, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for command in took.read_text().splitlines():
         check(shlex.split(command), monkeypatch)
+
+
+def test_the_readme_shows_the_example_as_it_is():
+    (shown,) = (s.text for s in BLOCKS["README.md"] if s.language == "yaml")
+    assert yaml.safe_load(shown) == yaml.safe_load((ROOT / FILE.match(shown)[1]).read_text())
 
 
 def inline() -> list:

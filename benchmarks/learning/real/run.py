@@ -62,7 +62,7 @@ class Grid:
         place.work.mkdir(parents=True, exist_ok=True)
         asked = sentiment.prompts(held_out=True)[: place.held_out]
         sentiment.write_prompts(place.work / HELD_OUT, asked)
-        if grid.RANKED.exists():
+        if grid.curricula(sizes):
             split(grid.RANKED, place.work / grid.RANKED_TRAIN, place.work / grid.RANKED_HELD_OUT)
         there = lambda stem: stem in self.record["rows"] and (place.work / f"{stem}.jsonl").exists()
         wanted = [seed for seed in seeds if not there(_stem(seed))]

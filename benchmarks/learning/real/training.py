@@ -77,9 +77,7 @@ def execute(place: Place, training: Training) -> dict:
     tokens = {line["stage"]: line["num_tokens"] for line in trained}  # the last of each stage
     out: dict[str, Any] = {"loss": [line["loss"] for line in trained], "tokens": sum(tokens.values())}
     if training.eval_data:
-        rows = str(
-            place.work / training.eval_data
-        )  # against the start model, whatever the last stage's reference
+        rows = str(place.work / training.eval_data)
         found = fastdpo.evaluate(run, rows, console=QUIET, overwrite=True)["numbers"]["model"]
         out["held_out"] = {name: found[name] for name in NUMBERS if name in found}
     if training.marks:
