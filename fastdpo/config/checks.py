@@ -111,6 +111,8 @@ def _memory(config) -> Iterator[str]:
     is_number = isinstance(level, int) and not isinstance(level, bool)
     if level < 1 if is_number else isinstance(level, str) and level != "selective":
         yield f"gradient_checkpointing: {level!r} is not true, false, a number of layers or selective"
+    if config.shard not in (True, False, "auto", "hybrid"):
+        yield f"shard: {config.shard!r} is not true, false, auto or hybrid"
     is_lora = config.lora_rank is not None
     for name in ("use_dora", "use_rslora"):
         if getattr(config, name) and not is_lora:

@@ -56,9 +56,7 @@ class Config:
     )
     output_dir: str = _key("runs/fastdpo", "the run folder")
     push_to_hub: str | None = _key(
-        None,
-        "the hub repository that `model/` is uploaded to when training ends, as in me/my-dpo: made private "
-        "where it does not exist; the log-in is checked before training",
+        None, "the hub repository that `model/` is uploaded to in the end (me/my-dpo); a new one is private"
     )
     chat_template: str | None = _key(
         None,
@@ -84,8 +82,7 @@ class Config:
     )
     router_aux_loss_coef: float | None = _key(
         None,
-        "of a mixture of experts: the weight of its load-balancing loss beside the objective, a mean over "
-        "microbatches (default: what the model's config says, as in TRL); 0 for none",
+        "the weight of a mixture of experts' balance loss (default: what the model's config says); 0 for none",
         low=0,
     )
     pairs: Literal["all", "best_worst", "easy", "medium", "hard"] = _key(
@@ -118,8 +115,8 @@ class Config:
     offload_optimizer: bool = _key(False, "keep the optimizer's states in the host's memory and step there")
     optimizer_in_backward: bool = _key(
         False,
-        "update each weight as soon as its gradient is complete, so that one or two are there at a time (of "
-        "several microbatches the sum waits in the host's memory); needs max_grad_norm: 0",
+        "update each weight once its gradient is complete, so that one or two are there at a time (several "
+        "microbatches' sum waits in the host's memory); needs max_grad_norm: 0",
     )
     pure_bf16: bool = _key(
         False, "keep trained weights in bf16, updated with stochastic rounding, instead of fp32"
@@ -174,9 +171,8 @@ class Config:
     )
     head_memory: str | None = _key(
         None,
-        "what the lm_head may take for its own buffers, above its gradients, as in 512MiB (default: 512 MiB; "
-        "where it trains that or its weights in fp32, if they are more, and once these on top; on a GPU at "
-        "most a quarter of what the loaded model leaves free)",
+        "what the lm_head may take for buffers above its gradients (default: 512MiB; where it trains that or "
+        "its weights in fp32, and once these on top; on a GPU at most a quarter of what the model leaves)",
     )
     gradient_checkpointing: bool | int | str = _key(
         False,
@@ -184,10 +180,14 @@ class Config:
         "...), or selective (all but matrix products and attention)",
     )
     activation_offloading: bool = _key(
-        False,
-        "keep in the host's memory what the layers save for the backward (of recomputed ones: their inputs)",
+        False, "keep in the host's memory what layers save for the backward (recomputed ones: their inputs)"
     )
     tiled_mlp: bool = _key(False, "compute MLPs 8192 tokens at a time: for long rows")
+    shard: bool | str = _key(
+        "auto",
+        "over several GPUs: true gives each a part of weights, gradients and states, false all, hybrid a part "
+        "within each node; auto: true where all weights train and one GPU could not hold them",
+    )
     load_in_4bit: bool = _key(False, "QLoRA: keep the frozen weights in 4 bits (bitsandbytes' NF4)")
     lora_rank: int | None = _key(None, "train a LoRA of this rank instead of all weights", low=1)
     lora_alpha: float | None = _key(None, "LoRA's alpha (default: twice the rank)")
@@ -254,7 +254,7 @@ GROUPS = {  # of the help and of docs/keys.md: each key once
     "Optimizer": "learning_rate warmup_steps lr_scheduler_type lr_scheduler_kwargs optim adam_beta1 "
     "adam_beta2 adam_epsilon weight_decay max_grad_norm batch_size num_epochs max_steps seed".split(),
     "Memory": "memory dtype max_tokens head_memory gradient_checkpointing activation_offloading tiled_mlp "
-    "offload_optimizer optimizer_in_backward pure_bf16 load_in_4bit".split(),
+    "offload_optimizer optimizer_in_backward pure_bf16 shard load_in_4bit".split(),
     "LoRA": "lora_rank lora_alpha lora_target_modules use_dora use_rslora".split(),
     "Run": "output_dir push_to_hub eval_steps logging_steps save_steps save_total_limit load_best report_to "
     "samples resume overwrite ignore".split(),

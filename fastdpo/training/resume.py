@@ -27,7 +27,7 @@ from fastdpo.training.job import Job, StageJob, total_steps
 FREE = set(
     "max_steps num_epochs eval_steps logging_steps save_steps save_total_limit load_best report_to samples "
     "data_cache reference_cache memory max_tokens head_memory gradient_checkpointing activation_offloading "
-    "tiled_mlp offload_optimizer optimizer_in_backward push_to_hub output_dir resume overwrite strict "
+    "tiled_mlp shard offload_optimizer optimizer_in_backward push_to_hub output_dir resume overwrite strict "
     "ignore chat_template".split()
 )
 
