@@ -23,6 +23,10 @@ from fastdpo.values import plain
 Given = Config | Mapping[str, Any] | str | PathLike[str]
 
 
+def replica_fits(config: Config, model_config: Any, groups: Any) -> bool | None:
+    return None  # TODO planning
+
+
 def write_report(run: Path, ended: bool) -> Path:
     from fastdpo.report import page  # only now: matplotlib takes a second, and tens of megabytes
 
@@ -30,7 +34,7 @@ def write_report(run: Path, ended: bool) -> Path:
 
 
 def around() -> Around:
-    return Around(settle_backends, choose, explain, write_report, add_card, check_hub, push)
+    return Around(settle_backends, choose, replica_fits, explain, write_report, add_card, check_hub, push)
 
 
 def train(config: Given | None = None, console: Console | None = None, **keys: Any) -> Path:

@@ -1,6 +1,7 @@
 """The `fastdpo` command: cyclopts reads the words and writes the help. What a command needs is imported when
 it runs, so that help is quick."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from fastdpo import __version__
 from fastdpo.console.threads import wait_asleep
+from fastdpo.distributed.launch import is_first, on_gpus, say
 from fastdpo.errors import ConfigError, FastDPOError, Stopped
 from fastdpo.evaluation.options import Options
 from fastdpo.flags import UNEXPECTED, takes_keys, with_values
@@ -28,17 +30,22 @@ app = App(
 )
 
 
+_words: list[str] = []  # of the command that is run
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns 0, or 1 when it could not go on, 2 for a wrong config or command, 3 for a plan
     that does not fit, or 128 + the number of the signal that stopped it (130 for SIGINT, 143 for SIGTERM)."""
     wait_asleep()
     argv = sys.argv[1:] if argv is None else argv
     try:
-        argv = with_values(argv)
+        if not is_first():  # of several processes, which would all say the same
+            sys.stdout = open(os.devnull, "w")
+        _words[:] = argv = with_values(argv)
         code = app(argv) or 0
         return code if argv else 2
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        say(stop, str(stop))
         return 128 + stop.signal
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -48,16 +55,21 @@ def main(argv: list[str] | None = None) -> int:
         keyed = argv[0] in ("train", "ref", "data", "plan")
         takes = f"unexpected argument {word!r}: `fastdpo {argv[0]} --help` says what there is"
         text = UNEXPECTED.format(word) if keyed else takes
-        print(f"error: {text}", file=sys.stderr)
+        say(error, f"error: {text}")
         return 2
     except (FastDPOError, CycloptsError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(error, f"error: {error}")
         return 2 if isinstance(error, ConfigError | CycloptsError) else 1
 
 
 @takes_keys
-def train(config):
-    """train on preference rows; the model ends up in OUTPUT_DIR/model"""
+def train(config, *, gpus: int | None = None):
+    """train on preference rows; the model ends up in OUTPUT_DIR/model
+
+    :param gpus: so many of this machine (without any: processes on its CPU), by torchrun; the same steps
+    """
+    if (code := on_gpus(gpus, _words)) is not None:
+        return code
     from fastdpo.api import train
 
     folder = train(config)
@@ -68,8 +80,13 @@ def train(config):
 
 
 @takes_keys
-def ref(config):
-    """compute the reference's log-probs into the cache, before any training"""
+def ref(config, *, gpus: int | None = None):
+    """compute the reference's log-probs into the cache, before any training
+
+    :param gpus: so many of this machine, by torchrun
+    """
+    if (code := on_gpus(gpus, _words)) is not None:
+        return code
     from fastdpo.api import fill_reference
 
     fill_reference(config)
@@ -177,25 +194,9 @@ def prune(
     :param tokens: of a tokenised data set, how its id begins; may be given again
     :param dry_run: only say what would go
     """
-    from fastdpo.data.store import contents
-    from fastdpo.reference import cache_contents as reference
-    from fastdpo.values import as_age
+    from fastdpo.reference.pruning import prune
 
-    if older_than is None and not namespace and not tokens:
-        raise ConfigError(
-            "cache prune: say what goes: --older_than 30d, or --namespace or --tokens and how its id begins "
-            "in `fastdpo cache`. To remove everything, delete the file and the folder"
-        )
-    age, console = None if older_than is None else as_age("--older_than", older_than), Console()
-    folder = contents.folder_of(where)
-    if where and (wrong := tokens and "--tokens" if folder is None else namespace and "--namespace"):
-        raise ConfigError(f"{wrong}: {where} holds none of them; name what does, or leave one of the two out")
-    sets = folder if tokens or not namespace else None
-    gone = contents.chosen(sets, age, tokens or []) if sets else []  # a wrong id is told before anything goes
-    if (where is None or folder is None) and (namespace or not tokens):
-        reference.prune(where, age, namespace or [], dry_run, console)
-    if sets:
-        contents.prune(sets, gone, dry_run, console)
+    prune(where, older_than, namespace or [], tokens or [], dry_run, Console())
 
 
 def convert(

@@ -109,6 +109,9 @@ class PackedGroups(Responses, Movable):
     group_scored: tuple[int, ...]  # G+1 bounds in the scored tokens
     input_tokens: int  # tokens that go through the model, without padding
     unshared_tokens: int  # tokens that separate rows would take (prompt once a response, last token kept)
+    stands_in: bool = (
+        False  # computed where a rank has nothing to do, so that all compute as often; counts nothing
+    )
 
     @property
     def some_rows(self) -> str:
@@ -160,6 +163,13 @@ class ResponseLogps(Responses):
         values = {f.name: getattr(self, f.name) for f in fields(Responses)}
         copies: dict[str, Any] = {name: v.clone() for name, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **copies)
+
+    def to(self, device: torch.device | str) -> "ResponseLogps":
+        """The same values without gradient, on that device."""
+        moved = lambda v: v.detach().to(device) if isinstance(v, Tensor) else v
+        values: dict[str, Any] = {f.name: moved(getattr(self, f.name)) for f in fields(self)}
+        values["token_stats"] = {name: moved(value) for name, value in self.token_stats.items()}
+        return replace(self, **values)
 
     def detached(self) -> "ResponseLogps":
         """The same values without gradient."""

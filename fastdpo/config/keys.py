@@ -82,7 +82,7 @@ class Config:
     )
     router_aux_loss_coef: float | None = _key(
         None,
-        "the weight of a mixture of experts' balance loss (default: what the model's config says); 0 for none",
+        "the weight of a mixture of experts' balance loss (default: what the model's config says); 0: none",
         low=0,
     )
     pairs: Literal["all", "best_worst", "easy", "medium", "hard"] = _key(
@@ -185,8 +185,8 @@ class Config:
     tiled_mlp: bool = _key(False, "compute MLPs 8192 tokens at a time: for long rows")
     shard: bool | str = _key(
         "auto",
-        "over several GPUs: true gives each a part of weights, gradients and states, false all, hybrid a part "
-        "within each node; auto: true where all weights train and one GPU could not hold them",
+        "over several GPUs: true gives each a part of weights, gradients and states, false all, hybrid a "
+        "part within each node; auto: true where all weights train and one GPU could not hold them",
     )
     load_in_4bit: bool = _key(False, "QLoRA: keep the frozen weights in 4 bits (bitsandbytes' NF4)")
     lora_rank: int | None = _key(None, "train a LoRA of this rank instead of all weights", low=1)

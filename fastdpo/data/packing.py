@@ -6,7 +6,7 @@ of groups, whatever the cap: packing never changes what an optimizer step sees, 
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, count
 from typing import Any, NamedTuple
 
@@ -157,12 +157,15 @@ class Packing:
 
     parts: Sequence[Groups]
     pack: Callable[[Groups], PackedGroups]
+    stands_in: bool = False  # the last one, see PackedGroups
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __iter__(self) -> Iterator[PackedGroups]:
-        return map(self.pack, self.parts)
+        for number, part in enumerate(self.parts, 1):
+            batch = self.pack(part)
+            yield replace(batch, stands_in=True) if self.stands_in and number == len(self) else batch
 
 
 def pack(

@@ -34,7 +34,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
     A crash leaves `.NAME.part` or `.NAME.old` behind, for `recover`.
     """
-    part, old = (final.with_name(f".{final.name}.{what}") for what in ("part", "old"))
+    part, old = part_of(final), final.with_name(f".{final.name}.old")
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir(parents=True)
@@ -51,6 +51,11 @@ def new_folder(final: Path) -> Iterator[Path]:
         raise
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def part_of(final: Path) -> Path:
+    """The temporary folder of new_folder."""
+    return final.with_name(f".{final.name}.part")
 
 
 def recover(folder: Path) -> None:

@@ -2,10 +2,10 @@
 
 import contextlib
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from fastdpo_kernels import Plan, backend, default_budget, linear_logp, plan
@@ -16,17 +16,19 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from fastdpo.console.formatting import gigabytes
-from fastdpo.console.quiet import no_bars
 from fastdpo.data.chat.named import in_pieces, template_of
+from fastdpo.distributed.world import ALONE, World
 from fastdpo.errors import ConfigError
 from fastdpo.model import attention, source
 from fastdpo.model.activations import set_up_activations
 from fastdpo.model.adapters import add_lora, find_start, load_adapter, tell_tied
 from fastdpo.model.lm_head import Head, logit_transform, named_budget, within_free_memory
 from fastdpo.model.quantised import check_quantisation, loading_in_4bit, set_up_4bit
+from fastdpo.model.sharding import Root, shard
 from fastdpo.model.spec import ModelSpec
 from fastdpo.records import PackedGroups
 
+T = TypeVar("T")
 WithStats = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -50,6 +52,8 @@ class Policy:
         self.dropout = dropout or {}  # what training switched off; saved models get it back
         self.stock_attention = attention.stock_attention(self.core.config)
         self.share = False  # fastdpo.model.support.prepare switches it on where it is exact
+        self.root: Any = Root(self.model)
+        self.world = ALONE
 
     def set_sharing(self, share: bool) -> None:
         """Switches between shared prompts and separate rows through the model's stock attention."""
@@ -97,6 +101,16 @@ class Policy:
     def token_logp(self, batch: PackedGroups, stats: tuple[str, ...]) -> Tensor | WithStats: ...
     def token_logp(self, batch: PackedGroups, stats: tuple[str, ...] = ()) -> Tensor | WithStats:
         """log pi(target | context) of each scored token, f32[M]; with stats named, (that, dict)."""
+        return self.inside(lambda: self._token_logp(batch, stats))
+
+    def inside(self, call: Callable[[], T]) -> T:
+        """call(), where every weight that it reads is whole. Of shards collective, as its backward."""
+        out: T = self.root(call)
+        if self.world.sharded and not torch.is_grad_enabled():
+            self.root.reshard()  # no backward does, and parameters() would give what was gathered
+        return out
+
+    def _token_logp(self, batch: PackedGroups, stats: tuple[str, ...]) -> Tensor | WithStats:
         hidden = self.hidden(batch)[batch.score_row].to(self.dtype)
         return linear_logp(
             hidden,
@@ -200,9 +214,19 @@ def check_stored(spec: ModelSpec) -> None:
     source.check_weights(find_start(spec).source())
 
 
-def load_policy(spec: ModelSpec, console: Console) -> Policy:
+def load_policy(spec: ModelSpec, console: Console, world: World = ALONE) -> Policy:
     """Loads the model, freezes what is not trained, adds a LoRA (a fresh one, or one to start from)
-    where asked. Raises ModelError."""
+    where asked; where ranks shard it, a whole model at a time on each node. Raises ModelError."""
+    with world.in_turn() if world.sharded else contextlib.nullcontext():
+        policy = _loaded(spec, console, world)
+    policy.world = world
+    world.make_equal(policy.trained())
+    budget = named_budget(spec.head_memory) or policy.default_budget()
+    policy.head_budget = int(world.min(budget))  # a step is cut alike on all ranks
+    return policy
+
+
+def _loaded(spec: ModelSpec, console: Console, world: World) -> Policy:
     start = find_start(spec)
     dtype = torch.bfloat16 if spec.pure_bf16 else resolve_dtype(spec.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -217,7 +241,7 @@ def load_policy(spec: ModelSpec, console: Console) -> Policy:
     )
     if in_4bit:
         set_up_4bit(model, dtype, console)
-    else:
+    elif not world.sharded:
         model.to(device)
     if dropped:
         console.print(f"dropout set to 0 for training: {', '.join(dropped)}")
@@ -229,8 +253,9 @@ def load_policy(spec: ModelSpec, console: Console) -> Policy:
     model.train()
     for line in set_up_activations(model, spec):
         console.print(line, highlight=False)
-    policy = Policy(model, dtype, dropped, named_budget(spec.head_memory))
-    policy.head_budget = policy.head_budget or policy.default_budget()
+    policy = Policy(model, dtype, dropped)
+    if world.sharded:
+        shard(policy, world)
     return policy
 
 
@@ -273,20 +298,3 @@ def switch_off_dropout(model_config: PreTrainedConfig) -> dict[str, float]:
             changed[name] = value
             setattr(text_config, name, 0.0)
     return changed
-
-
-@no_bars()
-def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
-    """Writes a folder that `from_pretrained` loads: the model, or the LoRA adapter, and the tokenizer.
-
-    A model is saved in the compute dtype (after dtype: bf16 its fp32 master weights are rounded), an
-    adapter as it trained; the config gets back the dropout that training switched off.
-    """
-    config = policy.core.config.get_text_config()
-    for name, value in policy.dropout.items():
-        setattr(config, name, value)
-    with policy.stock() as model:
-        if policy.core is policy.model:
-            model.to(policy.dtype)
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -1,6 +1,7 @@
 """Can this model run on shared prompts, and does our path give what the model itself gives?"""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -156,7 +157,7 @@ def _stock(policy: Policy, groups: list[PreferenceGroup]) -> tuple[Tensor, float
         for prompt, response in ((g.prompt, r) for g in groups for r in g.responses):
             ids = torch.tensor([*prompt, *response.ids], device=policy.device)
             with policy.autocast():
-                logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0]
+                logits = policy.inside(partial(model, input_ids=ids[None, :-1], use_cache=False)).logits[0]
             scored = torch.from_numpy(response.target_mask).to(policy.device)
             logits = logits[len(prompt) - 1 :][scored].float()
             target = ids[len(prompt) :][scored]

@@ -22,6 +22,8 @@ from fastdpo.data.packing import Cut, pack, row_bounds
 from fastdpo.data.store.digests import response_keys
 from fastdpo.data.store.facts import HASH, Facts
 from fastdpo.data.store.stored import facts_of
+from fastdpo.distributed.turns import Turns
+from fastdpo.distributed.world import World
 from fastdpo.errors import DeadEndError, FastDPOError, TrainingError
 from fastdpo.files.installed import versions
 from fastdpo.model.policy import Policy
@@ -78,14 +80,14 @@ def load_reference(
     `expected_namespace` is what a resumed run was started from; DeadEndError where this is not it.
     `source` is what `fastdpo cache` shows of it: model, adapter, stage, data, as they were named.
     """
-    start = time.perf_counter()
+    start, world = time.perf_counter(), policy.world
     fingerprint = reference_fingerprint(policy, fresh_lora)
     facts = [facts_of(groups) for groups in groups_sets]
     wanted = np.unique(np.concatenate([np.zeros(0, HASH), *(some.key for some in facts)]))
-    with RefCache(path, fingerprint, wanted, console) as cache:
+    with RefCache(path if world.first else None, fingerprint, wanted, console) as cache:
         if expected_namespace not in (None, fingerprint.namespace):
             raise _other_weights(fingerprint, cache.parts_of(expected_namespace))
-        hits = cache.values.count
+        hits = world.told(lambda: cache.values.count)
         packs = tokens = repeated = 0
         if hits < len(wanted):
             cache.start_fill(_environment(policy) | (source or {}))
@@ -97,6 +99,7 @@ def load_reference(
             # a fresh LoRA's start is the base model; otherwise the policy as it stands
             with policy.model.disable_adapter() if fresh_lora else contextlib.nullcontext():
                 packs, tokens, repeated = _fill(policy, sets, len(wanted) - hits, cache, console, check)
+    hand_on(cache.values, world)
     account = {
         "file": None if path is None else str(path),
         "namespace": fingerprint.namespace,
@@ -106,10 +109,21 @@ def load_reference(
         "tokens": tokens,
         "repeated_tokens": repeated,
         "seconds": time.perf_counter() - start,
-        "bytes": None if path is None else path.stat().st_size,
+        "bytes": path.stat().st_size if path is not None and world.first else None,
     }
     _print(account, console)
     return ReferenceTable(cache.values, account)
+
+
+def hand_on(values: Values, world: World, at_once: int = 4096) -> None:
+    """Gives all ranks what the first one knows."""
+    if world.size == 1:
+        return
+    for first in range(0, len(values.wanted), at_once):
+        keys = values.wanted[first : first + at_once]
+        lengths, content = world.told(lambda keys=keys: values.stored(keys))  # type: ignore[misc]
+        if not world.first:
+            values.add(keys, lengths, content)
 
 
 class Pack(NamedTuple):
@@ -153,20 +167,28 @@ def _packs(groups: Groups, facts: Facts, max_tokens: int, share: bool, gathers: 
 def _fill(policy, sets: list[_Packs], missing: int, cache: RefCache, console, check) -> tuple[int, int, int]:
     """Computes and stores the packs with a missing response; returns (packs, tokens, repeated tokens)
     computed."""
-    todo = [(packs, number) for packs in sets for number in packs.todo(cache.values)]
+    world = policy.world
+    todo = [(sets[s], number) for s, number in world.told(lambda: _todo(sets, cache.values))]
     done = tokens = repeated = 0
     if len(todo) > 1:
         text = f"reference: {counted(missing, 'response')} to compute, in {counted(len(todo), 'pack')}"
         console.print(text, highlight=False, soft_wrap=True)
     with make_progress(console) as bar:
         task = bar.add_task("reference", total=len(todo), unit="packs", info="")
+        turns = Turns(todo, world)
         try:
-            for keys, computed in _in_turn(policy, (packs[number] for packs, number in todo), cache):
-                if computed is not None:
-                    cache.add(keys, *computed.values())
-                    done, tokens = done + 1, tokens + computed.batch.input_tokens
-                    repeated += computed.repeated
-                bar.update(task, advance=1)
+            for keys, computed in _in_turn(policy, turns, cache):
+                found = computed and (
+                    keys,
+                    *computed.values(),
+                    computed.batch.input_tokens,
+                    computed.repeated,
+                )
+                for one in world.gather(found):
+                    if one is not None:
+                        cache.add(*one[:3])
+                        done, tokens, repeated = done + 1, tokens + one[3], repeated + one[4]
+                bar.update(task, advance=world.size)
                 check()
         except BaseException:
             with contextlib.suppress(FastDPOError):  # what stops the fill is the news
@@ -176,17 +198,25 @@ def _fill(policy, sets: list[_Packs], missing: int, cache: RefCache, console, ch
     return done, tokens, repeated
 
 
-def _in_turn(policy, packs, cache: RefCache) -> Iterator[tuple[np.ndarray, "_Computed | None"]]:
-    """(its keys, what was computed) of each pack, in order; None where an earlier pack, or another process,
-    had all of it. A GPU has begun with the next pack by then: that one is packed, and this one stored, while
-    the GPU computes."""
-    ahead = int(policy.device.type == "cuda")
+def _todo(sets: list[_Packs], values: Values) -> list[tuple[int, int]]:
+    """(number of the set, number of the pack) of each with a missing response."""
+    return [(number, pack) for number, packs in enumerate(sets) for pack in packs.todo(values)]
+
+
+def _in_turn(policy, turns: Turns, cache: RefCache) -> Iterator[tuple[np.ndarray, "_Computed | None"]]:
+    """(its keys, what was computed) of each of this rank's packs, in order; None where an earlier pack, or
+    another process, had all of it, and where the rank has none. A GPU has begun with the next pack by then:
+    that one is packed, and this one stored, while the GPU computes."""
+    ahead, alone = int(policy.device.type == "cuda"), turns.world.size == 1
     waiting: deque[tuple[np.ndarray, _Computed | None]] = deque()
-    for one in packs:
+    for number, (packs, place) in turns:
+        one = packs[place]
         coming = {key for earlier, _ in waiting for key in earlier.tolist()}
         missing = not coming.issuperset(one.keys[~cache.values.known(one.keys)].tolist())
         try:
-            waiting.append((one.keys, _computed(policy, one) if missing else None))
+            # several ranks compute as often as one another
+            computed = _computed(policy, one) if missing or not alone else None
+            waiting.append((one.keys, None if number is None else computed))
         except BaseException:
             yield from waiting  # what the GPU has computed before it is stored
             raise

@@ -5,12 +5,14 @@ do not count.
 import hashlib
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from fastdpo.distributed.shards import whole
 from fastdpo.files.durable import json_digest
 from fastdpo.model.policy import Policy
 
@@ -58,7 +60,7 @@ def reference_fingerprint(policy: Policy, fresh_lora: bool) -> Fingerprint:
     prefix = policy.model.base_model.prefix if policy.core is not policy.model else None
     weights: dict[str, Tensor] = {}
     adapter: dict[str, Tensor] = {}
-    for name, tensor in policy.core.state_dict().items():
+    for name, tensor in policy.core.state_dict(keep_vars=True).items():
         where, name = _place(name, prefix, weights, adapter)
         where[name] = tensor
     config = _mathematics(policy.core.config.to_dict())
@@ -110,12 +112,18 @@ def _mathematics(config: dict) -> dict:
 
 
 def _tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """Of names, dtypes, shapes and bytes. Tied tensors count under each name and are read once."""
-    owner = {name: (t.data_ptr(), t.dtype, t.shape, t.stride()) for name, t in tensors.items()}
+    """Of names, dtypes, shapes and bytes. Tied tensors count under each name and are read once. Those in
+    parts are gathered one after the other, by all ranks."""
+    memory = lambda t: id(t) if isinstance(t, DTensor) else t.data_ptr()
+    owner = {name: (memory(t), t.dtype, t.shape, t.stride()) for name, t in tensors.items()}
     distinct = {owner[name]: tensor for name, tensor in tensors.items()}
     digest = lambda piece: hashlib.blake2b(piece.cpu().numpy(), digest_size=16).hexdigest()
+    pieces: dict[tuple, list[Future[str]]] = {}
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # hashlib lets other threads run
-        pieces = {o: [pool.submit(digest, piece) for piece in _pieces(t)] for o, t in distinct.items()}
+        for o, t in distinct.items():
+            pieces[o] = [pool.submit(digest, piece) for piece in _pieces(whole(t.detach()))]
+            if isinstance(t, DTensor):
+                wait(pieces[o])  # before the next one takes as much memory
         content = {o: [job.result() for job in jobs] for o, jobs in pieces.items()}
     said = lambda name, t: [name, str(t.dtype), list(t.shape), content[owner[name]]]
     return json_digest([said(name, t) for name, t in sorted(tensors.items())])

@@ -41,6 +41,17 @@ class Values:
             self._file.close()
 
     @property
+    def wanted(self) -> np.ndarray:
+        """V16[n], as given."""
+        return self._keys
+
+    def stored(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """i32[n] and f32, as `add` takes them; all of them are known."""
+        values = self.of(keys)
+        assert values is not None
+        return self._length[self._places(keys)], values
+
+    @property
     def count(self) -> int:
         """How many are known."""
         return int((self._start >= 0).sum())

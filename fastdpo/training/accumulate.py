@@ -1,5 +1,9 @@
-"""The gradients of one optimizer step: exact over the whole step, however it is cut into microbatches, but
-for a mixture of experts' balance loss, which is a mean over them."""
+"""The gradients of one optimizer step: exact over the whole step, however it is cut into microbatches and
+dealt to ranks, but for a mixture of experts' balance loss, which is a mean over microbatches.
+
+Each rank goes through its own microbatches, as many as every other one (the last may stand in for none).
+Counts are the whole step's, so its ranks' parts, and their gradients, just add up.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -11,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastdpo.data.packing import Packing
+from fastdpo.distributed.shards import part as held
+from fastdpo.distributed.world import ALONE, World
 from fastdpo.objectives.batch import kto_z0
 from fastdpo.objectives.seam import Coupled, Decomposable, Rescaled
 from fastdpo.optim.stepping import InBackward
@@ -32,6 +38,12 @@ class StepLoss:
     responses: int = 0  # of all its microbatches
     aux_loss: Tensor | float = 0.0  # a mixture's balance loss: the microbatches' mean, by their responses
 
+    def of_all(self, world: World) -> "StepLoss":
+        """With the microbatches of all ranks, to find the rows; collective."""
+        ranks = world.gather([(part.cpu(), rows) for part, rows in zip(self.parts, self.rows)])
+        parts, rows = zip(*(one for some in ranks for one in some))
+        return replace(self, parts=list(parts), rows=list(rows))
+
 
 class NotFinite(Exception):
     """A loss that is no number, before any weight was updated by it; its argument is the StepLoss."""
@@ -49,6 +61,7 @@ class Accumulator:
     memory: dict[str, float]  # what a Coupled objective carries from step to step
     in_backward: InBackward | None = None  # the optimizer, where it updates in the last backward
     balance: float = 0.0  # what the balance loss of scored microbatches is multiplied by
+    world: World = ALONE
 
     def run(self, objective, groups: Groups, aside: Groups) -> StepLoss:
         """The gradients of the step's loss, in the parameters, or the updates by them. `aside`: KTO's
@@ -56,46 +69,52 @@ class Accumulator:
         step = StepLoss(responses=sum(len(group.responses) for group in groups))
         if objective.mismatched:
             with torch.no_grad():
-                first = [self._first(batch, step) for batch in self.microbatches(aside)]
-                step.context = context_of(first, self.parameters[0].device)
+                first = [(batch, self._first(batch, step)) for batch in self.microbatches(aside)]
+                step.context = context_of(self._of_all(first)[0], self.parameters[0].device)
         kinds: dict[type, Callable]
         kinds = {Decomposable: self._decomposable, Rescaled: self._rescaled, Coupled: self._coupled}
         kinds[type(objective)](objective, groups, step)
+        if self.balance:
+            step.aux_loss = self.world.sum_of(torch.as_tensor(step.aux_loss))
+            step.loss = step.loss + self.balance * step.aux_loss
         return step
 
     def _decomposable(self, objective: Decomposable, groups: Groups, step: StepLoss) -> None:
         """Each microbatch's part is divided by the whole step's counts, so the parts just add up."""
         counts = objective.counts(groups)
         part = lambda logps: objective.part(replace(logps, context=step.context), counts)
-        for batch, is_last in ending(self.microbatches(groups)):
-            self._at_once(batch, part, step, is_last)
-        step.loss = torch.stack(step.parts).double().sum()
+        losses = [
+            self._at_once(batch, part, step, is_last) for batch, is_last in ending(self.microbatches(groups))
+        ]
+        step.loss = self.world.sum_of(torch.stack(losses).double().sum())
 
     def _at_once(self, batch: PackedGroups, loss_of: LossOf, step: StepLoss, is_last: bool) -> Tensor:
+        """The backward of a microbatch's loss; returns that, without the balance loss."""
         with self.guard(batch):
             logps = self.score(batch)
-            loss = loss_of(logps)
-            if (balance := self._balance(logps, step)) is not None:
-                loss = loss + balance
+            part = loss_of(logps) if not batch.stands_in else nothing(logps)
+            balance = self._balance(batch, logps, step)
+            loss = part if balance is None else part + balance
             self._before_backward(step, {batch.rows: loss.detach()}, is_last)
             loss.backward()
         self._seen(step, batch, logps, loss.detach())
-        return loss.detach()
+        return part.detach()
 
     def _rescaled(self, objective: Rescaled, groups: Groups, step: StepLoss) -> None:
         """Sums exp((shift - loss) / T) * gradient over the microbatches and divides by the sum of the
         weights at the end: Wu et al. 2024, eq. 13, with no second forward."""
-        running = _RunningWeights(objective.temperature)
+        running = _RunningWeights(objective.temperature, self.world)
         for batch in self.microbatches(groups):
             with self.guard(batch):
                 logps = self.score(batch)
                 losses = objective.term.losses(logps)
-                weights, rebase = running.add(losses.detach(), logps.weight)
+                pair_weight = torch.zeros_like(logps.weight) if batch.stands_in else logps.weight
+                weights, rebase = running.add(losses.detach(), pair_weight)
                 if rebase is not None:
                     self._scale_gradients(rebase)
-                (weights * losses).sum().backward()
+                ((weights * losses).sum() if not batch.stands_in else nothing(logps)).backward()
             self._seen(step, batch, logps, losses.detach().sum())
-        self._scale_gradients(1 / running.total)
+        self._scale_gradients(1 / running.total_of_all())
         step.loss = running.loss()
 
     def _coupled(self, objective: Coupled, groups: Groups, step: StepLoss) -> None:
@@ -112,45 +131,59 @@ class Accumulator:
         for some, is_last in ending([groups[i : i + size] for i in range(0, len(groups), size)]):
             share = sum(len(group.pairs) for group in some) / pairs if objective.within else 1.0
             batches = self.microbatches(some)
-            if len(batches) == 1:
+            if len(batches) == self.world.size == 1:
                 (batch,) = batches
                 loss = self._at_once(batch, partial(whole, share), step, is_last)
             else:
-                loss = self._in_two_passes(batches, partial(whole, share), step, is_last)
+                loss = self._by_slopes(batches, partial(whole, share), step, is_last)
             step.loss = step.loss + loss.double()
 
-    def _in_two_passes(self, batches, loss_of: LossOf, step: StepLoss, is_last: bool) -> Tensor:
-        with torch.no_grad():
-            batches, scored = zip(*[(batch, self._first(batch, step)) for batch in batches])
-            joined = ResponseLogps.joined(scored)
-            del scored  # with all that went to the GPU
+    def _by_slopes(self, batches, loss_of: LossOf, step: StepLoss, is_last: bool) -> Tensor:
+        """The loss of the microbatches of all ranks as one, and the backward of this rank's. A rank's only
+        one is scored once, with gradient."""
+        twice = len(batches) > 1
+        with torch.set_grad_enabled(not twice):
+            batches, scored = zip(*[(batch, self._first(batch, step, twice)) for batch in batches])
+        all_of_them, place = self._of_all([(b, logps.detached()) for b, logps in zip(batches, scored)])
+        joined = ResponseLogps.joined(all_of_them)
         joined = replace(joined, token_logp=joined.token_logp.requires_grad_())
         loss = loss_of(joined)
         (slope,) = torch.autograd.grad(loss, joined.token_logp)
-        sizes = [len(batch.target) for batch in batches]
-        slopes_of, first = slope.split(sizes), joined.token_logp.detach().split(sizes)
+        sizes = [0 if batch.stands_in else len(batch.target) for batch in batches]
+        mine = slice(place, place + sum(sizes))
+        slopes_of, first = slope[mine].split(sizes), joined.token_logp.detach()[mine].split(sizes)
         parts = {batch.rows: (a * b).sum() for batch, a, b in zip(batches, first, slopes_of)}
-        loss = loss.detach()
-        for (batch, slopes), ends in ending(list(zip(batches, slopes_of))):
+        given = [None if twice else logps for logps in scored]
+        del scored, all_of_them  # with all that went to the GPU
+        for (batch, slopes, logps), ends in ending(list(zip(batches, slopes_of, given))):
             with self.guard(batch):
-                logps = self.score(batch)
+                logps = logps or self.score(batch)
+                slopes = torch.zeros_like(logps.token_logp) if batch.stands_in else slopes
                 part, down = (logps.token_logp.detach() * slopes).sum(), [(logps.token_logp, slopes)]
-                if (balance := self._balance(logps, step)) is not None:
-                    part, loss = part + balance.detach(), loss + balance.detach()
-                    parts[batch.rows] = part
+                if (balance := self._balance(batch, logps, step)) is not None:
+                    part = parts[batch.rows] = part + balance.detach()
                     down += [(balance, None)] if balance.requires_grad else []
                 self._before_backward(step, parts, is_last and ends)
                 tensors, gradients = zip(*down)
                 torch.autograd.backward(tensors, gradients)
             self._seen(step, batch, logps, part)
-        return loss
+        return loss.detach()
 
-    def _balance(self, logps: ResponseLogps, step: StepLoss) -> Tensor | None:
+    def _of_all(self, scored: list[tuple[PackedGroups, ResponseLogps]]) -> tuple[list[ResponseLogps], int]:
+        """(the log-probs of all ranks' microbatches, rank after rank, without stand-ins; where this rank's
+        begin in their scored tokens). All ranks have them in this order."""
+        mine = [logps for batch, logps in scored if not batch.stands_in]
+        ranks = of_ranks(self.world, mine, self.parameters[0].device)
+        before = sum(len(logps.token_logp) for some in ranks[: self.world.rank] for logps in some)
+        return [logps for some in ranks for logps in some], before
+
+    def _balance(self, batch: PackedGroups, logps: ResponseLogps, step: StepLoss) -> Tensor | None:
         """What a microbatch's balance loss adds to the step's loss. It is no mean of single tokens, so a
         step's depends on the cut: as TRL's does, the mean over the microbatches, by their responses."""
         if logps.aux_loss is None:
             return None
-        part = logps.aux_loss * ((len(logps.cu_resp) - 1) / step.responses)
+        responses = 0 if batch.stands_in else len(logps.cu_resp) - 1
+        part = logps.aux_loss * (responses / step.responses)
         step.aux_loss = step.aux_loss + part.detach()
         return self.balance * part
 
@@ -167,12 +200,14 @@ class Accumulator:
             raise NotFinite(step)
         self.in_backward.last_microbatch()
 
-    def _first(self, batch: PackedGroups, step: StepLoss) -> ResponseLogps:
-        step.scored_first += batch.input_tokens
+    def _first(self, batch: PackedGroups, step: StepLoss, again: bool = True) -> ResponseLogps:
+        step.scored_first += batch.input_tokens if again and not batch.stands_in else 0
         with self.guard(batch):
             return self.score(batch)
 
     def _seen(self, step: StepLoss, batch: PackedGroups, logps: ResponseLogps, part: Tensor) -> None:
+        if batch.stands_in:
+            return
         step.parts.append(part)
         step.rows.append(batch.rows)
         self.see(batch, logps)
@@ -183,7 +218,21 @@ class Accumulator:
         by = factor.float()[None] if factor.is_cuda else float(factor)
         for p in self.parameters:
             if p.grad is not None:
-                torch.atleast_1d(p.grad).mul_(by)
+                torch.atleast_1d(held(p.grad)).mul_(by)
+
+
+def nothing(logps: ResponseLogps) -> Tensor:
+    """A loss whose gradient is 0, by the same backward as any."""
+    return 0.0 * logps.token_logp.sum()
+
+
+def of_ranks(world: World, mine: list[ResponseLogps], device) -> list[list[ResponseLogps]]:
+    """The log-probs of each rank's microbatches, without gradient where there are several ranks;
+    collective."""
+    if world.size == 1:
+        return [mine]
+    ranks = world.gather([logps.kept().to("cpu") for logps in mine])
+    return [[logps.to(device) for logps in some] for some in ranks]
 
 
 def ending(items: Packing | list) -> Iterator[tuple]:
@@ -199,10 +248,11 @@ def context_of(mismatched: list[ResponseLogps], device) -> dict[str, Tensor]:
 
 
 class _RunningWeights:
-    """exp((shift - loss) / T) of pairs that come a microbatch at a time, and their sum."""
+    """exp((shift - loss) / T) of pairs that come a microbatch at a time, and their sum. The shift is one for
+    all ranks, for shards' gradients are added up over ranks in every backward."""
 
-    def __init__(self, temperature: float):
-        self.temperature = temperature
+    def __init__(self, temperature: float, world: World):
+        self.temperature, self.world = temperature, world
         self.shift: Any = None  # tensors all three, once there is a pair
         self.total: Any
         self.count: Any
@@ -210,7 +260,7 @@ class _RunningWeights:
     def add(self, losses: Tensor, pair_weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """(the weights f32[P], None or what everything so far must be multiplied by)."""
         scaled, rebase = -losses.double() / self.temperature, None
-        top = scaled.max()
+        top = self.world.max_of(scaled.max())
         if self.shift is None:
             self.shift, self.total, self.count = top, 0.0, 0.0
         elif float(top - self.shift) > _ROOM:
@@ -220,6 +270,12 @@ class _RunningWeights:
         self.total = self.total + weights.sum()
         self.count = self.count + pair_weight.double().sum()
         return weights.to(losses.dtype), rebase
+
+    def total_of_all(self) -> Tensor:
+        """The sum over all ranks, once all pairs are there; the same from then on."""
+        both = self.world.sum_of(torch.stack([self.total, self.count]))
+        self.total, self.count = both.unbind()
+        return self.total
 
     def loss(self) -> Tensor:
         """-T log of the weighted mean of exp(-loss / T) over all pairs so far."""

@@ -4,25 +4,31 @@
     optimizer.safetensors   the optimizer's state, by parameter number and name: "0.exp_avg", ...
     state.json              where the run stands, digests of the two, and its own digest
 
-No pickle anywhere. A learning-rate schedule is a function of the step, so it needs no state.
+No pickle anywhere. A learning-rate schedule is a function of the step, so it needs no state. Of several ranks
+the first one writes. Where shards come to more than SPLIT_FROM bytes, each rank writes its own as
+weights-00001-of-00004.safetensors, ...; any number of ranks reads them.
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fastdpo.distributed.shards import cut_of, like, part, whole
 from fastdpo.errors import ConfigError, TrainingError
 from fastdpo.files import durable
 from fastdpo.optim.stepping import WeightOptimizer
 
 FORMAT = 1
-TENSOR_FILES = ("weights.safetensors", "optimizer.safetensors")
+SPLIT_FROM = 8e9  # bytes
 
 
 @dataclass(frozen=True)
@@ -48,31 +54,118 @@ class Checkpoint:
 
     def load_weights(self, policy) -> None:
         """Copies the saved parameters into the policy's. Raises TrainingError where they do not fit."""
-        saved = load_file(self.folder / "weights.safetensors")
-        wanted = _trained(policy)
-        shapes = lambda tensors: {(name, tuple(t.shape)) for name, t in tensors.items()}
-        if odd := shapes(saved) ^ shapes(wanted):
-            name, shape = min(odd)
-            raise TrainingError(f"{self.folder} holds other weights than this run trains: {name} {shape}")
-        with torch.no_grad():
-            for name, parameter in wanted.items():
-                parameter.copy_(saved[name])
+        with self.tensors("weights") as saved:
+            wanted = _trained(policy)
+            shapes = {(name, tuple(t.shape)) for name, t in wanted.items()}
+            if odd := {(name, saved.shape(name)) for name in saved.names} ^ shapes:
+                name, shape = min(odd)
+                raise TrainingError(f"{self.folder} holds other weights than this run trains: {name} {shape}")
+            with torch.no_grad():
+                for name, parameter in wanted.items():
+                    part(parameter).copy_(part(like(parameter, partial(saved.read, name))))
 
     def load_optimizer(self, optimizer: WeightOptimizer) -> None:
-        optimizer.load(load_file(self.folder / "optimizer.safetensors"), self.steps)
+        with self.tensors("optimizer") as saved:
+            found = {}
+            for name in saved.names:
+                weight = optimizer.weights[int(name.split(".")[0])]
+                as_weight = saved.shape(name) == tuple(weight.shape)
+                found[name] = like(weight, partial(saved.read, name)) if as_weight else saved.read(name)
+            optimizer.load(found, self.steps)
+
+    @contextlib.contextmanager
+    def tensors(self, kind: str) -> Iterator["Tensors"]:
+        """Those of the weights or of the optimizer's states, read when they are asked for. Raises
+        TrainingError where another rank's node does not have the files."""
+        names = sorted(name for name in self.state["digests"] if name.startswith(kind))
+        with contextlib.ExitStack() as stack:
+            try:
+                files = [stack.enter_context(safe_open(self.folder / n, framework="pt")) for n in names]
+            except FileNotFoundError:
+                raise TrainingError(
+                    f"{self.folder} is not on this node: to go on with a run on several nodes, output_dir "
+                    "has to be on a file system that all of them see"
+                ) from None
+            yield Tensors(files)
+
+
+class Tensors:
+    """The tensors in safetensors files, in which each may lie in parts along its first dimension."""
+
+    def __init__(self, files: list):
+        self.files: dict[str, list] = {}  # of each tensor, the files with its parts
+        for file in files:
+            for name in file.keys():
+                self.files.setdefault(name, []).append(file)
+        self.names = list(self.files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shapes = [file.get_slice(name).get_shape() for file in self.files[name]]
+        rows = [sum(shape[0] for shape in shapes)] if shapes[0] else []
+        return (*rows, *shapes[0][1:])
+
+    def read(self, name: str, first: int | None = None, last: int | None = None) -> Tensor:
+        """All of it, or these rows."""
+        files = self.files[name]
+        if first is None or last is None:
+            parts = [file.get_tensor(name) for file in files]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = []
+        for piece in (file.get_slice(name) for file in files):
+            rows = piece.get_shape()[0]
+            parts.append(piece[min(max(first, 0), rows) : min(max(last, 0), rows)])
+            first, last = first - rows, last - rows
+        return torch.cat(parts)
 
 
 def save(folder: Path, policy, optimizer, state: dict) -> int:
-    """Writes a checkpoint, in place of one of the same name; returns its size in bytes."""
-    weights = {name: p.detach().contiguous() for name, p in _trained(policy).items()}
-    with durable.new_folder(folder) as part:
-        for name, tensors in zip(TENSOR_FILES, (weights, _apart(optimizer.tensors()))):
-            save_file(tensors, part / name)
-        digests = {name: durable.file_digest(part / name) for name in TENSOR_FILES}
+    """Writes a checkpoint, in place of one of the same name; returns its size in bytes. All ranks of a world
+    have to call it, and the first returns the size."""
+    world = policy.world
+    kinds = {"weights": {name: p.detach() for name, p in _trained(policy).items()}}
+    kinds["optimizer"] = optimizer.tensors()
+    size = sum(t.numel() * t.element_size() for tensors in kinds.values() for t in tensors.values())
+    split = world.sharded and size > SPLIT_FROM
+    with (
+        durable.new_folder(folder)
+        if world.first
+        else contextlib.nullcontext(durable.part_of(folder)) as place
+    ):
+        world.wait()  # for the folder
+        for kind, tensors in kinds.items():
+            if split:
+                _save_part(place, kind, tensors, world.rank)
+            else:
+                _save_whole(place / f"{kind}.safetensors", tensors, world.first)
+        world.wait()  # for the files
+        if not world.first:
+            return 0
+        digests = {path.name: durable.file_digest(path) for path in sorted(place.iterdir())}
         state = {"format": FORMAT, **state, "digests": digests}
         text = json.dumps({"digest": durable.json_digest(state), "state": state}, indent=1)
-        (part / "state.json").write_text(text, encoding="utf-8")
-        return sum(path.stat().st_size for path in part.iterdir())
+        (place / "state.json").write_text(text, encoding="utf-8")
+        return sum(path.stat().st_size for path in place.iterdir())
+
+
+def _save_whole(path: Path, tensors: dict[str, Tensor], writes: bool) -> None:
+    """Gathers one tensor after the other into the host's memory of the rank that writes."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if writes:
+            gathered[name] = full.cpu() if full is not tensor else full
+    if writes:
+        save_file(_apart(gathered), path)
+
+
+def _save_part(folder: Path, kind: str, tensors: dict[str, Tensor], rank: int) -> None:
+    """Writes what this rank holds of shards, where it is the first to hold that (HSDP); the first rank also
+    what all of them hold."""
+    number, of = max(map(cut_of, tensors.values()), key=lambda cut: cut[1], default=(0, 1))
+    mine = {name: part(t) for name, t in tensors.items() if cut_of(t)[1] > 1 or rank == 0}
+    if number == rank:
+        held = {name: tensor for name, tensor in mine.items() if tensor.numel()}
+        save_file(_apart(held), folder / f"{kind}-{number + 1:05}-of-{of:05}.safetensors")
 
 
 def load(folder: Path) -> Checkpoint:

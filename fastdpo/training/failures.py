@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fastdpo.data.packing import pack
+from fastdpo.distributed.shards import is_finite
 from fastdpo.errors import DeadEndError, TrainingError
 from fastdpo.model.policy import Policy
 from fastdpo.records import PackedGroups, PreferenceGroup
@@ -67,6 +68,6 @@ def not_finite(step: int, done, norm=None, updated: bool = False) -> DeadEndErro
 
 
 def check_weights(policy: Policy) -> None:
-    """Raises DeadEndError rather than let a broken model be saved."""
-    if not all(bool(p.isfinite().all()) for p in policy.trained()):
+    """Raises DeadEndError rather than let a broken model be saved; all ranks have to call it."""
+    if policy.world.min(all(map(is_finite, policy.trained()))) < 1:
         raise DeadEndError(f"the trained weights are no longer numbers; nothing was saved. {WAY_OUT}")

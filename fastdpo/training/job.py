@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
+from torch.distributed.fsdp import FSDPModule
 
 from fastdpo.config.keys import Config
 from fastdpo.data.load import DataSpec
 from fastdpo.data.packing import epoch_steps
 from fastdpo.data.pairs import BY_GAP
+from fastdpo.distributed.world import ALONE, World
 from fastdpo.errors import ConfigError
 from fastdpo.model.spec import ModelSpec
 from fastdpo.objectives import Objective, Rescaled, make_objective
@@ -23,6 +26,7 @@ from fastdpo.optim.spec import OptimSpec
 from fastdpo.records import Groups
 
 T = TypeVar("T")
+SHARDED_OPTIM = ("adamw_torch_fused", "sgd", "rmsprop")  # tried
 RESCALES = (
     "{} rescales a step's gradient after its last microbatch, and the balance loss has no part in that; "
     "give it a scope (objective_args: {{scope: N}})"
@@ -85,6 +89,7 @@ class Around:
 
     settle_backends: Callable[[Console], None]  # which kernels are right on this machine
     choose: Callable[..., Config]  # (config, model_config, groups, console): with what `memory` chooses
+    replica_fits: Callable[..., bool | None]  # (config, model_config, groups): all of it, on one GPU
     explain: Callable[..., str]  # (config, model_config, batch): of a microbatch that took too much memory
     write_report: Callable[[Path, bool], object]  # (run folder, whether the run has ended)
     add_card: Callable[[Path, Path, Console], None]  # (run folder, model folder, console)
@@ -92,10 +97,11 @@ class Around:
     push: Callable[[Path, str, Console], object]  # (model folder, repository, console)
 
 
-def resolve(config: Config) -> Job:
-    """Raises ConfigError for what is wrong in a config before any work, also between its keys and on this
-    machine."""
+def resolve(config: Config, world: World = ALONE) -> Job:
+    """Raises ConfigError for what is wrong in a config before any work, also between its keys, on this
+    machine and in this world."""
     job = job_of(config)
+    check_ranks(config, world, sharded=config.shard in (True, "hybrid"))
     for stage in job.stages:
         if stage.flip_pairs and "ordered scores" in stage.objective.needs:
             name = stage.objective.name
@@ -105,6 +111,31 @@ def resolve(config: Config) -> Job:
     if config.pair_gap == "logp" and not any(stage.by_logp for stage in job.stages):
         raise ConfigError(f"pair_gap: logp is read only with pairs: {', '.join(BY_GAP)}")
     return job
+
+
+def check_ranks(config: Config, world: World, sharded: bool) -> None:
+    """Raises ConfigError for keys that several ranks, or their shards, do not have yet."""
+    if world.size == 1:
+        return
+    if config.optimizer_in_backward:
+        raise ConfigError(
+            "optimizer_in_backward: on several GPUs a weight's gradient is complete only after the backward; "
+            "leave the key out"
+        )
+    if not sharded:
+        return
+    refused = {"load_in_4bit": config.load_in_4bit, "pure_bf16": config.pure_bf16}
+    refused |= {"offload_optimizer": config.offload_optimizer}
+    refused |= {f"optim: {config.optim}": config.optim not in SHARDED_OPTIM}
+    for stage in config.per_stage():
+        refused |= {f"optim: {stage.optim}": stage.optim not in SHARDED_OPTIM}
+    for name in (name for name, is_set in refused.items() if is_set):
+        raise ConfigError(
+            f"{name}: not with shard, whose parts of a weight it does not know yet; say shard: false, which "
+            "gives each GPU all weights, or leave it out"
+        )
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise ConfigError(f"shard: needs a newer torch than {torch.__version__}")
 
 
 def check_stepping(stage: StageJob) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from rich.console import Console
 
 from fastdpo.console.formatting import about, all_ties, at_time, counted, duration
 from fastdpo.console.progress import make_progress
-from fastdpo.data.packing import places_of, sizes_of
+from fastdpo.data.dealing import deal_sizes, deal_step, used_and_room
+from fastdpo.data.packing import Size, epoch_steps, places_of, sizes_of
 from fastdpo.data.store.stored import facts_of
 from fastdpo.files import durable
 from fastdpo.model.experts import experts
@@ -33,13 +35,14 @@ _SHOWN = {
     "pairs_per_second": "{:.1f} pairs/s",
 }
 SOON, MORE = 60, 5  # seconds; steps
+_DEALT = 200  # steps over which it is said how busy ranks are
 
 
 class RunLog:
     """The log of a run: what each line says goes to metrics.jsonl, the trackers and the screen."""
 
-    def __init__(self, run: Path, console: Console, trackers, stages: int = 1):
-        self.console, self.stage, self.stages = console, 0, stages
+    def __init__(self, run: Path, console: Console, trackers, stages: int = 1, writes: bool = True):
+        self.console, self.stage, self.stages, self.writes = console, 0, stages, writes
         self._estimate = 0.0  # seconds left, as last said
         self._file, self._by_prompt, self._trackers = run / "metrics.jsonl", run / "held_out.jsonl", trackers
 
@@ -82,11 +85,15 @@ class RunLog:
         self.say(f"{took}: {about(left)} for the {counted(steps_left, 'step')} to come{of}, until {until}")
 
     def train(self, step: int, epoch: float, window: Window, left: float) -> None:
+        if not self.writes:
+            return
         record = {"step": step, "epoch": round(epoch, 4), **window.sums.means(), **window.throughput()}
         record["seconds_left"] = round(left)
         self._tell(record, f"step {step:>5}", record)
 
     def held_out(self, step: int, sums: Sums, by_prompt: dict[str, list[float]]) -> None:
+        if not self.writes:
+            return
         means = sums.means()
         record = {"step": step, **{f"eval_{name}": value for name, value in means.items()}}
         errors = {f"eval_{name}_stderr": standard_error(values) for name, values in by_prompt.items()}
@@ -106,7 +113,8 @@ class RunLog:
         """Says what a stage will do, before it does it; returns the same as numbers."""
         name, first = stage.objective.name, next(step_groups(stage.groups, stage.job, 1))
         known = facts_of(stage.groups)
-        batches = list(stage.microbatches(first))
+        rounds = deal_step(first, stage.world.size, *stage.caps)
+        batches = [stage.packed(part) for one in rounds for part in one if part]
         facts: dict[str, Any] = {
             "objective": name,
             "steps": stage.total,
@@ -135,7 +143,34 @@ class RunLog:
             self.say(f"{name} also scores each prompt with another row's response, without gradient")
             if not stage.mismatched:
                 self.say("[yellow]all rows have one prompt, so there is no such response and z0 is 0")
-        return facts | self._announce_balance(stage) | self._announce_caps(stage)
+        return (
+            facts | self._announce_ranks(stage) | self._announce_balance(stage) | self._announce_caps(stage)
+        )
+
+    def _announce_ranks(self, stage: Stage) -> dict:
+        """How the work is dealt to several ranks; of one nothing."""
+        world = stage.world
+        if world.size == 1:
+            return {}
+        sizes, steps = sizes_of(facts_of(stage.groups)), min(stage.total, _DEALT)
+        busy = could = rounds = 0
+        for places in islice(epoch_steps(len(sizes), stage.job.batch_size, stage.job.seed), steps):
+            of_step = list(starmap(Size, sizes[places].tolist()))
+            dealt = deal_sizes(of_step, world.size, *stage.caps)
+            tokens, room = used_and_room(of_step, dealt)
+            busy, could, rounds = busy + tokens, could + room, rounds + len(dealt)
+        idle = 1 - busy / could
+        how = "each with a part of the weights" if world.sharded else "each with all weights"
+        self.say(
+            f"{world.size} processes, {how}: a step's groups are dealt in {rounds / steps:.1f} rounds of one "
+            f"microbatch each, in which a process idles {idle:.1%} of the time by its tokens"
+        )
+        if stage.job.batch_size < world.size:
+            self.say(
+                f"[yellow]batch_size: {counted(stage.job.batch_size, 'group')} a step for {world.size} "
+                "processes: some compute what another one computes, and count nothing"
+            )
+        return {"ranks": world.size, "sharded": world.sharded, "dealt_idle_share": round(idle, 4)}
 
     def _announce_balance(self, stage: Stage) -> dict:
         """Whether a mixture of experts has its balance loss; of other models nothing."""

@@ -3,11 +3,13 @@
 import contextlib
 import resource
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fastdpo.distributed.world import ALONE, World
 from fastdpo.model.cards import card_named
 from fastdpo.moving import to_device
 from fastdpo.objectives.seam import Reward
@@ -44,6 +46,18 @@ class Sums:
         double = lambda value: torch.tensor(value, dtype=torch.float64, device=device)
         tensors = {name: double(value) for name, value in state["tensors"].items()}
         return cls(tensors, dict(state["numbers"]), dict(state["counts"]))
+
+    def all_to_first(self, world: World) -> None:
+        """Moves the sums of all ranks to the first; the others go on from nothing."""
+        if world.size == 1:
+            return
+        sums, counts = Counter[str](), Counter[str]()
+        for state in world.gather(self.state()):
+            sums.update(state["tensors"])
+            sums.update(state["numbers"])
+            counts.update(state["counts"])
+        self.tensors = {}
+        self.numbers, self.counts = (dict(sums), dict(counts)) if world.first else ({}, {})
 
     def means(self) -> dict[str, float]:
         """Each name's sum over its count; names that counted nothing are left out. Without pairs the margin
@@ -129,6 +143,17 @@ def peak_flops() -> float | None:
 _COUNTS = ("num_tokens", "pairs", "responses", "tokens", "first_pass", "flops")
 
 
+def counts_of(batch: PackedGroups, flops: int) -> Counter:
+    """What a microbatch adds to a Window's counts."""
+    return Counter(
+        flops=flops,
+        pairs=len(batch.pairs),
+        responses=len(batch.cu_resp) - 1,
+        tokens=batch.input_tokens,
+        num_tokens=batch.unshared_tokens,
+    )
+
+
 @dataclass
 class Window:
     """What happened since the last log line."""
@@ -142,17 +167,17 @@ class Window:
     first_pass: int = 0  # tokens of forwards without gradient that the objective needed first
     flops: int = 0  # see model/flops.py; 0 where they are not counted
     idle: Idle = field(default_factory=Idle)
+    ranks: int = 1
+    memory: float = 0.0  # the most that any rank has taken, in GB, as far as it is known
 
     def next(self) -> "Window":
         """The one after a log line."""
-        return Window(num_tokens=self.num_tokens, idle=self.idle.next())
+        return Window(num_tokens=self.num_tokens, idle=self.idle.next(), ranks=self.ranks)
 
-    def count(self, batch: PackedGroups, flops: int) -> None:
-        self.flops += flops
-        self.pairs += len(batch.pairs)
-        self.responses += len(batch.cu_resp) - 1
-        self.tokens += batch.input_tokens
-        self.num_tokens += batch.unshared_tokens
+    def count(self, counts: Counter, world: World = ALONE) -> None:
+        """Adds what all ranks have counted; collective."""
+        for name, value in zip(_COUNTS, world.sums([counts[name] for name in _COUNTS])):
+            setattr(self, name, getattr(self, name) + int(value))
 
     def state(self) -> dict:
         """What `restored` goes on from; JSON."""
@@ -181,13 +206,13 @@ class Window:
             "num_tokens": self.num_tokens,
             "responses_computed": self.responses,
             "tokens_per_second": round(self.tokens / seconds, 1),
-            "peak_memory_gb": round(peak_memory_gb(), 3),
+            "peak_memory_gb": round(max(self.memory, peak_memory_gb()), 3),
             "idle_share": round(self.idle.share(seconds), 4),
         }
         if self.flops:
             out["tflops_per_second"] = float(f"{self.flops / seconds / 1e12:.4g}")
             if peak := peak_flops():
-                out["mfu"] = round(self.flops / seconds / peak, 4)
+                out["mfu"] = round(self.flops / seconds / (peak * self.ranks), 4)
         if self.first_pass:
             out["first_pass_tokens"] = self.first_pass
         if self.pairs:
@@ -210,5 +235,9 @@ class Progress:
         return {**vars(self), "window": self.window.state()}
 
     @classmethod
-    def restored(cls, state: dict, device) -> "Progress":
-        return cls(**state | {"window": Window.restored(state["window"], device)})
+    def restored(cls, state: dict, device, world: World = ALONE) -> "Progress":
+        window = Window.restored(state["window"], device)
+        window.ranks = world.size
+        if not world.first:  # the sums of all ranks are the first one's
+            window.sums = Sums()
+        return cls(**state | {"window": window})

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from fastdpo.data.store.stored import facts_of
+from fastdpo.distributed.ending import Elsewhere
 from fastdpo.errors import ConfigError, DeadEndError, FastDPOError, Stopped, TrainingError
 from fastdpo.files import durable
 from fastdpo.files.installed import versions
@@ -70,7 +71,9 @@ class Run:
 
     def __post_init__(self):
         self.checkpoints, self.start = self.folder / "checkpoints", time.perf_counter()
-        self.log = RunLog(self.folder, self.console, self.trackers, len(self.job.stages))
+        self.world = self.policy.world
+        stages, writes = len(self.job.stages), self.world.first
+        self.log = RunLog(self.folder, self.console, self.trackers, stages, writes)
 
     @property
     def fresh_lora(self) -> bool:
@@ -79,32 +82,38 @@ class Run:
 
     def event(self, event: str, **values) -> None:
         """A line of events.jsonl: what happened and when, for people and the report."""
+        if not self.world.first:
+            return
         time = datetime.now(UTC).isoformat(timespec="seconds")
         durable.add_lines(self.folder / "events.jsonl", {"time": time, "event": event, **values})
 
     def save(self, optimizer, progress, may_be_best: bool) -> None:
         """A checkpoint of where the stage stands, then the report; older checkpoints go."""
         step, start = self.place.first + progress.steps, time.perf_counter()
-        if not self.checkpoints.exists():
-            self.checkpoints.mkdir()
-            durable.sync(self.folder)
         loss = progress.eval_loss if may_be_best else None
         best = loss is not None and (progress.best is None or loss < progress.best["eval_loss"])
         if best:
             progress.best = {"step": step, "eval_loss": loss}
         keep = {self.place.start} | ({f"step-{progress.best['step']}"} if progress.best else set())
+        progress.window.sums.all_to_first(self.world)
         state = {
             **dataclasses.asdict(self.place),
             "progress": progress.state(),
             "data": self.data,
             "clock": self.clock.isoformat(),
             "head_budget": self.policy.head_budget,
-            "files": growing_sizes(self.folder),
+            "ranks": self.world.size,
             "config": self.job.settings,
         }
+        if self.world.first:
+            if not self.checkpoints.exists():
+                self.checkpoints.mkdir()
+                durable.sync(self.folder)
+            state["files"] = growing_sizes(self.folder)
         folder = self.checkpoints / f"step-{step}"
         size = checkpoint.save(folder, self.policy, optimizer, state)
-        checkpoint.prune(self.checkpoints, self.job.save_total_limit, keep)
+        if self.world.first:
+            checkpoint.prune(self.checkpoints, self.job.save_total_limit, keep)
         seconds = round(time.perf_counter() - start, 3)
         facts = {"step": step, "folder": folder.name, "bytes": size, "seconds": seconds}
         self.event("checkpoint", **facts, eval_loss=loss, best=best)
@@ -155,11 +164,14 @@ class Run:
         groups = self.shown
         where = {"when": when, "stage": self.place.stage, "step": self.place.first}
         rows = complete(self.policy, self.tokenizer, groups, console=self.console) if groups else []
-        durable.add_lines(self.folder / "samples.jsonl", *(where | row for row in rows))
+        if self.world.first:
+            durable.add_lines(self.folder / "samples.jsonl", *(where | row for row in rows))
 
     def report(self, ended: bool) -> None:
         """Writes report.html. A report that cannot be written costs no training: it is said, and that is
         all."""
+        if not self.world.first:
+            return
         try:
             self.around.write_report(self.folder, ended)
         except Exception as error:
@@ -189,10 +201,14 @@ class Run:
             self._end("error", message=f"cannot write: {error}")
             raise TrainingError(f"cannot write: {error}. Nothing saved is lost: {self.way_on()}") from None
         except Exception as error:
-            self._end("error", message=f"{type(error).__name__}: {error}")
-            if isinstance(error, FastDPOError) and not isinstance(error, ConfigError | DeadEndError):
-                error.args = (f"{error}\n{self.way_on()}",)
-            raise
+            cause = self.world.ending.cause(error)  # another rank may have raised before
+            message = cause.message if isinstance(cause, Elsewhere) else f"{type(cause).__name__}: {cause}"
+            self._end("error", message=message)
+            if isinstance(cause, FastDPOError) and not isinstance(cause, ConfigError | DeadEndError):
+                cause.args = (f"{cause}\n{self.way_on()}",)
+            if cause is error:
+                raise
+            raise cause from None
         self._end("done", seconds=round(time.perf_counter() - self.start, 1))
 
     def _end(self, event: str, **facts) -> None:

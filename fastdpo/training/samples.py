@@ -41,7 +41,8 @@ def complete(
             task = bar.add_task("sample completions", total=total, unit="tokens", info="")
             for batch, room in calls:
                 each = partial(bar.advance, task)
-                completions |= zip(map(id, batch), generate(policy.core, batch, room, each))
+                made = policy.inside(partial(generate, policy.core, batch, room, each))
+                completions |= zip(map(id, batch), made)
             bar.update(task, completed=total)  # all may have ended before
     except Exception as error:  # whatever a model's own generation code raises
         why = escape(f"{type(error).__name__}: {error}")

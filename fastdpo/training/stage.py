@@ -3,17 +3,19 @@
 import contextlib
 import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastdpo.data.dealing import deal_step
 from fastdpo.data.mismatched import beside, mismatched
-from fastdpo.data.packing import Packing, epoch_steps, in_row_order, pack, split_step
+from fastdpo.data.packing import Packing, epoch_steps, in_row_order, pack
 from fastdpo.data.store.stored import as_whole, facts_of, joined, taken
-from fastdpo.errors import DeadEndError
-from fastdpo.model.experts import Balance, coefficient, mean_of
+from fastdpo.distributed.shards import whole
+from fastdpo.model.experts import Balance, coefficient
 from fastdpo.model.flops import Counted
 from fastdpo.model.policy import Policy
 from fastdpo.objectives import Rescaled
@@ -21,11 +23,18 @@ from fastdpo.optim.optimizers import make_optimizer, set_schedule
 from fastdpo.records import Groups, PackedGroups, PreferenceGroup, ResponseLogps
 from fastdpo.reference.columns import ReferenceColumns
 from fastdpo.reference.fill import ReferenceTable
-from fastdpo.training.accumulate import Accumulator, NotFinite, context_of
-from fastdpo.training.failures import WAY_OUT, Explain, memory_guard, not_finite, update_guard
-from fastdpo.training.held_out import by_prompt
+from fastdpo.training.accumulate import Accumulator, NotFinite
+from fastdpo.training.evaluating import evaluate
+from fastdpo.training.failures import Explain, memory_guard, not_finite, update_guard
 from fastdpo.training.job import RESCALES, StageJob, step_groups, total_steps
-from fastdpo.training.metrics import EVAL_STATS, Progress, Sums, add_kl, add_pair_metrics, add_token_metrics
+from fastdpo.training.metrics import (
+    Progress,
+    Sums,
+    add_kl,
+    add_pair_metrics,
+    counts_of,
+    peak_memory_gb,
+)
 from fastdpo.training.speed import Pace
 
 
@@ -38,7 +47,8 @@ class Stage:
 
     def __init__(self, job: StageJob, policy: Policy, groups, eval_groups, explain: Explain | None = None):
         self.job, self.policy, self.explain = job, policy, explain
-        policy.adds_to_grad = True
+        self.world = policy.world
+        policy.adds_to_grad = not self.world.sharded  # whose gradients FSDP2 takes from the backward
         self.reference: ReferenceTable | ReferenceColumns | None = None
         self.objective = job.objective
         self.balance, self.unbalanced = self.balance_of()
@@ -66,10 +76,11 @@ class Stage:
         Raises Stopped after a signal, with a checkpoint written."""
         optimizer, schedule = make_optimizer(self.policy, self.job.optim, self.total)
         progress, done = Progress(), resumed.steps if resumed else 0
+        progress.window.ranks = self.world.size
         with contextlib.closing(optimizer), run.log.bar(self.objective.name, done, self.total):
             eval_batches = self.in_row_order(self.eval_groups)
             if resumed:  # the reference is made: the start weights are needed no more
-                progress = Progress.restored(resumed.state["progress"], self.policy.device)
+                progress = Progress.restored(resumed.state["progress"], self.policy.device, self.world)
                 resumed.load_weights(self.policy)
                 resumed.load_optimizer(optimizer)
                 set_schedule(schedule, progress.steps)
@@ -83,7 +94,9 @@ class Stage:
                 step = run.place.first + progress.steps + 1
                 norm = self.step(groups, progress, step, optimizer, following)
                 if self.drifts is not None:
-                    run.tell_drift(float(torch.stack(self.drifts).max()))
+                    run.tell_drift(
+                        self.world.max(float(torch.stack(self.drifts).max()) if self.drifts else 0.0)
+                    )
                     self.drifts = None
                 progress.window.sums.add("grad_norm", norm)
                 progress.window.sums.add("learning_rate", schedule.get_last_lr()[0])
@@ -106,6 +119,8 @@ class Stage:
         left = self.seconds_left(i)
         run.log.advance(window, left)
         if self.due(i, job.logging_steps):
+            window.sums.all_to_first(self.world)
+            window.memory = self.world.max(peak_memory_gb())
             run.log.train(run.place.first + i, i / self.per_epoch, window, left)
             progress.window = window.next()
         run.log.estimate(run.place.first + i, self.total - i, self.pace, left)
@@ -124,9 +139,9 @@ class Stage:
         with progress.window.paused():
             if not progress.evaluated:
                 with self.pace.of("held_out"):
-                    self.evaluate(eval_batches, run, progress)
+                    evaluate(self, eval_batches, run, progress)
             due = self.due(progress.steps, self.job.save_steps)
-            if due or (run.stopping.requested and progress.steps):
+            if (run.stopping.requested() and progress.steps) or due:
                 # what only a signal made must not be the best, or the run would end as no other
                 with self.pace.of("checkpoint"):
                     run.save(optimizer, progress, may_be_best=due)
@@ -137,13 +152,13 @@ class Stage:
         clipping. The gradient is that of the whole step's loss however the step was cut. Under
         optimizer_in_backward the optimizer is needed, and has updated the weights. `following`: the next
         step's groups, to begin with while the device computes this one."""
-        window = progress.window
+        window, counts = progress.window, Counter[str]()
 
         def see(batch: PackedGroups, logps: ResponseLogps) -> None:
             if self.drifts is not None:
                 self.drifts.append(self.drift(logps))
             self.add_metrics(window.sums, logps)
-            window.count(batch, self.counted.flops(batch) if self.counted else 0)
+            counts.update(counts_of(batch, self.counted.flops(batch) if self.counted else 0))
 
         parameters, in_backward = self.policy.trained(), self.job.optim.optimizer_in_backward
         accumulator = Accumulator(
@@ -155,20 +170,23 @@ class Stage:
             memory=dict(progress.memory),
             in_backward=optimizer if in_backward else None,
             balance=self.balance.coef if self.balance else 0.0,
+            world=self.world,
         )
         try:
             done = accumulator.run(self.objective, groups, self.aside(groups))
         except NotFinite as stop:
             raise not_finite(step, *stop.args) from None
+        self.world.sum_gradients(parameters)
         clip, limit = torch.nn.utils.clip_grad_norm_, self.job.optim.max_grad_norm or math.inf
         with self.updating(step, groups, progress):
-            norm = optimizer.end_backward() if in_backward else clip(parameters, limit)
+            norm = optimizer.end_backward() if in_backward else whole(clip(parameters, limit))
         if following:
             self.look_ahead(following)
         if not math.isfinite(float(done.loss + norm)):
-            raise not_finite(step, done, norm, updated=in_backward)
+            raise not_finite(step, done.of_all(self.world), norm, updated=in_backward)
         window.sums.add("loss", done.loss)
-        window.first_pass += done.scored_first
+        counts["first_pass"] = done.scored_first
+        window.count(counts, self.world)
         if "z0" in done.context:
             window.sums.add("z0", done.context["z0"])
         if self.balance:
@@ -197,12 +215,24 @@ class Stage:
         if self.reference and self.reference.per_token:
             add_kl(sums, logps)
 
-    def cut(self, groups: Groups) -> list[list[PreferenceGroup]]:
-        """One step's groups as microbatches."""
-        return split_step(groups, self.job.max_tokens, self.policy.max_scored, self.policy.share)
+    @property
+    def caps(self) -> tuple[int, int | None, bool]:
+        """What a step is cut by: most tokens, most scored ones, whether prompts are shared."""
+        return self.job.max_tokens, self.policy.max_scored, self.policy.share
+
+    def cut(self, groups: Groups) -> tuple[list[list[PreferenceGroup]], bool]:
+        """(this rank's microbatches of one step's groups, as many as every other rank's; whether the last one
+        stands in for none)."""
+        rounds = deal_step(groups, self.world.size, *self.caps)
+        parts = [one[self.world.rank] for one in rounds]
+        if not parts or parts[-1]:
+            return parts, False
+        some = [part for part in rounds[-1] if part]
+        return [*parts[:-1], min(some, key=lambda part: sum(g.input_tokens for g in part))], True
 
     def microbatches(self, groups: Groups) -> Packing:
-        return Packing(self.cut(groups), self.packed)
+        parts, stands_in = self.cut(groups)
+        return Packing(parts, self.packed, stands_in)
 
     def packed(self, part: Groups) -> PackedGroups:
         """One microbatch, with the reference's log-probs."""
@@ -216,7 +246,7 @@ class Stage:
     def look_ahead(self, following: Groups) -> None:
         """Packs what a step begins with, for nothing else would be done while the device is waited for."""
         first = self.aside(following) or following[: getattr(self.objective, "within", None)]
-        part = self.cut(first)[0]
+        part = self.cut(first)[0][0]
         self.ahead = part, self.packed(part)
 
     def score(self, batch: PackedGroups, stats=()) -> ResponseLogps:
@@ -256,40 +286,3 @@ class Stage:
         if self.objective.mismatched:
             sets[0] = joined(used, beside(self.mismatched, facts_of(used).row))
         return [*sets, self.eval_mismatched]
-
-    @torch.no_grad()
-    def evaluate(self, batches: Packing, run, progress: Progress) -> None:
-        """Loss and metrics of the held-out rows as one batch, the vocabulary-wide ones too; after a signal
-        they stay due."""
-        sums, seen, step = Sums(), [], run.place.first + progress.steps
-        self.policy.model.eval()
-        aside = self.in_row_order(self.eval_mismatched)
-        both = itertools.chain(batches, aside)
-        for batch in run.log.track(both, len(batches) + len(aside), "held-out"):
-            if run.stopping.requested:
-                break
-            with memory_guard(step, batch, self.explain):
-                seen.append(self.score(batch, EVAL_STATS).kept())
-            if len(seen) <= len(batches):
-                self.add_metrics(sums, seen[-1])
-                add_token_metrics(sums, batch, seen[-1].token_stats)
-        self.policy.model.train()
-        progress.evaluated = not (batches and run.stopping.requested)
-        if not batches or not progress.evaluated:
-            return
-        context: dict[str, Tensor | float] = {**progress.memory}
-        if self.objective.mismatched:
-            context |= context_of(seen[len(batches) :], self.policy.device)
-        logps = replace(ResponseLogps.joined(seen[: len(batches)]), context=context)
-        loss = self.objective.whole(logps)
-        if self.balance:
-            sums.add("aux_loss", aux_loss := mean_of(seen[: len(batches)]))
-            loss = loss + self.balance.coef * aux_loss
-        sums.add("loss", loss)
-        if "z0" in context:
-            sums.add("z0", context["z0"])
-        kl = bool(self.reference and self.reference.per_token)
-        run.log.held_out(step, sums, by_prompt(self.objective, logps, self.eval_groups, kl))
-        progress.eval_loss = sums.means()["loss"]
-        if not math.isfinite(progress.eval_loss):
-            raise DeadEndError(f"step {step}: the held-out loss is {progress.eval_loss}; {WAY_OUT}")

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from fastdpo.config.keys import Config
 from fastdpo.data.load import load_data
 from fastdpo.data.pairs import flip_pairs, select_pairs
 from fastdpo.data.store.stored import facts_of
+from fastdpo.distributed.world import World, joined
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.files import durable
 from fastdpo.model.experts import coefficient
@@ -24,8 +26,8 @@ from fastdpo.model.policy import (
     load_model_config,
     load_policy,
     load_tokenizer,
-    save_model,
 )
+from fastdpo.model.saving import save_model
 from fastdpo.model.support import prepare
 from fastdpo.objectives import check_rows
 from fastdpo.records import Groups
@@ -37,6 +39,7 @@ from fastdpo.training.failures import check_weights
 from fastdpo.training.folder import free_folder, only_run_in, open_run, undone_if_refused
 from fastdpo.training.job import Around, Job, StageJob, job_of, resolve
 from fastdpo.training.metrics import Progress
+from fastdpo.training.ranks import check_alike, check_same_rows, placed, quiet, tell_ranks
 from fastdpo.training.resume import (
     check_same_run,
     check_start,
@@ -55,23 +58,34 @@ from fastdpo.values import as_list
 
 def train(config: Config, console: Console, around: Around) -> Path:
     """As fastdpo.api.train; around: what the other rooms do around a run."""
-    job = resolve(config)  # what is wrong shows before any work
+    with joined() as world:
+        console = console if world.first else quiet()
+        return _train(resolve(config, world), console, around, world)
+
+
+def _train(job: Job, console: Console, around: Around, world: World) -> Path:
     check_trackers(job.trackers)
     around.check_hub(job.push_to_hub)
-    folder = free_folder(job)
-    with Stopping(console) as stopping, only_run_in(folder):
-        found, passed = find_checkpoint(folder, job, console)
-        clock = clock_of(found)
-        job, tokenizer, groups, eval_groups, reports = read(job, console, around, clock)
+    check_alike(world)
+    folder = world.told(partial(free_folder, job))
+    with Stopping(console, world) as stopping, only_run_in(folder) if world.first else nullcontext():
+        found, passed = world.told(partial(find_checkpoint, folder, job, console))
+        clock = world.told(partial(clock_of, found))
+        job, world, tokenizer, groups, eval_groups, reports = read(job, console, around, world, clock)
         check_stages(job.stages, groups, eval_groups)
         data = rows_digest(groups, eval_groups)
+        check_same_rows(world, data)
         check_same_run(found, job, data, len(groups), console)
-        policy = ready_policy(job, groups, eval_groups, console, head_budget_of(found, job))
-        check_cache(job, console)
-        with undone_if_refused(folder):
-            open_run(folder, job, reports, found, passed, console)
+        tell_ranks(found, world, console)
+        policy = ready_policy(job, groups, eval_groups, console, world, head_budget_of(found, job))
+        if world.first:
+            check_cache(job, console)
+        with undone_if_refused(folder) if world.first else nullcontext():
+            if world.first:
+                open_run(folder, job, reports, found, passed, console)
             resumed_at = found.step if found else None
-            trackers = open_trackers(job.trackers, folder, job.settings, resumed_at, console)
+            named = job.trackers if world.first else []
+            trackers = open_trackers(named, folder, job.settings, resumed_at, console)
             with contextlib.closing(trackers):
                 run = Run(
                     folder=folder,
@@ -91,27 +105,37 @@ def train(config: Config, console: Console, around: Around) -> Path:
                 with run.told(found, passed):
                     run_stages(run, found)
                     check_weights(policy)
-                    with durable.new_folder(folder / "model") as part:
-                        save_model(policy, tokenizer, part)
-                        around.add_card(folder, part, console)
+                    save(run)
     where = escape(f"the model is in {folder}/model; open {folder}/report.html to see what happened")
     console.print(f"[bold]done:[/] {where}", soft_wrap=True)
-    if job.push_to_hub is not None:
+    if job.push_to_hub is not None and world.first:
         around.push(folder / "model", job.push_to_hub, console)
     return folder
 
 
-def read(job: Job, console: Console, around: Around, clock: datetime | None = None):
-    """(the job with what `memory` chose, the tokenizer, the rows, the held-out rows, their account)."""
+def save(run: Run) -> None:
+    """Writes the run's model."""
+    final = run.folder / "model"
+    with durable.new_folder(final) if run.world.first else nullcontext(durable.part_of(final)) as part:
+        save_model(run.policy, run.tokenizer, part)
+        if run.world.first:
+            run.around.add_card(run.folder, part, run.console)
+
+
+def read(job: Job, console: Console, around: Around, world: World, clock: datetime | None = None):
+    """(the job with what `memory` chose, the world as the model will lie in it, the tokenizer, the rows, the
+    held-out rows, their account)."""
     model_config = load_model_config(job.model)  # what is wrong with it shows before the data is read
     check_stored(job.model)
     tokenizer = load_tokenizer(job.model, console)
     for stage in job.stages:
         coefficient(model_config, stage.router_aux_loss_coef)
-    groups, eval_groups, reports = load_data(job.data, tokenizer, console, clock)
+    with world.first_then_others():  # who find what it has tokenised
+        groups, eval_groups, reports = load_data(job.data, tokenizer, console, clock)
     around.settle_backends(console)  # what is left out changes the plan
-    job = job_of(around.choose(job.config, model_config, groups, console))
-    return job, tokenizer, groups, eval_groups, reports
+    job = job_of(world.told(lambda: around.choose(job.config, model_config, groups, console)))
+    fits = lambda: around.replica_fits(job.config, model_config, groups)
+    return job, placed(world, job, fits), tokenizer, groups, eval_groups, reports
 
 
 def check_stages(stages: Sequence[StageJob], groups, eval_groups) -> None:
@@ -124,10 +148,12 @@ def check_stages(stages: Sequence[StageJob], groups, eval_groups) -> None:
             check_rows(stage.objective, flipped)
 
 
-def ready_policy(job: Job, groups, eval_groups, console: Console, head_budget: int | None = None) -> Policy:
+def ready_policy(
+    job: Job, groups, eval_groups, console: Console, world: World, head_budget: int | None = None
+) -> Policy:
     """The policy at its start weights, compared with the model's own logits on some of these rows.
     head_budget: bytes that its head has, where they are known before."""
-    policy = load_policy(job.model, console)
+    policy = load_policy(job.model, console, world)
     policy.head_budget = head_budget or policy.head_budget
     for some in (groups, eval_groups):
         check_vocabulary(policy, some)
@@ -189,7 +215,11 @@ def run_stage(run: Run, resumed: checkpoint.Checkpoint | None) -> Progress:
 
 def fill_reference(config: Config, console: Console, around: Around) -> None:
     """As fastdpo.api.fill_reference."""
-    job = job_of(config)
+    with joined() as world:
+        _fill_reference(job_of(config), console if world.first else quiet(), around, world)
+
+
+def _fill_reference(job: Job, console: Console, around: Around, world: World) -> None:
     if not job.stages[0].objective.needs_reference:
         raise ConfigError(
             "objective: the first stage needs no reference, and what later stages refer to is not trained yet"
@@ -197,12 +227,14 @@ def fill_reference(config: Config, console: Console, around: Around) -> None:
     path = cache_path(job.reference_cache)
     if path is None:
         raise ConfigError("reference_cache: off leaves nothing to fill; name a file, or auto")
-    with Stopping(console) as stopping:
-        job, _, groups, eval_groups, _ = read(job, console, around)
+    check_alike(world)
+    with Stopping(console, world) as stopping:
+        job, world, _, groups, eval_groups, _ = read(job, console, around, world)
         first = job.stages[0]
         check_rows(first.objective, groups)
         check_rows(first.objective, eval_groups, "eval_data")
-        policy = ready_policy(job, groups, eval_groups, console)
+        check_same_rows(world, rows_digest(groups, eval_groups))
+        policy = ready_policy(job, groups, eval_groups, console, world)
         stopping.saves = True
         options: dict[str, Any] = dict(path=path, max_tokens=first.max_tokens, check=stopping.check)
         options |= dict(console=console, fresh_lora=job.model.lora_rank is not None, source=_source(job))

@@ -16,7 +16,8 @@ from fastdpo.config.keys import Config
 from fastdpo.data.packing import pack
 from fastdpo.errors import ConfigError
 from fastdpo.model import activations
-from fastdpo.model.policy import load_policy, save_model
+from fastdpo.model.policy import load_policy
+from fastdpo.model.saving import save_model
 from fastdpo.model.support import prepare
 from tests import tiny
 from tests.model.test_adapter import logps

@@ -77,7 +77,7 @@ def train(made: Stage, device) -> None:
     run.log.bar.return_value.__exit__.return_value = False
     run.log.track = lambda batches, total, what: batches
     run.log.train = lambda step, epoch, window, left: window.sums.means()
-    run.place.first, run.stopping.requested = 0, False
+    run.place.first, run.stopping.requested.return_value = 0, None
     with device:
         made.run(run)
 
@@ -102,7 +102,7 @@ def test_the_rows_are_two_microbatches_a_step():
     with fake_cuda() as device:
         made = make_stage(device)
         train(made, device)
-        cuts = [len(made.cut(groups)) for groups in stage.step_groups(made.groups, made.job, STEPS)]
+        cuts = [len(made.cut(groups)[0]) for groups in stage.step_groups(made.groups, made.job, STEPS)]
     assert cuts == [2, 2]
     assert len(device.copies) == 4  # 21 tensors each, the reference's log-probs among them
     assert device.launched["head_tiles"]

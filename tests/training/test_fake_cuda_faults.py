@@ -262,7 +262,7 @@ def test_what_was_packed_ahead_is_what_the_step_begins_with(name, monkeypatch):
     size = getattr(made.objective, "within", None) or made.job.batch_size
     steps = list(stage.step_groups(made.groups, made.job, made.total))
     scopes = [some[i : i + size] for some in steps for i in range(0, len(some), size)]
-    parts = [part for some in (*scopes, *map(made.aside, steps)) for part in made.cut(some)]
+    parts = [part for some in (*scopes, *map(made.aside, steps)) for part in made.cut(some)[0]]
     assert events.count("pack") == len(parts) and made.ahead == (None, None)
 
 

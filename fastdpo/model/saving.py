@@ -1,0 +1,46 @@
+"""A trained policy as a folder that transformers, or peft, loads."""
+
+from pathlib import Path
+
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from fastdpo.console.quiet import no_bars
+from fastdpo.distributed.shards import whole
+from fastdpo.model.policy import Policy
+
+
+@no_bars()
+def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
+    """Writes a folder that `from_pretrained` loads: the model, or the LoRA adapter, and the tokenizer. All
+    ranks of a world have to call it, and the first one writes.
+
+    A model is saved in the compute dtype (after dtype: bf16 its fp32 master weights are rounded), an
+    adapter as it trained; the config gets back the dropout that training switched off.
+    """
+    config = policy.core.config.get_text_config()
+    for name, value in policy.dropout.items():
+        setattr(config, name, value)
+    with policy.stock() as model:
+        if policy.core is policy.model:
+            model.to(policy.dtype)
+        state = whole_state(policy)
+        if policy.world.first:
+            model.save_pretrained(folder, **({"state_dict": state} if state else {}))
+    if policy.world.first:
+        tokenizer.save_pretrained(folder)
+
+
+def whole_state(policy: Policy) -> dict[str, Tensor]:
+    """Of shards the state dict in the first rank's host memory, a tensor at a time; else nothing, for the
+    model holds it."""
+    if not policy.world.sharded:
+        return {}
+    found: dict[int, Tensor] = {}  # tied weights once
+    state = {}
+    for name, tensor in policy.model.state_dict(keep_vars=True).items():
+        if id(tensor) not in found:
+            full = whole(tensor.detach())
+            found[id(tensor)] = full.cpu() if policy.world.first else full[:0]
+        state[name] = found[id(tensor)]
+    return state

@@ -1,0 +1,54 @@
+"""What ranks compute in test_steps.py."""
+
+import torch
+from rich.console import Console
+
+from fastdpo.distributed.shards import whole
+from fastdpo.model.policy import Policy
+from fastdpo.model.sharding import shard
+from fastdpo.model.support import prepare
+from fastdpo.objectives import make_objective
+from fastdpo.training.metrics import Progress
+from tests.tiny import policy
+from tests.training.test_step_exactness import gradients, stage_of, step_groups, truth
+
+QUIET = Console(quiet=True)
+
+
+def place(p: Policy, world, mode: str) -> Policy:
+    """The policy in this world."""
+    if mode == "replicate":
+        p.world = world
+    else:
+        shard(p, world.with_shards(hybrid=mode == "hybrid"))
+    return p
+
+
+def alone(objective, p: Policy, groups):
+    """As truth, by one process."""
+    stage, progress = stage_of(objective, p, groups, max_tokens=10**6), Progress()
+    stage.step(stage.groups, progress, 1)
+    return progress.window.sums.means()["loss"], gradients(p), progress.memory
+
+
+def one_step(world, name, options, mode, cap, unpaired=False, n_groups=7):
+    """(largest difference of a gradient from the definition's, relative to the largest one; of the loss; the
+    memory, and the definition's; how many microbatches this rank had), in fp64."""
+    torch.manual_seed(0)
+    groups = step_groups(unpaired=unpaired)[:n_groups]
+    objective = make_objective(name, options)
+    p = policy("gpt2", torch.float64)
+    loss, want, memory = truth(objective, p, objective.select(groups), 64)
+    prepare(p, groups, QUIET)
+    if getattr(objective, "within", None):  # the definition is of each part of the step
+        loss, want, memory = alone(objective, p, groups)
+    place(p, world, mode)
+    stage, progress = stage_of(objective, p, groups, max_tokens=cap), Progress()
+    stage.step(stage.groups, progress, 1)
+    got = [whole(q.grad) for q in p.trained()]
+    largest = max(float(g.abs().max()) for g in want)
+    apart = max(float((a - b).abs().max()) for a, b in zip(got, want)) / largest
+    progress.window.sums.all_to_first(world)
+    said = progress.window.sums.means().get("loss", float(loss))
+    parts, stands_in = stage.cut(stage.groups)
+    return apart, abs(said - float(loss)), progress.memory, memory, len(parts) - stands_in

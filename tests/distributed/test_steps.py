@@ -1,0 +1,43 @@
+"""Steps on several ranks beside the definition: the same gradients, loss and memory, however they are
+dealt."""
+
+import pytest
+
+from tests.distributed import steps
+from tests.distributed.processes import Ranks
+
+OBJECTIVES = {
+    "decomposable": ("sigmoid", {"label_smoothing": 0.1}),
+    "of tokens": ("sft", {}),
+    "a mixture": ({"sigmoid": 0.8, "sft": 0.2}, {}),
+    "rescaled": ("drdpo", {"beta_prime": 0.2}),
+    "coupled": ("aot", {}),
+    "coupled within": ("drdpo", {"scope": 2}),
+    "z0": ("kto", {}),
+    "memory": ("bco", {}),
+    "statistics": ("wpo", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def two():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize("mode", ["replicate", "shard"])
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_a_step_of_two_ranks_is_the_definition(two, kind, mode):
+    for cap in (1, 70, 10**6):
+        for apart, loss, memory, wanted, _ in two(steps.one_step, *OBJECTIVES[kind], mode, cap):
+            assert apart < 1e-9 and loss < 1e-9
+            assert memory == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("mode", ["replicate", "shard"])
+def test_a_rank_without_work_computes_as_often_and_counts_nothing(two, mode):
+    for kind in ("decomposable", "rescaled", "coupled"):
+        found = two(steps.one_step, *OBJECTIVES[kind], mode, 70, n_groups=1)
+        assert [parts for *_, parts in found] == [1, 0]
+        assert all(apart < 1e-9 and loss < 1e-9 for apart, loss, *_ in found)
