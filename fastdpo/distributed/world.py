@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastdpo.distributed.ending import Ending
+from fastdpo.errors import ConfigError
 
 T = TypeVar("T")
 FOREVER = timedelta(days=7)  # whoever waits is told when the others end; a tokenised data set may take hours
@@ -147,6 +148,7 @@ class World:
 
 
 ALONE = World()
+_joined: list[World] = []  # the one that this process is in
 
 
 def buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
@@ -168,16 +170,22 @@ def joined() -> Iterator[World]:
     """The world that torchrun has started this process in; without it, this process alone. An error on one
     rank ends all, and is raised on one: on the others it is SystemExit, as there is nothing more to say."""
     size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
-        yield ALONE
+    if size == 1 or _joined:
+        yield _joined[0] if _joined else ALONE
         return
-    world = _start(size)
+    if dist.is_initialized():
+        raise ConfigError(
+            "torch.distributed is initialised already: leave init_process_group to fastdpo.train, which needs "
+            "gloo beside nccl"
+        )
+    _joined.append(world := _start(size))
     try:
         yield world
     except BaseException as error:
         cause = world.ending.cause(error)
         world.ending.leave(cause)
         raise cause from (error.__cause__ if cause is error else None)
+    _joined.clear()
     dist.destroy_process_group()
 
 
