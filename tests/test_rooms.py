@@ -11,7 +11,7 @@ import pytest
 from fastdpo.moved import MOVED
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUND = {"errors", "preferences", "records", "moving", "values", "console", "files"}
+GROUND = {"errors", "preferences", "records", "moving", "values", "console", "files", "distributed"}
 PATH = {  # from a row to an updated weight: a house of its own, which looks into no other room
     "data": GROUND,
     "objectives": GROUND | {"data"},

@@ -229,7 +229,7 @@ def load_policy(spec: ModelSpec, console: Console, world: World = ALONE) -> Poli
 def _loaded(spec: ModelSpec, console: Console, world: World) -> Policy:
     start = find_start(spec)
     dtype = torch.bfloat16 if spec.pure_bf16 else resolve_dtype(spec.dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     model_config = load_model_config(spec)
     in_4bit = spec.load_in_4bit or bool(getattr(model_config, "quantization_config", None))
     dropped = switch_off_dropout(model_config)

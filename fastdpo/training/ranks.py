@@ -25,7 +25,7 @@ def quiet() -> Console:
 
 
 def check_alike(world: World) -> None:
-    """Raises ConfigError where ranks run other versions, and for a GPU that several of them would share."""
+    """Raises ConfigError where ranks run other versions."""
     if world.size == 1:
         return
     mine = {"python": platform.python_version(), **versions(*_PACKAGES)}

@@ -41,7 +41,7 @@ def complete(
             task = bar.add_task("sample completions", total=total, unit="tokens", info="")
             for batch, room in calls:
                 each = partial(bar.advance, task)
-                made = policy.inside(partial(generate, policy.core, batch, room, each))
+                made = policy.inside(partial(generate, policy.core, batch, room, each, policy.world.sharded))
                 completions |= zip(map(id, batch), made)
             bar.update(task, completed=total)  # all may have ended before
     except Exception as error:  # whatever a model's own generation code raises
@@ -132,9 +132,14 @@ def batches(policy: Policy, groups: Groups, max_new_tokens: int):
 
 
 def generate(
-    model, groups: list[PreferenceGroup], max_new_tokens: int, each: Callable[[], object] = lambda: None
+    model,
+    groups: list[PreferenceGroup],
+    max_new_tokens: int,
+    each: Callable[[], object] = lambda: None,
+    sharded: bool = False,
 ) -> list[list[int]]:
-    """The new ids of each prompt, padding and all; `each` is called after each token of all of them."""
+    """The new ids of each prompt, padding and all; `each` is called after each token of all of them. Ranks
+    with shards have to generate as many tokens as one another."""
     prompts = [torch.tensor(group.prompt) for group in groups]
     padded = partial(pad_sequence, batch_first=True, padding_side="left")
     ids = padded(prompts, padding_value=model.generation_config.pad_token_id)
@@ -146,7 +151,7 @@ def generate(
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    out = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, stopping_criteria=StoppingCriteriaList([goes_on])
-    )
+    criteria = StoppingCriteriaList([goes_on])
+    how = dict(max_new_tokens=max_new_tokens, stopping_criteria=criteria, synced_gpus=sharded)
+    out = model.generate(**inputs, **how)
     return out[:, ids.shape[1] :].tolist()

@@ -9,7 +9,7 @@ from fastdpo.training import checkpoint
 
 def train(world, values: dict, split_from: float = 8e9) -> str:
     """A run of this config; returns what it printed."""
-    console = Console(record=True, quiet=False, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(record=True, quiet=False, width=200, file=open("/dev/null", "w"))
     before, checkpoint.SPLIT_FROM = checkpoint.SPLIT_FROM, split_from
     try:
         api.train(Config(**values), console)

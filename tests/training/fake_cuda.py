@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 import torch
+import transformers.optimization  # noqa: F401  (before the device is faked: it imports what looks at torch._C)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode

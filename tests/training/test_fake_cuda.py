@@ -37,7 +37,7 @@ MEAN = {("batch.bco_remember", "read"): STEPS}
 # Before a backward that updates weights, which nothing could undo.
 BEFORE = {("accumulate.Accumulator._before_backward", "read"): STEPS}
 # Each evaluation's sums and what its prompts add to them, before the first step and after each.
-HELD_OUT = {("metrics.Sums.means", "read"): STEPS + STEPS + 1, ("held_out.by_prompt", "read"): STEPS + 1}
+HELD_OUT = LOGGED | {("evaluating.evaluate", "read"): STEPS + 1, ("held_out.by_prompt", "read"): STEPS + 1}
 # transformers' Adafactor makes a weight's states on the host, when it first steps it.
 MADE = {("library.Library.step", "blocking copy"): 18}
 # transformers' own: GPT-2 looks for padding in ids that come without a mask; a mask of padded rows is looked
