@@ -5,16 +5,17 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, starmap
+from itertools import chain, islice, starmap
 
 import numpy as np
 
 from fastdpo.config.keys import Config
-from fastdpo.data.packing import Size, epoch_steps, sizes_of, split_sizes
+from fastdpo.data.packing import Size, epoch_steps, sizes_of
 from fastdpo.data.pairs import BY_GAP, select_pairs
 from fastdpo.data.store.stored import facts_of
 from fastdpo.model.support import sharing_refusal
 from fastdpo.planning.allocations import ADAPTERS, GRADIENTS, OWNERS, STATES, WEIGHTS, Peak
+from fastdpo.planning.dealing import deal_sizes
 from fastdpo.planning.fake_model import head_policy, with_head_memory, with_layers
 from fastdpo.planning.simulate import Load, simulate
 from fastdpo.planning.target import CONTEXT, SLACK, Target
@@ -51,17 +52,18 @@ def step_loads(config: Config, model_config, groups: Groups, target: Target) -> 
 
 
 def largest_loads(
-    config: Config, groups: Groups, sizes: np.ndarray, most_scored: int | None, share: bool
+    config: Config, groups: Groups, sizes: np.ndarray, most_scored: int | None, share: bool, ranks: int = 1
 ) -> list[Load]:
-    """step_loads by the sizes of all groups; only groups of these microbatches are read."""
+    """step_loads by the sizes of all groups; only groups of these microbatches are read. ranks: that the
+    groups of a step are dealt to, a microbatch each at a time."""
     steps = min(total_steps(config, len(groups)), -(-len(groups) // config.batch_size))
     found: list[tuple[int, int, bool, np.ndarray]] = []  # (places, scored tokens, several, groups)
     for places in islice(epoch_steps(len(groups), config.batch_size, config.seed), steps):
         of_step = list(starmap(Size, sizes[places].tolist()))
-        parts = split_sizes(of_step, config.max_tokens, most_scored, share)
-        for part in parts:
+        rounds = deal_sizes(of_step, ranks, config.max_tokens, most_scored, share)
+        for part in filter(None, chain(*rounds)):
             tokens, scored = sum(of_step[i].places(share) for i in part), sum(of_step[i].scored for i in part)
-            found.append((tokens, scored, len(parts) > 1, places[part]))
+            found.append((tokens, scored, len(rounds) > 1, places[part]))
     largest = []
     for several in (False, True):
         some = [one for one in found if one[2] is several]
@@ -92,10 +94,21 @@ def predict(
 ) -> Prediction:
     """The prediction for the largest of these microbatches. exact=False simulates a few layers only and goes
     on from there to all of them in a straight line, owner by owner: a second instead of many."""
+    return highest(peaks_of(config, model_config, loads, target, exact), target)
+
+
+def peaks_of(
+    config: Config, model_config, loads: Sequence[Load], target: Target, exact: bool = True
+) -> list[Peak]:
+    """The peaks of each of these microbatches, place by place."""
     if config.head_memory is None:
         config = with_head_memory(config, model_config, target)
     of_load = simulate if exact else _from_few_layers
-    peaks = [peak for load in loads for peak in of_load(config, model_config, load, target)]
+    return [peak for load in loads for peak in of_load(config, model_config, load, target)]
+
+
+def highest(peaks: Sequence[Peak], target: Target) -> Prediction:
+    """The highest of these peaks, and what comes on top of it."""
     top = max(peaks, key=lambda peak: peak.total)
     if target.is_cpu:
         return Prediction(top, 0, 0)

@@ -88,11 +88,11 @@ class Planner:
         """Those of CHOSEN that may be chosen."""
         return at_default(config) if self.free is None else self.free
 
-    def loads(self, config: Config) -> list[Load]:
-        """See step_loads."""
+    def loads(self, config: Config, ranks: int = 1) -> list[Load]:
+        """See step_loads; of a rank, where the groups of a step are dealt to several."""
         scored = head_policy(config, self.model_config, self.target).max_scored
-        if (cut := (config.batch_size, config.max_tokens, scored)) not in self._loads:
-            self._loads[cut] = largest_loads(config, self.groups, self.sizes, scored, self.share)
+        if (cut := (config.batch_size, config.max_tokens, scored, ranks)) not in self._loads:
+            self._loads[cut] = largest_loads(config, self.groups, self.sizes, scored, self.share, ranks)
         return self._loads[cut]
 
     def predict(self, config: Config, exact: bool = False) -> Prediction:
@@ -108,6 +108,12 @@ class Planner:
 
     def time(self, config: Config) -> StepTime:
         return step_time(config, self.model_config, self.timed, self.target, self.shape)
+
+    def rank_time(self, config: Config, ranks: int, shards: int) -> StepTime:
+        """See step_time; over whole steps, however many groups these have."""
+        facts, step = facts_of(self.groups), config.batch_size
+        few = facts.taken(np.arange(min(len(facts), max(step, _TIMED // step * step))))
+        return step_time(config, self.model_config, few, self.target, self.shape, ranks, shards)
 
     def option(self, config: Config, changes: dict, exact: bool = False) -> Option:
         changed = replace(config, **changes)

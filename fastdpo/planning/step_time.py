@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from fastdpo.config.keys import Config
-from fastdpo.data.packing import Size, sizes_of, split_sizes
+from fastdpo.data.packing import Size, sizes_of
 from fastdpo.data.store.facts import Facts
 from fastdpo.model.cards import Card
 from fastdpo.model.flops import attended, useful
@@ -21,6 +21,7 @@ from fastdpo.model.quantised import quantised_linears
 from fastdpo.model.support import sharing_refusal
 from fastdpo.optim.bytes import host_state_bytes, state_bytes
 from fastdpo.optim.spec import OptimSpec
+from fastdpo.planning.dealing import deal_sizes, of_slowest
 from fastdpo.planning.fake_model import head_policy, trains_all, with_layers
 from fastdpo.planning.target import Target
 from fastdpo.training.job import part
@@ -28,7 +29,7 @@ from fastdpo.training.job import part
 # The share of a card's dense bf16 rate that a step's matrix products reach: an assumption, not measured yet.
 SHARE = 0.4
 HOST_BYTES_PER_SECOND = 25e9  # a pinned copy over PCIe 4 x16, one way: an assumption, not measured yet
-_NOMINAL = Card(200e12, 1.5e12, 0, (8, 6))  # by which costs are compared where no card is known
+NOMINAL = Card(200e12, 1.5e12, 0, (8, 6))  # by which costs are compared where no card is known
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class StepTime:
 
     flops: int
     seconds: float
+    update: float = 0.0  # of the seconds, those of the optimizer
+    microbatches: float = 1.0
 
 
 class Shape:
@@ -59,16 +62,22 @@ class Shape:
         return 0 if trains_all(config) else (config.lora_rank or 16) * self.sides
 
 
-def step_time(config: Config, model_config, facts: Facts, target: Target, shape: Shape) -> StepTime:
-    """Of an average step over groups of which these are the facts (some hundred will do)."""
+def step_time(
+    config: Config, model_config, facts: Facts, target: Target, shape: Shape, ranks: int = 1, shards: int = 1
+) -> StepTime:
+    """Of an average step over groups of which these are the facts (some hundred will do). ranks: that the
+    step's groups are dealt to; then of the slowest one, without what they exchange. shards: each updates one
+    of so many."""
     share = sharing_refusal(model_config) is None
     policy = head_policy(config, model_config, target)
     cap = config.max_tokens, policy.max_scored, share
     groups, pairs = list(starmap(Size, sizes_of(facts).tolist())), _attended(facts)
     steps = range(0, len(groups), config.batch_size)
-    parts = [
-        [i + n for n in part] for i in steps for part in split_sizes(groups[i : i + config.batch_size], *cap)
-    ]
+    parts = []
+    for i in steps:
+        step = groups[i : i + config.batch_size]
+        slowest = of_slowest(step, deal_sizes(step, ranks, *cap), in_step=shards > 1)
+        parts += [[i + n for n in part] for part in slowest]
     sizes = [sum(groups[n].places(share) for n in part) for part in parts]
     flops = sum(_body_flops(config, shape, T, sum(pairs[n] for n in part)) for T, part in zip(sizes, parts))
     flops += sum(policy.plan(sum(groups[n].scored for n in part)).flops for part in parts)
@@ -82,7 +91,7 @@ def step_time(config: Config, model_config, facts: Facts, target: Target, shape:
         moved = sum(sizes) * model_config.get_text_config().hidden_size * shape.layers * kept
     if config.optimizer_in_backward:  # of all microbatches but a step's last the gradients go to the host
         moved += (len(parts) - len(steps)) * trained * size // 2
-    card = target.card or _NOMINAL
+    card = target.card or NOMINAL
     weights = shape.body * (0.55 if config.load_in_4bit else size if all_train else 2)
     passes = 2 + bool(config.gradient_checkpointing)
     compute = max(flops / (SHARE * card.flops), len(parts) * passes * weights / card.bandwidth) / len(steps)
@@ -94,7 +103,8 @@ def step_time(config: Config, model_config, facts: Facts, target: Target, shape:
     update = (2 * on_device + 4 * trained * size) / card.bandwidth
     if config.offload_optimizer:  # 3 passes over the states in the host's RAM
         update = update + 2 * trained * 4 / HOST_BYTES_PER_SECOND + 3 * on_host / 50e9
-    return StepTime(flops // len(steps), compute + update)
+    update /= shards
+    return StepTime(flops // len(steps), compute + update, update, len(parts) / len(steps))
 
 
 def _attended(facts: Facts) -> list[int]:
