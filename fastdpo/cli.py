@@ -103,7 +103,14 @@ def data(config):
 
 
 @takes_keys
-def plan(config, *, card: str | None = None, device: Literal["cpu", "cuda"] = "cuda"):
+def plan(
+    config,
+    *,
+    card: str | None = None,
+    device: Literal["cpu", "cuda"] = "cuda",
+    gpus: int | None = None,
+    nodes: int | None = None,
+):
     """predict the GPU memory of a run, whose it is, and what would make it fit
 
     Reads the model's config.json and the data, never a weight. Exit code 3 where
@@ -112,10 +119,12 @@ def plan(config, *, card: str | None = None, device: Literal["cpu", "cuda"] = "c
 
     :param card: a card's name, as in 4090; a wrong one is told all (default: the GPU here)
     :param device: cpu plans a run on a CPU
+    :param gpus: also what each of so many would hold, by mode of the key shard, and how long a step takes
+    :param nodes: so many nodes, each with those GPUs (default: 1)
     """
     from fastdpo.planning.command import plan
 
-    return 0 if plan(config, card, device) else 3
+    return 0 if plan(config, card, device, gpus=gpus, nodes=nodes) else 3
 
 
 def evaluate(model: str, /, *data: str, options: Options | None = None):

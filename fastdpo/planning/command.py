@@ -10,7 +10,9 @@ from fastdpo.model.policy import load_model_config, load_tokenizer
 from fastdpo.model.spec import ModelSpec
 from fastdpo.planning import show
 from fastdpo.planning.choose import budget_of
+from fastdpo.planning.collectives import Ranks
 from fastdpo.planning.prediction import assumed_groups, selected
+from fastdpo.planning.ranks import rank_plans, ranks_of, taken
 from fastdpo.planning.search import SURE, Option, Planner
 from fastdpo.planning.target import Target
 from fastdpo.training.job import check_stepping, job_of, part, stage_job
@@ -19,10 +21,17 @@ from fastdpo.values import not_one_of
 WIDTH = 100
 
 
-def plan(config: Config, card: str | None, device: str, console: Console | None = None) -> bool:
-    """Prints the plan of each stage; False where one does not fit, and nothing that leaves its learning as it
-    is would make it. Raises ConfigError and ModelError."""
-    console = console or Console(width=WIDTH)
+def plan(
+    config: Config,
+    card: str | None,
+    device: str,
+    console: Console | None = None,
+    gpus: int | None = None,
+    nodes: int | None = None,
+) -> bool:
+    """Prints the plan of each stage, and of how several GPUs would run it; False where one does not fit, and
+    nothing that leaves its learning as it is would make it. Raises ConfigError and ModelError."""
+    console, ranks = console or Console(width=WIDTH), ranks_of(gpus, nodes)
     target = _target(card, device)
     stages = config.per_stage()
     for stage in stages:
@@ -34,11 +43,13 @@ def plan(config: Config, card: str | None, device: str, console: Console | None 
     for number, stage in enumerate(stages, 1):
         if len(stages) > 1:
             console.rule(f"stage {number}")
-        fits.append(plan_stage(stage, model_config, groups, target, budget, console))
+        fits.append(plan_stage(stage, model_config, groups, target, budget, console, ranks))
     return all(fits)
 
 
-def plan_stage(config: Config, model_config, groups, target: Target, budget, console) -> bool:
+def plan_stage(
+    config: Config, model_config, groups, target: Target, budget, console, ranks: Ranks | None = None
+) -> bool:
     """Prints one stage's plan; whether it fits, or would. groups: its rows, or None where there are none to
     read."""
     assumed = groups is None
@@ -51,8 +62,15 @@ def plan_stage(config: Config, model_config, groups, target: Target, budget, con
     lines = [show.load_line(config, planner.loads(config), assumed), show.verdict(now.prediction, budget)]
     for line in (*lines, show.time_line(now.time, target)):
         console.print(line, highlight=False, soft_wrap=True)
-    if budget is None or now.prediction.total <= budget:
-        return True
+    fits = None if budget is None else now.prediction.total <= budget
+    would_fit = fits is not False or _search(planner, config, now, budget, console)
+    if ranks is None:
+        return would_fit
+    return _on_ranks(planner, config, ranks, budget, fits, console) or would_fit
+
+
+def _search(planner: Planner, config: Config, now: Option, budget: int, console: Console) -> bool:
+    """Prints what would make it fit; whether a change that leaves the learning as it is would."""
     console.print("it does not fit: each setting that saves memory is tried, which takes a while")
     options = list(planner.singles(config))
     found = planner.fitting(config, budget)
@@ -63,10 +81,23 @@ def plan_stage(config: Config, model_config, groups, target: Target, budget, con
     options += [found] if found else planner.offloaded(config, budget)
     options += planner.other_learning(config, budget)
     if options:
-        console.print(show.options_table(options, now.time, budget, target))
+        console.print(show.options_table(options, now.time, budget, planner.target))
     advice = _advice(options, found, budget, config.memory)
     console.print(f"[bold]next:[/] {advice}", highlight=False, soft_wrap=True)
     return any(option.same_learning and option.prediction.total <= budget for option in options)
+
+
+def _on_ranks(
+    planner: Planner, config: Config, ranks: Ranks, budget: int | None, replica: bool | None, console: Console
+) -> bool:
+    """Prints what each rank takes; whether it fits in the mode that the config takes. replica: whether one
+    GPU could hold it all."""
+    plans = rank_plans(planner, config, ranks, budget)
+    console.print(show.ranks_table(plans, ranks, budget, planner.target))
+    mode, why = taken(config, ranks, replica)
+    for line in show.ranks_lines(config, ranks, mode, why, planner.target):
+        console.print(line, highlight=False, soft_wrap=True)
+    return any(plan.mode == mode and (budget is None or plan.prediction.total <= budget) for plan in plans)
 
 
 def _advice(options: list[Option], found: Option | None, budget: int, memory: str | None) -> str:

@@ -1,7 +1,7 @@
 """The policy of a config, as trainer.py would load it, of tensors without data. No weight file is read."""
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -77,21 +77,51 @@ def fake_policy(
     return policy
 
 
-def head_policy(config: Config, model_config, target: Target) -> FakePolicy:
-    """A policy that can only plan its head: of one layer, on no device."""
+def head_policy(config: Config, model_config, target: Target, loaded: int | None = None) -> FakePolicy:
+    """A policy that can only plan its head: of one layer, on no device. loaded: bytes of weights beside it,
+    where they are not the whole model's."""
     with torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(with_layers(model_config, 1), dtype=torch.float32)
         model.tie_weights()
-        loaded = _loaded_bytes(model, config, model_config.get_text_config().num_hidden_layers, target)
+        if loaded is None:
+            layers = model_config.get_text_config().num_hidden_layers
+            loaded = _loaded_bytes(model, config, layers, target)
         if not trains_all(config):
             on_head = _lora_on_head(model, config)
             model = _with_lora(model, config) if on_head else model.requires_grad_(False)
     return FakePolicy(model, config, target, loaded)
 
 
-def with_head_memory(config: Config, model_config, target: Target) -> Config:
-    """The config with the head_memory of a run of it: some layers of the model would not tell."""
-    return replace(config, head_memory=f"{head_policy(config, model_config, target).head_budget}B")
+def with_head_memory(config: Config, model_config, target: Target, loaded: int | None = None) -> Config:
+    """The config with the head_memory of a run of it: some layers of the model would not tell. loaded: see
+    head_policy."""
+    return replace(config, head_memory=f"{head_policy(config, model_config, target, loaded).head_budget}B")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Weights that are gathered at once where they are sharded."""
+
+    size: int  # bytes of all, as they are kept
+    trained: int  # how many train
+
+
+def units(config: Config, model_config, target: Target) -> tuple[Unit, Unit]:
+    """(one decoder layer, what is in none: embedding, last norm and lm_head), a LoRA of theirs included."""
+    all_train, dtype = trains_all(config), target.dtype(config)
+    kept = torch.float32 if all_train and not config.pure_bf16 else dtype
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(with_layers(model_config, 1), dtype=kept)
+        model.tie_weights()
+        model = model if all_train else _with_lora(model, config)
+    core = model if all_train else model.get_base_model()
+    inside = {id(p) for p in decoder_layers(core)[0].parameters()}
+    parts = ([p for p in model.parameters() if (id(p) in inside) is is_layer] for is_layer in (True, False))
+    layer, root = (
+        Unit(sum(p.numel() * p.itemsize for p in part), sum(p.numel() for p in part if p.requires_grad))
+        for part in parts
+    )
+    return layer, root
 
 
 def _loaded_bytes(model, config: Config, layers: int, target: Target) -> int:

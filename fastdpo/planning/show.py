@@ -5,7 +5,9 @@ from rich.table import Column, Table
 from fastdpo.config.keys import Config
 from fastdpo.config.reading import to_word
 from fastdpo.console.formatting import counted, duration, gigabytes
+from fastdpo.planning.collectives import LINK_SHARE, NETWORK, Ranks
 from fastdpo.planning.prediction import Prediction
+from fastdpo.planning.ranks import GATHERED, KEPT, WHOLE, RankPlan, refused
 from fastdpo.planning.search import Option
 from fastdpo.planning.step_time import SHARE, StepTime
 from fastdpo.planning.target import SLACK, Target
@@ -84,6 +86,38 @@ def options_table(options: list[Option], now: StepTime, budget: int, target: Tar
         slower = f"{cost:+.0%}" if cost < 2 else f"{1 + cost:.0f}x"
         table.add_row(words(option.changes), gigabytes(size), fits, slower)
     return table
+
+
+def ranks_table(plans: list[RankPlan], ranks: Ranks, budget: int | None, target: Target) -> Table:
+    """A line a mode: what each rank takes, whether that fits, how long a step takes, what is sent in it."""
+    nodes = f" on each of {ranks.nodes} nodes" if ranks.nodes > 1 else ""
+    title = f"Each of {counted(ranks.gpus, 'GPU')}{nodes}, predicted"
+    names = ("kept", "gathered", "of the step", "all", "fits", "step", "speed", "sent a step")
+    table = Table("mode", *(Column(name, justify="right") for name in names), title=title)
+    for plan in plans:
+        sizes, all_ = plan.prediction.peak.bytes, plan.prediction.total
+        kept, gathered = (sum(sizes.get(name, 0) for name in some) for some in (KEPT, (GATHERED, WHOLE)))
+        fits = "" if budget is None else "[green]yes" if all_ <= budget else "[red]no"
+        time = ["", ""] if target.card is None else [duration(plan.seconds), f"{plan.speed:.1f}x"]
+        parts = map(gigabytes, (kept, gathered, all_ - kept - gathered, all_))
+        table.add_row(plan.mode, *parts, fits, *time, gigabytes(plan.sent))
+    return table
+
+
+def ranks_lines(config: Config, ranks: Ranks, mode: str, why: str, target: Target) -> list[str]:
+    """Which mode the key takes, what refuses the others, and what the numbers stand on."""
+    lines = [f"{why}: [bold]{mode}[/]"]
+    if ranks.all > 1 and (keys := list(refused(config))):
+        lines.append(f"[yellow]not planned: weights are not sharded with {', '.join(keys)}[/]")
+    lines.append(
+        "kept: weights, gradients, states; gathered: what sharding makes whole for a while; speed: times one "
+        "GPU's, as if the same step fitted it"
+    )
+    if target.card is not None and ranks.all > 1:
+        network = f", {NETWORK / 1e9:.0f} GB/s a GPU between nodes" if ranks.nodes > 1 else ""
+        link = f"{target.card.link / 1e9:.0f} GB/s one way within a node"
+        lines.append(f"assumed, not measured: {LINK_SHARE:.0%} of {link}{network} (docs/several_gpus.md)")
+    return lines
 
 
 def load_line(config: Config, loads, assumed: bool) -> str:
