@@ -19,6 +19,7 @@ from benchmarks.tables.blocks import BLOCKS
 from benchmarks.tables.chips import tiles_table
 from benchmarks.tables.configs import collected_table, refused_table
 from benchmarks.tables.markdown import link
+from benchmarks.tables.rank_blocks import on_paper
 from benchmarks.tables.standing import standing
 from fastdpo.config.reading import keys_table
 from fastdpo.data.formats.known import FORMATS
@@ -38,7 +39,7 @@ def formats_table() -> str:
 
 
 TABLES = {"keys": keys_table, "objectives": objectives_table, "formats": formats_table}
-TABLES |= {"tiles": tiles_table, "configs": collected_table, "refused": refused_table}
+TABLES |= {"tiles": tiles_table, "configs": collected_table, "refused": refused_table, "ranks": on_paper}
 
 
 def block(name: str, folder: Path = RESULTS, up: str = "") -> str:
