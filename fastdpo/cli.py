@@ -17,6 +17,7 @@ from fastdpo.errors import ConfigError, FastDPOError, Stopped
 from fastdpo.evaluation.options import Options
 from fastdpo.flags import UNEXPECTED, takes_keys, with_values
 
+Device = Literal["cpu", "cuda"]
 app = App(
     name="fastdpo",
     help="Preference training (DPO and its family) at the limit of one GPU. `train --help` lists the keys.",
@@ -104,23 +105,17 @@ def data(config):
 
 @takes_keys
 def plan(
-    config,
-    *,
-    card: str | None = None,
-    device: Literal["cpu", "cuda"] = "cuda",
-    gpus: int | None = None,
-    nodes: int | None = None,
+    config, *, card: str | None = None, device: Device = "cuda", gpus: int | None = None, nodes: int = 1
 ):
     """predict the GPU memory of a run, whose it is, and what would make it fit
 
-    Reads the model's config.json and the data, never a weight. Exit code 3 where
-    it does not fit, and nothing that leaves the learning as it is would make it;
-    0 where it fits, or would, or no memory is known.
+    Reads no weight. Exit code 3 where it does not fit, and nothing that leaves the
+    learning as it is would make it; 0 where it fits, or would, or no memory is known.
 
     :param card: a card's name, as in 4090; a wrong one is told all (default: the GPU here)
     :param device: cpu plans a run on a CPU
     :param gpus: also what each of so many would hold, by mode of the key shard, and how long a step takes
-    :param nodes: so many nodes, each with those GPUs (default: 1)
+    :param nodes: so many nodes, each with those GPUs
     """
     from fastdpo.planning.command import plan
 

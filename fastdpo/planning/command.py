@@ -27,7 +27,7 @@ def plan(
     device: str,
     console: Console | None = None,
     gpus: int | None = None,
-    nodes: int | None = None,
+    nodes: int = 1,
 ) -> bool:
     """Prints the plan of each stage, and of how several GPUs would run it; False where one does not fit, and
     nothing that leaves its learning as it is would make it. Raises ConfigError and ModelError."""

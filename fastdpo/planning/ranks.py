@@ -54,14 +54,14 @@ class RankPlan:
     speed: float  # times one GPU's, of the same step as if it fitted
 
 
-def ranks_of(gpus: int | None, nodes: int | None) -> Ranks | None:
+def ranks_of(gpus: int | None, nodes: int) -> Ranks | None:
     """Of --gpus and --nodes; None without them. Raises ConfigError."""
     for flag, number in (("--gpus", gpus), ("--nodes", nodes)):
         if number is not None and number < 1:
             raise ConfigError(f"{flag}: {number} is below 1")
-    if gpus is None and nodes is not None:
+    if gpus is None and nodes > 1:
         raise ConfigError("--nodes: how many GPUs has a node? Give --gpus too")
-    return None if gpus is None else Ranks(gpus, nodes or 1)
+    return None if gpus is None else Ranks(gpus, nodes)
 
 
 def refused(config: Config) -> Iterator[str]:

@@ -323,9 +323,9 @@ def test_flags_that_are_wrong_are_told(capsys):
     ):
         assert main(["plan", "--model", "x", "--data", "y", *words]) == 2
         assert told in capsys.readouterr().err
-    assert ranks_of(None, None) is None and ranks_of(8, None) == Ranks(8) and ranks_of(4, 2).all == 8
+    assert ranks_of(None, 1) is None and ranks_of(8, 1) == Ranks(8) and ranks_of(4, 2).all == 8
     with pytest.raises(ConfigError):
-        ranks_of(-1, None)
+        ranks_of(-1, 1)
 
 
 def test_the_command_takes_gpus_and_nodes(tmp_path, capsys):
