@@ -10,12 +10,12 @@ from itertools import chain, islice, starmap
 import numpy as np
 
 from fastdpo.config.keys import Config
+from fastdpo.data.dealing import deal_sizes
 from fastdpo.data.packing import Size, epoch_steps, sizes_of
 from fastdpo.data.pairs import BY_GAP, select_pairs
 from fastdpo.data.store.stored import facts_of
 from fastdpo.model.support import sharing_refusal
 from fastdpo.planning.allocations import ADAPTERS, GRADIENTS, OWNERS, STATES, WEIGHTS, Peak
-from fastdpo.planning.dealing import deal_sizes
 from fastdpo.planning.fake_model import head_policy, with_head_memory, with_layers
 from fastdpo.planning.simulate import Load, simulate
 from fastdpo.planning.target import CONTEXT, SLACK, Target

@@ -13,12 +13,12 @@ and autograd keeps the cast one unless layers are recomputed.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastdpo.config.keys import Config
+from fastdpo.distributed.world import World
 from fastdpo.errors import ConfigError, ModelError
-from fastdpo.optim.bytes import QUANTISED
 from fastdpo.planning.allocations import ADAPTERS, GRADIENTS, STATES, WEIGHTS, Peak
 from fastdpo.planning.collectives import (
     GRADIENT,
@@ -37,6 +37,7 @@ from fastdpo.planning.search import SURE, Planner
 from fastdpo.planning.step_time import NOMINAL
 from fastdpo.planning.target import Target
 from fastdpo.records import Groups
+from fastdpo.training.job import check_ranks
 from fastdpo.values import as_bytes
 
 GATHERED, WHOLE = "gathered weights", "whole gradients"
@@ -64,13 +65,13 @@ def ranks_of(gpus: int | None, nodes: int) -> Ranks | None:
     return None if gpus is None else Ranks(gpus, nodes)
 
 
-def refused(config: Config) -> Iterator[str]:
-    """The keys, with their values, that a sharded run of this config would not take."""
-    for name in ("load_in_4bit", "offload_optimizer", "optimizer_in_backward", "pure_bf16"):
-        if getattr(config, name):
-            yield f"{name}: true"
-    if config.optim == "adafactor" or config.optim.startswith("paged_") or config.optim in QUANTISED:
-        yield f"optim: {config.optim}"
+def refusal(config: Config, mode: str, ranks: Ranks) -> str | None:
+    """Why a run of this config would not start in a mode."""
+    try:
+        check_ranks(config, World(size=ranks.all), sharded=mode != REPLICATE)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def taken(config: Config, ranks: Ranks, fits: bool | None) -> tuple[str, str]:
@@ -120,7 +121,7 @@ def rank_plans(planner: Planner, config: Config, ranks: Ranks, budget: int | Non
     fits."""
     layers = planner.model_config.get_text_config().num_hidden_layers
     model = Model(layers, *units(config, planner.model_config, planner.target))
-    modes = [mode for mode in ranks.modes if mode == REPLICATE or not any(refused(config))]
+    modes = [mode for mode in ranks.modes if refusal(config, mode, ranks) is None]
     return [_plan_of(planner, config, model, mode, ranks, budget) for mode in modes]
 
 

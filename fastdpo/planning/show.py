@@ -1,5 +1,6 @@
 """A plan as a person reads it."""
 
+from rich.markup import escape
 from rich.table import Column, Table
 
 from fastdpo.config.keys import Config
@@ -7,7 +8,7 @@ from fastdpo.config.reading import to_word
 from fastdpo.console.formatting import counted, duration, gigabytes
 from fastdpo.planning.collectives import LINK_SHARE, NETWORK, Ranks
 from fastdpo.planning.prediction import Prediction
-from fastdpo.planning.ranks import GATHERED, KEPT, WHOLE, RankPlan, refused
+from fastdpo.planning.ranks import GATHERED, KEPT, WHOLE, RankPlan, refusal
 from fastdpo.planning.search import Option
 from fastdpo.planning.step_time import SHARE, StepTime
 from fastdpo.planning.target import SLACK, Target
@@ -107,8 +108,9 @@ def ranks_table(plans: list[RankPlan], ranks: Ranks, budget: int | None, target:
 def ranks_lines(config: Config, ranks: Ranks, mode: str, why: str, target: Target) -> list[str]:
     """Which mode the key takes, what refuses the others, and what the numbers stand on."""
     lines = [f"{why}: [bold]{mode}[/]"]
-    if ranks.all > 1 and (keys := list(refused(config))):
-        lines.append(f"[yellow]not planned: weights are not sharded with {', '.join(keys)}[/]")
+    for other in ranks.modes:
+        if why_not := refusal(config, other, ranks):
+            lines.append(f"[yellow]{other} is not planned: {escape(why_not)}[/]")
     lines.append(
         "kept: weights, gradients, states; gathered: what sharding makes whole for a while; speed: times one "
         "GPU's, as if the same step fitted it"

@@ -4,6 +4,7 @@ The formula is model/flops.py's, with what is computed again on top. Experts of 
 layers, and are not counted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import starmap
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from fastdpo.config.keys import Config
+from fastdpo.data.dealing import Rounds, deal_sizes
 from fastdpo.data.packing import Size, sizes_of
 from fastdpo.data.store.facts import Facts
 from fastdpo.model.cards import Card
@@ -21,7 +23,6 @@ from fastdpo.model.quantised import quantised_linears
 from fastdpo.model.support import sharing_refusal
 from fastdpo.optim.bytes import host_state_bytes, state_bytes
 from fastdpo.optim.spec import OptimSpec
-from fastdpo.planning.dealing import deal_sizes, of_slowest
 from fastdpo.planning.fake_model import head_policy, trains_all, with_layers
 from fastdpo.planning.target import Target
 from fastdpo.training.job import part
@@ -105,6 +106,17 @@ def step_time(
         update = update + 2 * trained * 4 / HOST_BYTES_PER_SECOND + 3 * on_host / 50e9
     update /= shards
     return StepTime(flops // len(steps), compute + update, update, len(parts) / len(steps))
+
+
+def of_slowest(sizes: Sequence[Size], rounds: Rounds, in_step: bool) -> list[list[int]]:
+    """The microbatches that a step waits for. in_step: ranks wait for each other in each round (shards are
+    gathered together), so the largest of each; else at the step's end alone, so those of the rank with the
+    most tokens."""
+    tokens = lambda part: sum(sizes[i].tokens for i in part)
+    if in_step:
+        return [max(one, key=tokens) for one in rounds]
+    ranks = [list(filter(None, parts)) for parts in zip(*rounds)]
+    return max(ranks, key=lambda parts: sum(map(tokens, parts)))
 
 
 def _attended(facts: Facts) -> list[int]:

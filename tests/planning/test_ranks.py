@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.tables import rank_blocks
 from fastdpo.cli import main
 from fastdpo.config.keys import Config
-from fastdpo.data.packing import Size, split_sizes
+from fastdpo.data.dealing import deal_sizes
+from fastdpo.data.packing import Size
 from fastdpo.errors import ConfigError
 from fastdpo.model.cards import CARDS, Card
 from fastdpo.planning import command
@@ -28,7 +29,6 @@ from fastdpo.planning.collectives import (
     seconds,
     traffic,
 )
-from fastdpo.planning.dealing import deal_sizes, of_slowest
 from fastdpo.planning.fake_model import Unit, units
 from fastdpo.planning.prediction import highest, peaks_of, predict
 from fastdpo.planning.ranks import (
@@ -37,13 +37,13 @@ from fastdpo.planning.ranks import (
     rank_bytes,
     rank_plans,
     ranks_of,
-    refused,
+    refusal,
     replica_fits,
     sharded,
     taken,
 )
 from fastdpo.planning.search import Planner
-from fastdpo.planning.step_time import StepTime
+from fastdpo.planning.step_time import StepTime, of_slowest
 from fastdpo.planning.target import Target
 from tests.planning.test_planning import at, in_blocks, llama
 from tests.tiny import group
@@ -67,32 +67,9 @@ def model_of(keys, c=None):
     return Model(c.num_hidden_layers, *units(keys, c, GPU))
 
 
-def sizes_of_rows(draw):
-    return [Size.of(group(i, 5 + draw[i] % 40, [draw[i] % 90 + 2, 7])) for i in range(len(draw))]
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-@pytest.mark.parametrize("share", [True, False])
-def test_each_group_is_dealt_once_and_no_microbatch_is_over_the_caps(ranks, share):
-    sizes = sizes_of_rows([17 * i % 97 for i in range(29)])
-    rounds = deal_sizes(sizes, ranks, 260, 150, share)
-    parts = [part for one in rounds for part in one if part]
-    assert sorted(i for part in parts for i in part) == list(range(29))
-    assert all(len(one) == ranks for one in rounds)
-    for part in parts:
-        of_part = [sizes[i] for i in part]
-        places = sum(s.tokens for s in of_part)
-        if not share:
-            places = sum(s.responses for s in of_part) * max(s.width for s in of_part)
-        assert len(part) == 1 or (places <= 260 and sum(s.scored for s in of_part) <= 150)
-    cut = split_sizes(sizes, 260, 150, share)
-    assert len(rounds) >= -(-len(cut) // ranks) and (ranks > 1 or rounds == [[part] for part in cut])
-
-
-def test_groups_are_dealt_evenly():
-    """Larger ones first, each to the microbatch with the fewest tokens; by hand."""
+def test_what_a_step_waits_for():
+    """Shards wait in each round, replicas at the step's end; by hand."""
     sizes = [Size(tokens, 2, tokens, 4, row) for row, tokens in enumerate((50, 10, 40, 30, 20, 10))]
-    assert deal_sizes(sizes, 2, 1000) == [[[0, 4, 1], [2, 3, 5]]]
     rounds = deal_sizes(sizes, 2, 50)
     assert rounds == [[[0], [2]], [[4, 1], [3, 5]]]
     assert of_slowest(sizes, rounds, in_step=True) == [[0], [3, 5]]
@@ -218,21 +195,24 @@ def test_steps_of_many_groups_are_timed_whole():
     [
         {"lora_rank": 4, "load_in_4bit": True},
         {"offload_optimizer": True},
-        {"optimizer_in_backward": True, "max_grad_norm": 0.0},
         {"pure_bf16": True},
         *({"optim": name} for name in ("adafactor", "paged_adamw_32bit", "adamw_8bit", "adamw_torch_4bit")),
     ],
     ids=str,
 )
-def test_what_cannot_be_sharded_is_named(keys):
-    named = [*keys][-1] if "max_grad_norm" not in keys else "optimizer_in_backward"
-    assert [text.split(":")[0] for text in refused(config(**keys))] == [named]
+def test_what_cannot_be_sharded_is_said_as_a_run_would_say_it(keys):
+    assert [*keys][-1] in refusal(config(**keys), SHARD, Ranks(8))
+    assert refusal(config(**keys), HYBRID, Ranks(4, 2)) == refusal(config(**keys), SHARD, Ranks(8))
+    assert refusal(config(**keys), REPLICATE, Ranks(8)) is None
 
 
-def test_what_can_be_sharded_is_not_refused():
+def test_what_no_two_ranks_can_do_is_not_planned():
+    keys = config(optimizer_in_backward=True, max_grad_norm=0.0)
+    assert all("optimizer_in_backward" in refusal(keys, mode, Ranks(8)) for mode in (REPLICATE, SHARD))
+    assert rank_plans(Planner(llama(), rows(), GPU), keys, Ranks(8), None) == []
+    assert refusal(keys, REPLICATE, Ranks(1)) is None
     for name in ("adamw_torch_fused", "sgd", "rmsprop"):
-        assert not list(refused(config(optim=name)))
-    assert not list(refused(config(lora_rank=4)))
+        assert refusal(config(optim=name), SHARD, Ranks(8)) is None
 
 
 @pytest.mark.parametrize(
@@ -296,7 +276,7 @@ def test_the_table_is_added_below_the_plan_as_it_was():
 
 def test_a_mode_that_is_refused_is_named():
     text, _ = printed(config(optim="adafactor", shard=True), Ranks(8), 10**12)
-    assert "weights are not sharded with optim: adafactor" in text and "shard: true: shard" in text
+    assert "shard is not planned: optim: adafactor: not with shard" in text and "shard: true: shard" in text
 
 
 def test_what_one_gpu_cannot_hold_may_fit_in_shards(monkeypatch):
