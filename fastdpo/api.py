@@ -14,6 +14,7 @@ from fastdpo.doctor import settle_backends
 from fastdpo.errors import ConfigError
 from fastdpo.planning.choose import choose
 from fastdpo.planning.out_of_memory import explain
+from fastdpo.planning.ranks import replica_fits
 from fastdpo.publish.hub import check_hub, push
 from fastdpo.publish.model_card import add_card
 from fastdpo.training import trainer
@@ -21,10 +22,6 @@ from fastdpo.training.job import Around
 from fastdpo.values import plain
 
 Given = Config | Mapping[str, Any] | str | PathLike[str]
-
-
-def replica_fits(config: Config, model_config: Any, groups: Any) -> bool | None:
-    return None  # TODO planning
 
 
 def write_report(run: Path, ended: bool) -> Path:
