@@ -175,8 +175,8 @@ def joined() -> Iterator[World]:
         return
     if dist.is_initialized():
         raise ConfigError(
-            "torch.distributed is initialised already: leave init_process_group to fastdpo.train, which needs "
-            "gloo beside nccl"
+            "torch.distributed is initialised already: leave init_process_group to fastdpo.train, which "
+            "needs gloo beside nccl"
         )
     _joined.append(world := _start(size))
     try:

@@ -125,7 +125,7 @@ def check_ranks(config: Config, world: World, sharded: bool) -> None:
     if not sharded:
         return
     refused = {"load_in_4bit": config.load_in_4bit, "pure_bf16": config.pure_bf16}
-    refused |= {"offload_optimizer": config.offload_optimizer}
+    refused |= {"offload_optimizer": config.offload_optimizer, "memory": config.memory is not None}
     refused |= {f"optim: {config.optim}": config.optim not in SHARDED_OPTIM}
     for stage in config.per_stage():
         refused |= {f"optim: {stage.optim}": stage.optim not in SHARDED_OPTIM}

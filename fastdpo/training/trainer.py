@@ -133,9 +133,9 @@ def read(job: Job, console: Console, around: Around, world: World, clock: dateti
     with world.first_then_others():  # who find what it has tokenised
         groups, eval_groups, reports = load_data(job.data, tokenizer, console, clock)
     around.settle_backends(console)  # what is left out changes the plan
+    world = placed(world, job, lambda: around.replica_fits(job.config, model_config, groups))
     job = job_of(world.told(lambda: around.choose(job.config, model_config, groups, console)))
-    fits = lambda: around.replica_fits(job.config, model_config, groups)
-    return job, placed(world, job, fits), tokenizer, groups, eval_groups, reports
+    return job, world, tokenizer, groups, eval_groups, reports
 
 
 def check_stages(stages: Sequence[StageJob], groups, eval_groups) -> None:

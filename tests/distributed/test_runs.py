@@ -112,20 +112,27 @@ def interrupted(folder, to):
     return to
 
 
-        @pytest.mark.parametrize("shard, split", [(False, False), (True, False), (True, True)]) def
-        test_any_number_of_ranks_goes_on(two, base, alone, tmp_path, shard, split): keys = dict(shard=shard,
-        optim="adamw_torch_fused", learning_rate=1e-4, samples=0) more = {"split_from": 0.0} if split else {}
-        two(runs.train, base("tied", output_dir=str(tmp_path / "whole"), **keys), **more) files = {path.name
-        for path in (tmp_path / "whole/checkpoints/step-10").iterdir()} assert
-        ("weights-00001-of-00002.safetensors" in files) == split == ("weights.safetensors" not in files) keys
-        |= dict(resume=True, overwrite=False) same = interrupted(tmp_path / "whole", tmp_path / "two")
-        two(runs.train, base("tied", output_dir=str(same), **keys)) assert apart(same, tmp_path / "whole") ==
-        0 assert metrics(same) == metrics(tmp_path / "whole") one = interrupted(tmp_path / "whole", tmp_path /
-        "one") said = runs.train(ALONE, base("tied", output_dir=str(one), **keys)) assert "the run had 2
-        processes, now 1" in said assert_same_run(one, tmp_path / "whole") if not split: begun =
-        interrupted(alone("tied", **(keys | dict(shard=False, resume=False, overwrite=True))), tmp_path / "b")
-        two(runs.train, base("tied", output_dir=str(begun), **keys)) assert_same_run(begun, tmp_path /
-        "whole")
+@pytest.mark.parametrize("shard, split", [(False, False), (True, False), (True, True)])
+def test_any_number_of_ranks_goes_on(two, base, alone, tmp_path, shard, split):
+    keys = dict(shard=shard, optim="adamw_torch_fused", learning_rate=1e-4, samples=0)
+    more = {"split_from": 0.0} if split else {}
+    two(runs.train, base("tied", output_dir=str(tmp_path / "whole"), **keys), **more)
+    files = {path.name for path in (tmp_path / "whole/checkpoints/step-10").iterdir()}
+    assert ("weights-00001-of-00002.safetensors" in files) == split == ("weights.safetensors" not in files)
+    keys |= dict(resume=True, overwrite=False)
+    same = interrupted(tmp_path / "whole", tmp_path / "two")
+    two(runs.train, base("tied", output_dir=str(same), **keys))
+    assert apart(same, tmp_path / "whole") == 0
+    assert metrics(same) == metrics(tmp_path / "whole")
+    one = interrupted(tmp_path / "whole", tmp_path / "one")
+    said = runs.train(ALONE, base("tied", output_dir=str(one), **keys))
+    assert "the run had 2 processes, now 1" in said
+    assert_same_run(one, tmp_path / "whole")
+    if not split:
+        first = alone("tied", **(keys | dict(shard=False, resume=False, overwrite=True)))
+        begun = interrupted(first, tmp_path / "begun")
+        two(runs.train, base("tied", output_dir=str(begun), **keys))
+        assert_same_run(begun, tmp_path / "whole")
 
 
 def stored(path) -> set:
