@@ -127,8 +127,6 @@ def check_ranks(config: Config, world: World, sharded: bool) -> None:
     refused = {"load_in_4bit": config.load_in_4bit, "pure_bf16": config.pure_bf16}
     refused |= {"offload_optimizer": config.offload_optimizer, "memory": config.memory is not None}
     refused |= {f"optim: {config.optim}": config.optim not in SHARDED_OPTIM}
-    for stage in config.per_stage():
-        refused |= {f"optim: {stage.optim}": stage.optim not in SHARDED_OPTIM}
     for name in (name for name, is_set in refused.items() if is_set):
         raise ConfigError(
             f"{name}: not with shard, whose parts of a weight it does not know yet; say shard: false, which "

@@ -15,7 +15,7 @@ class Ranks:
     """`ranks(function, ...)` calls function(world, ...) in n processes and returns what each one returned. A
     function that raises ends them all. Functions have to be importable."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, per_node: int | None = None):
         import torch.distributed as dist
 
         context = multiprocessing.get_context("spawn")
@@ -23,7 +23,8 @@ class Ranks:
         self.pipes, self.processes = [], []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, self.store.port, there), daemon=True)
+            told = environment(rank, size, self.store.port, per_node)
+            process = context.Process(target=_serve, args=(rank, told, there), daemon=True)
             process.start()
             self.pipes.append(here)
             self.processes.append(process)
@@ -53,8 +54,8 @@ def environment(rank: int, size: int, port: int, per_node: int | None = None) ->
     return {name: str(value) for name, value in (numbers | fixed).items()}
 
 
-def _serve(rank: int, size: int, port: int, pipe) -> None:
-    os.environ.update(environment(rank, size, port))
+def _serve(rank: int, told: dict[str, str], pipe) -> None:
+    os.environ.update(told)
     from fastdpo.distributed.world import joined
 
     with contextlib.suppress(EOFError), joined() as world:

@@ -3,6 +3,7 @@
 import torch
 from rich.console import Console
 
+from fastdpo.data.dealing import deal_step
 from fastdpo.distributed.shards import whole
 from fastdpo.model.policy import Policy
 from fastdpo.model.sharding import shard
@@ -22,6 +23,32 @@ def place(p: Policy, world, mode: str) -> Policy:
     else:
         shard(p, world.with_shards(hybrid=mode == "hybrid"))
     return p
+
+
+def balanced_step(world, mode, cap):
+    """(largest difference of a gradient of a mixture of experts from that of one process with the same
+    microbatches; of its loss and balance loss), in fp64."""
+    torch.manual_seed(0)
+    groups = step_groups()
+    p = policy("mixtral", torch.float64, num_local_experts=4)
+    p.core.set_experts_implementation("eager")  # grouped products take no fp64
+    prepare(p, groups, QUIET)
+    made = lambda: stage_of(
+        make_objective("sigmoid", {}), p, groups, max_tokens=cap, router_aux_loss_coef=0.5
+    )
+    stage, progress = made(), Progress()
+    rounds = deal_step(groups, world.size, *stage.caps)
+    stage.cut = lambda groups: ([part for one in rounds for part in one if part], False)
+    stage.step(groups, progress, 1)
+    want, said = gradients(p), progress.window.sums.means()
+    assert said["aux_loss"] > 0
+    place(p, world, mode)
+    stage, progress = made(), Progress()
+    stage.step(groups, progress, 1)
+    apart = [float((whole(q.grad) - g).abs().max()) for q, g in zip(p.trained(), want)]
+    progress.window.sums.all_to_first(world)
+    means = progress.window.sums.means() or said
+    return max(apart), abs(means["loss"] - said["loss"]), abs(means["aux_loss"] - said["aux_loss"])
 
 
 def alone(objective, p: Policy, groups):

@@ -36,8 +36,27 @@ def test_a_step_of_two_ranks_is_the_definition(two, kind, mode):
 
 
 @pytest.mark.parametrize("mode", ["replicate", "shard"])
+@pytest.mark.parametrize("cap", [40, 10**6])
+def test_a_mixtures_balance_loss_is_a_mean_over_all_microbatches(two, mode, cap):
+    for found in two(steps.balanced_step, mode, cap):
+        assert max(found) < 1e-9
+
+
+@pytest.mark.parametrize("mode", ["replicate", "shard"])
 def test_a_rank_without_work_computes_as_often_and_counts_nothing(two, mode):
     for kind in ("decomposable", "rescaled", "coupled"):
         found = two(steps.one_step, *OBJECTIVES[kind], mode, 70, n_groups=1)
         assert [parts for *_, parts in found] == [1, 0]
         assert all(apart < 1e-9 and loss < 1e-9 for apart, loss, *_ in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [3, 4])
+def test_three_and_four_ranks(size):
+    ranks = Ranks(size, per_node=2 if size == 4 else None)
+    for mode in ("replicate", "shard", "hybrid")[: size - 1]:
+        for kind in OBJECTIVES:
+            for apart, loss, memory, wanted, _ in ranks(steps.one_step, *OBJECTIVES[kind], mode, 70):
+                assert apart < 1e-9 and loss < 1e-9, (mode, kind)
+                assert memory == pytest.approx(wanted)
+    ranks.close()
