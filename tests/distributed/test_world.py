@@ -1,5 +1,7 @@
 """What ranks agree on without a word, what they refuse, and how they end; one process plays them all."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -22,9 +24,8 @@ from fastdpo.training.checkpoint import Tensors
 
 def sizes(n, seed):
     draw = np.random.default_rng(seed)
-    rows = zip(
-        draw.integers(5, 60, n), draw.integers(1, 5, n), draw.integers(5, 60, n), draw.integers(1, 40, n)
-    )
+    ranges = (5, 60), (1, 5), (5, 60), (1, 40)
+    rows = zip(*(draw.integers(*some, n) for some in ranges))
     return [Size(*map(int, row), number) for number, row in enumerate(rows)]
 
 
@@ -100,7 +101,7 @@ def test_one_rank_says_why_and_the_others_end_with_its_code(monkeypatch):
 
 
 def test_the_exit_code_is_that_of_who_spoke():
-    for error, code in [(Stopped(2), 130), (ConfigError("x"), 2), (KeyError("x"), 1)]:
+    for error, code in [(Stopped(signal.SIGINT), 130), (ConfigError("x"), 2), (KeyError("x"), 1)]:
         first, second = endings()
         assert first.cause(error) is error and second.cause(ValueError("same")).code == code
 
@@ -128,7 +129,7 @@ def test_ranks_that_differ_are_refused(monkeypatch):
         ranks.check_same_rows(two(("other", "there")), "digest")
     ranks.check_same_rows(two(("digest", "there")), "digest")
     here = ALONE.gather({"python": "3.0"})[0]
-    with pytest.raises(ConfigError, match="rank 1 has .*: all nodes need the same versions"):
+    with pytest.raises(ConfigError, match="all nodes need the same versions"):
         ranks.check_alike(two(here))
 
 
@@ -140,7 +141,7 @@ def test_ranks_that_differ_are_refused(monkeypatch):
         (dict(pure_bf16=True), "pure_bf16"),
         (dict(load_in_4bit=True, lora_rank=2), "load_in_4bit"),
         (dict(memory="24GB"), "memory"),
-        (dict(stages=[dict(optim="adamw_8bit"), {}]), "optim: adamw_8bit"),
+        (dict(optim="adamw_8bit"), "optim: adamw_8bit"),
     ],
 )
 def test_what_shards_do_not_know_is_refused_by_name(keys, name):
@@ -153,14 +154,20 @@ def test_what_shards_do_not_know_is_refused_by_name(keys, name):
 
 def test_weights_are_not_updated_in_a_backward_of_several_ranks():
     config = Config(model="m", data="d", optimizer_in_backward=True, max_grad_norm=0.0)
-    with pytest.raises(ConfigError, match="^optimizer_in_backward: on several GPUs"):
+    with pytest.raises(ConfigError, match="optimizer_in_backward: on several GPUs"):
         job.check_ranks(config, World(size=2), sharded=False)
 
 
-@pytest.mark.parametrize("shard, lora, fits, sharded", [
-    ("auto", None, False, True), ("auto", None, None, False), ("auto", 2, False, False), (False, None, False, False),
-    (True, 2, True, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shard, lora, fits, sharded",
+    [
+        ("auto", None, False, True),
+        ("auto", None, None, False),
+        ("auto", 2, False, False),
+        (False, None, False, False),
+        (True, 2, True, True),
+    ],
+)
 def test_auto_shards_where_all_weights_train_and_do_not_fit(monkeypatch, shard, lora, fits, sharded):
     monkeypatch.setattr(World, "with_shards", lambda self, hybrid: "sharded")
     monkeypatch.setattr(World, "told", lambda self, make: make())
@@ -196,5 +203,5 @@ def test_the_command_goes_on_without_its_flag(monkeypatch):
 def test_a_process_group_of_someone_else_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    with pytest.raises(ConfigError, match="torch.distributed is initialised already"), joined():
+    with pytest.raises(ConfigError, match=r"torch\.distributed is initialised already"), joined():
         pass
