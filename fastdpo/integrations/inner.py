@@ -109,7 +109,7 @@ class Inner(Policy):
 def can_share(model, forward, groups, tell, around=None) -> bool:
     """Whether this model's prompts can be shared, or its rows stay padded; `tell` gets the reasons.
 
-    Compares our log-probs with the model's own `forward` on the first batch's groups, cut short, within the
+    Compares our log-probs with the model's own `forward` on `groups`, some of the first batch, within the
     context `around`. Raises ModelError where neither way gives what the model gives.
     """
     if random := random_module(model):
@@ -124,7 +124,7 @@ def can_share(model, forward, groups, tell, around=None) -> bool:
         )
     try:
         with around or contextlib.nullcontext():
-            prepare(policy, short(groups), console)
+            prepare(policy, groups, console)
         shared = policy.share
     finally:
         policy.set_sharing(False)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from fastdpo.errors import ModelError
-from fastdpo.integrations.inner import Sealed, can_share, switch_attention
+from fastdpo.integrations.inner import Sealed, can_share, short, switch_attention
+from fastdpo.integrations.split import same_everywhere
 from fastdpo.integrations.trl_rows import IGNORED, PackedRows, pack_rows
 from fastdpo.model.lm_head import Head, logit_transform
+from fastdpo.records import PreferenceGroup
 
 
 def bind(model: nn.Module, forward) -> None:
@@ -64,12 +66,13 @@ class Packed:
         `router`: with the router logits of all tokens.
         """
         rows = reason or pack_rows(kwargs["input_ids"], kwargs.get("attention_mask"), labels, whole=router)
+        if self.way is None:
+            groups = same_everywhere(model, None if isinstance(rows, str) else short(rows.groups))
+            self.way = None if groups is None else self.decide(model, groups)
         if isinstance(rows, str):
             if rows != "nothing is scored":
                 self.tell(rows + self.slower)
             return None
-        if self.way is None:
-            self.way = self.decide(model, rows)
         if self.way == "shared":
             rows = rows.to(kwargs["input_ids"].device)
             return *self.shared(model, rows, router), rows.copies
@@ -100,11 +103,11 @@ class Packed:
         spread = lambda v: v.new_zeros(mask.shape).masked_scatter(mask.to(v.device), v)
         return {name: spread(value) for name, value in values.items()}, out
 
-    def decide(self, model, rows: PackedRows, around=None) -> str:
+    def decide(self, model, groups: list[PreferenceGroup], around=None) -> str:
         """Which way is right for this model: compares our log-probs with its own on a short pair, within the
         context `around`."""
         try:
-            return "shared" if can_share(model, self.own, rows.groups, self.tell, around) else "padded"
+            return "shared" if can_share(model, self.own, groups, self.tell, around) else "padded"
         except ModelError as error:
             self.tell(f"{error}{self.slower}")
             return "own"

@@ -8,13 +8,13 @@ from typing import Any
 
 import trl.trainer.dpo_trainer as dpo_trainer
 import trl.trainer.utils as trl_utils
-from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from fastdpo.integrations.head import token_logp
 from fastdpo.integrations.packed_forward import Packed, bind
+from fastdpo.integrations.split import whole
 from fastdpo.integrations.trl_rows import IGNORED
 from fastdpo.model.lm_head import logit_transform
 
@@ -139,9 +139,7 @@ class FusedForward(Packed):
     def score(self, model, hidden, target):
         """TRL's per-token fields: those of `outputs`."""
         head = model.get_output_embeddings()
-        weight, bias = head.weight, head.bias
-        if isinstance(weight, DTensor):  # FSDP2
-            weight, bias = weight.full_tensor(), bias if bias is None else bias.full_tensor()
+        weight, bias = whole(head.weight), whole(head.bias)
         hidden, target = hidden.to(weight.device), target.to(weight.device)
         with trl_utils.maybe_gather_lm_head_ctx(weight, bias):
             chunk = getattr(trl_utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", None)
@@ -149,9 +147,9 @@ class FusedForward(Packed):
             fields = FusedLogProb.apply(hidden, weight, bias, target, *options)
         return {name: value for name, value in zip(FIELDS, fields) if value is not None}
 
-    def decide(self, model, rows):  # type: ignore[override]  # it has its own context
+    def decide(self, model, groups):  # type: ignore[override]  # it has its own context
         head = model.get_output_embeddings()
-        return super().decide(model, rows, trl_utils.maybe_gather_lm_head_ctx(head.weight, head.bias))
+        return super().decide(model, groups, trl_utils.maybe_gather_lm_head_ctx(head.weight, head.bias))
 
     def say(self, message):
         warnings.warn(message, stacklevel=6)

@@ -30,7 +30,8 @@ PLAIN |= {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "t
 PLAIN |= {"zero_allow_untested_optimizer": True, "torch_autocast": {"enabled": False}}
 WRAPPERS = {
     "ddp": {},
-    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}},
+    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
+    "fsdp1": {"fsdp": True, "fsdp_config": {"version": 1}},
     "zero2": {"deepspeed": PLAIN, "use_cpu": False},
 }
 LORA = dict(r=4, target_modules="all-linear", exclude_modules=["lm_head"], task_type="CAUSAL_LM")
@@ -45,6 +46,10 @@ CASES: dict[str, dict] = {
         "gradient_checkpointing": True,
     },
     "trainer": {"folder": "tied", "trainer": True, "reference_cache": None},
+    "opt": {"folder": "opt"},
+    "repeats": {"folder": "tied", "repeats": True},
+    "silent": {"folder": "tied", "silent": True},
+    "bf16": {"folder": "untied", "bf16": True},
     "cache": {"folder": "tied", "trainer": True, "reference_cache": "auto"},
 }
 
@@ -64,20 +69,39 @@ class Gradients(transformers.TrainerCallback):
         self.steps.append({name: whole(grad) for name, grad in named})
 
 
+class Silent:
+    """A collator whose first batch has nothing to score."""
+
+    def __init__(self, collator):
+        self.collator, self.calls = collator, 0
+
+    def __call__(self, examples):
+        batch, self.calls = self.collator(examples), self.calls + 1
+        if self.calls == 1:
+            batch["completion_mask"].zero_()
+        return batch
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def as_on_gpus():
     """accelerate's FSDP and DeepSpeed are only for GPUs; with gloo they compute on a CPU too."""
-    kind = ("gloo", DistributedType.MULTI_GPU)
-    return mock.patch.object(accelerate.state.PartialState, "_prepare_backend", lambda *_: kind)
+    return mock.patch.multiple(
+        accelerate.state.PartialState,
+        _prepare_backend=lambda *_: ("gloo", DistributedType.MULTI_GPU),
+        set_device=lambda state: setattr(state, "device", torch.device("cpu")),
+    )
 
 
 def train(root: Path, wrapper: str, case: dict, ours: bool) -> dict:
     case, ways, heads = dict(case), [], []
     folder, lora, trainer_class = root / case.pop("folder"), case.pop("lora", False), case.pop("trainer", False)
     cache = case.pop("reference_cache", None)
+    data, silent = rows(12), case.pop("silent", False)
+    if case.pop("repeats", False):
+        data[1] |= {"prompt": data[0]["prompt"], "chosen": data[0]["chosen"]}
     more = {"reference_cache": cache} if ours and trainer_class else {}
     if lora:
         import peft
@@ -99,13 +123,15 @@ def train(root: Path, wrapper: str, case: dict, ours: bool) -> dict:
         trainer = make(
             folder,
             make_trainer=ExactFast if ours and trainer_class else ExactTrainer,
-            data=rows(12),
+            data=data,
             more=more,
             **dict(optim="sgd", learning_rate=0.5, max_steps=3, ddp_backend="gloo")
             | ({"precompute_ref_log_probs": True} if cache else {})
             | WRAPPERS[wrapper]
             | case,
         )
+        if silent and dist.get_rank() == 1:
+            trainer.data_collator = Silent(trainer.data_collator)
         gradients = Gradients(trainer.model)
         trainer.add_callback(gradients)
         with warnings.catch_warnings(record=True) as said:
