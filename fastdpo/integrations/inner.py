@@ -103,7 +103,13 @@ class Inner(Policy):
         """Calls the forward itself: what wraps the model's call (accelerate's autocast, FSDP's hooks) is
         around us, and cannot be entered again."""
         with super().stock():
-            yield self.forward
+            yield self.own
+
+    def own(self, **kwargs):
+        """FSDP2 computes in a smaller dtype than the weights have outside their layers, without autocast."""
+        out = self.forward(**kwargs)
+        self.dtype = min(self.dtype, out.logits.dtype, key=lambda dtype: dtype.itemsize)
+        return out
 
 
 def can_share(model, forward, groups, tell, around=None) -> bool:

@@ -38,7 +38,7 @@ LORA = dict(r=4, target_modules="all-linear", exclude_modules=["lm_head"], task_
 CASES: dict[str, dict] = {
     "tied": {"folder": "tied"},
     "untied": {"folder": "untied"},
-    "lora": {"folder": "untied", "lora": True},
+    "lora": {"folder": "untied", "lora": {}},
     "accumulation": {
         "folder": "tied",
         "gradient_accumulation_steps": 2,
@@ -50,6 +50,7 @@ CASES: dict[str, dict] = {
     "repeats": {"folder": "tied", "repeats": True},
     "silent": {"folder": "tied", "silent": True},
     "bf16": {"folder": "untied", "bf16": True},
+    "saved": {"folder": "untied", "lora": {"modules_to_save": ["lm_head"]}},
     "cache": {"folder": "tied", "trainer": True, "reference_cache": "auto"},
 }
 
@@ -97,16 +98,16 @@ def as_on_gpus():
 
 def train(root: Path, wrapper: str, case: dict, ours: bool) -> dict:
     case, ways, heads = dict(case), [], []
-    folder, lora, trainer_class = root / case.pop("folder"), case.pop("lora", False), case.pop("trainer", False)
+    folder, lora, trainer_class = root / case.pop("folder"), case.pop("lora", None), case.pop("trainer", False)
     cache = case.pop("reference_cache", None)
     data, silent = rows(12), case.pop("silent", False)
     if case.pop("repeats", False):
         data[1] |= {"prompt": data[0]["prompt"], "chosen": data[0]["chosen"]}
     more = {"reference_cache": cache} if ours and trainer_class else {}
-    if lora:
+    if lora is not None:
         import peft
 
-        more["peft_config"] = peft.LoraConfig(**LORA)
+        more["peft_config"] = peft.LoraConfig(**LORA | lora)
     decide, token_logp = packed_forward.Packed.decide, trl_forward.token_logp
 
     def seen(hidden, weight, *args, **kwargs):
