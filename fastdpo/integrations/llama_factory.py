@@ -70,10 +70,10 @@ def trainer_class(stock: type) -> type:
             self, model: Any, batch: dict[str, torch.Tensor], is_ref_model: bool = False
         ) -> dict[str, torch.Tensor]:
             """LLaMA-Factory's dict, with the logits [B, S, V] given as one mean logit a scored token."""
-            if self.is_fsdp_enabled:
+            if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
                 raise ConfigError(
-                    "fsdp: fastdpo reads the lm_head's weights, which FSDP splits; train with DDP or "
-                    "DeepSpeed ZeRO-2, or with llamafactory-cli"
+                    "fsdp: fastdpo was only held to FSDP2 (fsdp_version: 2 in accelerate's config, version: 2 "
+                    "in fsdp_config); take that, DDP or DeepSpeed ZeRO-2, or train with llamafactory-cli"
                 )
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             labels = batch["labels"]
