@@ -14,6 +14,7 @@ import types
 
 from fastdpo_kernels import linear_logp
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from fastdpo.errors import ModelError
@@ -186,4 +187,6 @@ def head_refusal(head) -> str | None:
     plain = len(active) == 1 and active[0] in getattr(head, "lora_A", {}) and not head.merged
     if not plain or active[0] in head.lora_variant or head.lora_bias[active[0]]:
         return "the lm_head's adapter is not one plain LoRA"
+    if any(isinstance(part[active[0]].weight, DTensor) for part in (head.lora_A, head.lora_B)):
+        return "the lm_head's adapter is split among processes"
     return None

@@ -40,6 +40,8 @@ def train(root: Path, wrapper: str, case: str, ours: bool) -> dict:
     config = settings(root, f"{wrapper} {case} {ours}", **CASES[case])
     config |= SGD | dict(per_device_train_batch_size=2, use_cpu=True) | WRAPPERS[wrapper]
     with (
+        mock.patch.dict(os.environ),
+        as_on_gpus(wrapper),
         mock.patch.object(PackedForward, "decide", lambda *a: ways.append(decide(*a)) or ways[-1]),
         mock.patch.object(PackedForward, "score", seen),
     ):
@@ -50,8 +52,7 @@ def train(root: Path, wrapper: str, case: str, ours: bool) -> dict:
 def main(folder: str, wrapper: str, *cases: str) -> None:
     root = Path(folder)
     dist.init_process_group("gloo")
-    kept = mock.patch.object(dist, "destroy_process_group")  # run_exp does, and there are more runs
-    with mock.patch.dict(os.environ), as_on_gpus(wrapper), kept:
+    with mock.patch.object(dist, "destroy_process_group"):  # run_exp does, and there are more runs
         for case in cases:
             found = {"stock": train(root, wrapper, case, False), "ours": train(root, wrapper, case, True)}
             torch.save(found, root / f"{wrapper}-{case}-{dist.get_rank()}.pt")

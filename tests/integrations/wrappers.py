@@ -91,13 +91,13 @@ def same(stock: dict, ours: dict, tolerance: float = 1e-5) -> None:
     assert far(stock["weights"], ours["weights"]) < tolerance
 
 
-def hold(root: Path, wrapper: str, case: str, truth: str | None = None, tolerance: float = 1e-5) -> dict:
-    """Ours against stock, under the wrapper `truth` or the same one; and that both processes came to the same
-    weights by the same gradients. Returns the first process's run of ours."""
+def hold(root: Path, wrapper: str, case: str, tolerance: float = 1e-5) -> dict:
+    """Ours against stock in each process; and that both processes came to the same weights by the same
+    gradients, on shared prompts. Returns the first one's run of ours."""
     both = results(root, wrapper, case)
-    stock = results(root, truth or wrapper, case)
-    for theirs, mine in zip(stock, both):
-        same(theirs["stock"], mine["ours"], tolerance)
+    for one in both:
+        same(one["stock"], one["ours"], tolerance)
+        assert set(one["ours"]["ways"]) == {"shared"} and one["ours"]["heads"], (case, one["ours"]["ways"])
     first, second = (one["ours"] for one in both)
     assert far(first["weights"], second["weights"]) == 0
     assert all(far(*pair) == 0 for pair in zip(first["gradients"], second["gradients"]))
