@@ -72,8 +72,8 @@ def trainer_class(stock: type) -> type:
             """LLaMA-Factory's dict, with the logits [B, S, V] given as one mean logit a scored token."""
             if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
                 raise ConfigError(
-                    "fsdp: fastdpo was only held to FSDP2 (fsdp_version: 2 in accelerate's config, version: 2 "
-                    "in fsdp_config); take that, DDP or DeepSpeed ZeRO-2, or train with llamafactory-cli"
+                    "fsdp: FSDP1 with LLaMA-Factory is not tested; take FSDP2 (accelerate's fsdp_version: 2, "
+                    "or version: 2 in fsdp_config), DDP or DeepSpeed ZeRO-2, or llamafactory-cli"
                 )
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             labels = batch["labels"]

@@ -1,6 +1,6 @@
 """As several_processes, for LLaMA-Factory's DPO.
 
-    torchrun --nproc_per_node 2 -m tests.integrations.llama_factory_processes FOLDER WRAPPER CASE...
+torchrun --nproc_per_node 2 -m tests.integrations.llama_factory_processes FOLDER WRAPPER CASE...
 """
 
 import os

@@ -220,8 +220,10 @@ def test_what_the_trainer_gives(loss, alpha, reference):
     for name, half, mask in zip(("chosen", "rejected"), means.chunk(2), scored.chunk(2)):
         torch.testing.assert_close(found[f"{name}_logits"].mean(), half[mask].mean())
     assert "labels" in rows  # the reference needs them again
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ConfigError, match="fsdp"):
+    trainer.is_fsdp_enabled, trainer.accelerator = True, types.SimpleNamespace(is_fsdp2=True)
+    trainer.concatenated_forward(model, rows)
+    trainer.accelerator.is_fsdp2 = False
+    with pytest.raises(ConfigError, match="fsdp: FSDP1"):
         trainer.concatenated_forward(model, rows)
 
 
