@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 -m tests.integrations.several_processes FOLDER WRAPPER CASE...
 
 Trains each case with TRL's trainer as it is and then with ours, on the same rows, under one of WRAPPERS, and
-leaves what both came to in FOLDER/WRAPPER-CASE-RANK.pt. Of GATHERED cases TRL's own is run under DDP: where
-it finds a trained lm_head sharded, TRL 1.16 leaves each process its own gradient of it.
+leaves what both came to in FOLDER/WRAPPER-CASE-RANK.pt. For FSDP2's GATHERED cases TRL's own is run under DDP:
+where it finds a trained lm_head sharded, TRL 1.16 leaves each process its own gradient of it.
 """
 
 import os
@@ -95,7 +95,8 @@ def main(folder: str, wrapper: str, *cases: str) -> None:
     root = Path(folder)
     dist.init_process_group("gloo")
     for case in cases:
-        found = {"stock": train(root, "ddp" if case in GATHERED else wrapper, case, False)}
+        stock = "ddp" if wrapper == "fsdp2" and case in GATHERED else wrapper
+        found = {"stock": train(root, stock, case, False)}
         try:
             found["ours"] = train(root, wrapper, case, True)
         except ConfigError as error:

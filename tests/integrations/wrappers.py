@@ -67,7 +67,7 @@ def launch(worker: str, root: Path, wrapper: str, *cases: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, "-m", f"tests.integrations.{worker}", str(root), wrapper, *cases]
     env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | python_path()
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     said = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
     assert done.returncode == 0, "\n".join(said)[-4000:]
 
@@ -88,7 +88,7 @@ def same(stock: dict, ours: dict, tolerance: float = 1e-5) -> None:
     assert ours["norms"] == pytest.approx(stock["norms"], abs=tolerance, rel=tolerance)
     assert len(stock["losses"]) == len(ours["gradients"]) == 3 and min(stock["norms"]) > 0.1
     for theirs, mine in zip(stock["gradients"], ours["gradients"]):
-        assert far(theirs, mine) < tolerance
+        assert far(theirs, mine) < tolerance, "gradients"
     assert far(stock["weights"], ours["weights"]) < tolerance
 
 
