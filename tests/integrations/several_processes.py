@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 -m tests.integrations.several_processes FOLDER WRAPPER CASE...
 
 Trains each case with TRL's trainer as it is and then with ours, on the same rows, under one of WRAPPERS, and
-leaves what both came to in FOLDER/WRAPPER-CASE-RANK.pt. For FSDP2's GATHERED cases TRL's own is run under DDP:
+leaves what both came to in FOLDER/WRAPPER-CASE-RANK.pt. Of FSDP2's GATHERED cases TRL's own is run under DDP:
 where it finds a trained lm_head sharded, TRL 1.16 leaves each process its own gradient of it.
 """
 
