@@ -93,6 +93,10 @@ class Inner(Policy):
         self.stock_attention = stock_attention(model.config)
         self.share, self.forward = False, forward
 
+    def inside(self, call):
+        """We are inside the model's own forward."""
+        return call()
+
     def hidden(self, batch):
         """With the layout sealed, as the real calls do."""
         sealed = None if batch.layout is None else Sealed(batch.layout)

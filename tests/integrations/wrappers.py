@@ -69,7 +69,7 @@ def launch(worker: str, root: Path, wrapper: str, *cases: str) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | python_path()
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     said = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
-    assert done.returncode == 0, "\n".join(said)[-4000:]
+    assert done.returncode == 0, "\n".join(said or done.stderr.splitlines())[-4000:]
 
 
 def results(root: Path, wrapper: str, case: str) -> list[dict[str, dict]]:
