@@ -81,17 +81,25 @@ def alone(base, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["replicate", "shard"])
+KTO = {"objective": "kto", "optim": "adamw_torch_fused", "learning_rate": 1e-4}
+LORA = {"lora_rank": 2, "gradient_checkpointing": True}
+STAGES = {"load_best": True, "stages": [{"objective": "sft", "max_steps": 6}, {"max_steps": 8}]}
+
+
 @pytest.mark.parametrize(
-    "kind, keys",
+    "kind, keys, shard",
     [
-        ("dpo", {}),
-        ("tied", {"objective": "drdpo"}),
-        ("tied", {"objective": "kto", "optim": "adamw_torch_fused", "learning_rate": 1e-4}),
-        ("dpo", {"lora_rank": 2, "gradient_checkpointing": True}),
-        ("dpo", {"load_best": True, "stages": [{"objective": "sft", "max_steps": 6}, {"max_steps": 8}]}),
+        ("dpo", {}, False),
+        ("tied", {"objective": "drdpo"}, True),
+        ("dpo", LORA, False),
+        ("dpo", STAGES, True),
+        pytest.param("dpo", {}, True, marks=pytest.mark.slow),
+        pytest.param("tied", {"objective": "drdpo"}, False, marks=pytest.mark.slow),
+        pytest.param("tied", KTO, False, marks=pytest.mark.slow),
+        pytest.param("tied", KTO, True, marks=pytest.mark.slow),
+        pytest.param("dpo", LORA, True, marks=pytest.mark.slow),
+        pytest.param("dpo", STAGES, False, marks=pytest.mark.slow),
     ],
-    ids=["dpo", "tied drdpo", "tied kto", "lora", "stages"],
 )
 def test_two_ranks_end_as_one_process_does(two, base, alone, tmp_path, kind, keys, shard):
     said, silent = two(runs.train, base(kind, output_dir=str(tmp_path), shard=shard, **keys))
@@ -112,7 +120,10 @@ def interrupted(folder, to):
     return to
 
 
-@pytest.mark.parametrize("shard, split", [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    "shard, split",
+    [(False, False), pytest.param(True, False, marks=pytest.mark.slow), (True, True)],
+)
 def test_any_number_of_ranks_goes_on(two, base, alone, tmp_path, shard, split):
     keys = dict(shard=shard, optim="adamw_torch_fused", learning_rate=1e-4, samples=0)
     more = {"split_from": 0.0} if split else {}
@@ -141,7 +152,7 @@ def stored(path) -> set:
         return set(db.execute("SELECT keys, lengths, logps FROM packs"))
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["replicate", "shard"])
+@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_ranks_fill_the_reference_with_the_bits_of_one(two, base, tmp_path, shard):
     ours, theirs = (str(tmp_path / name) for name in ("two.sqlite", "one.sqlite"))
     two(runs.fill, base("dpo", reference_cache=ours, shard=shard))
