@@ -50,23 +50,19 @@ def _even(
 ) -> list[list[int]] | None:
     """So many microbatches with about the same tokens; None where that needs more of them."""
     parts: list[list[int]] = [[] for _ in range(count)]
-    loads = [0] * count
+    filled = [Size(0, 0, 0, 0, 0)] * count
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i].places(share), sizes[i].row)):
-        for n in sorted(range(count), key=loads.__getitem__):
-            if not parts[n] or _fits([sizes[j] for j in (*parts[n], i)], max_tokens, max_scored, share):
+        for n in sorted(range(count), key=lambda n: filled[n].tokens):
+            has, more = filled[n], sizes[i]
+            tokens, responses = has.tokens + more.tokens, has.responses + more.responses
+            both = Size(tokens, responses, max(has.width, more.width), has.scored + more.scored, 0)
+            if not parts[n] or (both.places(share) <= max_tokens and both.scored <= max_scored):
                 parts[n].append(i)
-                loads[n] += sizes[i].tokens
+                filled[n] = both
                 break
         else:
             return None
     return parts
-
-
-def _fits(sizes: Sequence[Size], max_tokens: int, max_scored: float, share: bool) -> bool:
-    places = sum(s.tokens for s in sizes)
-    if not share:
-        places = sum(s.responses for s in sizes) * max(s.width for s in sizes)
-    return places <= max_tokens and sum(s.scored for s in sizes) <= max_scored
 
 
 def used_and_room(sizes: Sequence[Size], rounds: Rounds) -> tuple[int, int]:

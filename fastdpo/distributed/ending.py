@@ -10,7 +10,7 @@ from fastdpo.errors import ConfigError, Stopped, TrainingError
 SOON = 3  # seconds that the others let rank 0 speak first, of what all of them have met
 ALL = 20  # seconds that they wait for it to write down why
 # what gloo and nccl raise where the other end has gone
-_GONE = ("connection", "peer", "socket", "broken pipe", "nccl", "timed out", "store")
+_GONE = ("connection closed", "connection reset", "broken pipe", "remote process exited")
 
 
 class Elsewhere(SystemExit):
@@ -37,12 +37,15 @@ class Ending:
         if self.rank:
             self._wait("why", SOON)
         mine = f"{self.rank} {exit_code(error)}"
-        told = self.store.compare_set("who", "", mine).decode()
+        try:
+            told = self.store.compare_set("who", "", mine).decode()
+        except RuntimeError:  # the store has gone, with its node
+            return error
         if told == mine:
             if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _GONE):
                 error = TrainingError(
                     f"rank {self.rank} has lost another process of this run, which ended without a word: "
-                    "killed, perhaps, as the machine ran out of memory"
+                    f"killed, perhaps, as the machine ran out of memory ({str(error).splitlines()[0]})"
                 )
             self.store.set("why", str(error) or type(error).__name__)
             error.left_to_this_rank = True  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastdpo.errors import ConfigError, TrainingError
 
-GRACE = "300"  # seconds that processes have to save and end, after a signal or when one of them has failed
+GRACE = "300"  # seconds that processes have to save and end after a signal; where one has failed, torch's 30
 
 
 def check_gpus(gpus: int) -> None:
@@ -32,7 +32,7 @@ def is_worker() -> bool:
 
 def is_first() -> bool:
     """Whether this is no process of several, or the first of them."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0
 
 
 def say(error: BaseException, text: str) -> None:
@@ -50,7 +50,7 @@ def on_gpus(gpus: int | None, words: list[str]) -> int | None:
     if gpus in (None, 1):
         return None
     words = [word for word in words if not word.startswith("--gpus=")]
-    if "--gpus" in words:
+    while "--gpus" in words:
         place = words.index("--gpus")
         del words[place : place + 2]
     return launch(gpus, words)
@@ -63,11 +63,17 @@ def launch(gpus: int, argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    for name in ("torch.distributed.run", "torch.distributed.elastic"):
+    for name in (name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes say themselves why they end
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE)
-    words = ["--standalone", "--nproc_per_node", str(gpus), "-m", "fastdpo", *argv]
+    if sys.path[0] not in ("", os.getcwd()):  # as in this process: no module of the working directory's
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
+    signals = "SIGTERM,SIGINT,SIGQUIT"
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signals += ",SIGHUP"
+    words = ["--standalone", "--nproc_per_node", str(gpus), "--signals_to_handle", signals]
+    words += ["-m", "fastdpo", *argv]
     try:
         run.run(run.parse_args(words))
     except ChildFailedError as error:

@@ -1,7 +1,10 @@
 """The processes that train one model, a GPU each (a rank), and what they tell one another; alone, itself."""
 
 import contextlib
+import ctypes
+import itertools
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -135,6 +138,9 @@ class World:
         for bucket in buckets(some):
             gradients = [p.grad for p in bucket if p.grad is not None]
             dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+            if len(gradients) == 1 and gradients[0].dtype == dtype and gradients[0].is_contiguous():
+                dist.all_reduce(gradients[0])
+                continue
             flat = torch.cat([g.reshape(-1).to(dtype) for g in gradients])
             dist.all_reduce(flat)
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
@@ -149,6 +155,8 @@ class World:
 
 ALONE = World()
 _joined: list[World] = []  # the one that this process is in
+_runs = itertools.count()
+_PR_SET_PDEATHSIG = 1
 
 
 def buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
@@ -190,13 +198,25 @@ def joined() -> Iterator[World]:
 
 
 def _start(size: int) -> World:
+    if "RANK" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE is {size}, and RANK is not set: start by torchrun, or unset WORLD_SIZE"
+        )
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     on_gpu = torch.cuda.is_available()
+    if on_gpu and local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {rank} is the process number {local + 1} of its node, where it sees "
+            f"{torch.cuda.device_count()} GPUs: start one process a GPU, and let each see all of them"
+        )
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # this one ends where torchrun is killed
     if on_gpu:
         torch.cuda.set_device(local)
     store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size, timeout=timedelta(minutes=5)))
-    ours, theirs = dist.PrefixStore("fastdpo", store), dist.PrefixStore("torch", store)
+    number = next(_runs)  # a second run of a process must not find the first one's keys
+    ours, theirs = (dist.PrefixStore(f"{name}/{number}", store) for name in ("fastdpo", "torch"))
     options: dict[str, Any] = {"device_id": torch.device("cuda", local)} if on_gpu else {}
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=theirs, rank=rank, world_size=size, timeout=FOREVER, **options)

@@ -39,8 +39,10 @@ def whole_state(policy: Policy) -> dict[str, Tensor]:
     found: dict[int, Tensor] = {}  # tied weights once
     state = {}
     for name, tensor in policy.model.state_dict(keep_vars=True).items():
+        if policy.core is not policy.model and not tensor.requires_grad:
+            continue  # an adapter's file has none of its base
         if id(tensor) not in found:
             full = whole(tensor.detach())
-            found[id(tensor)] = full.cpu() if policy.world.first else full[:0]
+            found[id(tensor)] = full.cpu() if policy.world.first else full.new_empty(0)
         state[name] = found[id(tensor)]
     return state

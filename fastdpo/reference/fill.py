@@ -174,8 +174,9 @@ def _fill(policy, sets: list[_Packs], missing: int, cache: RefCache, console, ch
         text = f"reference: {counted(missing, 'response')} to compute, in {counted(len(todo), 'pack')}"
         console.print(text, highlight=False, soft_wrap=True)
     with make_progress(console) as bar:
-        task = bar.add_task("reference", total=len(todo), unit="packs", info="")
         turns = Turns(todo, world)
+        unit = "packs" if world.size == 1 else "rounds of packs"
+        task = bar.add_task("reference", total=len(turns), unit=unit, info="")
         try:
             for keys, computed in _in_turn(policy, turns, cache):
                 found = computed and (
@@ -184,11 +185,11 @@ def _fill(policy, sets: list[_Packs], missing: int, cache: RefCache, console, ch
                     computed.batch.input_tokens,
                     computed.repeated,
                 )
-                for one in world.gather(found):
-                    if one is not None:
+                for one in filter(None, world.gather(found)):
+                    if world.first:  # the others are given all of it in the end, as it was stored
                         cache.add(*one[:3])
-                        done, tokens, repeated = done + 1, tokens + one[3], repeated + one[4]
-                bar.update(task, advance=world.size)
+                    done, tokens, repeated = done + 1, tokens + one[3], repeated + one[4]
+                bar.update(task, advance=1)
                 check()
         except BaseException:
             with contextlib.suppress(FastDPOError):  # what stops the fill is the news

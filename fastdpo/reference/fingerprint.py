@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastdpo.distributed.shards import whole
+from fastdpo.errors import ModelError
 from fastdpo.files.durable import json_digest
 from fastdpo.model.policy import Policy
 
@@ -65,7 +66,7 @@ def reference_fingerprint(policy: Policy, fresh_lora: bool) -> Fingerprint:
         where[name] = tensor
     config = _mathematics(policy.core.config.to_dict())
     quantization = config.pop("quantization_config", None)
-    return Fingerprint(
+    found = Fingerprint(
         {
             "numerics": NUMERICS_VERSION,
             "weights": _tensors_digest(weights),
@@ -77,6 +78,13 @@ def reference_fingerprint(policy: Policy, fresh_lora: bool) -> Fingerprint:
             "logit softcap": repr(policy.head.softcap),
         }
     )
+    for rank, other in enumerate(policy.world.gather(found)):
+        if differ := found.differs_from(other.parts):
+            raise ModelError(
+                f"model: rank {rank} has another one than rank {policy.world.rank} (what differs: "
+                f"{', '.join(differ)}); give all nodes the same files"
+            )
+    return found
 
 
 def _place(name: str, prefix: str | None, weights: dict, adapter: dict) -> tuple[dict, str]:

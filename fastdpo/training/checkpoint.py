@@ -188,6 +188,14 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state)
 
 
+def attempt(folder: Path) -> tuple[Checkpoint | None, str]:
+    """(the checkpoint, or None where it is not as it was written; what is wrong then)."""
+    try:
+        return load(folder), ""
+    except ValueError as error:
+        return None, str(error)
+
+
 def newest(folder: Path) -> tuple[Checkpoint | None, dict[str, str]]:
     """(the newest whole checkpoint, the newer ones that were passed over and why). Inside a later stage it
     needs the weights that the stage started from, so the checkpoint with those must be whole too."""

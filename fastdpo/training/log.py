@@ -35,7 +35,7 @@ _SHOWN = {
     "pairs_per_second": "{:.1f} pairs/s",
 }
 SOON, MORE = 60, 5  # seconds; steps
-_DEALT = 200  # steps over which it is said how busy ranks are
+_DEALT = 50  # steps over which it is said how busy ranks are
 
 
 class RunLog:

@@ -1,5 +1,6 @@
 """A run on several GPUs: what does not work there, whether the ranks see the same, and how the model lies."""
 
+import math
 import platform
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from fastdpo.console.formatting import gigabytes
 from fastdpo.distributed.world import World
 from fastdpo.errors import ConfigError, DataError
 from fastdpo.files.installed import versions
+from fastdpo.model.policy import Policy
 from fastdpo.training.checkpoint import Checkpoint
 from fastdpo.training.job import Job, check_ranks
 
@@ -48,6 +50,17 @@ def check_same_rows(world: World, digest: str) -> None:
             )
 
 
+def agree(policy: Policy) -> None:
+    """Makes what a step is cut by the same on all ranks, whatever each one's own kernels would allow."""
+    world = policy.world
+    if world.size > 1:
+        all_share = world.min(policy.share) == 1
+        if policy.share and not all_share:
+            policy.set_sharing(False)
+        most = world.min(policy.max_scored or math.inf)
+        policy.max_scored = None if math.isinf(most) else int(most)
+
+
 def placed(world: World, job: Job, fits: Callable[[], bool | None]) -> World:
     """The world as the model will lie in it: by the key `shard`, or where that is auto, in parts where all
     weights train and one GPU could not hold them. Raises ConfigError for what parts do not allow."""
@@ -74,11 +87,14 @@ def tell_ranks(found: Checkpoint | None, world: World, console: Console) -> None
             "equal but for rounding",
             highlight=False,
         )
-    if world.size > 1 and gpus:
+    mine = (0, "no GPU")
+    if gpus:
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        found_memory = world.gather((memory, torch.cuda.get_device_name()))
-        if len(set(found_memory)) > 1:
-            least, name = min(found_memory)
+        mine = (memory, torch.cuda.get_device_name())
+    if world.size > 1:
+        every = world.gather(mine)
+        if len({(name, round(memory / 1e9)) for memory, name in every}) > 1:
+            least, name = min(every)
             console.print(
                 f"[yellow]the GPUs are not all alike: the smallest, {name} with {gigabytes(least)}, has to "
                 "hold a microbatch of max_tokens, and the slowest sets the pace"

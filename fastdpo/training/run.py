@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -125,11 +125,12 @@ class Run:
         name = f"step-{step}"
         if self.job.stages[self.place.stage].load_best and progress.best and progress.best["step"] != step:
             best, loss = f"step-{progress.best['step']}", progress.best["eval_loss"]
-            try:
-                checkpoint.load(self.checkpoints / best).load_weights(self.policy)
+            found, error = self.world.told(partial(checkpoint.attempt, self.checkpoints / best))
+            if found:
+                found.load_weights(self.policy)
                 name = best
                 text = f"load_best: {best}, with the lowest held-out loss, {loss:.4f}"
-            except ValueError as error:
+            else:
                 why = escape(f"{best} cannot be used: {error}")
                 text = f"[yellow]load_best: {why}; the stage ends with {name}"
             self.console.print(text, highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from fastdpo.console.progress import make_progress
+from fastdpo.errors import TrainingError
 from fastdpo.model.policy import Policy
 from fastdpo.records import Groups, PreferenceGroup
 
@@ -45,6 +46,8 @@ def complete(
                 completions |= zip(map(id, batch), made)
             bar.update(task, completed=total)  # all may have ended before
     except Exception as error:  # whatever a model's own generation code raises
+        if policy.world.sharded and isinstance(error, torch.OutOfMemoryError):  # the other ranks wait
+            raise TrainingError("out of GPU memory while prompts were completed; say samples: 0") from None
         why = escape(f"{type(error).__name__}: {error}")
         (console or Console()).print(f"[yellow]no sample completions: {why}", soft_wrap=True)
         return []

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 
 from rich.console import Console
 
@@ -9,6 +10,7 @@ from fastdpo.distributed.world import ALONE, World
 from fastdpo.errors import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME = 5.0  # seconds in which a process of several may hear of one signal twice
 
 
 class Stopping:
@@ -23,6 +25,7 @@ class Stopping:
         self._console, self._world = console, world
         self.heard: signal.Signals | None = None
         self.saves = self._said = False
+        self._when = 0.0  # when it was heard
 
     def __enter__(self):
         self._before = {}
@@ -47,10 +50,13 @@ class Stopping:
             raise Stopped(number)
 
     def _on_signal(self, number, _frame):
-        again, self.heard = self.heard is not None, signal.Signals(number)
+        several, now = self._world.size > 1, time.monotonic()
+        if several and self.heard == number and now - self._when < SAME:
+            return  # a scheduler signals every process, and torchrun its own ones
+        again, self.heard, self._when = self.heard is not None, signal.Signals(number), now
         if again or not self.saves:
             raise Stopped(self.heard)
-        if self._world.size == 1:  # of several, torchrun ends those who wait for one that has ended
+        if not several or number == signal.SIGINT:  # SIGTERM is also torchrun's, once one process has ended
             self._say(self.heard)
 
     def _say(self, number: signal.Signals) -> None:

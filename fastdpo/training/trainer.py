@@ -39,7 +39,7 @@ from fastdpo.training.failures import check_weights
 from fastdpo.training.folder import free_folder, only_run_in, open_run, undone_if_refused
 from fastdpo.training.job import Around, Job, StageJob, job_of, resolve
 from fastdpo.training.metrics import Progress
-from fastdpo.training.ranks import check_alike, check_same_rows, placed, quiet, tell_ranks
+from fastdpo.training.ranks import agree, check_alike, check_same_rows, placed, quiet, tell_ranks
 from fastdpo.training.resume import (
     check_same_run,
     check_start,
@@ -132,7 +132,8 @@ def read(job: Job, console: Console, around: Around, world: World, clock: dateti
         coefficient(model_config, stage.router_aux_loss_coef)
     with world.first_then_others():  # who find what it has tokenised
         groups, eval_groups, reports = load_data(job.data, tokenizer, console, clock)
-    around.settle_backends(console)  # what is left out changes the plan
+    with world.first_then_others():
+        around.settle_backends(console)  # what is left out changes the plan
     world = placed(world, job, lambda: around.replica_fits(job.config, model_config, groups))
     job = job_of(world.told(lambda: around.choose(job.config, model_config, groups, console)))
     return job, world, tokenizer, groups, eval_groups, reports
@@ -158,6 +159,7 @@ def ready_policy(
     for some in (groups, eval_groups):
         check_vocabulary(policy, some)
     prepare(policy, groups, console)
+    agree(policy)
     return policy
 
 
@@ -185,7 +187,8 @@ def run_stages(run: Run, found: checkpoint.Checkpoint | None) -> None:
     else:
         run.place = Place(found.state["stage"], found.state["first"], found.state["start"])
         if run.place.start:
-            checkpoint.load(run.checkpoints / run.place.start).load_weights(run.policy)
+            start = run.world.told(partial(checkpoint.load, run.checkpoints / run.place.start))
+            start.load_weights(run.policy)
     for number in range(run.place.stage, len(run.job.stages)):
         progress = run_stage(run, found if found and number == found.state["stage"] else None)
         run.end_stage(progress)
@@ -203,6 +206,7 @@ def run_stage(run: Run, resumed: checkpoint.Checkpoint | None) -> Progress:
     fill = partial(load_reference, policy, **options, expected_namespace=expected)
     explain = partial(run.around.explain, run.job.config.per_stage()[place.stage], policy.core.config)
     stage = Stage(job, policy, stage_groups(run, job, fill), run.eval_groups, explain)
+    check_same_rows(run.world, rows_digest(stage.groups))
     place.total, place.namespace = stage.total, None
     if stage.objective.needs_reference:
         stage.reference, place.namespace = make_reference(run, stage, fill)
@@ -229,7 +233,8 @@ def _fill_reference(job: Job, console: Console, around: Around, world: World) ->
         raise ConfigError("reference_cache: off leaves nothing to fill; name a file, or auto")
     check_alike(world)
     with Stopping(console, world) as stopping:
-        job, world, _, groups, eval_groups, _ = read(job, console, around, world)
+        clock = world.told(datetime.now)
+        job, world, _, groups, eval_groups, _ = read(job, console, around, world, clock)
         first = job.stages[0]
         check_rows(first.objective, groups)
         check_rows(first.objective, eval_groups, "eval_data")
