@@ -1,5 +1,6 @@
 """What ranks compute in test_steps.py."""
 
+import peft
 import torch
 from rich.console import Console
 
@@ -49,6 +50,26 @@ def balanced_step(world, mode, cap):
     progress.window.sums.all_to_first(world)
     means = progress.window.sums.means() or said
     return max(apart), abs(means["loss"] - said["loss"]), abs(means["aux_loss"] - said["aux_loss"])
+
+
+def beside_one(world, name, options, mode, tied, lora):
+    """(largest difference of a gradient from one process's, relative to the largest one; of the loss), in
+    fp64 but for Llama's norms."""
+    torch.manual_seed(0)
+    groups, objective = step_groups(), make_objective(name, options)
+    p = policy("llama", torch.float64, tie_word_embeddings=tied)
+    if lora:
+        settings = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        p = Policy(peft.get_peft_model(p.model, settings).train(), p.dtype)
+    prepare(p, groups, QUIET)
+    loss, want, _ = alone(objective, p, groups)
+    place(p, world, mode)
+    stage, progress = stage_of(objective, p, groups, max_tokens=70), Progress()
+    stage.step(stage.groups, progress, 1)
+    largest = max(float(g.abs().max()) for g in want)
+    apart = max(float((whole(q.grad) - g).abs().max()) for q, g in zip(p.trained(), want)) / largest
+    progress.window.sums.all_to_first(world)
+    return apart, abs(progress.window.sums.means().get("loss", loss) - loss)
 
 
 def alone(objective, p: Policy, groups):

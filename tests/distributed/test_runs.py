@@ -146,6 +146,20 @@ def test_any_number_of_ranks_goes_on(two, base, alone, tmp_path, shard, split):
         assert_same_run(begun, tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
+def test_three_ranks_go_on_with_a_run_of_two(two, base, tmp_path, shard):
+    keys = dict(shard=shard, optim="adamw_torch_fused", learning_rate=1e-4, samples=0)
+    two(runs.train, base("tied", output_dir=str(tmp_path / "whole"), **keys), split_from=0.0)
+    begun = interrupted(tmp_path / "whole", tmp_path / "three")
+    three = Ranks(3)
+    keys |= dict(resume=True, overwrite=False)
+    said, *_ = three(runs.train, base("tied", output_dir=str(begun), **keys))
+    three.close()
+    assert "the run had 2 processes, now 3" in said
+    assert_same_run(begun, tmp_path / "whole")
+
+
 def stored(path) -> set:
     """The packs of a reference cache."""
     with sqlite3.connect(path) as db:

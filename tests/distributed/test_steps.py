@@ -36,6 +36,14 @@ def test_a_step_of_two_ranks_is_the_definition(two, kind, mode):
 
 
 @pytest.mark.parametrize("mode", ["replicate", "shard"])
+@pytest.mark.parametrize("tied, lora", [(False, False), (True, True), (False, True)])
+def test_heads_of_their_own_and_loras(two, mode, tied, lora):
+    for kind in ("decomposable", "rescaled", "coupled"):
+        for apart, loss in two(steps.beside_one, *OBJECTIVES[kind], mode, tied, lora):
+            assert apart < 1e-6 and loss < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["replicate", "shard"])
 @pytest.mark.parametrize("cap", [40, 10**6])
 def test_a_mixtures_balance_loss_is_a_mean_over_all_microbatches(two, mode, cap):
     for found in two(steps.balanced_step, mode, cap):

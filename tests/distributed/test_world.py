@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -20,6 +21,7 @@ from fastdpo.distributed.world import ALONE, World, buckets, joined
 from fastdpo.errors import ConfigError, DataError, Stopped, TrainingError
 from fastdpo.training import job, ranks
 from fastdpo.training.checkpoint import Tensors
+from fastdpo.training.stopping import Stopping
 
 
 def sizes(n, seed):
@@ -111,6 +113,16 @@ def test_a_rank_that_was_killed_is_told_in_words():
     found = first.cause(RuntimeError("[gloo] Connection closed by peer"))
     assert isinstance(found, TrainingError) and "has lost another process" in str(found)
     assert Ending().cause(error := RuntimeError("connection")) is error  # alone
+
+
+def test_a_signal_that_a_scheduler_and_torchrun_send_is_one():
+    stopping = Stopping(Console(quiet=True), World(size=2))
+    stopping.saves = True
+    for _ in range(2):
+        stopping._on_signal(signal.SIGTERM, None)
+    stopping._when -= 60  # a minute ago
+    with pytest.raises(Stopped):
+        stopping._on_signal(signal.SIGTERM, None)
 
 
 class Two(World):
