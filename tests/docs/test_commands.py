@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser
 
 from benchmarks.process import python_path
 from fastdpo.cli import app
@@ -24,11 +25,13 @@ from fastdpo.config.keys import FIELDS
 from tests.docs.snippets import ALL, ROOT
 from tests.docs.workplace import furnish
 
-TAKEN_DOWN = ("make", "pip", "python", "python3", "git", "bash", "docker", "pre-commit", ".venv/bin/python")
+TAKEN_DOWN = ("make", "pip", "python", "python3", "git", "bash", "docker", "pre-commit", "torchrun")
+TAKEN_DOWN += (".venv/bin/python",)
 SHORTER = {
     "--max_steps 20 ": "--max_steps 2 ",
     "--max_steps 2000": "--max_steps 1",
     "--max_steps 3000": "--max_steps 2",
+    "train config.yaml --gpus 8": "train config.yaml --gpus 2",
 }
 FILE = re.compile(r"# (\S+\.yaml)\n")
 BLOCKS = {
@@ -127,6 +130,12 @@ def check(words: list[str], monkeypatch) -> None:
             check_fastdpo(words[words.index("fastdpo") + 1 :])
         else:
             assert words[0] == "build" and words[-1] == "."
+    elif name == "torchrun":
+        own = {option for action in get_args_parser()._actions for option in action.option_strings}
+        place = words.index("-m")
+        assert {word for word in words[:place] if word.startswith("--")} <= own
+        assert words[place + 1] == "fastdpo"
+        check_fastdpo(words[place + 2 :])
     elif name == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         named = {extra for found in re.findall(r"\[(.*?)\]", " ".join(words)) for extra in found.split(",")}
