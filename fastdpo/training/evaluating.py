@@ -58,6 +58,7 @@ def evaluate(stage, batches: Packing, run, progress: Progress) -> None:
         sums.add("z0", context["z0"])
     kl = bool(stage.reference and stage.reference.per_token)
     run.log.held_out(step, sums, by_prompt(stage.objective, logps, stage.eval_groups, kl))
-    progress.eval_loss = stage.world.told(lambda: float(loss.double()))  # who is best hangs on its last bit
+    value = float(loss.double())
+    progress.eval_loss = stage.world.told(lambda: value)  # which checkpoint is best hangs on its last bit
     if not math.isfinite(progress.eval_loss):
         raise DeadEndError(f"step {step}: the held-out loss is {progress.eval_loss}; {WAY_OUT}")
