@@ -179,16 +179,11 @@ def _fill(policy, sets: list[_Packs], missing: int, cache: RefCache, console, ch
         task = bar.add_task("reference", total=len(turns), unit=unit, info="")
         try:
             for keys, computed in _in_turn(policy, turns, cache):
-                found = computed and (
-                    keys,
-                    *computed.values(),
-                    computed.batch.input_tokens,
-                    computed.repeated,
-                )
-                for one in filter(None, world.gather(found)):
+                found = computed and (keys, computed.values(), computed.batch.input_tokens, computed.repeated)
+                for theirs, values, more, again in filter(None, world.gather(found)):
                     if world.first:  # the others are given all of it in the end, as it was stored
-                        cache.add(*one[:3])
-                    done, tokens, repeated = done + 1, tokens + one[3], repeated + one[4]
+                        cache.add(theirs, *values)
+                    done, tokens, repeated = done + 1, tokens + more, repeated + again
                 bar.update(task, advance=1)
                 check()
         except BaseException:
