@@ -32,7 +32,7 @@ def is_worker() -> bool:
 
 def is_first() -> bool:
     """Whether this is no process of several, or the first of them."""
-    return int(os.environ.get("WORLD_SIZE", 1)) == 1 or int(os.environ.get("RANK", 0)) == 0
+    return int(os.environ.get("WORLD_SIZE") or 1) == 1 or int(os.environ.get("RANK") or 0) == 0
 
 
 def say(error: BaseException, text: str) -> None:

@@ -20,6 +20,7 @@ from fastdpo.errors import ConfigError
 
 T = TypeVar("T")
 FOREVER = timedelta(days=7)  # whoever waits is told when the others end; a tokenised data set may take hours
+MEETING = timedelta(minutes=5)  # that all processes may take to start
 BUCKET = 1 << 26  # elements of gradients that are summed at once: 256 MB
 
 
@@ -177,7 +178,7 @@ def buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.
 def joined() -> Iterator[World]:
     """The world that torchrun has started this process in; without it, this process alone. An error on one
     rank ends all, and is raised on one: on the others it is SystemExit, as there is nothing more to say."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = int(os.environ.get("WORLD_SIZE") or 1)
     if size == 1 or _joined:
         yield _joined[0] if _joined else ALONE
         return
@@ -192,6 +193,7 @@ def joined() -> Iterator[World]:
     except BaseException as error:
         cause = world.ending.cause(error)
         world.ending.leave(cause)
+        _joined.clear()
         raise cause from (error.__cause__ if cause is error else None)
     _joined.clear()
     dist.destroy_process_group()
@@ -214,7 +216,14 @@ def _start(size: int) -> World:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # this one ends where torchrun is killed
     if on_gpu:
         torch.cuda.set_device(local)
-    store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size, timeout=timedelta(minutes=5)))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank=rank, world_size=size, timeout=MEETING))
+    except (RuntimeError, ValueError) as error:  # torch's, and for what the environment does not say
+        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ConfigError(
+            f"rank {rank} finds no meeting point at {where} (MASTER_ADDR:MASTER_PORT): take a free port, and "
+            f"start all {size} processes ({str(error).splitlines()[0]})"
+        ) from None
     number = next(_runs)  # a second run of a process must not find the first one's keys
     ours, theirs = (dist.PrefixStore(f"{name}/{number}", store) for name in ("fastdpo", "torch"))
     options: dict[str, Any] = {"device_id": torch.device("cuda", local)} if on_gpu else {}

@@ -74,7 +74,7 @@ def _train(job: Job, console: Console, around: Around, world: World) -> Path:
         job, world, tokenizer, groups, eval_groups, reports = read(job, console, around, world, clock)
         check_stages(job.stages, groups, eval_groups)
         data = rows_digest(groups, eval_groups)
-        check_same_rows(world, data)
+        check_same_rows(world, groups, eval_groups)
         check_same_run(found, job, data, len(groups), console)
         tell_ranks(found, world, console)
         policy = ready_policy(job, groups, eval_groups, console, world, head_budget_of(found, job))
@@ -206,7 +206,7 @@ def run_stage(run: Run, resumed: checkpoint.Checkpoint | None) -> Progress:
     fill = partial(load_reference, policy, **options, expected_namespace=expected)
     explain = partial(run.around.explain, run.job.config.per_stage()[place.stage], policy.core.config)
     stage = Stage(job, policy, stage_groups(run, job, fill), run.eval_groups, explain)
-    check_same_rows(run.world, rows_digest(stage.groups))
+    check_same_rows(run.world, stage.groups)
     place.total, place.namespace = stage.total, None
     if stage.objective.needs_reference:
         stage.reference, place.namespace = make_reference(run, stage, fill)
@@ -238,7 +238,7 @@ def _fill_reference(job: Job, console: Console, around: Around, world: World) ->
         first = job.stages[0]
         check_rows(first.objective, groups)
         check_rows(first.objective, eval_groups, "eval_data")
-        check_same_rows(world, rows_digest(groups, eval_groups))
+        check_same_rows(world, groups, eval_groups)
         policy = ready_policy(job, groups, eval_groups, console, world)
         stopping.saves = True
         options: dict[str, Any] = dict(path=path, max_tokens=first.max_tokens, check=stopping.check)

@@ -1,6 +1,7 @@
 """What ranks agree on without a word, what they refuse, and how they end; one process plays them all."""
 
 import signal
+import socket
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ from fastdpo.distributed.world import ALONE, World, buckets, joined
 from fastdpo.errors import ConfigError, DataError, Stopped, TrainingError
 from fastdpo.training import job, ranks
 from fastdpo.training.checkpoint import Tensors
+from fastdpo.training.resume import rows_digest
 from fastdpo.training.stopping import Stopping
+from tests import tiny
 
 
 def sizes(n, seed):
@@ -137,12 +140,12 @@ def two(other):
 
 
 def test_ranks_that_differ_are_refused(monkeypatch):
+    rows = tiny.groups()
     with pytest.raises(DataError, match="data: rank 1 on there reads other rows than rank 0 on"):
-        ranks.check_same_rows(two(("other", "there")), "digest")
-    ranks.check_same_rows(two(("digest", "there")), "digest")
-    here = ALONE.gather({"python": "3.0"})[0]
+        ranks.check_same_rows(two((rows_digest(rows[1:], []), "there")), rows, [])
+    ranks.check_same_rows(two((rows_digest(rows, []), "there")), rows, [])
     with pytest.raises(ConfigError, match="all nodes need the same versions"):
-        ranks.check_alike(two(here))
+        ranks.check_alike(two({"python": "3.0"}))
 
 
 @pytest.mark.parametrize(
@@ -217,3 +220,26 @@ def test_a_process_group_of_someone_else_is_refused(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     with pytest.raises(ConfigError, match=r"torch\.distributed is initialised already"), joined():
         pass
+
+
+@pytest.mark.parametrize("told", [{"MASTER_ADDR": "127.0.0.1"}, {}])
+def test_a_port_that_is_taken_or_not_said(monkeypatch, told):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        told |= {"MASTER_PORT": str(taken.getsockname()[1])} if told else {}
+        for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in (told | {"WORLD_SIZE": "2", "RANK": "0"}).items():
+            monkeypatch.setenv(name, value)
+        where = ":".join(told.values()) or r"\?:\?"
+        with pytest.raises(ConfigError, match=f"rank 0 finds no meeting point at {where}"), joined():
+            pass
+
+
+def test_a_world_size_that_is_set_and_empty_is_none(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "")
+    monkeypatch.setenv("RANK", "")
+    assert launch.is_first()
+    with joined() as world:
+        assert world is ALONE
