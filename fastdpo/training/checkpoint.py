@@ -119,18 +119,14 @@ class Tensors:
 
 
 def save(folder: Path, policy, optimizer, state: dict) -> int:
-    """Writes a checkpoint, in place of one of the same name; returns its size in bytes. All ranks of a world
-    have to call it, and the first returns the size."""
+    """Writes a checkpoint, in place of one of the same name; returns its size in bytes, on the first rank.
+    All ranks of a world have to call it, and none returns before it is there."""
     world = policy.world
     kinds = {"weights": {name: p.detach() for name, p in _trained(policy).items()}}
     kinds["optimizer"] = optimizer.tensors()
     size = sum(t.numel() * t.element_size() for tensors in kinds.values() for t in tensors.values())
     split = world.sharded and size > SPLIT_FROM
-    with (
-        durable.new_folder(folder)
-        if world.first
-        else contextlib.nullcontext(durable.part_of(folder)) as place
-    ):
+    with durable.new_folder(folder) if world.first else _others(folder) as place:
         world.wait()  # for the folder
         for kind, tensors in kinds.items():
             if split:
@@ -138,13 +134,24 @@ def save(folder: Path, policy, optimizer, state: dict) -> int:
             else:
                 _save_whole(place / f"{kind}.safetensors", tensors, world.first)
         world.wait()  # for the files
-        if not world.first:
-            return 0
-        digests = {path.name: durable.file_digest(path) for path in sorted(place.iterdir())}
-        state = {"format": FORMAT, **state, "digests": digests}
-        text = json.dumps({"digest": durable.json_digest(state), "state": state}, indent=1)
-        (place / "state.json").write_text(text, encoding="utf-8")
-        return sum(path.stat().st_size for path in place.iterdir())
+        if world.first:
+            size = _seal(place, state)
+    world.wait()  # until it has its name: a rank that ends here has to know of it
+    return size
+
+
+def _others(folder: Path) -> contextlib.AbstractContextManager[Path]:
+    """The folder that the first rank makes."""
+    return contextlib.nullcontext(durable.part_of(folder))
+
+
+def _seal(folder: Path, state: dict) -> int:
+    """Writes the state with the digests of what lies beside it; returns the bytes of all."""
+    digests = {path.name: durable.file_digest(path) for path in sorted(folder.iterdir())}
+    state = {"format": FORMAT, **state, "digests": digests}
+    text = json.dumps({"digest": durable.json_digest(state), "state": state}, indent=1)
+    (folder / "state.json").write_text(text, encoding="utf-8")
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def _save_whole(path: Path, tensors: dict[str, Tensor], writes: bool) -> None:

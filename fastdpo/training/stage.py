@@ -140,12 +140,13 @@ class Stage:
             if not progress.evaluated:
                 with self.pace.of("held_out"):
                     evaluate(self, eval_batches, run, progress)
-            due = self.due(progress.steps, self.job.save_steps)
-            if (run.stopping.requested() and progress.steps) or due:
+            due, stop = self.due(progress.steps, self.job.save_steps), run.stopping.requested()
+            if (stop and progress.steps) or due:
                 # what only a signal made must not be the best, or the run would end as no other
                 with self.pace.of("checkpoint"):
                     run.save(optimizer, progress, may_be_best=due)
-        run.stopping.check()
+        if stop or due:  # a signal since then waits for the next step: it would find this one not saved
+            run.stopping.check()
 
     def step(self, groups: Groups, progress: Progress, step: int, optimizer=None, following=None):
         """Forward and backward of one optimizer step, in microbatches; returns the gradient norm, before

@@ -2,6 +2,7 @@
 
 import signal
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from fastdpo.distributed.shards import bounds_of
 from fastdpo.distributed.turns import Turns
 from fastdpo.distributed.world import ALONE, World, buckets, joined
 from fastdpo.errors import ConfigError, DataError, Stopped, TrainingError
-from fastdpo.training import job, ranks
+from fastdpo.training import checkpoint, job, ranks
 from fastdpo.training.checkpoint import Tensors
 from fastdpo.training.resume import rows_digest
 from fastdpo.training.stopping import Stopping
@@ -126,6 +127,25 @@ def test_a_signal_that_a_scheduler_and_torchrun_send_is_one():
     stopping._when -= 60  # a minute ago
     with pytest.raises(Stopped):
         stopping._on_signal(signal.SIGTERM, None)
+
+
+class Waits(World):
+    """A rank that notes at each wait whether the checkpoint was there."""
+
+    def wait(self):
+        self.ending.append(self.mesh.exists())
+
+
+def test_no_rank_goes_on_before_the_checkpoint_is_there(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    seen = []
+    for rank in range(2):
+        folder = tmp_path / f"step-{rank}"
+        world = Waits(rank=rank, size=2, mesh=folder, ending=[])
+        policy = SimpleNamespace(world=world, model=model)
+        checkpoint.save(folder, policy, SimpleNamespace(tensors=dict), {})
+        seen.append(world.ending)
+    assert seen == [[False, False, True], [False] * 3]
 
 
 class Two(World):

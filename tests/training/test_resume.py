@@ -23,6 +23,7 @@ from fastdpo.errors import ConfigError, DataError, Stopped, TrainingError
 from fastdpo.training import checkpoint
 from fastdpo.training.resume import check_settings
 from fastdpo.training.stage import Stage
+from fastdpo.training.stopping import Stopping
 from tests.tiny import rows, save_model, write_jsonl
 from tests.training.killing import TIMED
 
@@ -67,18 +68,19 @@ def make(inputs, tmp_path):
 
 
 @contextmanager
-def stopped_in_step(n, number=signal.SIGTERM):
-    """Inside, the n-th optimizer step sends a signal to this process, and the run must end with Stopped."""
-    step, seen = Stage.step, []
+def stopped_in_step(n, number=signal.SIGTERM, where=(Stage, "step")):
+    """Inside, the n-th optimizer step (or other call) sends a signal to this process as it ends, and the run
+    must end with Stopped."""
+    call, seen = getattr(*where), []
 
     def stopping(*args):
-        seen.append(1)
+        seen.append(call(*args))
         if len(seen) == n:
             os.kill(os.getpid(), number)
-        return step(*args)
+        return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped) as stop:
-        patch.setattr(Stage, "step", stopping)
+        patch.setattr(*where, stopping)
         yield stop
 
 
@@ -122,6 +124,16 @@ def test_a_stopped_run_goes_on_bit_by_bit(make, keys, n, number):
     printed = run(replace(cut, resume=True))
     assert f"going on from {cut.output_dir}/checkpoints/step-{n}" in printed
     assert outcome(cut) == outcome(whole)
+
+
+@pytest.mark.parametrize("n", range(3, 11))
+def test_a_signal_just_after_the_run_looked_for_one_loses_no_step(make, monkeypatch, n):
+    step, steps = Stage.step, []
+    monkeypatch.setattr(Stage, "step", lambda *args: steps.append(1) or step(*args))
+    config = make()
+    with stopped_in_step(n, where=(Stopping, "requested")):
+        run(config)
+    assert names(config)[-1:] == [f"step-{len(steps)}"] * bool(steps)
 
 
 def test_a_second_run_is_bitwise_the_same(make, tmp_path):
