@@ -2,11 +2,23 @@
 that a process which makes them needs no torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Image:
+    """An image of a prompt. Its pixels are read when a microbatch is made, and not kept."""
+
+    key: bytes  # 16: a hash of its pixels and of the processor that the model sees them through
+    size: tuple[int, int]  # (width, height) of what `open` returns
+    open: "Callable[[], Picture]"  # RGB, upright, at most image_max_pixels; raises DataError
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -40,6 +52,7 @@ class PreferenceGroup:
     responses: tuple[Response, ...]
     pairs: tuple[Pair, ...]
     whole: bool = False  # a response's last token is an input too, though nothing is predicted from it
+    images: tuple[Image, ...] = ()  # of the prompt, in the order in which their tokens stand in it
 
     def inputs(self, response: Response) -> np.ndarray:
         """Those of its tokens that go through the model."""
