@@ -19,6 +19,7 @@ class Image:
     key: bytes  # 16: a hash of its pixels and of the processor that the model sees them through
     size: tuple[int, int]  # (width, height) of what `open` returns
     open: "Callable[[], Picture]"  # RGB, upright, at most image_max_pixels; raises DataError
+    tokens: int = 0  # that stand for it in the prompt
 
 
 @dataclass(frozen=True, eq=False, slots=True)

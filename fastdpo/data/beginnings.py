@@ -33,12 +33,17 @@ def own_prompts(groups: Sequence[PreferenceGroup]) -> list[Branch]:
 
 def beginnings(groups: Sequence[PreferenceGroup]) -> list[Branch]:
     """Prompts and beginnings that groups have in common once too: a system prompt, a prompt of several
-    rows, a conversation's turns, responses that part late. Never more tokens than by `own_prompts`."""
+    rows, a conversation's turns, responses that part late. Never more tokens than by `own_prompts`. A group
+    with images has its prompt alone, for equal tokens may stand for other images."""
     tree: list[Branch] = []
     sequences: list[np.ndarray] = []
     known: dict[tuple[int | None, int, int], int] = {}  # (parent, at, the next token): who branches off there
     for group in groups:
         first, prompt = len(tree), len(group.prompt)
+        if group.images:
+            tree += [Branch(None, 0), *[Branch(first, prompt)] * (len(group.responses) - 1)]
+            sequences += [np.zeros(0, np.int64)] * len(group.responses)  # nobody branches off them
+            continue
         for response in group.responses:
             ids = np.concatenate([group.prompt, group.inputs(response)])
             branch = _longest(ids, sequences, known)

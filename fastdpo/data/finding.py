@@ -28,6 +28,12 @@ class Found:
     files: dict[str, list[Path]] = field(default_factory=dict)  # by split; none of the hub
     hub: dict[str, Any] = field(default_factory=dict)  # what load_dataset takes
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder that it is, or lies in; None of the hub's."""
+        path = Path(self.name)
+        return None if self.kind == "hub" else path if path.is_dir() else path.parent
+
 
 def find(spec: str, data_format: str | dict | None) -> Found:
     """See sources.load_rows. Raises DataError."""

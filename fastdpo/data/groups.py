@@ -3,13 +3,15 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fastdpo.data.chat.arguments import Chat
 from fastdpo.data.chat.scripts import Draft, write
 from fastdpo.data.formats.layouts import Layout
+from fastdpo.data.images.reader import ImageReader
 from fastdpo.data.one_row import problem_of, refuse_lone_surrogates
 from fastdpo.data.report import NOT_PRINTED, DataReport, RowProblem
 from fastdpo.data.rows import Row, parse_row
@@ -48,38 +50,60 @@ class Limits:
 Outcome = tuple[PreferenceGroup, Counter[str]] | RowProblem
 
 
+class Given(NamedTuple):
+    """A row of a data set."""
+
+    number: int
+    row: Any
+    folder: Path | None = None  # where its paths begin
+
+
+class Tools(NamedTuple):
+    """What rows become groups by."""
+
+    encoder: Encoder
+    limits: Limits
+    chat: Chat
+    images: ImageReader | None = None  # of a model that reads some
+
+
 def to_group(
     row: dict[str, Any] | Row,
     number: int,
     tokenizer: "PreTrainedTokenizerBase",
     limits: Limits,
     chat: Chat | None = None,
+    images: ImageReader | None = None,
+    folder: Path | None = None,
 ) -> tuple[PreferenceGroup, Counter[str]]:
     """One row -> (PreferenceGroup, notes); notes count what was worth saying about it. `chat` says what else
-    the chat template is given; without it, the time.
+    the chat template is given; without it, the time. `images`: how those of the prompt are read, where the
+    model reads some, and `folder`, where their paths begin.
 
     Raises RowProblem when the row cannot be used.
     """
-    one, chat = [(number, row)], chat or Chat()
-    (outcome,) = _outcomes(one, Encoder(tokenizer), limits, chat, None, DataReport("one row"))
+    one, chat = [Given(number, row, folder)], chat or Chat()
+    tools = Tools(Encoder(tokenizer), limits, chat, images)
+    (outcome,) = _outcomes(one, tools, None, DataReport("one row"))
     if isinstance(outcome, RowProblem):
         raise outcome
     return outcome
 
 
 def shard_of(
-    rows: Rows, chunk: Sequence[tuple[int, Any]], encoder: Encoder, limits: Limits, chat: Chat
+    rows: Rows, chunk: Sequence[Given], tools: Tools
 ) -> tuple[list[PreferenceGroup], dict[str, Any]]:
     """(the groups of some of a data set's rows, the account of these rows as JSON), all numbered as they are
     in the data set: what a process of its own makes, whatever the other rows are.
 
     `refused` of it is the first row that `strict` does not let pass, and why.
     """
-    chat = replace(chat)  # which keeps what is told from here on
+    chat = replace(tools.chat)  # which keeps what is told from here on
+    tools = tools._replace(chat=chat)
     report, groups, refused = DataReport(rows.source, rows_read=len(chunk)), [], None
     for start in range(0, len(chunk), _CHUNK):
         some = chunk[start : start + _CHUNK]
-        for (number, _), outcome in zip(some, _outcomes(some, encoder, limits, chat, rows.layout, report)):
+        for (number, _, _), outcome in zip(some, _outcomes(some, tools, rows.layout, report)):
             refused = refused or _refused(outcome, rows, number)
             if isinstance(outcome, RowProblem):
                 report.drop(number, outcome, rows.told(number, outcome))
@@ -111,20 +135,15 @@ def refuse(refused: dict[str, Any], source: str) -> None:
 
 
 def _outcomes(
-    chunk: Sequence[tuple[int, dict[str, Any] | Row | RowProblem]],
-    encoder: Encoder,
-    limits: Limits,
-    chat: Chat,
-    layout: Layout | None,
-    report: DataReport,
+    chunk: Sequence[Given], tools: Tools, layout: Layout | None, report: DataReport
 ) -> Iterator[Outcome]:
-    """Per numbered row its (group, notes) or its RowProblem, in order; tells the report formats and kinds."""
+    """Per numbered row its (group, notes) or its RowProblem, in order; tells the report formats, kinds and
+    the files of images."""
+    encoder = tools.encoder
     drafts: list[Draft | RowProblem] = []
-    for number, row in chunk:
+    for given in chunk:
         try:
-            refuse_lone_surrogates(row)
-            parsed = row if isinstance(row, Row) else parse_row(row, number, layout)
-            drafts.append(write(parsed, encoder.tokenizer, encoder.special, chat))
+            drafts.append(_draft(given, tools, layout))
         except Exception as error:
             drafts.append(problem_of(error))
     written = [draft for draft in drafts if isinstance(draft, Draft)]
@@ -135,11 +154,21 @@ def _outcomes(
             yield draft
             continue
         try:
-            outcome = _group(draft, ids, encoder, limits)
+            outcome = _group(draft, ids, encoder, tools.limits)
             report.kinds.setdefault(draft.kind, draft.row.number)
+            report.image_files += draft.pictures.files if draft.pictures else []
             yield outcome
         except Exception as error:
             yield problem_of(error)
+
+
+def _draft(given: Given, tools: Tools, layout: Layout | None) -> Draft:
+    number, row, folder = given
+    images, notes = tools.images, Counter[str]()
+    refuse_lone_surrogates(row)
+    parsed = row if isinstance(row, Row) else parse_row(row, number, layout, images is not None)
+    pictures = images.read(parsed.images, folder, notes) if images else None
+    return write(parsed, tools.encoder.tokenizer, tools.encoder.special, tools.chat, pictures, notes)
 
 
 def _encoded(drafts: list[Draft | RowProblem], encoder: Encoder) -> dict[str, np.ndarray]:
@@ -165,37 +194,45 @@ def _group(
     """(group, notes) of a row whose texts are tokenised."""
     row, notes = draft.row, Counter(draft.notes)
     sequences = [tokenize(script, draft.plain, ids, encoder, notes) for script in draft.scripts]
+    if pictures := draft.pictures:
+        sequences = [tokens.repeated(pictures.repeats(tokens.ids)) for tokens in sequences]
     shared = min(int(tokens.scored.argmax()) for tokens in sequences)
     for tokens in sequences[1:]:
         shared = shared_length(sequences[0].ids[:shared], tokens.ids[:shared])
     if shared == 0:
         message = "no token comes before the responses that could predict their first token"
         raise RowProblem("empty_prompt", "prompt", message)
-    prompt, tails = _cut(sequences, shared, limits, encoder.tokenizer.bos_token_id, notes)
+    free = shared  # tokens before the prompt's first image
+    if pictures and pictures.images:
+        free = int((sequences[0].ids[:shared] == pictures.expander.token_id).argmax())
+    prompt, tails = _cut(sequences, shared, limits, encoder.tokenizer.bos_token_id, free, notes)
     pairs = _differing_pairs(row, tails, notes)
     ref_logps = _whole_ref_logps(row, tails, notes)
     responses = tuple(
         Response(tail.ids, tail.scored, score, ref_logp, row.label, tail.weight)
         for tail, score, ref_logp in zip(tails, row.scores, ref_logps)
     )
-    return PreferenceGroup(row.number, prompt, responses, pairs), notes
+    images = pictures.images if pictures else ()
+    return PreferenceGroup(row.number, prompt, responses, pairs, images=images), notes
 
 
 def _cut(
-    sequences: list[Tokens], shared: int, limits: Limits, bos: int | None, notes: Counter[str]
+    sequences: list[Tokens], shared: int, limits: Limits, bos: int | None, free: int, notes: Counter[str]
 ) -> tuple[np.ndarray, list[Tokens]]:
-    """(the shared prompt, per response what follows it), within the limits."""
+    """(the shared prompt, per response what follows it), within the limits; `free`: how many of the prompt's
+    tokens may go, those before its first image."""
     longest, limit = max(len(tokens.ids) for tokens in sequences), limits.max_length
     prompt, truncated = sequences[0].ids[:shared], sum(len(tokens.ids) > limit for tokens in sequences)
     if truncated and limits.truncation == "drop":
         message = f"{longest} tokens, over max_length={limit}; raise it, or let truncation cut"
         raise RowProblem("too_long", "row", message)
     if truncated and limits.truncation == "keep_end":
-        prompt = _prompt_end(prompt, longest - limit, bos, limit)
+        prompt = _prompt_end(prompt, longest - limit, bos, free, limit)
         limit = longest  # nothing is cut from the responses
         truncated = len(sequences)  # the one prompt of all of them is shorter
     elif truncated and shared >= limit:
-        message = f"{shared} tokens leave no room for a response: raise max_length={limit}"
+        of_images = f" ({shared - free} from its first image on)" if free < shared else ""
+        message = f"{shared} tokens{of_images} leave no room for a response: raise max_length={limit}"
         raise RowProblem("prompt_too_long", "prompt", message)
     tails = [tokens.tail(shared, limit) for tokens in sequences]
     if not all(len(tail.ids) for tail in tails):
@@ -206,12 +243,15 @@ def _cut(
     return prompt.copy(), tails
 
 
-def _prompt_end(prompt: np.ndarray, excess: int, bos: int | None, limit: int) -> np.ndarray:
+def _prompt_end(prompt: np.ndarray, excess: int, bos: int | None, free: int, limit: int) -> np.ndarray:
     """The prompt without `excess` tokens of its start; a BOS stays, models are lost without it."""
     kept = prompt[:1] if prompt[0] == bos else prompt[:0]
     if len(prompt) - excess < 1:
         message = f"the longest response alone does not fit: raise max_length={limit}"
         raise RowProblem("response_too_long", "responses", message)
+    if len(kept) + excess > free:
+        message = f"{excess} tokens too many, and an image after {free}: raise max_length={limit}"
+        raise RowProblem("images_too_long", "prompt", message)
     return np.concatenate([kept, prompt[len(kept) + excess :]])
 
 

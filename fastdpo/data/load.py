@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,9 +12,11 @@ from rich.console import Console
 
 from fastdpo.data.chat.arguments import Chat
 from fastdpo.data.groups import Limits, refuse
+from fastdpo.data.images.reader import ImageReader
 from fastdpo.data.packing import epoch_order
 from fastdpo.data.report import DataReport
-from fastdpo.data.sources import sources_of
+from fastdpo.data.rows import parse_row
+from fastdpo.data.sources import Rows, Source, sources_of
 from fastdpo.data.store.making import shards_of
 from fastdpo.data.store.stored import StoredGroups, facts_of, taken
 from fastdpo.data.store.work import Making
@@ -36,18 +40,24 @@ class DataSpec:
     strict: bool
     seed: int  # of which rows a fraction holds out
     data_cache: str = "auto"
+    image_max_pixels: int | None = None
+    media_dir: str | None = None
+
+    def images(self, processor) -> ImageReader | None:
+        """How the rows' images are read; None without a processor, of a model that reads none."""
+        return processor and ImageReader(processor, self.image_max_pixels, self.media_dir)
 
 
 def load_data(
-    spec: DataSpec, tokenizer, console: Console, clock: datetime | None = None
+    spec: DataSpec, tokenizer, console: Console, clock: datetime | None = None, processor=None
 ) -> tuple[Groups, Groups, dict]:
     """(training groups, evaluation groups, the account of every row for data_report.json). `clock` is the
-    time that a chat template is told, None for now. Raises DataError, or ConfigError where a fraction leaves
-    nothing to train on."""
+    time that a chat template is told, None for now; `processor`, that of a model that reads images. Raises
+    DataError, or ConfigError where a fraction leaves nothing to train on."""
     limits = Limits(spec.max_length, spec.truncation)
     chat = Chat(spec.chat_template_kwargs, clock or datetime.now())
     how: dict[str, Any] = dict(strict=spec.strict, data_format=spec.data_format, chat=chat)
-    how["data_cache"] = spec.data_cache
+    how |= dict(data_cache=spec.data_cache, images=spec.images(processor))
 
     def load(name: str | list[str], key: str = "data"):
         groups, report = load_groups(name, tokenizer, limits, console=console, key=key, **how)
@@ -82,35 +92,60 @@ def load_groups(
     chat: Chat | None = None,
     key: str = "data",
     data_cache: str = "auto",
+    images: ImageReader | None = None,
 ) -> tuple[Groups, DataReport]:
     """All usable rows of a data source (see load_rows), or of several, one after the other, as groups, and
     the account of every row. `data_format` says how to read the rows, where their columns do not; `chat`,
     what the chat template is given besides; `key` is the config's, for errors about the source. `data_cache`,
-    as in the config: where the tokenised rows are kept, and looked for.
+    as in the config: where the tokenised rows are kept, and looked for. `images`: how those of prompts are
+    read, where the model reads some; pixels are read again when a microbatch is made.
 
     Raises DataError when no row is left, or under `strict` at the first row that was dropped,
     truncated, identical or malformed.
     """
-    making = Making(tokenizer, limits, chat or Chat())
-    shards, firsts, names, first, report = [], [], [], 0, DataReport("")
+    making = Making(tokenizer, limits, chat or Chat(), images)
+    shards, firsts, openers, names, first, report = [], [], [], [], 0, DataReport("")
     sources = sources_of(spec, data_format, key)
     # all are looked into first: none is tokenised in vain, if another cannot be read
     for source, made in [(one, shards_of(one, making, console, data_cache)) for one in sources]:
         names.append(f"{source.spec} (from row {first} on)" if first else source.spec)
+        opener = _Reopened(source, images, first) if images else None
         for shard in made:
             if strict and shard.account["refused"]:
                 refuse(shard.account["refused"], source.spec)
             report.add(shard.account, first)
             shards.append(shard)
             firsts.append(first)
+            openers.append(opener)
         first = report.rows_read
     report.source = ", ".join(names)
-    groups = StoredGroups(shards, firsts)
+    groups = StoredGroups(shards, firsts, openers)
     if not len(groups):
         raise DataError(f"{key}: none of the {first} rows of {spec!r} can be used.\n{report.losses()}")
     _note_duplicates(groups, report)
     report.keep(groups.facts)
     return groups, report
+
+
+@dataclass(frozen=True)
+class _Reopened:
+    """The images of a source's rows, which are read from it again: nothing of them is kept beside tokens."""
+
+    source: Source
+    images: ImageReader
+    first: int  # the number of its first row
+
+    @cached_property
+    def _rows(self) -> Rows:
+        return self.source.rows()
+
+    def __call__(self, row: int, place: int, key: bytes) -> Any:
+        return self.images.reopened(row, place, key, partial(self._given, row - self.first))
+
+    def _given(self, number: int) -> tuple[Any, Path | None]:
+        rows = self._rows
+        parsed = parse_row(rows[number], number, rows.layout, with_images=True)
+        return parsed.images, rows.folder_of(number)
 
 
 def _note_duplicates(groups: StoredGroups, report: DataReport) -> None:

@@ -1,7 +1,9 @@
-"""Rows with images, sound or video, which are refused: what would train is only the text beside them."""
+"""Rows with sound or video, or with images for a model that reads none, which are refused: what would train
+is only the text beside them."""
 
 from fastdpo.data.formats.layouts import Layout
-from fastdpo.data.formats.turns import MEDIA_NAMES, refuse_media
+from fastdpo.data.formats.turns import MEDIA_NAMES, not_read, refuse_media
+from fastdpo.data.images.given import COLUMNS, PLACEHOLDER
 from fastdpo.data.report import RowProblem
 
 _PLACEHOLDERS = {  # by the columns, under the rows' own names, that hold what they stand for
@@ -11,18 +13,19 @@ _PLACEHOLDERS = {  # by the columns, under the rows' own names, that hold what t
 }
 
 
-def placeholders(row: dict, layout: Layout) -> list[str]:
-    """What in the row's prompt would stand for media. Raises RowProblem where a column holds some, unless the
-    layout reads it as something else."""
+def placeholders(row: dict, layout: Layout, with_images: bool) -> list[str]:
+    """What in the row's prompt would stand for media that are not read. Raises RowProblem where a column
+    holds some, unless the layout reads it as something else."""
     there = {name: row[name] for name in MEDIA_NAMES if name in row}
     for name, value in there.items():
-        if name not in layout.columns.values():
+        if name not in layout.columns.values() and not (with_images and name in COLUMNS):
             refuse_media(value, name)
     # <video> and <audio> are tags of HTML too, which an answer in code may quote
     return [
         text
         for text, names in _PLACEHOLDERS.items()
-        if text == "<image>" or not there.keys().isdisjoint(names)
+        if (text == PLACEHOLDER and not with_images)
+        or (text != PLACEHOLDER and not there.keys().isdisjoint(names))
     ]
 
 
@@ -33,6 +36,4 @@ def refuse_placeholders(prompt: str | list[dict], field: str, standing_for_media
     for where, text in texts.items():
         for found in standing_for_media:
             if found in text:
-                raise RowProblem(
-                    "media", where, f"it holds the placeholder {found}; fastdpo trains on text only"
-                )
+                raise RowProblem("media", where, f"it holds the placeholder {found}; {not_read(found)}")

@@ -36,6 +36,9 @@ MEANING = NOT_PRINTED | {  # of the notes
     "template_not_prefix": "responses whose prompt the template prints otherwise when alone",
     "prompt_as_for_generation": "responses behind the prompt as printed for generation: before an answer the "
     "template leaves some of it out",
+    "images": "images in prompts",
+    "image_resized": "images made smaller, to image_max_pixels",
+    "image_cmyk": "images in CMYK, converted to RGB as PIL does",
     "ref_columns": "responses with a reference log-prob in the row's columns",
     "ref_columns_white_space": "of them count white space after the end of turn too, if TRL computed them",
     "ref_columns_unusable": "responses not scored as the row's reference log-probs are: cut or in part",
@@ -53,13 +56,14 @@ class RowProblem(DataError):
                     nan_score, faulty_score, malformed_label, malformed_ref_logps, too_few_responses, no_pair
     rows.py         messages_as_text, prompt_mismatch, empty_prompt, empty_response, response_start, identical
     chat/arguments.py   template_kwargs
-    media.py        media
+    media.py, images/   media, image_missing, image_outside, image_unreadable, image_url, image_animated,
+                    image_mode, image_too_large, image_count, image_in_response
     spans.py        malformed_spans, malformed_token_weights, spans_not_found, token_weights_length
     chat/rendering.py   template_error
     chat/stretches.py   no_rendering
     chat/printed.py     content_not_printed
     tokenizing.py   nothing_scored
-    groups.py       too_long, prompt_too_long, response_too_long, identical_after_truncation
+    groups.py       too_long, prompt_too_long, response_too_long, images_too_long, identical_after_truncation
     """
 
     def __init__(self, reason: str, field: str, message: str):
@@ -161,6 +165,7 @@ class DataReport:
     counts: Counter = field(default_factory=Counter)  # see _counts
     lengths: Sequence[int] = ()  # prompt + response, one a response
     dates: list[str] = field(default_factory=list)  # what the chat template was told of the time
+    image_files: list = field(default_factory=list)  # (path, size, time of change) of images of kept rows
     rows_read: int = 0
 
     @property
@@ -180,7 +185,8 @@ class DataReport:
         """What `add` takes over: all that is told of rows one by one, as JSON."""
         tallies = lambda some: {name: asdict(tally) for name, tally in some.items()}
         told = {"dropped": tallies(self.dropped), "notes": tallies(self.notes), "rows": self.rows_read}
-        return told | {"formats": dict(self.formats), "kinds": self.kinds, "dates": self.dates}
+        told |= {"formats": dict(self.formats), "kinds": self.kinds, "dates": self.dates}
+        return told | {"image_files": self.image_files}
 
     def add(self, account: dict, first: int = 0) -> None:
         """Another report's account, whose rows are numbered from `first` here."""

@@ -8,11 +8,12 @@ spans.py.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastdpo.data.formats.columns import Columns
 from fastdpo.data.formats.layouts import Layout
+from fastdpo.data.images.given import of_column, take_images
 from fastdpo.data.media import placeholders, refuse_placeholders
 from fastdpo.data.report import RowProblem, expect, kind
 from fastdpo.data.spans import Relevance, all_or_none, read_relevance, shared_start
@@ -39,29 +40,40 @@ class Row:
     ties: int  # pairs of a ranked row that equal scores left out
     label: bool | None  # of an unpaired row
     relevance: tuple[Relevance | None, ...]
+    images: tuple[Any, ...] = ()  # of the prompt, as given; given.IMAGE stands for each in its text
 
 
-def parse_row(row: dict | RowProblem, number: int, layout: Layout | None = None) -> Row:
-    """One row of any known format as a Row; `layout` says how to read it, where its columns do not. Raises
-    RowProblem."""
+def parse_row(
+    row: dict | RowProblem, number: int, layout: Layout | None = None, with_images: bool = False
+) -> Row:
+    """One row of any known format as a Row; `layout` says how to read it, where its columns do not. A row
+    with images is refused, unless they are wanted. Raises RowProblem."""
     if isinstance(row, RowProblem):  # a line that could not be read as JSON
         raise row
     if not isinstance(row, dict):
         raise RowProblem("wrong_type", "row", f"a JSON object is needed, got {kind(row)}")
     layout = layout or Layout()
-    standing_for_media = placeholders(row, layout)
+    standing_for_media = placeholders(row, layout, with_images)
+    images = of_column(row, layout.columns) if with_images else None
+    if with_images:
+        layout = replace(layout, tags=replace(layout.tags, images=True))
     try:
-        return _parse(layout.ours(row), number, layout, standing_for_media)
+        return _parse(layout.ours(row), number, layout, standing_for_media, images)
     except RowProblem as problem:
         raise layout.problem(problem, row) from None
 
 
-def _parse(given: dict, number: int, layout: Layout, standing_for_media: list[str]) -> Row:
+def _parse(
+    given: dict, number: int, layout: Layout, standing_for_media: list[str], column: tuple[list, str] | None
+) -> Row:
     row = {name: value for name, value in given.items() if value is not None}
     if "system" in given:
         row.setdefault("system", "")  # the column is there: the row is a conversation, without a system turn
     name, columns = layout.read(row)
     prompt, responses = _conversation(columns)
+    images: tuple = ()
+    if column is not None:
+        prompt, images = take_images(prompt, responses, columns.fields, *column)
     _check_prompt(prompt, columns.prompt_field)
     for field, response in zip(columns.fields, responses):
         _check_response(response, field)
@@ -80,6 +92,7 @@ def _parse(given: dict, number: int, layout: Layout, standing_for_media: list[st
         tools=_tools(columns.tools),
         chat_template_kwargs=kwargs,
         relevance=_relevance(columns, responses),
+        images=images,
         **{field: getattr(columns, field) for field in same},
     )
 

@@ -18,12 +18,12 @@ _RELEVANT = ("【", "】", "bold magenta")  # tokens of a response with weights;
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
-def show_data(spec: DataSpec, tokenizer, console) -> None:
+def show_data(spec: DataSpec, tokenizer, console, processor=None) -> None:
     """Reads a run's data sources and prints what their rows become. Raises DataError, as load_groups does."""
     limits = Limits(spec.max_length, spec.truncation)
     chat = Chat(spec.chat_template_kwargs)
     how = dict(strict=spec.strict, console=console, data_format=spec.data_format, chat=chat)
-    how["data_cache"] = spec.data_cache
+    how |= dict(data_cache=spec.data_cache, images=spec.images(processor))
     for key, source in (("data", spec.data), ("eval_data", spec.eval_data)):
         if isinstance(source, str | list):
             show(*load_groups(source, tokenizer, limits, key=key, **how), tokenizer, console)

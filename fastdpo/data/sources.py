@@ -46,6 +46,7 @@ class Rows:
     source: str
     parts: Sequence[Part]
     layout: Layout | None = None  # how to read them, where their columns are not to tell
+    folder: Path | None = None  # where they lie; None of the hub's
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -78,6 +79,11 @@ class Rows:
                 except Exception as error:
                     at += 1
                     yield problem_of(error)
+
+    def folder_of(self, number: int) -> Path | None:
+        """Where the paths that a row holds begin: the folder of its file."""
+        part, _ = self._place(number)
+        return part.file.parent if isinstance(part, FileRows) else self.folder
 
     def told(self, number: int, problem: RowProblem) -> str:
         """The row's problem behind its line, where it has one: `line 12 of FILE: FIELD: ...`."""
@@ -124,7 +130,7 @@ class Source:
         with self.named():
             for file, stamp in self._stamps.items():
                 check_unchanged(file, stamp)
-            rows = Rows(self.spec, self._parts(), self._found.layout)
+            rows = Rows(self.spec, self._parts(), self._found.layout, self._found.folder)
             if not len(rows):
                 raise DataError(f"data: {self.spec!r} has no rows.")
             return rows

@@ -30,6 +30,11 @@ class Tokens(NamedTuple):
     scored: np.ndarray  # bool[n]
     weight: np.ndarray | None = None  # f32[n]
 
+    def repeated(self, times: np.ndarray) -> "Tokens":
+        """With each token as often as that, i64[n]."""
+        weight = None if self.weight is None else self.weight.repeat(times)
+        return Tokens(self.ids.repeat(times), self.scored.repeat(times), weight)
+
     def tail(self, start: int, length: int) -> "Tokens":
         """The tokens from `start` on, of the first `length` ones, and none after the last scored one."""
         scored = np.flatnonzero(self.scored[:length])

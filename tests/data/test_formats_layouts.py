@@ -207,8 +207,8 @@ def test_a_hub_entry_says_what_to_load(folder, monkeypatch):
         ({"ranking": True, "columns": ALPACA | {"kto_tag": "x"}}, "both ranking and a kto_tag"),
         ({"ranking": True, "formatting": "chat"}, "formatting 'chat' is not one of alpaca, sharegpt, openai"),
         (
-            {"ranking": True, "columns": ALPACA | {"images": "i"}},
-            "it has images; fastdpo trains on text only",
+            {"ranking": True, "columns": ALPACA | {"videos": "i"}},
+            "it has videos; fastdpo reads no sound or video",
         ),
         ({"ranking": True, "num_samples": 5}, r"num_samples is not read .*#\[:5\]"),
         ({"ranking": True, "file_name": "gone.json"}, "gone.json' does not exist"),

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+from fastdpo.data.images.given import IMAGE
+
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of a message
 _KINDS = {"system": "system", "developer": "system", "tool": "tool_result"}  # by role
 
@@ -26,7 +28,7 @@ def pieces(message: dict) -> Iterator[Piece]:
         yield Piece("message", (answer,), _fill_answer)
     else:
         kind = _KINDS.get(message["role"], "message")
-        yield Piece(kind, (content,), partial(_fill_key, key="content"))
+        yield Piece(kind, tuple(content.split(IMAGE)), partial(_fill_key, key="content"))
     for key in THOUGHTS:
         if isinstance(message.get(key), str):
             yield Piece("reasoning", (message[key],), partial(_fill_key, key=key))
@@ -44,7 +46,7 @@ def last_words(message: dict) -> str:
 
 
 def _fill_key(message: dict, mark: str, key: str) -> dict:
-    return {**message, key: mark}
+    return {**message, key: IMAGE * (message[key] or "").count(IMAGE) + mark}
 
 
 def _fill_thought(message: dict, mark: str) -> dict:

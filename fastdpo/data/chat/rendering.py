@@ -9,6 +9,8 @@ from typing import Any
 
 from fastdpo.data.chat.arguments import Chat
 from fastdpo.data.chat.pieces import THOUGHTS, fill_arguments
+from fastdpo.data.images.given import IMAGE
+from fastdpo.data.images.reader import Pictures
 from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import Messages, Row
 from fastdpo.data.spans import shared_start
@@ -17,19 +19,24 @@ from fastdpo.data.spans import shared_start
 class Renderer:
     """The tokenizer's chat template with all that a row gives it besides its messages."""
 
-    def __init__(self, row: Row, tokenizer, special: re.Pattern, chat: Chat):
+    def __init__(
+        self, row: Row, tokenizer, special: re.Pattern, chat: Chat, pictures: Pictures | None = None
+    ):
         self.row, self.tokenizer, self.special, self.chat = row, tokenizer, special, chat
+        self.pictures = pictures
 
     def __call__(self, messages: Messages, to_answer: bool = False, tools: list | None = None) -> str:
         """The text of `messages`; `to_answer`: with the generation prompt. Raises RowProblem."""
+        given = self.pictures.for_template(messages) if self.pictures else messages
         try:
             settings = {"tools": tools or self.row.tools, "add_generation_prompt": to_answer}
-            return self.chat.render(self.tokenizer, messages, self.row.chat_template_kwargs, **settings)
+            text = self.chat.render(self.tokenizer, given, self.row.chat_template_kwargs, **settings)
         except MemoryError:
             raise
         except Exception as error:  # a template is a program, and fails like one
             message = f"the chat template refuses these turns: {error}"
             raise RowProblem("template_error", "messages", message) from None
+        return self.pictures.expanded(text, messages) if self.pictures else text
 
     def said(self, messages: Messages, place: int, text: str, to_answer=False) -> tuple[int, int] | None:
         """(start, end) of what messages[place] says in `text`, the rendering of `messages`: between them it
@@ -61,7 +68,7 @@ def _saying(mark: str, message: dict) -> dict:
     other: dict[str, Any] = dict(message)
     for key in ("content", *THOUGHTS):
         if isinstance(message.get(key), str) and message[key].strip():
-            other[key] = mark
+            other[key] = IMAGE * message[key].count(IMAGE) + mark
     for number in range(len(message.get("tool_calls") or ())):
         other = fill_arguments(other, mark, number)  # some templates print the name before the result too
     return other

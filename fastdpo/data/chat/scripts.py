@@ -16,6 +16,7 @@ from fastdpo.data.chat.pieces import last_words, pieces
 from fastdpo.data.chat.printed import unprinted_of_prompt, unprinted_of_response
 from fastdpo.data.chat.rendering import Renderer, call_forms
 from fastdpo.data.chat.stretches import ends_its_turn, lay_out
+from fastdpo.data.images.reader import Pictures
 from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import Messages, Row
 from fastdpo.data.spans import Marks, Relevance, mark
@@ -39,13 +40,14 @@ class Draft:
     scripts: tuple[Script, ...]  # one a response
     plain: bool  # not from a template: the tokenizer's BOS and EOS are ours to add
     notes: Counter
+    pictures: Pictures | None = None
 
     @property
     def kind(self) -> str:
         """What a report tells apart: the row's format, and what may go wrong in a way of its own."""
         row, weighted = self.row, any(self.row.relevance)
         if self.plain:
-            return f"{row.format}, text" + ", token weights" * weighted
+            return f"{row.format}, text" + ", token weights" * weighted + ", images" * bool(row.images)
         turns = [*row.prompt, *(turn for response in row.responses for turn in response)]
         said = {piece.kind for turn in turns for piece in pieces(turn)}
         special = {
@@ -54,6 +56,7 @@ class Draft:
             "reasoning": "reasoning" in said,
             "several answers": any(len(script.spans) > 1 for script in self.scripts),
             "token weights": weighted,
+            "images": bool(row.images),
         }
         return ", ".join([row.format, "messages", *(name for name, there in special.items() if there)])
 
@@ -63,23 +66,27 @@ class Draft:
         return beginnings | {s.text for s in self.scripts}
 
 
-def write(row: Row, tokenizer, special: re.Pattern, chat: Chat) -> Draft:
-    """`special` matches the tokenizer's special tokens; `chat` says what else its template is given. Raises
-    RowProblem where the chat template refuses the row or prints nothing of a response."""
-    notes = Counter(tie_pair=row.ties) if row.ties else Counter()
+def write(
+    row: Row, tokenizer, special: re.Pattern, chat: Chat, pictures: Pictures | None, noted: Counter
+) -> Draft:
+    """`special` matches the tokenizer's special tokens; `chat` says what else its template is given;
+    `pictures`, which images the prompt has, of a model that reads some; `noted`, what is noted of the row so
+    far. Raises RowProblem where the chat template refuses the row or prints nothing of a response."""
+    notes = Counter(noted, **({"tie_pair": row.ties} if row.ties else {}))
     if isinstance(row.prompt, str):
-        texts = [row.prompt + response for response in row.responses]
-        spans = [((len(row.prompt), len(text)),) for text in texts]
+        prompt = pictures.plain(row.prompt) if pictures else row.prompt
+        texts = [prompt + response for response in row.responses]
+        spans = [((len(prompt), len(text)),) for text in texts]
         told = zip(row.relevance, row.responses, spans, texts)
         marks = [mark(one, {0: response}, {0: span}, text) for one, response, (span,), text in told]
-        return Draft(row, tuple(map(Script, texts, spans, marks)), True, notes)
+        return Draft(row, tuple(map(Script, texts, spans, marks)), True, notes, pictures)
     if not tokenizer.chat_template:
         raise DataError(
             f"row {row.number} is a conversation, and the tokenizer has no chat template.\n"
             "Name one in the config (chat_template: FILE.jinja), or give rows of plain text."
         )
     check_row_kwargs(row.chat_template_kwargs)
-    templates = [Renderer(form, tokenizer, special, chat) for form in call_forms(row)]
+    templates = [Renderer(form, tokenizer, special, chat, pictures) for form in call_forms(row)]
     return _in_the_form_that_says_most(templates, notes)
 
 
@@ -110,7 +117,7 @@ def _conversation(template: Renderer, notes: Counter) -> Draft:
         for turns, relevance in zip(row.responses, row.relevance)
     )
     notes.update(f"{kind}_not_printed" for kind, _ in sorted(lost))
-    return Draft(row, scripts, False, notes)
+    return Draft(row, scripts, False, notes, template.pictures)
 
 
 def _script(

@@ -12,7 +12,7 @@ from fastdpo.values import nearest
 
 _FILE = "dataset_info.json"
 _PLACES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
-_MEDIA = ("images", "videos", "audios")
+_MEDIA = ("videos", "audios")
 _FORMATS = {  # by their formatting: the name of the format, and its own columns, ours -> theirs
     "alpaca": (
         "alpaca",
@@ -21,7 +21,7 @@ _FORMATS = {  # by their formatting: the name of the format, and its own columns
     "sharegpt": ("sharegpt", {"conversations": "messages"}),
     "openai": ("messages", {"messages": "messages"}),
 }
-_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", "kto_tag")}
+_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", "kto_tag", "images")}
 _DEFAULTS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
 
 
@@ -92,7 +92,7 @@ def _layout(entry: dict, where: str) -> Layout:
         raise DataError(f"{where}: formatting {formatting!r} is not one of {', '.join(_FORMATS)}")
     theirs = _DEFAULTS if theirs is None else theirs
     if media := [name for name in _MEDIA if theirs.get(name)]:
-        raise DataError(f"{where}: it has {' and '.join(media)}; fastdpo trains on text only")
+        raise DataError(f"{where}: it has {' and '.join(media)}; fastdpo reads no sound or video")
     ranking, kto = bool(entry.get("ranking")), bool(theirs.get("kto_tag"))
     if ranking == kto:
         has = "both ranking and" if kto else "neither ranking: true nor"

@@ -3,7 +3,9 @@
 import json
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
+from fastdpo.data.images.given import COLUMNS, IMAGE, is_image, is_nothing, of_part
 from fastdpo.data.report import RowProblem, expect, kind
 
 _NAMES = {  # the roles in ShareGPT, LLaMA-Factory, Axolotl, ms-swift, OpenAI before tools, Llama, Gemma
@@ -28,6 +30,7 @@ class Tags:
     role: tuple[str, ...] = ("role", "from")
     content: tuple[str, ...] = ("content", "value")
     roles: dict[str, str] = field(default_factory=lambda: _ROLES)  # theirs -> ours; "call" is a tool call
+    images: bool = False  # parts may be images: the turn then has them under "images", and IMAGE in its text
 
 
 def tags_of(named: dict) -> Tags:
@@ -35,7 +38,9 @@ def tags_of(named: dict) -> Tags:
     ours = {"observation": "tool", "function": "call"}
     tags = ("user", "assistant", "observation", "function", "system")
     roles = {named[f"{tag}_tag"]: ours.get(tag, tag) for tag in tags if named.get(f"{tag}_tag")}
-    keys = {key: (named[f"{key}_tag"],) for key in ("role", "content") if named.get(f"{key}_tag")}
+    keys: dict[str, Any] = {
+        key: (named[f"{key}_tag"],) for key in ("role", "content") if named.get(f"{key}_tag")
+    }
     return Tags(**keys, roles=_ROLES | roles)
 
 
@@ -58,7 +63,7 @@ def turns(value, field: str, tags: Tags) -> list[dict]:
         rest = {key: value for key, value in given.items() if value is not None}
         if not rest.keys().isdisjoint(MEDIA_NAMES):
             for key in MEDIA_NAMES:
-                refuse_media(rest.get(key), f"{where}.{key}")
+                refuse_media(rest.get(key), f"{where}.{key}", tags.images)
         role_key, content_key = _keys(rest, where, tags)
         role = _role(rest.pop(role_key), f"{where}.{role_key}", tags)
         content, said_in = rest.pop(content_key, None), f"{where}.{content_key}"
@@ -75,19 +80,27 @@ def turns(value, field: str, tags: Tags) -> list[dict]:
                     calls += _calls(written, f"{where}.{key}")
             if content is None and calls:
                 content = ""  # many templates would print "None"
-            out.append(rest | {"role": role, "content": _text(content, said_in)})
+            said, images = _said(content, said_in, tags)
+            out.append(rest | {"role": role, "content": said} | ({"images": images} if images else {}))
             if calls:
                 out[-1]["tool_calls"] = calls
         before = role, rest
     return out
 
 
-def refuse_media(value, field: str) -> None:
+def refuse_media(value, field: str, images_read: bool = False) -> None:
     """Raises RowProblem, unless there is nothing in it."""
-    if value is None or value in ("", "[]", {}):
+    if is_nothing(value):
         return
-    if not isinstance(value, list) or any(item is not None for item in value):
-        raise RowProblem("media", field, "it is not empty; fastdpo trains on text only")
+    if images_read and field.rpartition(".")[2] in COLUMNS:
+        message = "images are read from the row's own column and from parts of a content; put them there"
+        raise RowProblem("media", field, message)
+    raise RowProblem("media", field, f"it is not empty; {not_read(field)}")
+
+
+def not_read(what: str) -> str:
+    """Why media are refused that are named so."""
+    return "this model reads text only" if "image" in what else "fastdpo reads no sound or video"
 
 
 def starts_with(messages: list) -> str | None:
@@ -120,23 +133,26 @@ def _keys(message: dict, where: str, tags: Tags) -> tuple[str, str]:
     return role[0], content[0]
 
 
-def _text(content, field: str) -> str:
-    """A message's content; a list of parts in text is what templates print of it, one after the other."""
+def _said(content, field: str, tags: Tags) -> tuple[str, list]:
+    """(a message's content, the images in it): a list of parts is what templates print of it, one after the
+    other, with IMAGE where a part is one."""
     if not isinstance(content, list):
-        return expect(content, str, field, "text")
-    said = []
+        return expect(content, str, field, "text"), []
+    said, images = [], []
     for i, part in enumerate(content):
         where = f"{field}[{i}]"
         expect(part, dict, where, "a part of the content, {type: text, text: ...}")
+        if tags.images and is_image(part):
+            said.append(IMAGE)
+            images.append(of_part(part))
+            continue
         names = {key for key, value in part.items() if value is not None} - {"type", "text"}
         is_text = part.get("type", "text") in _TEXT_PARTS
         if not is_text or any(_MEDIA.search(str(name)) for name in names):
             what = " and ".join(sorted(map(str, names))) if is_text else str(part["type"])[:40]
-            raise RowProblem(
-                "media", where, f"a part of the content is {what!r}; fastdpo trains on text only"
-            )
+            raise RowProblem("media", where, f"a part of the content is {what!r}; {not_read(what)}")
         said.append(expect(part.get("text"), str, f"{where}.text", "text"))
-    return "".join(said)
+    return "".join(said), images
 
 
 def _calls(value, field: str) -> list[dict]:

@@ -10,10 +10,11 @@ BYTES = 16  # of every hash here
 
 def response_keys(group: PreferenceGroup) -> list[bytes]:
     """One key a response: a hash of the whole sequence (ids as little-endian int32) and of which of its
-    tokens are scored, so that it does not matter where the prompt that the group shares ends."""
+    tokens are scored, so that it does not matter where the prompt that the group shares ends; and of its
+    images."""
     if all(response.key is not None for response in group.responses):
         return [response.key or b"" for response in group.responses]
-    prompt = blake2b(group.prompt.astype("<i4").tobytes(), digest_size=BYTES)
+    prompt = _of_prompt(group)
     unscored = bytes(len(group.prompt))
     keys = []
     for response in group.responses:
@@ -25,7 +26,14 @@ def response_keys(group: PreferenceGroup) -> list[bytes]:
 
 
 def prompt_key(group: PreferenceGroup) -> bytes:
-    return blake2b(group.prompt.astype("<i4").tobytes(), digest_size=BYTES).digest()
+    return _of_prompt(group).digest()
+
+
+def _of_prompt(group: PreferenceGroup):
+    """The images' keys come first; without any the hash is of the ids alone."""
+    digest = blake2b(b"".join(image.key for image in group.images), digest_size=BYTES)
+    digest.update(group.prompt.astype("<i4").tobytes())
+    return digest
 
 
 def trained_digest(group: PreferenceGroup, keys: list[bytes]) -> bytes:

@@ -16,9 +16,11 @@ from xxhash import xxh3_128
 
 from fastdpo.data.chat.arguments import Chat
 from fastdpo.data.groups import Limits
+from fastdpo.data.images.reader import unchanged
 
 # What rows are read, written and tokenised with; the last three are of slow tokenizers.
-_LIBRARIES = "transformers tokenizers jinja2 datasets pyarrow numpy sentencepiece tiktoken mistral_common"
+_LIBRARIES = "transformers tokenizers jinja2 datasets pyarrow numpy pillow torchvision "
+_LIBRARIES += "sentencepiece tiktoken mistral_common"
 _OF_THE_CODE = ("data", "console", "files", "*.py")  # what the data room consists of and may import
 _TOLD_BY_NAME = ("transformers.", "tokenizers.", "builtins.", "collections.", "typing.", "abc.")
 # Of a fast tokenizer: told by its backend, or where it comes from and what it has warned of.
@@ -28,13 +30,16 @@ _ELSEWHERE = (
 )
 
 
-def key_of(identity: str, tokenizer: str, limits: Limits, chat: Chat, rows: int, template) -> str | None:
-    """The hash, as hex: of the source's identity, the tokenizer's digest, `rows` a shard, and this code, and
-    of the day where its chat template asks for the time. None where what `chat` gives it cannot be told."""
+def key_of(
+    identity: str, tokenizer: str, limits: Limits, chat: Chat, rows: int, template, images: str | None = None
+) -> str | None:
+    """The hash, as hex: of the source's identity, the tokenizer's digest, `rows` a shard, how images are read
+    (a digest), and this code, and of the day where its chat template asks for the time. None where what
+    `chat` gives it cannot be told."""
     kwargs = chat.kwargs or {}
     if not _plain(kwargs):
         return None
-    # who says the day is not asked for it; shards that hold another one are found out (see `in_time`)
+    # who says the day is not asked for it; shards that hold another one are found out (see `as_it_was`)
     asks = "strftime_now" in str(template) and "date_string" not in kwargs
     day = chat.clock.date().isoformat() if asks else None
     said = (
@@ -47,13 +52,15 @@ def key_of(identity: str, tokenizer: str, limits: Limits, chat: Chat, rows: int,
         rows,
         _code(),
         _versions(),
+        images,
     )
     return xxh3_128(repr(said).encode()).hexdigest()
 
 
-def in_time(account: dict, clock: datetime) -> bool:
-    """Whether the clock tells what a shard's chat template was told."""
-    return all(clock.strftime(form) == text for form, text in account["told"].items())
+def as_it_was(account: dict, clock: datetime) -> bool:
+    """Whether the clock tells what a shard's chat template was told, and its images' files are the same."""
+    same_time = all(clock.strftime(form) == text for form, text in account["told"].items())
+    return same_time and unchanged(account["image_files"])
 
 
 def tokenizer_digest(tokenizer) -> str | None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from fastdpo.console.progress import make_progress
 from fastdpo.data.sources import Source
 from fastdpo.data.store.folder import Folder, cache_folder
-from fastdpo.data.store.key import in_time, key_of
+from fastdpo.data.store.key import as_it_was, key_of
 from fastdpo.data.store.shards import Shard
 from fastdpo.data.store.work import Making, Work, opened
 from fastdpo.data.store.workers import Makers, NotReady, Todo, cores
@@ -47,7 +47,8 @@ def _folder(source: Source, making: Making, data_cache: str, console: Console) -
         problem = f"what decides the token ids of a {kind} cannot be told from its attributes and files"
     else:
         template = getattr(making.tokenizer, "chat_template", None)
-        key = key_of(identity, tokenizer, making.limits, making.chat, SHARD_ROWS, template)
+        images = making.images.digest if making.images else None
+        key = key_of(identity, tokenizer, making.limits, making.chat, SHARD_ROWS, template, images)
         if key is not None:
             return Folder(home / key, private=data_cache == "auto")
         problem = "chat_template_kwargs hold what is neither text, number, list nor dict"
@@ -64,7 +65,7 @@ def _found(folder: Folder, making: Making, console: Console) -> dict[int, Shard]
             if shard is None:
                 if file.exists():
                     _say(console, f"data_cache: {file} is damaged: its rows are tokenised again", "yellow")
-            elif in_time(shard.account, making.chat.clock):
+            elif as_it_was(shard.account, making.chat.clock):
                 found[number] = shard
     return found
 

@@ -2,17 +2,20 @@
 the schema's metadata the account of all rows that it was made of. Any Arrow reader can read it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from fastdpo.data.store.digests import BYTES
 from fastdpo.data.store.facts import HASH, Facts
-from fastdpo.preferences import PreferenceGroup, Response
+from fastdpo.preferences import Image, PreferenceGroup, Response
 
+OpenImage = Callable[[int, int, bytes], Any]  # (row's number, image's number, its key) -> a picture
 _ACCOUNT = b"fastdpo.account"
 
 
@@ -34,6 +37,8 @@ def encoded(groups: Sequence[PreferenceGroup], account: dict) -> pa.Buffer:
     columns = {
         **{name: _column(getattr(facts, name)) for name in _OF_GROUPS},
         "prompt": prompts,
+        "image_keys": _lists([_image_keys(group) for group in groups], np.uint8),
+        "image_facts": _lists([_image_facts(group) for group in groups], np.int32),
         "responses": _structs(of_responses, facts.cu_resp),
         "pairs": _structs({name: pa.array(values) for name, values in of_pairs.items()}, facts.cu_pairs),
     }
@@ -65,7 +70,9 @@ class Shard:
         self._size, responses = batch.num_rows, batch.column("responses")
         self._cu_resp = _values(responses.offsets)
         place = lambda lists: _Ragged(lists, read, whole)
-        self._prompt = place(batch.column("prompt"))
+        self._prompt, self._image_keys, self._image_facts = (
+            place(batch.column(name)) for name in ("prompt", "image_keys", "image_facts")
+        )
         self._ids, self._weight, masks = (
             place(responses.values.field(name)) for name in ("ids", "token_weight", "target_mask")
         )
@@ -81,14 +88,24 @@ class Shard:
         assert facts is not None
         return replace(facts, row=facts.row + first)
 
-    def group(self, place: int, facts: Facts, at: int) -> PreferenceGroup:
-        """The group at `place` here, read; it is the one at `at` of the facts."""
+    def group(self, place: int, facts: Facts, at: int, open_image: OpenImage | None) -> PreferenceGroup:
+        """The group at `place` here, read; it is the one at `at` of the facts. `open_image`: see load.py."""
         first, end = facts.cu_resp[at : at + 2].tolist()
         here = int(self._cu_resp[place])
         numbers = zip(range(here, here + end - first), range(first, end))
         responses = tuple(self._response(number, facts, known) for number, known in numbers)
         prompt = self._prompt[place].astype(np.int64)
-        return PreferenceGroup(int(facts.row[at]), prompt, responses, facts.pairs_of(at))
+        images = self._images(place, int(facts.row[at]), open_image) if facts.images[at] else ()
+        return PreferenceGroup(int(facts.row[at]), prompt, responses, facts.pairs_of(at), images=images)
+
+    def _images(self, place: int, row: int, open_image: OpenImage | None) -> tuple[Image, ...]:
+        assert open_image is not None  # or no row would have images
+        keys = self._image_keys[place].tobytes()
+        found = []
+        for number, (*size, tokens) in enumerate(self._image_facts[place].reshape(-1, 3).tolist()):
+            key = keys[number * BYTES : (number + 1) * BYTES]
+            found.append(Image(key, tuple(size), partial(open_image, row, number, key), tokens))
+        return tuple(found)
 
     def _response(self, number: int, facts: Facts, known: int) -> Response:
         start, end = self._ids.offsets[number : number + 2].tolist()
@@ -102,7 +119,7 @@ class Shard:
         )
 
 
-_OF_GROUPS = ("row", "largest", "digest", "trained", "prompt_key")
+_OF_GROUPS = ("row", "largest", "digest", "trained", "prompt_key", "images", "image_tokens")
 _OF_RESPONSES = ("scored", "first", "relevant", "key", "score", "ref_logp", "label")
 
 
@@ -141,6 +158,14 @@ class _Ragged:
 
     def __getitem__(self, number: int) -> np.ndarray:
         return self.values[self.offsets[number] : self.offsets[number + 1]]
+
+
+def _image_keys(group: PreferenceGroup) -> np.ndarray:
+    return np.frombuffer(b"".join(image.key for image in group.images), np.uint8)
+
+
+def _image_facts(group: PreferenceGroup) -> np.ndarray:
+    return np.array([n for image in group.images for n in (*image.size, image.tokens)], np.int32)
 
 
 def _lists(arrays: Sequence, dtype) -> pa.ListArray:

@@ -12,7 +12,7 @@ from fastdpo.data.store.facts import Facts
 from fastdpo.preferences import Groups, PreferenceGroup
 
 if TYPE_CHECKING:  # Arrow, which an objective does not need
-    from fastdpo.data.store.shards import Shard
+    from fastdpo.data.store.shards import OpenImage, Shard
 
 
 class _Lazy(Sequence[PreferenceGroup]):
@@ -37,10 +37,16 @@ class _Lazy(Sequence[PreferenceGroup]):
 
 
 class StoredGroups(_Lazy):
-    """The groups of shards, one after the other. `first`: what the rows of each shard are numbered from."""
+    """The groups of shards, one after the other. `first`: what the rows of each shard are numbered from.
+    `openers`: what opens the images of each shard's rows."""
 
-    def __init__(self, shards: "Sequence[Shard]", first: Sequence[int]):
-        self._shards = shards
+    def __init__(
+        self,
+        shards: "Sequence[Shard]",
+        first: Sequence[int],
+        openers: "Sequence[OpenImage | None] | None" = None,
+    ):
+        self._shards, self._openers = shards, openers or [None] * len(shards)
         sizes = [len(shard) for shard in shards]
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._order: np.ndarray | None = None  # where they are in the shards
@@ -49,11 +55,12 @@ class StoredGroups(_Lazy):
     def group(self, place: int) -> PreferenceGroup:
         at = place if self._order is None else int(self._order[place])
         number = int(np.searchsorted(self._starts, at, side="right")) - 1
-        return self._shards[number].group(at - int(self._starts[number]), self.facts, place)
+        at -= int(self._starts[number])
+        return self._shards[number].group(at, self.facts, place, self._openers[number])
 
     def taken(self, indices: np.ndarray) -> "StoredGroups":
         some = object.__new__(StoredGroups)
-        some._shards, some._starts = self._shards, self._starts
+        some._shards, some._starts, some._openers = self._shards, self._starts, self._openers
         some._order = indices if self._order is None else self._order[indices]
         some.facts = self.facts.taken(indices)
         return some

@@ -9,10 +9,11 @@ import pyarrow as pa
 from xxhash import xxh3_128_hexdigest
 
 from fastdpo.data.chat.arguments import Chat
-from fastdpo.data.groups import Limits, shard_of
+from fastdpo.data.groups import Given, Limits, Tools, shard_of
+from fastdpo.data.images.reader import ImageReader
 from fastdpo.data.sources import Rows, Source
 from fastdpo.data.store.folder import Folder
-from fastdpo.data.store.key import in_time, tokenizer_digest
+from fastdpo.data.store.key import as_it_was, tokenizer_digest
 from fastdpo.data.store.shards import Shard, encoded, read_whole
 from fastdpo.data.tokenizing import Encoder
 
@@ -24,9 +25,10 @@ class Making:
     tokenizer: object
     limits: Limits
     chat: Chat
+    images: ImageReader | None = None  # of a model that reads some
 
     def __reduce__(self):
-        return Making, (self.tokenizer, self.limits, self.chat)  # the rest is found out again
+        return Making, (self.tokenizer, self.limits, self.chat, self.images)  # the rest is found out again
 
     @cached_property
     def tokenizer_digest(self) -> str | None:
@@ -75,8 +77,10 @@ class Work:
             folder.claim(number)
         start, stop = self._bounds(number)
         with self.source.named():
-            chunk = list(enumerate(self.rows.range(start, stop), start))
-        groups, account = shard_of(self.rows, chunk, self._encoder, self.making.limits, self.making.chat)
+            rows = enumerate(self.rows.range(start, stop), start)
+            chunk = [Given(at, row, self.rows.folder_of(at)) for at, row in rows]
+        tools = Tools(self._encoder, self.making.limits, self.making.chat, self.making.images)
+        groups, account = shard_of(self.rows, chunk, tools)
         self.source.check_unchanged()
         data = encoded(groups, account)
         if folder is None:
@@ -101,7 +105,7 @@ class Work:
         assert self.folder is not None
         for file, of, digest in self.folder.shards():
             if of == number and (shard := opened(file, digest)):
-                if in_time(shard.account, self.making.chat.clock):
+                if as_it_was(shard.account, self.making.chat.clock):
                     return file
         return None
 

@@ -60,6 +60,9 @@ class Rows:
             rejected = said if act == "same" else f"{said} gold {number}"
             yield {"prompt": f"{said} {number}", "chosen": f" {said} morning", "rejected": f" {rejected}"}
 
+    def folder_of(self, number: int) -> None:
+        return None
+
     def told(self, number: int, problem: RowProblem) -> str:
         return str(problem)
 
