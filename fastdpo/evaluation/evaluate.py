@@ -31,7 +31,8 @@ from fastdpo.evaluation.rows import Rows
 from fastdpo.evaluation.scorers import Scorer, make_scorer
 from fastdpo.evaluation.show import show
 from fastdpo.files.installed import versions
-from fastdpo.model.policy import Policy, load_tokenizer
+from fastdpo.model.loading import load_tokenizer
+from fastdpo.model.policy import Policy
 from fastdpo.objectives import check_rows
 from fastdpo.records import Groups
 from fastdpo.reference.cache_file import cache_path

@@ -16,7 +16,8 @@ from fastdpo.config.reading import read_yaml
 from fastdpo.data.store.stored import facts_of
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.adapters import find_start
-from fastdpo.model.policy import Policy, check_stored, load_model_config, load_policy, resolve_dtype
+from fastdpo.model.loading import check_stored, load_model_config, load_policy, resolve_dtype
+from fastdpo.model.policy import Policy
 from fastdpo.model.spec import ModelSpec
 from fastdpo.model.support import prepare
 from fastdpo.records import Groups

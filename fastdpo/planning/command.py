@@ -6,7 +6,7 @@ from fastdpo.config.keys import Config
 from fastdpo.data.load import load_data
 from fastdpo.errors import DataError, ModelError
 from fastdpo.model.cards import CARDS
-from fastdpo.model.policy import load_model_config, load_tokenizer
+from fastdpo.model.loading import load_model_config, load_tokenizer
 from fastdpo.model.spec import ModelSpec
 from fastdpo.planning import show
 from fastdpo.planning.choose import budget_of

@@ -12,7 +12,8 @@ from fastdpo.config.keys import Config
 from fastdpo.model.activations import decoder_layers, set_up_activations
 from fastdpo.model.adapters import add_lora, find_start, steady_dora
 from fastdpo.model.lm_head import named_budget
-from fastdpo.model.policy import Policy, switch_off_dropout
+from fastdpo.model.loading import switch_off_dropout
+from fastdpo.model.policy import Policy
 from fastdpo.model.quantised import nf4_bytes, quantised_linears
 from fastdpo.model.spec import ModelSpec
 from fastdpo.model.support import sharing_refusal

@@ -20,13 +20,8 @@ from fastdpo.distributed.world import World, joined
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.files import durable
 from fastdpo.model.experts import coefficient
-from fastdpo.model.policy import (
-    Policy,
-    check_stored,
-    load_model_config,
-    load_policy,
-    load_tokenizer,
-)
+from fastdpo.model.loading import check_stored, load_model_config, load_policy, load_tokenizer
+from fastdpo.model.policy import Policy
 from fastdpo.model.saving import save_model
 from fastdpo.model.support import prepare
 from fastdpo.objectives import check_rows
