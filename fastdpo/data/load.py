@@ -36,10 +36,12 @@ class DataSpec:
     strict: bool
     seed: int  # of which rows a fraction holds out
     data_cache: str = "auto"
+    image_max_pixels: int | None = None
+    media_dir: str | None = None
 
 
 def load_data(
-    spec: DataSpec, tokenizer, console: Console, clock: datetime | None = None
+    spec: DataSpec, tokenizer, console: Console, clock: datetime | None = None, processor=None
 ) -> tuple[Groups, Groups, dict]:
     """(training groups, evaluation groups, the account of every row for data_report.json). `clock` is the
     time that a chat template is told, None for now. Raises DataError, or ConfigError where a fraction leaves

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
+from transformers import ProcessorMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -19,9 +20,12 @@ from fastdpo.model.activations import set_up_activations
 from fastdpo.model.adapters import add_lora, find_start, load_adapter, tell_tied
 from fastdpo.model.lm_head import named_budget
 from fastdpo.model.policy import Policy
+from fastdpo.model.processors import template_beside
 from fastdpo.model.quantised import check_quantisation, loading_in_4bit, set_up_4bit
 from fastdpo.model.sharding import shard
+from fastdpo.model.source import sees_images
 from fastdpo.model.spec import ModelSpec
+from fastdpo.model.towers import freeze_vision, unquantised
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -37,8 +41,9 @@ def load_model_config(spec: ModelSpec) -> PreTrainedConfig:
     start = find_start(spec)
     found = start.source()
     model_config = source.load_config(found)
-    limit = getattr(model_config, "max_position_embeddings", None)
-    rope = getattr(model_config, "rope_parameters", None) or {}
+    text_config = model_config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None)
+    rope = getattr(text_config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
         # These pick their frequencies by a batch's longest row, beyond the original length: one row would
         # change another's result.
@@ -63,12 +68,15 @@ def check_stored(spec: ModelSpec) -> None:
     source.check_weights(find_start(spec).source())
 
 
-def load_policy(spec: ModelSpec, console: Console, world: World = ALONE) -> Policy:
+def load_policy(
+    spec: ModelSpec, console: Console, world: World = ALONE, processor: ProcessorMixin | None = None
+) -> Policy:
     """Loads the model, freezes what is not trained, adds a LoRA (a fresh one, or one to start from)
-    where asked; where ranks shard it, a whole model at a time on each node. Raises ModelError."""
+    where asked; where ranks shard it, a whole model at a time on each node. processor: of load_processor,
+    for a model that sees images. Raises ModelError."""
     with world.in_turn() if world.sharded else contextlib.nullcontext():
         policy = _loaded(spec, console, world)
-    policy.world = world
+    policy.world, policy.processor = world, processor
     world.make_equal(policy.trained())
     budget = named_budget(spec.head_memory) or policy.default_budget()
     policy.head_budget = int(world.min(budget))  # a step is cut alike on all ranks
@@ -86,7 +94,7 @@ def _loaded(spec: ModelSpec, console: Console, world: World) -> Policy:
     model: Any = source.load_weights(
         *(start.source(), model_config, console),
         dtype=dtype if start.adapter or spec.lora_rank or spec.pure_bf16 else torch.float32,
-        **(loading_in_4bit(model_config, dtype, device) if in_4bit else {}),
+        **(loading_in_4bit(model_config, dtype, device, unquantised(model_config)) if in_4bit else {}),
     )
     if in_4bit:
         set_up_4bit(model, dtype, console)
@@ -98,6 +106,8 @@ def _loaded(spec: ModelSpec, console: Console, world: World) -> Policy:
         model = load_adapter(model, start, console)
     elif spec.lora_rank is not None:
         model = add_lora(model, spec)
+    if sees_images(model_config) and spec.freeze_vision:
+        freeze_vision(model)
     tell_tied(model, console)
     model.train()
     for line in set_up_activations(model, spec):
@@ -121,7 +131,10 @@ def tell_loading(model: str, console: Console) -> None:
 def load_tokenizer(spec: ModelSpec, console: Console | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of the model, or of the adapter to start from where that has one, with the
     spec's chat template where it names one."""
-    tokenizer = source.load_tokenizer(find_start(spec).tokenizer, "model")
+    found = find_start(spec).tokenizer
+    tokenizer = source.load_tokenizer(found, "model")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = template_beside(found)
     if spec.chat_template is not None:
         tokenizer.chat_template = template_of(spec.chat_template, tokenizer.chat_template)
         if console and (split := in_pieces(spec.chat_template, tokenizer)):
@@ -141,9 +154,19 @@ def switch_off_dropout(model_config: PreTrainedConfig) -> dict[str, float]:
     """
     changed = {}
     text_config = model_config.get_text_config()
-    for name, value in text_config.to_dict().items():
-        is_random = any(word in name for word in ("dropout", "pdrop", "layerdrop", "jitter_noise"))
-        if is_random and isinstance(value, float) and value > 0:
-            changed[name] = value
-            setattr(text_config, name, 0.0)
+    towers = {name: getattr(model_config, name, None) for name in model_config.sub_configs}
+    parts = {"": text_config} | {f"{name}.": part for name, part in towers.items() if part is not text_config}
+    for where, part in parts.items():
+        for name, value in part.to_dict().items() if part is not None else ():
+            is_random = any(word in name for word in ("dropout", "pdrop", "layerdrop", "jitter_noise"))
+            if is_random and isinstance(value, float) and value > 0:
+                changed[f"{where}{name}"] = value
+                setattr(part, name, 0.0)
     return changed
+
+
+def restore_dropout(model_config: PreTrainedConfig, dropout: dict[str, float]) -> None:
+    """Undoes switch_off_dropout, which returned `dropout`."""
+    for name, value in dropout.items():
+        part, _, name = name.rpartition(".")
+        setattr(getattr(model_config, part) if part else model_config.get_text_config(), name, value)

@@ -26,6 +26,7 @@ class Policy:
     # Whether token_logp adds the head's gradient to its .grad itself: for who clears no gradient between a
     # forward and its backward, which would lose it.
     adds_to_grad = False
+    processor: Any = None  # transformers', of a model that sees images
 
     def __init__(
         self, model: torch.nn.Module, dtype: torch.dtype, dropout: dict[str, float] | None = None,
