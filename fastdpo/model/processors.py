@@ -39,7 +39,17 @@ def without_video(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
         if name != "video_processor" or argument is not None:
             return cls.check_argument_for_proper_class(self, name, argument)
 
-    names = {"check_argument_for_proper_class": check, "__module__": cls.__module__}
+    def save(self, save_directory, **kwargs):  # its own would save the one that is not there
+        if (
+            getattr(self, "video_processor", None) is not None
+            or "video_processor" not in self.get_attributes()
+        ):
+            return cls.save_pretrained(self, save_directory, **kwargs)
+        self.tokenizer.save_pretrained(save_directory)
+        kept = {name: value for name, value in json.loads(self.to_json_string()).items() if value is not None}
+        Path(save_directory, _FILES[0]).write_text(json.dumps(kept, indent=2), encoding="utf-8")
+
+    names = {"check_argument_for_proper_class": check, "save_pretrained": save, "__module__": cls.__module__}
     return type(cls.__name__, (cls,), names)
 
 
