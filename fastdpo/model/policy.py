@@ -2,7 +2,7 @@
 
 import contextlib
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast, overload
@@ -16,7 +16,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from fastdpo.console.formatting import gigabytes
+from fastdpo.data.beginnings import Branch
 from fastdpo.data.chat.named import in_pieces, template_of
+from fastdpo.data.packing import pack
 from fastdpo.distributed.world import ALONE, World
 from fastdpo.errors import ConfigError
 from fastdpo.model import attention, source
@@ -26,7 +28,8 @@ from fastdpo.model.lm_head import Head, logit_transform, named_budget, within_fr
 from fastdpo.model.quantised import check_quantisation, loading_in_4bit, set_up_4bit
 from fastdpo.model.sharding import Root, shard
 from fastdpo.model.spec import ModelSpec
-from fastdpo.records import PackedGroups
+from fastdpo.model.vision import pack_with_images
+from fastdpo.records import PackedGroups, PreferenceGroup
 
 T = TypeVar("T")
 WithStats = tuple[Tensor, dict[str, Tensor]]
@@ -38,6 +41,7 @@ class Policy:
     # Whether token_logp adds the head's gradient to its .grad itself: for who clears no gradient between a
     # forward and its backward, which would lose it.
     adds_to_grad = False
+    processor: Any = None  # transformers', of a model that sees images
 
     def __init__(
         self, model: torch.nn.Module, dtype: torch.dtype, dropout: dict[str, float] | None = None,
@@ -58,8 +62,8 @@ class Policy:
     def set_sharing(self, share: bool) -> None:
         """Switches between shared prompts and separate rows through the model's stock attention."""
         wanted = attention.NAME if share else self.stock_attention
-        self.core.set_attn_implementation(wanted)
-        if self.core.config._attn_implementation != wanted:
+        self.core.set_attn_implementation(attention.by_part(self.core.config, wanted))
+        if self.core.config.get_text_config()._attn_implementation != wanted:
             raise attention.UnsharedAttention(
                 f"{type(self.core).__name__} does not take its attention from AttentionInterface"
             )
@@ -83,14 +87,23 @@ class Policy:
             cache_enabled=False,  # or a copy of every fp32 weight would stay until the forward ends
         )
 
+    def pack(self, groups: Sequence[PreferenceGroup], tree: Sequence[Branch] | None = None) -> PackedGroups:
+        """A microbatch for this policy: packing.pack, and what it takes of the prompts' images."""
+        if self.processor is None:
+            return pack(groups, self.share, tree)
+        return pack_with_images(self.core, self.processor, groups, self.share, tree)
+
     def hidden(self, batch: PackedGroups) -> Tensor:
         """Final hidden states [T, D] of a packed batch (on separate rows: [R * L, D])."""
         if batch.layout is None:
             arguments: dict[str, Any] = {"attention_mask": batch.attention_mask}
+            if batch.position_ids.dim() == 3:
+                arguments["position_ids"] = batch.position_ids
         else:
             arguments = {"position_ids": batch.position_ids, "fastdpo_layout": batch.layout}
         with self.autocast():
-            out = self.core.base_model(input_ids=batch.input_ids, use_cache=False, **arguments)
+            arguments |= {"input_ids": batch.input_ids, **batch.images}
+            out = self.core.base_model(use_cache=False, **arguments)
         return cast(Tensor, out.last_hidden_state).flatten(0, 1)
 
     @overload
