@@ -145,7 +145,7 @@ def _full(n_rows: int, full: _Segments, first_key: int) -> FullSegments:
     )
 
 
-def separate_rows(groups: Sequence[PreferenceGroup], prompts: Sequence[Prompt]) -> dict[str, Any]:
+def separate_rows(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
     """One right-padded row a response."""
     rows = [np.concatenate([g.prompt, g.inputs(r)]) for g in groups for r in g.responses]
     width = max(map(len, rows))
@@ -154,13 +154,9 @@ def separate_rows(groups: Sequence[PreferenceGroup], prompts: Sequence[Prompt]) 
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
     responses = enumerate((len(g.prompt), r) for g in groups for r in g.responses)
     score_row = [i * width + n - 1 + np.flatnonzero(r.target_mask) for i, (n, r) in responses]
-    positions = torch.arange(width).expand(len(rows), width)
-    if any(prompt.positions is not None for prompt in prompts):
-        each = [p.positions_of(0, width) for g, p in zip(groups, prompts) for _ in g.responses]
-        positions = torch.from_numpy(_in_one(each).reshape(3, len(rows), width))
     return {
         "input_ids": torch.from_numpy(ids),
-        "position_ids": positions,
+        "position_ids": torch.arange(width).expand(len(rows), width),
         "attention_mask": torch.from_numpy(mask),
         "layout": None,
         "score_row": torch.from_numpy(np.concatenate(score_row)),

@@ -193,11 +193,12 @@ def pack(
     share=True computes each prompt once, with a PrefixLayout; where a `tree` of the responses is given, what
     that says once. share=False gives one right-padded row a response, for models whose attention cannot be
     shared. All score the same tokens in the same order. `prompts`: where a model makes more of them than
-    tokens in a row; those that see both ways must be roots of the tree.
+    tokens in a row, which separate rows leave to it; those that see both ways must be roots of the tree.
     """
-    prompts = prompts or [PLAIN] * len(groups)
-    tree = tree or own_prompts(groups)
-    flat = shared_rows(groups, tree, prompts) if share else separate_rows(groups, prompts)
+    if share:
+        flat = shared_rows(groups, tree or own_prompts(groups), prompts or [PLAIN] * len(groups))
+    else:
+        flat = separate_rows(groups)
     responses = [r for g in groups for r in g.responses]
     group_resp = tuple(accumulate((len(g.responses) for g in groups), initial=0))
     scored = [int(r.target_mask.sum()) for r in responses]

@@ -97,8 +97,6 @@ class Policy:
         """Final hidden states [T, D] of a packed batch (on separate rows: [R * L, D])."""
         if batch.layout is None:
             arguments: dict[str, Any] = {"attention_mask": batch.attention_mask}
-            if batch.position_ids.dim() == 3:
-                arguments["position_ids"] = batch.position_ids
         else:
             arguments = {"position_ids": batch.position_ids, "fastdpo_layout": batch.layout}
         with self.autocast():

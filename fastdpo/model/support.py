@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from fastdpo.errors import ModelError
 from fastdpo.model import attention
 from fastdpo.model.policy import Policy
+from fastdpo.model.sharding import check_images
 from fastdpo.model.vision import row_inputs, vision_refusal
 from fastdpo.records import Groups, PreferenceGroup, Response
 
@@ -41,6 +42,8 @@ def prepare(policy: Policy, groups: Groups, console: Console) -> None:
     rows. Raises ModelError when the model's own are no numbers, and when even separate rows disagree: the
     head or the logits are then of a kind that fastdpo does not know, and nothing computed could be trusted.
     """
+    if policy.processor is not None:
+        check_images(policy, policy.world)
     probe = _probe(groups)
     with torch.no_grad():
         truth, limit = _stock(policy, probe)

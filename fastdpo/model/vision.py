@@ -8,6 +8,7 @@ see each other both ways.
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -30,24 +31,24 @@ _OF_TEXT = {"input_ids", "attention_mask", "position_ids", "labels", *TYPES}
 def pack_with_images(
     core: Any, processor: Any, groups: Sequence[PreferenceGroup], share: bool, tree: Sequence[Branch] | None
 ) -> PackedGroups:
-    """packing.pack for a model that sees images: with what it takes of them."""
-    known = core.config.model_type in SHARED
-    rows = [group for group in groups for _ in ((0,) if share else group.responses)]
-    images: dict[str, Tensor] = {}
-    if any(group.images for group in rows):
-        images = pixels(core, processor, rows, in_one=known)
-    prompts, first = [], 0
-    for group in groups:
-        n = len(group.images)
-        positions = _positions(core, group, images, first)
-        prompts.append(Prompt(blocks_of(core.config, group.prompt), positions))
-        first += n if share else n * len(group.responses)
-    both_ways = any(prompt.blocks for prompt in prompts)
-    # where prompts begin with the same tokens, their images may still differ
-    batch = pack(groups, share, None if images or both_ways else tree, prompts)
-    if not share and (both_ways or not known):
-        images |= _padded_types(core, processor, groups, batch.input_ids.shape[1])
-    return replace(batch, images=images)
+    """packing.pack for a model that sees images: with what it takes of them. Separate rows are left to the
+    model's own forward, with what its processor gives, each image as often as its group has responses."""
+    if not share:
+        rows = [group for group in groups for _ in group.responses]
+        batch = pack(groups, share)
+        images = _padded_types(core, processor, rows, batch.input_ids.shape[1])
+        if any(group.images for group in groups):
+            images |= pixels(core, processor, rows, in_one=core.config.model_type in SHARED)
+        return replace(batch, images=images)
+    images = pixels(core, processor, groups) if any(group.images for group in groups) else {}
+    first = accumulate((len(group.images) for group in groups), initial=0)
+    prompts = [
+        Prompt(blocks_of(core.config, group.prompt), _positions(core, group, images, n))
+        for group, n in zip(groups, first)
+    ]
+    # prompts that begin with the same tokens may have other images, or see what is behind these tokens
+    plain = not images and not any(prompt.blocks for prompt in prompts)
+    return replace(pack(groups, share, tree if plain else None, prompts), images=images)
 
 
 def pixels(
@@ -107,7 +108,8 @@ def _positions(core: Any, group: PreferenceGroup, images: dict[str, Tensor], fir
         mm_token_type_ids=(ids == core.config.image_token_id).int(),
         image_grid_thw=images["image_grid_thw"][first : first + len(group.images)],
     )
-    assert int(found.max()) + 1 == len(group.prompt) + int(delta)
+    if int(found.max()) + 1 != len(group.prompt) + int(delta):
+        raise RuntimeError(f"positions end at {int(found.max())}, and generation would begin elsewhere")
     positions: np.ndarray = found[:, 0].numpy()
     return positions
 
@@ -128,10 +130,11 @@ def token_types(core: Any, processor: Any, group: PreferenceGroup, behind: int) 
 
 
 def _padded_types(
-    core: Any, processor: Any, groups: Sequence[PreferenceGroup], width: int
+    core: Any, processor: Any, rows: Sequence[PreferenceGroup], width: int
 ) -> dict[str, Tensor]:
-    rows = [token_types(core, processor, g, width - len(g.prompt)) for g in groups for _ in g.responses]
-    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+    """token_types of each row, i64[R, width]."""
+    found = [token_types(core, processor, row, width - len(row.prompt)) for row in rows]
+    return {name: torch.from_numpy(np.stack([types[name] for types in found])) for name in found[0]}
 
 
 def row_inputs(core: Any, processor: Any, group: PreferenceGroup, behind: int) -> dict[str, Tensor]:
