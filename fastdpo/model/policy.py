@@ -2,7 +2,7 @@
 
 import contextlib
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeVar, cast, overload
 
@@ -10,11 +10,14 @@ import torch
 from fastdpo_kernels import Plan, backend, default_budget, linear_logp, plan
 from torch import Tensor
 
+from fastdpo.data.beginnings import Branch
+from fastdpo.data.packing import pack
 from fastdpo.distributed.world import ALONE
 from fastdpo.model import attention
 from fastdpo.model.lm_head import Head, logit_transform, within_free_memory
 from fastdpo.model.sharding import Root
-from fastdpo.records import PackedGroups
+from fastdpo.model.vision import pack_with_images
+from fastdpo.records import PackedGroups, PreferenceGroup
 
 T = TypeVar("T")
 WithStats = tuple[Tensor, dict[str, Tensor]]
@@ -47,8 +50,8 @@ class Policy:
     def set_sharing(self, share: bool) -> None:
         """Switches between shared prompts and separate rows through the model's stock attention."""
         wanted = attention.NAME if share else self.stock_attention
-        self.core.set_attn_implementation(wanted)
-        if self.core.config._attn_implementation != wanted:
+        self.core.set_attn_implementation(attention.by_part(self.core.config, wanted))
+        if self.core.config.get_text_config()._attn_implementation != wanted:
             raise attention.UnsharedAttention(
                 f"{type(self.core).__name__} does not take its attention from AttentionInterface"
             )
@@ -72,6 +75,12 @@ class Policy:
             cache_enabled=False,  # or a copy of every fp32 weight would stay until the forward ends
         )
 
+    def pack(self, groups: Sequence[PreferenceGroup], tree: Sequence[Branch] | None = None) -> PackedGroups:
+        """A microbatch for this policy: packing.pack, and what it takes of the prompts' images."""
+        if self.processor is None:
+            return pack(groups, self.share, tree)
+        return pack_with_images(self.core, self.processor, groups, self.share, tree)
+
     def hidden(self, batch: PackedGroups) -> Tensor:
         """Final hidden states [T, D] of a packed batch (on separate rows: [R * L, D])."""
         if batch.layout is None:
@@ -79,7 +88,8 @@ class Policy:
         else:
             arguments = {"position_ids": batch.position_ids, "fastdpo_layout": batch.layout}
         with self.autocast():
-            out = self.core.base_model(input_ids=batch.input_ids, use_cache=False, **arguments)
+            arguments |= {"input_ids": batch.input_ids, **batch.images}
+            out = self.core.base_model(use_cache=False, **arguments)
         return cast(Tensor, out.last_hidden_state).flatten(0, 1)
 
     @overload
