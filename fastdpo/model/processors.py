@@ -75,10 +75,10 @@ def load_processor(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Proce
         lacks = [name for name, module in _NEEDS.items() if importlib.util.find_spec(module) is None]
         way_out = "pip install 'fastdpo[vision]'" if lacks else str(error).strip().splitlines()[0]
         what = lacks[0] if lacks else "a package that is not here"
-        raise ModelError(f"{found.label} has a processor that needs {what}: {way_out}") from None
+        raise ModelError(f"model: the processor in {found.name} needs {what}: {way_out}") from None
     except Exception as error:  # whatever a broken folder makes transformers raise
-        why = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
-        raise ModelError(f"{found.label} has a processor that cannot be loaded: {why}") from None
+        why = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        raise ModelError(f"model: the processor in {found.name} cannot be loaded: {why}") from None
     processor.chat_template = tokenizer.chat_template
     _stored[processor] = files
     return processor

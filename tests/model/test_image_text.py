@@ -1,5 +1,6 @@
 """Models that see images: loaded with their processors, what of them trains, and saved again."""
 
+import io
 import json
 import re
 
@@ -24,6 +25,7 @@ from fastdpo.model.towers import decoder_name, unquantised
 from fastdpo.planning.fake_model import check_planned
 from fastdpo.publish.merge import merge
 from fastdpo.reference.fingerprint import reference_fingerprint
+from fastdpo.training.samples import complete, end_tokens
 from tests import images
 
 QUIET = Console(quiet=True)
@@ -146,6 +148,15 @@ def test_lengths_plans_and_what_is_whole_in_4_bits(folders):
     assert unquantised(config) == ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
 
 
+def test_in_4_bits_is_the_language_model_alone(folders, tmp_path):
+    bnb = pytest.importorskip("bitsandbytes")
+    policy, tokenizer = loaded(model=folders("llava"), load_in_4bit=True, lora_rank=2)
+    decoder = decoder_name(policy.core)
+    short = [name for name, m in policy.core.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(short) == 14 and all(name.startswith(f"{decoder}.") for name in short)
+    assert len([m for m in policy.core.modules() if hasattr(m, "lora_A")]) == 14
+
+
 def test_a_model_without_a_processor_is_one_for_text(folders, tmp_path):
     images.model("llava").save_pretrained(tmp_path)
     images.tokenizer("llava").save_pretrained(tmp_path)
@@ -156,14 +167,16 @@ def test_a_model_without_a_processor_is_one_for_text(folders, tmp_path):
 def test_a_processor_that_lacks_a_package_says_so(folders, monkeypatch):
     monkeypatch.setattr(processors, "_NEEDS", {"num2words": "no_such_package"})
     monkeypatch.setattr(processors, "without_video", lambda cls: 1 / 0)
-    with pytest.raises(ModelError, match="has a processor that cannot be loaded: ZeroDivisionError"):
+    with pytest.raises(ModelError, match="the processor in .* cannot be loaded: ZeroDivisionError"):
         loaded(model=folders("smolvlm"))
 
     def lacks(cls):
         raise ImportError("Package `num2words` is required")
 
     monkeypatch.setattr(processors, "without_video", lacks)
-    with pytest.raises(ModelError, match=r"needs num2words: pip install 'fastdpo\[vision\]'"):
+    with pytest.raises(
+        ModelError, match=r"the processor in .* needs num2words: pip install 'fastdpo\[vision\]'"
+    ):
         loaded(model=folders("smolvlm"))
 
 
@@ -181,6 +194,33 @@ def test_merging_an_adapter_gives_the_whole_model(family, folders, tmp_path):
     with torch.no_grad():
         expected, got = (p.model.eval()(input_ids=ids).logits for p in (policy, merged))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", images.FAMILIES)
+def test_prompts_with_images_are_completed_as_by_the_models_own_generate(family, folders):
+    policy, tokenizer = loaded(model=folders(family), max_length=256)
+    groups = images.groups(family)
+    told = Console(record=True, file=io.StringIO(), width=300)
+    rows = complete(policy, tokenizer, groups, max_new_tokens=5, console=told)
+    assert len(rows) == len(groups), told.export_text()
+    model, processor = policy.core.eval(), images.processor(family)
+    ends = end_tokens(policy, tokenizer, groups)
+    for group, row in zip(groups, rows):
+        given = {"input_ids": torch.from_numpy(group.prompt)[None]}
+        if group.images:
+            pictures = [[one.open() for one in group.images]]
+            texts = ["the old cat" + f" {images.PLACEHOLDER[family]} sees a red bird" * len(group.images)]
+            given = dict(processor(images=pictures, text=texts, return_tensors="pt"))
+            assert given["input_ids"][0].tolist() == group.prompt.tolist()
+        elif family == "paligemma":
+            given["token_type_ids"] = torch.zeros_like(given["input_ids"])
+        with torch.no_grad():
+            given["attention_mask"] = torch.ones_like(given["input_ids"])
+            how = dict(max_new_tokens=5, do_sample=False, eos_token_id=ends, pad_token_id=0)
+            out = model.generate(**given, **how)
+        new = out[0, len(group.prompt) :].tolist()
+        until = next((i for i, token in enumerate(new) if token in ends), len(new))
+        assert row["completion"] == tokenizer.decode(new[:until], skip_special_tokens=True).strip()
 
 
 def test_loading_is_quiet(folders, capfd):
