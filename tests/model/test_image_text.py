@@ -150,7 +150,7 @@ def test_lengths_plans_and_what_is_whole_in_4_bits(folders):
 
 def test_in_4_bits_is_the_language_model_alone(folders, tmp_path):
     bnb = pytest.importorskip("bitsandbytes")
-    policy, tokenizer = loaded(model=folders("llava"), load_in_4bit=True, lora_rank=2)
+    policy, _ = loaded(model=folders("llava"), load_in_4bit=True, lora_rank=2)
     decoder = decoder_name(policy.core)
     short = [name for name, m in policy.core.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
     assert len(short) == 14 and all(name.startswith(f"{decoder}.") for name in short)
@@ -167,7 +167,7 @@ def test_a_model_without_a_processor_is_one_for_text(folders, tmp_path):
 def test_a_processor_that_lacks_a_package_says_so(folders, monkeypatch):
     monkeypatch.setattr(processors, "_NEEDS", {"num2words": "no_such_package"})
     monkeypatch.setattr(processors, "without_video", lambda cls: 1 / 0)
-    with pytest.raises(ModelError, match="the processor in .* cannot be loaded: ZeroDivisionError"):
+    with pytest.raises(ModelError, match=r"the processor in .* cannot be loaded: ZeroDivisionError"):
         loaded(model=folders("smolvlm"))
 
     def lacks(cls):
