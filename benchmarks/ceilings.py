@@ -10,7 +10,7 @@ import statistics
 import torch
 
 from fastdpo.doctor.speed import seconds_of
-from fastdpo.model.policy import resolve_dtype
+from fastdpo.model.loading import resolve_dtype
 
 # M x K times K x N: decoder layers of 0.5B to 8B models, an lm_head's chunk, and a large square
 SHAPES = ((8192, 896, 4864), (8192, 2048, 8192), (8192, 4096, 14336), (8192, 2048, 32768), (8192, 8192, 8192))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from fastdpo.model.policy import switch_off_dropout
+from fastdpo.model.loading import switch_off_dropout
 from fastdpo.model.quantised import quantised_linears
 
 SEED = 0

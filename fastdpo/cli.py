@@ -97,7 +97,7 @@ def ref(config, *, gpus: int | None = None):
 def data(config):
     """show what the rows become: counts, lengths, drops, one row decoded"""
     from fastdpo.data.show import show_data
-    from fastdpo.model.policy import load_tokenizer
+    from fastdpo.model.loading import load_tokenizer
 
     console = Console()
     show_data(config, load_tokenizer(config, console), console)

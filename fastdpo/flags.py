@@ -10,8 +10,8 @@ from typing import Annotated
 
 from cyclopts import UNSET, Group, Parameter
 
-from fastdpo.config.keys import FIELDS, GROUPS, Config
-from fastdpo.config.reading import default_word
+from fastdpo.config.keys import FIELDS, Config
+from fastdpo.config.reading import GROUPS, default_word
 from fastdpo.errors import ConfigError
 
 UNEXPECTED = "unexpected argument {!r}: keys are given as --key value"

@@ -15,8 +15,8 @@ from torch import Tensor
 from fastdpo.moving import to_device
 from fastdpo.preferences import Groups, Pair, PreferenceGroup, Response
 
-__all__ = ["Groups", "Movable", "PackedGroups", "Pair", "PreferenceGroup", "PrefixLayout", "Response"]
-__all__ += ["ResponseLogps", "Responses"]
+__all__ = ["FullSegments", "Groups", "Movable", "PackedGroups", "Pair", "PreferenceGroup", "PrefixLayout"]
+__all__ += ["Response", "ResponseLogps", "Responses"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,8 @@ class Movable:
                 return value._with(change)
             if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
                 return tuple(map(change, value))
+            if isinstance(value, dict) and value and all(isinstance(v, Tensor) for v in value.values()):
+                return {name: change(tensor) for name, tensor in value.items()}
             return value
 
         return replace(self, **{f.name: changed(getattr(self, f.name)) for f in fields(self)})
@@ -68,9 +70,26 @@ class PrefixLayout(Movable):
     more_places: tuple[Tensor, ...]  # ... and where in kv_index those copies are, i64
     seen_until: Tensor  # i64[T]: query q sees key k exactly when k <= q < seen_until[k]
     segments: tuple[tuple[int, int, int, int], ...]  # (q start, q end, k start, k end), on the CPU
+    full: "FullSegments | None" = None  # where some prompt rows see both ways; segments has the others
     # what the segments backend has built for this layout, by window
     masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
     seen: list[tuple[str, int | None]] | None = None  # where given, attention calls append (backend, window)
+
+
+@dataclass(frozen=True, eq=False)
+class FullSegments(Movable):
+    """Blocks of a prompt whose rows see each other, the later ones too, and all before the block: each is a
+    segment, queries = the block, keys = the prompt up to its end. Their keys are the last of kv_index."""
+
+    cu_q: Tensor  # i32[B+1]
+    cu_k: Tensor  # i32[B+1]
+    max_q: int
+    max_k: int
+    segments: tuple[tuple[int, int, int, int], ...]  # as PrefixLayout's: q in packed rows, k in kv_index
+    first_key: int  # where in kv_index their keys begin
+    rows: Tensor  # i64[.]: the packed rows of all blocks
+    other_rows: Tensor  # i64[.]: all other packed rows, in order
+    place: Tensor  # i64[T]: where each packed row is in [other_rows, rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +118,7 @@ class PackedGroups(Responses, Movable):
     """
 
     input_ids: Tensor  # i64[1, T], or i64[R, L] unshared
-    position_ids: Tensor  # the same shape
+    position_ids: Tensor  # the same shape; of models that place images in height and width [3, ...]
     attention_mask: Tensor | None  # i64[R, L], unshared only
     layout: PrefixLayout | None
     score_row: Tensor  # i64[M]
@@ -112,6 +131,7 @@ class PackedGroups(Responses, Movable):
     stands_in: bool = (
         False  # computed where a rank has nothing to do, so that all compute as often; counts nothing
     )
+    images: dict[str, Tensor] = field(default_factory=dict)  # what the model takes of its prompts' images
 
     @property
     def some_rows(self) -> str:

@@ -8,7 +8,8 @@ import torch
 from PIL import Image as PIL
 from transformers import AutoConfig, AutoModelForImageTextToText, ProcessorMixin
 
-from fastdpo.model.policy import Policy, switch_off_dropout
+from fastdpo.model.loading import switch_off_dropout
+from fastdpo.model.policy import Policy
 from fastdpo.model.processors import without_video
 from fastdpo.preferences import Image, Pair, PreferenceGroup, Response
 from tests.tiny import tokenizer as text_tokenizer

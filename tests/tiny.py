@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from fastdpo.model.policy import Policy, switch_off_dropout
+from fastdpo.model.loading import switch_off_dropout
+from fastdpo.model.policy import Policy
 from fastdpo.records import Pair, PreferenceGroup, Response
 
 VOCAB = 131

@@ -33,7 +33,8 @@ from benchmarks.inputs import FIRST_ID, groups_of, random_rows
 from benchmarks.models import MODELS, BenchModel, build, tiny
 from benchmarks.results import RESULTS, result_path, write_result
 from fastdpo.data.packing import pack
-from fastdpo.model.policy import Policy, resolve_dtype
+from fastdpo.model.loading import resolve_dtype
+from fastdpo.model.policy import Policy
 from fastdpo.records import Pair, PreferenceGroup, Response, ResponseLogps
 
 

@@ -31,7 +31,8 @@ from fastdpo.config.keys import Config
 from fastdpo.model.activations import set_up_activations
 from fastdpo.model.adapters import add_lora
 from fastdpo.model.lm_head import named_budget
-from fastdpo.model.policy import Policy, resolve_dtype, switch_off_dropout
+from fastdpo.model.loading import resolve_dtype, switch_off_dropout
+from fastdpo.model.policy import Policy
 from fastdpo.optim.optimizers import make_optimizer
 from fastdpo.planning.prediction import predict, step_loads
 from fastdpo.planning.target import Target

@@ -30,7 +30,7 @@ def ours(order: dict, mark: Mark) -> dict:
     from fastdpo.config.keys import Config
     from fastdpo.data.load import load_data
     from fastdpo.data.store.stored import facts_of
-    from fastdpo.model.policy import load_tokenizer
+    from fastdpo.model.loading import load_tokenizer
     from fastdpo.training.job import job_of
 
     mark("imported")

@@ -139,6 +139,14 @@ class Config:
         "rows over max_length: keep_start cuts the response's end, keep_end the prompt's start, "
         "drop leaves the row out; all counted",
     )
+    image_max_pixels: int | None = _key(
+        None, "shrink larger images to so many pixels, before the model's own processor sees them", low=1
+    )
+    media_dir: str | None = _key(
+        None,
+        "a folder in which image paths may lie, and where relative ones are looked up, too; without it each "
+        "lies in its data file's folder",
+    )
     num_epochs: float = _key(1.0, "passes over the data", low=0)
     max_steps: int | None = _key(None, "stop after this many optimizer steps, whatever num_epochs", low=1)
     eval_steps: int | None = _key(None, "evaluate every so many steps (always at start and end)", low=1)
@@ -189,6 +197,9 @@ class Config:
         "part within each node; auto: true where all weights train and one GPU could not hold them",
     )
     load_in_4bit: bool = _key(False, "QLoRA: keep the frozen weights in 4 bits (bitsandbytes' NF4)")
+    freeze_vision: bool = _key(
+        True, "of a model that sees images, train the language model alone: not what images go through"
+    )
     lora_rank: int | None = _key(None, "train a LoRA of this rank instead of all weights", low=1)
     lora_alpha: float | None = _key(None, "LoRA's alpha (default: twice the rank)")
     lora_target_modules: str | list[str] = _key(
@@ -246,19 +257,6 @@ class Config:
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-GROUPS = {  # of the help and of docs/keys.md: each key once
-    "Data": "model adapter data data_format eval_data chat_template chat_template_kwargs pairs pair_gap "
-    "flip_pairs max_length truncation data_cache strict".split(),
-    "Objective": "objective objective_args beta label_smoothing router_aux_loss_coef reference_cache "
-    "stages".split(),
-    "Optimizer": "learning_rate warmup_steps lr_scheduler_type lr_scheduler_kwargs optim adam_beta1 "
-    "adam_beta2 adam_epsilon weight_decay max_grad_norm batch_size num_epochs max_steps seed".split(),
-    "Memory": "memory dtype max_tokens head_memory gradient_checkpointing activation_offloading tiled_mlp "
-    "offload_optimizer optimizer_in_backward pure_bf16 shard load_in_4bit".split(),
-    "LoRA": "lora_rank lora_alpha lora_target_modules use_dora use_rslora".split(),
-    "Run": "output_dir push_to_hub eval_steps logging_steps save_steps save_total_limit load_best report_to "
-    "samples resume overwrite ignore".split(),
-}
 
 
 def coerce(name: str, value: Any) -> Any:

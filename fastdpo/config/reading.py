@@ -5,8 +5,23 @@ from pathlib import Path
 
 import yaml
 
-from fastdpo.config.keys import FIELDS, GROUPS, Config
+from fastdpo.config.keys import FIELDS, Config
 from fastdpo.errors import ConfigError
+
+GROUPS = {  # of the help and of docs/keys.md: each key once
+    "Data": "model adapter data data_format eval_data chat_template chat_template_kwargs pairs pair_gap "
+    "flip_pairs max_length truncation image_max_pixels media_dir data_cache strict".split(),
+    "Objective": "objective objective_args beta label_smoothing router_aux_loss_coef reference_cache "
+    "stages".split(),
+    "Optimizer": "learning_rate warmup_steps lr_scheduler_type lr_scheduler_kwargs optim adam_beta1 "
+    "adam_beta2 adam_epsilon weight_decay max_grad_norm batch_size num_epochs max_steps "
+    "freeze_vision seed".split(),
+    "Memory": "memory dtype max_tokens head_memory gradient_checkpointing activation_offloading tiled_mlp "
+    "offload_optimizer optimizer_in_backward pure_bf16 shard load_in_4bit".split(),
+    "LoRA": "lora_rank lora_alpha lora_target_modules use_dora use_rslora".split(),
+    "Run": "output_dir push_to_hub eval_steps logging_steps save_steps save_total_limit load_best report_to "
+    "samples resume overwrite ignore".split(),
+}
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -13,6 +13,7 @@ _LOGGED = {  # by logger: all of it when they are imported
     "torch.utils.cpp_extension": ("No CUDA runtime is found",),  # torch.compile, given nvcc and no GPU
     "transformers.generation.configuration_utils": ("generation flags are not valid",),  # a model's own file
     "transformers.modeling_utils": (" LOAD REPORT",),  # fastdpo.model.source says what is in it
+    "transformers.utils.import_utils": ("requires torchvision (not installed)",),  # PIL does the same
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),  # the hub's, for generating
 }
 _WARNED = (

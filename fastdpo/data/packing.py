@@ -6,6 +6,7 @@ of groups, whatever the cap: packing never changes what an optimizer step sees, 
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate, count
 from typing import Any, NamedTuple
@@ -13,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fastdpo.data.beginnings import Branch, branches_of, own_prompts, own_tokens
+from fastdpo.data.beginnings import Branch, own_prompts
+from fastdpo.data.layout import PLAIN, Prompt, separate_rows, shared_rows
 from fastdpo.data.store.facts import Facts
 from fastdpo.data.store.stored import facts_of
-from fastdpo.records import Groups, PackedGroups, PreferenceGroup, PrefixLayout, Response
+from fastdpo.records import Groups, PackedGroups, PreferenceGroup, Response
 
 
 def epoch_order(n_groups: int, seed: int, epoch: int) -> np.ndarray:
@@ -153,7 +155,8 @@ def _fill(
 
 @dataclass(frozen=True)
 class Packing:
-    """Microbatches, each packed when it is asked for: a GPU computes the one before meanwhile."""
+    """Microbatches, each packed when it is asked for: a GPU computes the one before meanwhile. With images,
+    which take long to read, the next one is made meanwhile too, in a thread."""
 
     parts: Sequence[Groups]
     pack: Callable[[Groups], PackedGroups]
@@ -163,21 +166,39 @@ class Packing:
         return len(self.parts)
 
     def __iter__(self) -> Iterator[PackedGroups]:
-        for number, part in enumerate(self.parts, 1):
-            batch = self.pack(part)
+        for number, batch in enumerate(made_ahead(self.pack, self.parts), 1):
             yield replace(batch, stands_in=True) if self.stands_in and number == len(self) else batch
 
 
+def made_ahead(make: Callable[[Groups], PackedGroups], parts: Sequence[Groups]) -> Iterator[PackedGroups]:
+    """make(part) of each part, in order; of the next one with images in a thread, while the caller works."""
+    with ThreadPoolExecutor(1) as thread:  # which starts with the first part that is given to it
+        coming: Future[PackedGroups] | None = None
+        for number in range(len(parts)):
+            batch = make(parts[number]) if coming is None else coming.result()
+            coming = None
+            if number + 1 < len(parts) and any(group.images for group in parts[number + 1]):
+                coming = thread.submit(make, parts[number + 1])
+            yield batch
+
+
 def pack(
-    groups: Sequence[PreferenceGroup], share: bool = True, tree: Sequence[Branch] | None = None
+    groups: Sequence[PreferenceGroup],
+    share: bool = True,
+    tree: Sequence[Branch] | None = None,
+    prompts: Sequence[Prompt] | None = None,
 ) -> PackedGroups:
     """Packs whole groups into one microbatch.
 
     share=True computes each prompt once, with a PrefixLayout; where a `tree` of the responses is given, what
     that says once. share=False gives one right-padded row a response, for models whose attention cannot be
-    shared. All score the same tokens in the same order.
+    shared. All score the same tokens in the same order. `prompts`: where a model makes more of them than
+    tokens in a row, which separate rows leave to it; those that see both ways must be roots of the tree.
     """
-    flat = _shared_rows(groups, tree or own_prompts(groups)) if share else _separate_rows(groups)
+    if share:
+        flat = shared_rows(groups, tree or own_prompts(groups), prompts or [PLAIN] * len(groups))
+    else:
+        flat = separate_rows(groups)
     responses = [r for g in groups for r in g.responses]
     group_resp = tuple(accumulate((len(g.responses) for g in groups), initial=0))
     scored = [int(r.target_mask.sum()) for r in responses]
@@ -214,87 +235,3 @@ def _token_weight(responses: Sequence[Response]) -> torch.Tensor | None:
     missing = lambda r: np.full(len(r.ids), np.nan, np.float32)
     weights = [(missing(r) if r.token_weight is None else r.token_weight)[r.target_mask] for r in responses]
     return torch.from_numpy(np.concatenate(weights))
-
-
-def _shared_rows(groups: Sequence[PreferenceGroup], tree: Sequence[Branch]) -> dict[str, Any]:
-    """The rows that each response brings of its own, and behind them those of what branches off it, the last
-    branch first: of a plain group its prompt, R1 without its last token (but of whole groups), R2 likewise,
-    ... The last prompt row predicts the first token of every response."""
-    own, branches = own_tokens(groups, tree), branches_of(tree)
-    order, todo = [], [i for i, branch in enumerate(tree) if branch.parent is None][::-1]
-    while todo:
-        order.append(i := todo.pop())
-        todo += branches[i][::-1]
-    starts, paths, kv_index, segments = [0] * len(tree), [np.zeros(0, np.int64)] * len(tree), [], []
-    rows = gathered = 0
-    for i in order:
-        (parent, at), n = tree[i], len(own[i])
-        before = [] if parent is None else [paths[parent][:at]]
-        starts[i], paths[i] = rows, np.concatenate([*before, np.arange(rows, rows + n)])
-        if n:
-            kv_index.append(paths[i])
-            segments.append((rows, rows + n, gathered, gathered + at + n))
-            gathered += at + n
-        rows += n
-    seen_until, ends = np.empty(rows, np.int64), [0] * len(tree)
-    for i in reversed(order):
-        start, ends[i] = starts[i], starts[i] + len(own[i])
-        seen_until[start : ends[i]] = ends[i]
-        for branch in branches[i]:
-            ends[i] = ends[branch]
-            seen_until[start : start + tree[branch].at - tree[i].at] = ends[i]
-    responses = [(len(group.prompt) - 1, r) for group in groups for r in group.responses]
-    predicts = [path[n : n + len(r.ids)][r.target_mask] for path, (n, r) in zip(paths, responses)]
-    return {
-        "input_ids": torch.from_numpy(np.concatenate([own[i] for i in order]))[None],
-        "position_ids": torch.from_numpy(
-            np.concatenate([np.arange(tree[i].at, tree[i].at + len(own[i])) for i in order])
-        )[None],
-        "attention_mask": None,
-        "layout": _layout(np.concatenate(kv_index), seen_until, segments),
-        "score_row": torch.from_numpy(np.concatenate(predicts)),
-        "input_tokens": rows,
-    }
-
-
-def _layout(
-    kv_index: np.ndarray, seen_until: np.ndarray, segments: list[tuple[int, int, int, int]]
-) -> PrefixLayout:
-    n_rows = len(seen_until)
-    place = np.argsort(kv_index, kind="stable")
-    copies = np.bincount(kv_index, minlength=n_rows)  # every row is a key of at least one segment
-    first = np.cumsum(copies) - copies
-    more_rows = [np.flatnonzero(copies > c) for c in range(1, copies.max())]
-    more_places = [place[first[rows] + c] for c, rows in enumerate(more_rows, start=1)]
-    lengths_q = [q1 - q0 for q0, q1, _, _ in segments]
-    lengths_k = [k1 - k0 for _, _, k0, k1 in segments]
-    return PrefixLayout(
-        cu_q=torch.tensor([0, *accumulate(lengths_q)], dtype=torch.int32),
-        cu_k=torch.tensor([0, *accumulate(lengths_k)], dtype=torch.int32),
-        max_q=max(lengths_q),
-        max_k=max(lengths_k),
-        kv_index=torch.from_numpy(kv_index),
-        first_copy=torch.from_numpy(place[first]),
-        more_rows=tuple(map(torch.from_numpy, more_rows)),
-        more_places=tuple(map(torch.from_numpy, more_places)),
-        seen_until=torch.from_numpy(seen_until),
-        segments=tuple(segments),
-    )
-
-
-def _separate_rows(groups: Sequence[PreferenceGroup]) -> dict[str, Any]:
-    rows = [np.concatenate([g.prompt, g.inputs(r)]) for g in groups for r in g.responses]
-    width = max(map(len, rows))
-    ids, mask = np.zeros((2, len(rows), width), dtype=np.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    responses = enumerate((len(g.prompt), r) for g in groups for r in g.responses)
-    score_row = [i * width + n - 1 + np.flatnonzero(r.target_mask) for i, (n, r) in responses]
-    return {
-        "input_ids": torch.from_numpy(ids),
-        "position_ids": torch.arange(width).expand(len(rows), width),
-        "attention_mask": torch.from_numpy(mask),
-        "layout": None,
-        "score_row": torch.from_numpy(np.concatenate(score_row)),
-        "input_tokens": sum(map(len, rows)),
-    }

@@ -31,7 +31,9 @@ from fastdpo.evaluation.rows import Rows
 from fastdpo.evaluation.scorers import Scorer, make_scorer
 from fastdpo.evaluation.show import show
 from fastdpo.files.installed import versions
-from fastdpo.model.policy import Policy, load_tokenizer
+from fastdpo.model.loading import load_tokenizer
+from fastdpo.model.policy import Policy
+from fastdpo.model.processors import load_processor
 from fastdpo.objectives import check_rows
 from fastdpo.records import Groups
 from fastdpo.reference.cache_file import cache_path
@@ -55,7 +57,8 @@ def evaluate(settings: Settings, output: str | None, overwrite: bool, console: C
     tokenizer = load_tokenizer(model.spec, console)
     others = [other for other in (reference, versus) if other is not None]
     tokenizers = [load_tokenizer(other.spec) for other in others]
-    groups, _, account = load_data(job.data, tokenizer, console)
+    processor = load_processor(model.spec, tokenizer)
+    groups, _, account = load_data(job.data, tokenizer, console, processor=processor)
     for other, theirs in zip(others, tokenizers):
         check_same_tokens(tokenizer, theirs, groups, (model.name, other.name))
     rows = Rows(groups, job.stages[0], has_reference=reference is not None)

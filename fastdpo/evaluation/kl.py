@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastdpo.console.progress import make_progress
-from fastdpo.data.packing import in_row_order, pack
+from fastdpo.data.packing import in_row_order
 from fastdpo.errors import ModelError
 from fastdpo.model.policy import Policy
 from fastdpo.records import Groups
@@ -59,7 +59,7 @@ def sequence_kl(
 
 def _hidden(policy: Policy, part: Groups) -> tuple[Tensor, Tensor]:
     """(the hidden states of the scored tokens [M, D], cu_resp)."""
-    batch = pack(part, policy.share).to(policy.device)
+    batch = policy.pack(part).to(policy.device)
     return policy.hidden(batch)[batch.score_row].to(policy.dtype), batch.cu_resp
 
 

@@ -16,7 +16,15 @@ from fastdpo.config.reading import read_yaml
 from fastdpo.data.store.stored import facts_of
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.adapters import find_start
-from fastdpo.model.policy import Policy, check_stored, load_model_config, load_policy, resolve_dtype
+from fastdpo.model.loading import (
+    check_stored,
+    load_model_config,
+    load_policy,
+    load_tokenizer,
+    resolve_dtype,
+)
+from fastdpo.model.policy import Policy
+from fastdpo.model.processors import load_processor
 from fastdpo.model.spec import ModelSpec
 from fastdpo.model.support import prepare
 from fastdpo.records import Groups
@@ -28,6 +36,7 @@ _OBJECTIVE = "objective objective_args beta label_smoothing".split()
 _KEPT = [
     *_OBJECTIVE,
     *"max_length truncation data_format chat_template_kwargs max_tokens head_memory".split(),
+    *"image_max_pixels media_dir".split(),
 ]
 _KEPT += "dtype pure_bf16 load_in_4bit reference_cache data_cache".split()
 
@@ -147,7 +156,8 @@ def alike(model: Named) -> dict[str, Any]:
 def loaded(model: Named, groups: Groups, console: Console) -> Policy:
     """Its weights, ready to score and to answer. Raises ModelError."""
     with model.told():
-        policy = load_policy(model.spec, console)
+        processor = load_processor(model.spec, load_tokenizer(model.spec))
+        policy = load_policy(model.spec, console, processor=processor)
         policy.model.requires_grad_(False).eval()
         check_vocabulary(policy, groups)
         prepare(policy, groups, console)

@@ -62,7 +62,7 @@ def sampled(
 
 def _generated(policy: Policy, batch: list[PreferenceGroup], room: int, each) -> list[list[int]]:
     try:
-        return generate(policy.core, batch, room, each)
+        return generate(policy, batch, room, each)
     except torch.OutOfMemoryError:
         raise ModelError(
             f"sampling: out of GPU memory on {len(batch)} prompts of up to {len(batch[-1].prompt)} tokens; "

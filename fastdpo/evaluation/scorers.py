@@ -16,7 +16,7 @@ from fastdpo.console.progress import make_progress
 from fastdpo.console.quiet import no_bars
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.finding import find_source
-from fastdpo.model.policy import resolve_dtype
+from fastdpo.model.loading import resolve_dtype
 from fastdpo.model.source import load_tokenizer
 
 AT_ONCE = 32  # answers that a scorer is given in a call

@@ -37,25 +37,43 @@ def set_up_activations(model, spec: ModelSpec) -> list[str]:
     and tiled_mlp as they are in `spec`, whatever it was set to before. Returns what it did, a line each.
     Raises ConfigError where the model has nothing that a key could apply to.
 
-    gradient_checkpointing True recomputes every decoder layer from its input, a number k the layers 0, k,
-    2k, ... (as transformers' every_n_layers), "selective" all but what KEPT names. Nothing is reentrant, so
-    frozen embeddings and 4-bit weights need no special care; the random state is not restored for the
-    recompute, because nothing random is left in a model that trains here.
+    gradient_checkpointing True recomputes every layer of the decoder, and of towers beside it, from its
+    input, a number k the layers 0, k, 2k, ... of each (as transformers' every_n_layers), "selective" all but
+    what KEPT names. Nothing is reentrant, so frozen embeddings and 4-bit weights need no special care; the
+    random state is not restored for the recompute, because nothing random is left in a model that trains
+    here.
     """
     core = model.get_base_model() if hasattr(model, "peft_config") else model
     layers = decoder_layers(core)
-    recompute = _set_recompute(core, layers, spec.gradient_checkpointing)
+    recompute = _set_recompute(core, layers, towers_layers(core), spec.gradient_checkpointing)
     return [*filter(None, (recompute, _set_tiles(core, layers, spec.tiled_mlp), _set_offloading(core, spec)))]
 
 
-def decoder_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers of a transformers model that can be recomputed, in order; none inside another."""
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The layers of a transformers model that can be recomputed, in order, none inside another; of one with
+    towers beside its decoder the decoder's."""
+    return recomputable(model.get_decoder() if _has_towers(model) else model)
+
+
+def towers_layers(model: Any) -> list[nn.Module]:
+    """Those of the towers."""
+    known = set(decoder_layers(model)) if _has_towers(model) else set()
+    return [layer for layer in recomputable(model) if layer not in known] if known else []
+
+
+def _has_towers(model: Any) -> bool:
+    config = getattr(model, "config", None)
+    return config is not None and config.get_text_config() is not config
+
+
+def recomputable(module: nn.Module) -> list[nn.Module]:
+    """The layers in a module, towers' too."""
     if isinstance(module, GradientCheckpointingLayer):
         return [module]
-    return [layer for child in module.children() for layer in decoder_layers(child)]
+    return [layer for child in module.children() for layer in recomputable(child)]
 
 
-def _set_recompute(core, layers: list[Any], level: bool | int | str) -> str:
+def _set_recompute(core, layers: list[Any], others: list[Any], level: bool | int | str) -> str:
     if level and not layers:
         raise ConfigError(
             f"gradient_checkpointing: {type(core).__name__} has no layers that can be recomputed; "
@@ -65,9 +83,10 @@ def _set_recompute(core, layers: list[Any], level: bool | int | str) -> str:
     if level == "selective":
         function = partial(function, context_fn=partial(create_selective_checkpoint_contexts, _policy))
     every = 1 if isinstance(level, str) else int(level)
-    for number, layer in enumerate(layers):
+    for number, layer in [*enumerate(layers), *enumerate(others)]:
         layer.gradient_checkpointing = bool(level) and number % every == 0
         layer._gradient_checkpointing_func = function
+    layers = layers + others
     done = sum(layer.gradient_checkpointing for layer in layers)
     but = ", all but matrix products and attention" if level == "selective" else ""
     return f"{done} of {len(layers)} layers are computed again in the backward{but}" if done else ""

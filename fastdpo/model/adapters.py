@@ -14,8 +14,9 @@ from safetensors import safe_open
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.files.names import gguf_path, similar
 from fastdpo.model.finding import Source, find_source, tokenizer_beside
-from fastdpo.model.source import damage
+from fastdpo.model.source import damage, sees_images
 from fastdpo.model.spec import ModelSpec
+from fastdpo.model.towers import beside_towers
 from fastdpo.values import not_one_of
 
 _SETTINGS, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -143,11 +144,14 @@ def add_lora(model, spec: ModelSpec):
     """A fresh LoRA on a model: it starts as no change at all."""
     assert spec.lora_rank is not None
     _check_targets(model, spec.lora_target_modules)
+    targets = None if spec.lora_target_modules == "peft" else spec.lora_target_modules
+    if targets is not None and spec.freeze_vision and sees_images(model.config):
+        targets = beside_towers(model, targets)
     torch.manual_seed(spec.seed)
     lora = _peft().LoraConfig(
         r=spec.lora_rank,
         lora_alpha=2 * spec.lora_rank if spec.lora_alpha is None else spec.lora_alpha,
-        target_modules=None if spec.lora_target_modules == "peft" else spec.lora_target_modules,
+        target_modules=targets,
         use_dora=spec.use_dora,
         use_rslora=spec.use_rslora,
         task_type="CAUSAL_LM",

@@ -15,10 +15,10 @@ import inspect
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from fastdpo.records import PrefixLayout
+from fastdpo.model.masked_attention import computed_in, dense, full_segments, masked, sdpa
+from fastdpo.records import FullSegments, PrefixLayout
 
 NAME = "fastdpo_prefix"  # no "flash" and no "sdpa" in it: transformers tests for these substrings
 
@@ -83,8 +83,20 @@ def stock_attention(config) -> str:
     return "eager" if capped and chosen == "sdpa" else chosen
 
 
+def by_part(config, text: str) -> str | dict[str, str]:
+    """What set_attn_implementation takes for `text` to compute the text model: of a model with towers beside
+    it a dict by sub-config, in which these stay as they are."""
+    of_text = config.get_text_config()
+    if of_text is config:
+        return text
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    return {
+        key: text if part is of_text else part._attn_implementation for key, part in parts.items() if part
+    }
+
+
 def attend(q, k, v, layout, *, scale=None, window=None, softcap=None, backend=None):
-    """Bottom-right-causal attention over the layout's segments.
+    """Bottom-right-causal attention over the layout's segments, and of those in `layout.full` both ways.
 
     q [T, H, D], k [T, Hk, D], v [T, Hk, Dv] -> [T, H, Dv]. `window` counts the keys a query sees, itself
     included; `softcap` is c of c*tanh(z/c). `backend` is chosen by device and dtype unless given.
@@ -92,10 +104,19 @@ def attend(q, k, v, layout, *, scale=None, window=None, softcap=None, backend=No
     backend = backend or pick_backend(q, v, softcap)
     if layout.seen is not None:
         layout.seen.append((backend, window))
-    if backend != "dense":
-        k, v = gather_copies(k, layout), gather_copies(v, layout)
-    call = {"dense": _dense, "segments": _segments, "varlen": _varlen, "flash_attn": _flash_attn}[backend]
-    return call(q, k, v, layout, scale, window, softcap)
+    if backend == "dense":
+        return dense(q, k, v, layout, scale, window, softcap)
+    k, v = gather_copies(k, layout), gather_copies(v, layout)
+    call = {"segments": _segments, "varlen": _varlen, "flash_attn": _flash_attn}[backend]
+    full = layout.full
+    if full is None:
+        return call(q, k, v, layout, scale, window, softcap)
+    n = full.first_key
+    parts = [call(q.index_select(0, full.rows), k[n:], v[n:], full, scale, window, softcap)]
+    if layout.segments:
+        others = q.index_select(0, full.other_rows)
+        parts.insert(0, call(others, k[:n], v[:n], layout, scale, window, softcap))
+    return torch.cat(parts).index_select(0, full.place)
 
 
 _avoided: frozenset[str] = frozenset()
@@ -156,13 +177,15 @@ class _GatherCopies(torch.autograd.Function):
 
 def gather_copies(rows, layout):
     """[T, Hk, D] -> [K, Hk, D]: each segment's keys (or values), its prompt's first."""
-    return _GatherCopies.apply(rows, layout) if layout.more_rows else rows
+    return _GatherCopies.apply(rows, layout) if layout.more_rows or layout.full else rows
 
 
 def _segments(q, kg, vg, layout, scale, window, softcap):
     """SDPA calls a segment at a time: any device, any float dtype. What the plain causal call cannot do runs
     a block of queries at a time, so that no mask is quadratic in a row's length. (The scores that a softcap
-    needs still are, all blocks together, where a backward follows.)"""
+    needs still are, all blocks together, where a backward follows.) Blocks that see both ways run whole."""
+    if isinstance(layout, FullSegments):
+        return full_segments(q, kg, vg, layout, scale, window, softcap)
     lengths_q = [q1 - q0 for q0, q1, _, _ in layout.segments]
     lengths_k = [k1 - k0 for _, _, k0, k1 in layout.segments]
     out = []
@@ -170,7 +193,7 @@ def _segments(q, kg, vg, layout, scale, window, softcap):
         q_, k_, v_ = (x[None].transpose(1, 2) for x in pieces)
         n_q, n_k = q_.shape[2], k_.shape[2]
         if softcap is None and n_q == n_k and (window is None or window >= n_k):
-            out.append(_sdpa(q_, k_, v_, scale=scale, is_causal=True)[0].transpose(0, 1))
+            out.append(sdpa(q_, k_, v_, scale=scale, is_causal=True)[0].transpose(0, 1))
             continue
         mask = _block_mask(layout, window, q)
         for start in range(0, n_q, QUERY_BLOCK):
@@ -182,24 +205,9 @@ def _segments(q, kg, vg, layout, scale, window, softcap):
             keys, values = (x[:, :, first:stop] for x in (k_, v_))
             # CUDA kernels want the mask aligned
             corner = corner.contiguous() if q.is_cuda else corner
-            piece = _masked(queries, keys, values, corner, scale, softcap)
+            piece = masked(queries, keys, values, corner, scale, softcap)
             out.append(piece[0].transpose(0, 1))
     return torch.cat(out)
-
-
-def _dense(q, k, v, layout, scale, window, softcap):
-    """One masked T x T attention: the oracle the other backends are tested against."""
-    place = torch.arange(len(q), device=q.device)
-    mask = (place[None] <= place[:, None]) & (place[:, None] < layout.seen_until[None])
-    if window is not None:
-        # A response's rows sit far from its prompt, so distances count in positions, not places.
-        position = torch.empty_like(place)
-        for q0, q1, k0, k1 in layout.segments:
-            position[q0:q1] = torch.arange(k1 - k0 - (q1 - q0), k1 - k0, device=q.device)
-        mask &= position[:, None] - position[None] < window
-    mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
-    queries, keys, values = (x[None].transpose(1, 2) for x in (q, k, v))
-    return _masked(queries, keys, values, mask, scale, softcap)[0].transpose(0, 1)
 
 
 def _block_mask(layout, window, like):
@@ -208,8 +216,7 @@ def _block_mask(layout, window, like):
     with the layout, serves all segments and layers."""
     rows = min(QUERY_BLOCK, layout.max_q)
     columns = layout.max_k if window is None else min(layout.max_k, rows + window - 1)
-    device = like.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+    dtype = computed_in(like)
     if (window, dtype) not in layout.masks:
         query = torch.arange(rows, device=like.device)[:, None] + columns - rows
         key = torch.arange(columns, device=like.device)[None]
@@ -218,30 +225,17 @@ def _block_mask(layout, window, like):
     return layout.masks[window, dtype]
 
 
-def _sdpa(q, k, v, **options):
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
-
-
-def _masked(q, k, v, mask, scale, softcap):
-    """Attention under a mask that is added, with Gemma 2's softcap where the model has one."""
-    if softcap is None:
-        return _sdpa(q, k, v, attn_mask=mask, scale=scale)
-    heads = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(heads, dim=1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = softcap * torch.tanh(scores / softcap)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    weights = (scores + mask).softmax(-1, dtype=wide)
-    return weights.to(v.dtype) @ v
-
-
 def _varlen_arguments(q, kg, vg, layout, window) -> tuple[list, tuple[int, int]]:
     """(q, k, v and the segments' ends, window_size) as varlen kernels take them. Under autocast rotary
-    embeddings leave q and k in fp32 beside a half v: the kernels want one dtype."""
+    embeddings leave q and k in fp32 beside a half v: the kernels want one dtype. A window bounds the past
+    only: who sees both ways sees as far ahead as the longest block is."""
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else vg.dtype
     tensors = [t.to(dtype).contiguous() for t in (q, kg, vg)]
     ends = [layout.cu_q, layout.cu_k, layout.max_q, layout.max_k]
-    return tensors + ends, (-1 if window is None else window - 1, 0)
+    back = -1 if window is None else window - 1
+    if isinstance(layout, FullSegments):
+        return tensors + ends, (back, -1 if window is None else layout.max_q - 1)
+    return tensors + ends, (back, 0)
 
 
 @cache
@@ -267,5 +261,6 @@ def _flash_attn(q, kg, vg, layout, scale, window, softcap):
     from flash_attn import flash_attn_varlen_func
 
     arguments, reach = _varlen_arguments(q, kg, vg, layout, window)
-    options = dict(softmax_scale=scale, causal=True, softcap=softcap or 0.0, deterministic=True)
+    causal = not isinstance(layout, FullSegments)
+    options = dict(softmax_scale=scale, causal=causal, softcap=softcap or 0.0, deterministic=True)
     return flash_attn_varlen_func(*arguments, window_size=reach, **options)

@@ -78,6 +78,8 @@ class Counted:
         if batch.layout is not None:
             cuts = [(q1 - q0, k1 - k0) for q0, q1, k0, k1 in batch.layout.segments]
             pairs = sum(q * (k - q) + causal(q) for q, k in cuts)
+            if full := batch.layout.full:
+                pairs += sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1 in full.segments)
         else:
             assert batch.attention_mask is not None
             pairs = sum(map(causal, batch.attention_mask.sum(1).tolist()))

@@ -60,14 +60,15 @@ class Head:
 
 
 def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
-    """(scale, softcap) that this model applies to lm_head's output, in this order."""
+    """(scale, softcap) that this model applies to lm_head's output, in this order. Models with towers apply
+    the softcap of their text model, and no factor of it."""
     scale = 1.0
     for name, model_types, power in _LOGIT_FACTORS:
         factor = getattr(config, name, None)
         if factor and (model_types is None or config.model_type in model_types):
             scale = float(factor) ** power
             break
-    return scale, getattr(config, "final_logit_softcapping", None)
+    return scale, getattr(config.get_text_config(), "final_logit_softcapping", None)
 
 
 def named_budget(head_memory: str | None) -> int | None:

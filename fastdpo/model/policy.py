@@ -2,31 +2,22 @@
 
 import contextlib
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar, cast, overload
 
 import torch
 from fastdpo_kernels import Plan, backend, default_budget, linear_logp, plan
-from rich.console import Console
-from rich.markup import escape
 from torch import Tensor
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from fastdpo.console.formatting import gigabytes
-from fastdpo.data.chat.named import in_pieces, template_of
-from fastdpo.distributed.world import ALONE, World
-from fastdpo.errors import ConfigError
-from fastdpo.model import attention, source
-from fastdpo.model.activations import set_up_activations
-from fastdpo.model.adapters import add_lora, find_start, load_adapter, tell_tied
-from fastdpo.model.lm_head import Head, logit_transform, named_budget, within_free_memory
-from fastdpo.model.quantised import check_quantisation, loading_in_4bit, set_up_4bit
-from fastdpo.model.sharding import Root, shard
-from fastdpo.model.spec import ModelSpec
-from fastdpo.records import PackedGroups
+from fastdpo.data.beginnings import Branch
+from fastdpo.data.packing import pack
+from fastdpo.distributed.world import ALONE
+from fastdpo.model import attention
+from fastdpo.model.lm_head import Head, logit_transform, within_free_memory
+from fastdpo.model.sharding import Root
+from fastdpo.model.vision import pack_with_images
+from fastdpo.records import PackedGroups, PreferenceGroup
 
 T = TypeVar("T")
 WithStats = tuple[Tensor, dict[str, Tensor]]
@@ -38,6 +29,7 @@ class Policy:
     # Whether token_logp adds the head's gradient to its .grad itself: for who clears no gradient between a
     # forward and its backward, which would lose it.
     adds_to_grad = False
+    processor: Any = None  # transformers', of a model that sees images
 
     def __init__(
         self, model: torch.nn.Module, dtype: torch.dtype, dropout: dict[str, float] | None = None,
@@ -58,8 +50,8 @@ class Policy:
     def set_sharing(self, share: bool) -> None:
         """Switches between shared prompts and separate rows through the model's stock attention."""
         wanted = attention.NAME if share else self.stock_attention
-        self.core.set_attn_implementation(wanted)
-        if self.core.config._attn_implementation != wanted:
+        self.core.set_attn_implementation(attention.by_part(self.core.config, wanted))
+        if self.core.config.get_text_config()._attn_implementation != wanted:
             raise attention.UnsharedAttention(
                 f"{type(self.core).__name__} does not take its attention from AttentionInterface"
             )
@@ -83,6 +75,12 @@ class Policy:
             cache_enabled=False,  # or a copy of every fp32 weight would stay until the forward ends
         )
 
+    def pack(self, groups: Sequence[PreferenceGroup], tree: Sequence[Branch] | None = None) -> PackedGroups:
+        """A microbatch for this policy: packing.pack, and what it takes of the prompts' images."""
+        if self.processor is None:
+            return pack(groups, self.share, tree)
+        return pack_with_images(self.core, self.processor, groups, self.share, tree)
+
     def hidden(self, batch: PackedGroups) -> Tensor:
         """Final hidden states [T, D] of a packed batch (on separate rows: [R * L, D])."""
         if batch.layout is None:
@@ -90,7 +88,8 @@ class Policy:
         else:
             arguments = {"position_ids": batch.position_ids, "fastdpo_layout": batch.layout}
         with self.autocast():
-            out = self.core.base_model(input_ids=batch.input_ids, use_cache=False, **arguments)
+            arguments |= {"input_ids": batch.input_ids, **batch.images}
+            out = self.core.base_model(use_cache=False, **arguments)
         return cast(Tensor, out.last_hidden_state).flatten(0, 1)
 
     @overload
@@ -173,128 +172,3 @@ class Policy:
         p, size = self.plan(scored), self.core.get_output_embeddings().weight.numel()
         cost = f"{p.flops / (scored * size):.0f}MVD, at most {p.peak_bytes / 1e6:.0f} MB"
         return f"{p.name} by {self.head_backend}, {cost}"
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """auto | bf16 | fp32 -> the compute dtype on this machine."""
-    if name == "auto":
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-
-
-def load_model_config(spec: ModelSpec) -> PreTrainedConfig:
-    """The model's transformers config. Raises ModelError, or ConfigError for a max_length beyond it."""
-    start = find_start(spec)
-    found = start.source()
-    model_config = source.load_config(found)
-    limit = getattr(model_config, "max_position_embeddings", None)
-    rope = getattr(model_config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        # These pick their frequencies by a batch's longest row, beyond the original length: one row would
-        # change another's result.
-        limit = rope.get("original_max_position_embeddings", limit)
-    if limit and spec.max_length > limit:
-        raise ConfigError(
-            f"max_length: {spec.max_length} is more than the {limit} positions of {spec.model}; "
-            f"set max_length: {limit} or less"
-        )
-    has_lora = start.adapter is not None or spec.lora_rank is not None
-    if spec.load_in_4bit and found.gguf:
-        raise ConfigError(
-            f"load_in_4bit: {start.model} is a GGUF file, which is dequantised as it is loaded; leave the "
-            "key out, or give the model that it was made of"
-        )
-    check_quantisation(spec.load_in_4bit, has_lora, start.model, model_config)
-    return model_config
-
-
-def check_stored(spec: ModelSpec) -> None:
-    """Raises ModelError where the weights on this machine are not whole, without loading them."""
-    source.check_weights(find_start(spec).source())
-
-
-def load_policy(spec: ModelSpec, console: Console, world: World = ALONE) -> Policy:
-    """Loads the model, freezes what is not trained, adds a LoRA (a fresh one, or one to start from)
-    where asked; where ranks shard it, a whole model at a time on each node. Raises ModelError."""
-    with world.in_turn() if world.sharded else contextlib.nullcontext():
-        policy = _loaded(spec, console, world)
-    policy.world = world
-    world.make_equal(policy.trained())
-    budget = named_budget(spec.head_memory) or policy.default_budget()
-    policy.head_budget = int(world.min(budget))  # a step is cut alike on all ranks
-    return policy
-
-
-def _loaded(spec: ModelSpec, console: Console, world: World) -> Policy:
-    start = find_start(spec)
-    dtype = torch.bfloat16 if spec.pure_bf16 else resolve_dtype(spec.dtype)
-    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    model_config = load_model_config(spec)
-    in_4bit = spec.load_in_4bit or bool(getattr(model_config, "quantization_config", None))
-    dropped = switch_off_dropout(model_config)
-    tell_loading(start.model, console)
-    model: Any = source.load_weights(
-        *(start.source(), model_config, console),
-        dtype=dtype if start.adapter or spec.lora_rank or spec.pure_bf16 else torch.float32,
-        **(loading_in_4bit(model_config, dtype, device) if in_4bit else {}),
-    )
-    if in_4bit:
-        set_up_4bit(model, dtype, console)
-    elif not world.sharded:
-        model.to(device)
-    if dropped:
-        console.print(f"dropout set to 0 for training: {', '.join(dropped)}")
-    if start.adapter:
-        model = load_adapter(model, start, console)
-    elif spec.lora_rank is not None:
-        model = add_lora(model, spec)
-    tell_tied(model, console)
-    model.train()
-    for line in set_up_activations(model, spec):
-        console.print(line, highlight=False)
-    policy = Policy(model, dtype, dropped)
-    if world.sharded:
-        shard(policy, world)
-    return policy
-
-
-def tell_loading(model: str, console: Console) -> None:
-    """Before weights that may take long: over 2 GB, or to be dequantised, or of the hub, which may have to be
-    fetched."""
-    path = Path(model)
-    size = sum(one.stat().st_size for one in ([path] if path.is_file() else path.glob("*.safetensors")))
-    if size > 2e9 or not path.is_dir():
-        what = f" of {model}, {gigabytes(size)}" if size else f" of {model}"
-        console.print(escape(f"loading the weights{what}"), highlight=False, soft_wrap=True)
-
-
-def load_tokenizer(spec: ModelSpec, console: Console | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model, or of the adapter to start from where that has one, with the
-    spec's chat template where it names one."""
-    tokenizer = source.load_tokenizer(find_start(spec).tokenizer, "model")
-    if spec.chat_template is not None:
-        tokenizer.chat_template = template_of(spec.chat_template, tokenizer.chat_template)
-        if console and (split := in_pieces(spec.chat_template, tokenizer)):
-            sizes = ", ".join(f"{text} ({size} tokens)" for text, size in split.items())
-            text = (
-                f"chat_template: no single tokens of this tokenizer: {sizes}; the model learns their pieces"
-            )
-            console.print(escape(text), style="yellow", highlight=False, soft_wrap=True)
-    return tokenizer
-
-
-def switch_off_dropout(model_config: PreTrainedConfig) -> dict[str, float]:
-    """Sets every dropout probability (and layerdrop, and router noise) of a transformers config to 0;
-    returns what they were.
-
-    A shared prompt would share one dropout mask between responses, and DPO compares two passes.
-    """
-    changed = {}
-    text_config = model_config.get_text_config()
-    for name, value in text_config.to_dict().items():
-        is_random = any(word in name for word in ("dropout", "pdrop", "layerdrop", "jitter_noise"))
-        if is_random and isinstance(value, float) and value > 0:
-            changed[name] = value
-            setattr(text_config, name, 0.0)
-    return changed

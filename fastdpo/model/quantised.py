@@ -75,15 +75,16 @@ def check_quantisation(load_in_4bit: bool, has_lora: bool, model: str, model_con
             raise ConfigError(f"load_in_4bit: needs {package}: pip install 'fastdpo[quant]'")
 
 
-def loading_in_4bit(model_config, dtype: torch.dtype, device: str) -> dict:
+def loading_in_4bit(model_config, dtype: torch.dtype, device: str, skip: list[str] | None = None) -> dict:
     """from_pretrained's arguments. transformers then quantises each weight as it comes from the disk: no two
-    of them are in full precision at a time."""
+    of them are in full precision at a time. skip: what stays whole, where it is not the lm_head alone."""
     stored = getattr(model_config, "quantization_config", None)
     if stored:  # the stored config wins over an argument, so the compute dtype has to go there
         stored["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
         return {"device_map": {"": device}}
     nf4 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    return {"device_map": {"": device}, "quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4)}
+    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip, **nf4)
+    return {"device_map": {"": device}, "quantization_config": config}
 
 
 def set_up_4bit(model, dtype: torch.dtype, console) -> None:

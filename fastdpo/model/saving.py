@@ -7,20 +7,21 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from fastdpo.console.quiet import no_bars
 from fastdpo.distributed.shards import whole
+from fastdpo.model.loading import restore_dropout
 from fastdpo.model.policy import Policy
+from fastdpo.model.processors import save_processor
 
 
 @no_bars()
 def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
-    """Writes a folder that `from_pretrained` loads: the model, or the LoRA adapter, and the tokenizer. All
+    """Writes a folder that `from_pretrained` loads: the model, or the LoRA adapter, and the tokenizer
+    (of a model that sees images the processor too). All
     ranks of a world have to call it, and the first one writes.
 
     A model is saved in the compute dtype (after dtype: bf16 its fp32 master weights are rounded), an
     adapter as it trained; the config gets back the dropout that training switched off.
     """
-    config = policy.core.config.get_text_config()
-    for name, value in policy.dropout.items():
-        setattr(config, name, value)
+    restore_dropout(policy.core.config, policy.dropout)
     with policy.stock() as model:
         if policy.core is policy.model:
             model.to(policy.dtype)
@@ -29,6 +30,8 @@ def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path 
             model.save_pretrained(folder, **({"state_dict": state} if state else {}))
     if policy.world.first:
         tokenizer.save_pretrained(folder)
+        if policy.processor is not None:
+            save_processor(policy.processor, folder)
 
 
 def whole_state(policy: Policy) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from fastdpo.distributed.world import World
 from fastdpo.errors import ModelError
-from fastdpo.model.activations import decoder_layers
+from fastdpo.model.activations import recomputable
 
 
 class Root(nn.Module):
@@ -29,6 +29,7 @@ def shard(policy: Any, world: World) -> None:
     kept (fp32 of trained ones: the numbers are those of one GPU); embeddings, last norm and lm_head, tied or
     not, are the root's and stay whole from the forward to the backward. Gradients are sums over ranks, not
     FSDP2's means: a step's counts are those of all ranks already."""
+    check_images(policy, world)
     for layer in _layers(policy.core):
         fully_shard(layer, mesh=world.mesh)
     fully_shard(policy.root, mesh=world.mesh)
@@ -39,8 +40,17 @@ def shard(policy: Any, world: World) -> None:
     policy.device, policy.world = next(policy.model.parameters()).device, world
 
 
+def check_images(policy: Any, world: World) -> None:
+    """Raises ModelError: a rank whose rows have no image would not gather its tower, and all would wait."""
+    if world.sharded and policy.processor is not None:
+        raise ModelError(
+            f"shard: {type(policy.core).__name__} sees images, which is not known to work in shards yet; "
+            "say shard: false"
+        )
+
+
 def _layers(core: nn.Module) -> list[nn.Module]:
-    layers = decoder_layers(core)
+    layers = recomputable(core)
     if not layers:
         raise ModelError(
             f"shard: {type(core).__name__} has no layers that can be sharded one by one; say shard: false"

@@ -12,9 +12,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
 )
 from transformers.configuration_utils import PreTrainedConfig
@@ -38,12 +40,25 @@ def load_config(source: Source) -> PreTrainedConfig:
     ModelError."""
     config = _config_of_gguf(source) if source.gguf else _config_of_folder(source)
     model_type = config.model_type
-    if getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    known = sees_images(config) or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    parts = [config, config.text_config] if sees_images(config) else [config]
+    if not known or any(getattr(part, "is_encoder_decoder", False) for part in parts):
         raise ModelError(f"{source.label} is of model_type {model_type}, which is no causal LM")
     reads_both_ways = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
     if reads_both_ways:
         raise ModelError(f"{source.label} is an encoder ({model_type}): it sees what follows a token")
     return config
+
+
+def sees_images(config) -> bool:
+    """Whether it is the config of a model with a vision tower, which transformers loads whole."""
+    towers = getattr(config, "vision_config", None) is not None and hasattr(config, "text_config")
+    return towers and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def auto_class(config) -> Any:
+    """What of transformers makes the model of a config."""
+    return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
 
 
 def _config_of_folder(source: Source) -> PreTrainedConfig:
@@ -146,7 +161,7 @@ def load_weights(source: Source, config: PreTrainedConfig, console: Console, **o
         options |= gguf_file.dequantised()
     try:
         with source.reading() as (where, found):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(where, **found, **options)
+            loaded: Any = auto_class(config).from_pretrained(where, **found, **options)
         model, told = loaded
     except Exception as error:
         raise ModelError(f"{source.label} cannot be loaded: {_one_line(error)}") from None

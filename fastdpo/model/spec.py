@@ -14,6 +14,7 @@ class ModelSpec:
     dtype: str = "auto"
     pure_bf16: bool = False
     load_in_4bit: bool = False
+    freeze_vision: bool = True
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_target_modules: str | list[str] = "all-linear"

@@ -10,10 +10,11 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from fastdpo.data.packing import pack
 from fastdpo.errors import ModelError
 from fastdpo.model import attention
 from fastdpo.model.policy import Policy
+from fastdpo.model.sharding import check_images
+from fastdpo.model.vision import row_inputs, vision_refusal
 from fastdpo.records import Groups, PreferenceGroup, Response
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -41,6 +42,8 @@ def prepare(policy: Policy, groups: Groups, console: Console) -> None:
     rows. Raises ModelError when the model's own are no numbers, and when even separate rows disagree: the
     head or the logits are then of a kind that fastdpo does not know, and nothing computed could be trusted.
     """
+    if policy.processor is not None:
+        check_images(policy, policy.world)
     probe = _probe(groups)
     with torch.no_grad():
         truth, limit = _stock(policy, probe)
@@ -50,7 +53,8 @@ def prepare(policy: Policy, groups: Groups, console: Console) -> None:
             f"{name}: the model's own log-probs are not numbers (rows {rows}); its weights may be broken, "
             "or try dtype: fp32"
         )
-    reason = sharing_refusal(policy.core.config) or _try_sharing(policy, probe, truth, limit, console)
+    reason = sharing_refusal(policy.core.config) or vision_refusal(policy.core, policy.processor)
+    reason = reason or _try_sharing(policy, probe, truth, limit, console)
     if reason is None:
         return
     policy.set_sharing(False)
@@ -105,8 +109,12 @@ def _windowed_layers(config: PreTrainedConfig) -> int:
 
 def _probe(groups: Groups) -> list[PreferenceGroup]:
     """The smallest group, cut where it is long, and the largest affordable one, several responses each where
-    there are."""
+    there are; where groups have images two with and one without."""
     some = list(groups[:_PROBE_ROWS])
+    without = [g for g in some if not g.images]
+    if with_images := [g for g in some if g.images]:
+        two = sorted(with_images, key=lambda g: (len(g.responses) < 2, g.input_tokens))[:2]
+        return [_cut(g) for g in (*two, *without[:1])]
     several = [g for g in some if len(g.responses) > 1] or some
     smallest = min(several, key=lambda g: g.input_tokens)
     affordable = [g for g in several if _longest(g) <= _PROBE_TOKENS and g is not smallest]
@@ -119,7 +127,8 @@ def _longest(group: PreferenceGroup) -> int:
 
 def _cut(group: PreferenceGroup) -> PreferenceGroup:
     """The prompt's end and each response's first scored part, _PROBE_TOKENS together at most, so that full
-    logits are affordable: any tokens serve to compare two ways of computing the same."""
+    logits are affordable: any tokens serve to compare two ways of computing the same. Prompts with images
+    stay whole."""
     if _longest(group) <= _PROBE_TOKENS:
         return group
     half, responses = _PROBE_TOKENS // 2, []
@@ -128,6 +137,8 @@ def _cut(group: PreferenceGroup) -> PreferenceGroup:
         last = scored[max(0, int(np.searchsorted(scored, half)) - 1)]
         kept = slice(max(0, last + 1 - half), last + 1)
         responses.append(Response(response.ids[kept], response.target_mask[kept]))
+    if group.images:
+        return replace(group, responses=tuple(responses), pairs=())
     return PreferenceGroup(group.row, group.prompt[-half:], tuple(responses), ())
 
 
@@ -135,7 +146,7 @@ def _difference(
     policy: Policy, probe: list[PreferenceGroup], truth: Tensor
 ) -> tuple[float, list[tuple[str, int | None]]]:
     """(the largest mean difference a token of any response, the attention calls with a layout)."""
-    batch = pack(probe, policy.share)
+    batch = policy.pack(probe)
     seen: list[tuple[str, int | None]] = []
     if batch.layout is not None:
         batch = replace(batch, layout=replace(batch.layout, seen=seen))
@@ -154,10 +165,14 @@ def _stock(policy: Policy, groups: list[PreferenceGroup]) -> tuple[Tensor, float
     """(the model's own log-probs f32[M], the difference that rounding explains, in nats a token)."""
     out, largest = [], 0.0
     with policy.stock() as model:
-        for prompt, response in ((g.prompt, r) for g in groups for r in g.responses):
+        for group, response in ((g, r) for g in groups for r in g.responses):
+            prompt = group.prompt
             ids = torch.tensor([*prompt, *response.ids], device=policy.device)
+            inputs = row_inputs(policy.core, policy.processor, group, len(response.ids) - 1)
+            inputs = {name: tensor.to(policy.device) for name, tensor in inputs.items()}
+            call = partial(model, input_ids=ids[None, :-1], use_cache=False, **inputs)
             with policy.autocast():
-                logits = policy.inside(partial(model, input_ids=ids[None, :-1], use_cache=False)).logits[0]
+                logits = policy.inside(call).logits[0]
             scored = torch.from_numpy(response.target_mask).to(policy.device)
             logits = logits[len(prompt) - 1 :][scored].float()
             target = ids[len(prompt) :][scored]

@@ -6,11 +6,12 @@ from fastdpo.config.keys import Config
 from fastdpo.data.load import load_data
 from fastdpo.errors import DataError, ModelError
 from fastdpo.model.cards import CARDS
-from fastdpo.model.policy import load_model_config, load_tokenizer
+from fastdpo.model.loading import load_model_config, load_tokenizer
 from fastdpo.model.spec import ModelSpec
 from fastdpo.planning import show
 from fastdpo.planning.choose import budget_of
 from fastdpo.planning.collectives import Ranks
+from fastdpo.planning.fake_model import check_planned
 from fastdpo.planning.prediction import assumed_groups, selected
 from fastdpo.planning.ranks import rank_plans, ranks_of, taken
 from fastdpo.planning.search import SURE, Option, Planner
@@ -37,6 +38,7 @@ def plan(
     for stage in stages:
         check_stepping(stage_job(stage))
     model_config = load_model_config(part(ModelSpec, config))
+    check_planned(model_config)
     groups = _groups(config, console)
     budget = budget_of(config, target, console)
     fits = []

@@ -9,11 +9,14 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from fastdpo.config.keys import Config
+from fastdpo.errors import ModelError
 from fastdpo.model.activations import decoder_layers, set_up_activations
 from fastdpo.model.adapters import add_lora, find_start, steady_dora
 from fastdpo.model.lm_head import named_budget
-from fastdpo.model.policy import Policy, switch_off_dropout
+from fastdpo.model.loading import switch_off_dropout
+from fastdpo.model.policy import Policy
 from fastdpo.model.quantised import nf4_bytes, quantised_linears
+from fastdpo.model.source import sees_images
 from fastdpo.model.spec import ModelSpec
 from fastdpo.model.support import sharing_refusal
 from fastdpo.planning import stand_ins
@@ -39,6 +42,15 @@ class FakePolicy(Policy):
     @property
     def head_backend(self) -> str:
         return self.target.head_backend(self.dtype, lora=hasattr(self.head.module, "base_layer"))
+
+
+def check_planned(model_config) -> None:
+    """Raises ModelError for a model whose memory is not predicted."""
+    if sees_images(model_config):
+        raise ModelError(
+            f"plan: {model_config.model_type} sees images, and what its vision tower takes is not predicted "
+            "yet; leave memory out, and lower max_tokens where a run does not fit"
+        )
 
 
 def trains_all(config: Config) -> bool:

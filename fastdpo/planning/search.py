@@ -13,7 +13,7 @@ from fastdpo.data.packing import places_of, sizes_of
 from fastdpo.data.store.stored import facts_of
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.support import sharing_refusal
-from fastdpo.planning.fake_model import head_policy, trains_all
+from fastdpo.planning.fake_model import check_planned, head_policy, trains_all
 from fastdpo.planning.prediction import Prediction, largest_loads, predict
 from fastdpo.planning.simulate import Load
 from fastdpo.planning.step_time import Shape, StepTime, step_time
@@ -72,6 +72,7 @@ class Planner:
     _loads: dict[tuple, list[Load]] = field(default_factory=dict, init=False)  # by what cuts a step
 
     def __post_init__(self):
+        check_planned(self.model_config)
         # one layer is simulated for all of them
         if getattr(self.model_config.get_text_config(), "is_heterogeneous", False):
             raise ModelError(

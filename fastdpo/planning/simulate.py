@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen  # noqa: F401 (makes the operator)
 
 from fastdpo.config.keys import Config
-from fastdpo.data.packing import pack
 from fastdpo.errors import FastDPOError, ModelError
 from fastdpo.model import offloading
 from fastdpo.model.activations import decoder_layers
@@ -48,7 +47,7 @@ class Step:
         block = allocations.CPU_BLOCK if target.is_cpu else allocations.CUDA_BLOCK
         mode, self.tracker = FakeTensorMode(allow_non_fake_inputs=True), Tracker(block)
         self.mode, self.policy = mode, fake_policy(config, model_config, target, mode, self.tracker)
-        batch = pack(load.groups, self.policy.share) if load.batch is None else load.batch
+        batch = self.policy.pack(load.groups) if load.batch is None else load.batch
         self.batch = batch._with(partial(mode.from_tensor, static_shapes=True))
         self.kept: list = []  # what lives throughout
         backward = torch.ops.torch_attn._varlen_attn_backward.default

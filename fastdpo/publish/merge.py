@@ -16,7 +16,15 @@ from fastdpo.console.quiet import no_bars
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.files import durable
 from fastdpo.model.finding import Source, find_source, tokenizer_beside
-from fastdpo.model.source import check_weights, damage, load_config, load_tokenizer, load_weights
+from fastdpo.model.processors import stored_files, write_files
+from fastdpo.model.source import (
+    check_weights,
+    damage,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    sees_images,
+)
 from fastdpo.publish.model_card import SETTINGS, add_card, base_of, model_folder, run_of
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -28,7 +36,8 @@ def merge(
     source: str | Path, output: str | Path | None = None, dtype: str = "auto", console: Console | None = None
 ) -> Path:
     """Writes the adapter in a run folder (or in a peft folder) merged into its base, as a folder that
-    AutoModelForCausalLM loads, tokenizer included; returns it (default: `source`-merged beside it).
+    AutoModelForCausalLM (or AutoModelForImageTextToText) loads, tokenizer and processor included; returns
+    it (default: `source`-merged beside it).
 
     Each weight is merged in fp32 and rounded once, to `dtype`: bf16, fp32, or auto, the base's own. Raises
     ConfigError for an output that exists, ModelError for what cannot be merged or what merged badly.
@@ -59,13 +68,16 @@ def merge(
         text = "load_in_4bit: the run trained on this base in 4 bits. The merged model has its whole "
         text += "weights, so its log-probs differ from the run's by what 4 bits lost"
         console.print(f"[yellow]{text}", soft_wrap=True)
-    tokenizer = load_tokenizer(tokenizer_beside(adapter, "merge") or base, "merge")
+    beside = tokenizer_beside(adapter, "merge")
+    tokenizer = load_tokenizer(beside or base, "merge")
+    files = {} if not sees_images(model_config) else (beside and stored_files(beside)) or stored_files(base)
     model = _with_adapter(adapter, settings, base, model_config, wanted, console)
     merged = _merged(model, wanted, console)
     try:
         with durable.new_folder(output) as part:
             merged.save_pretrained(part)
             tokenizer.save_pretrained(part)
+            write_files(files, part)
             add_card(run, part, console, adapter=adapter)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--output: cannot write into {output}: {error}") from None

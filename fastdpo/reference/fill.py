@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdpo.console.formatting import counted
 from fastdpo.console.progress import make_progress
 from fastdpo.data.beginnings import beginnings, once
-from fastdpo.data.packing import Cut, pack, row_bounds
+from fastdpo.data.packing import Cut, row_bounds
 from fastdpo.data.store.digests import response_keys
 from fastdpo.data.store.facts import HASH, Facts
 from fastdpo.data.store.stored import facts_of
@@ -248,7 +248,7 @@ class _Computed:
 def _computed(policy: Policy, one: Pack) -> _Computed:
     """The log-probs of a pack, through the policy's own path; on a GPU, asked for."""
     groups = one.read()
-    batch = pack(groups, policy.share, None if one.apart is None else beginnings(groups))
+    batch = policy.pack(groups, None if one.apart is None else beginnings(groups))
     repeated = 0 if one.apart is None else one.apart - batch.input_tokens
     try:
         return _Computed(batch, *to_host(policy.token_logp(batch.to(policy.device))), repeated)
@@ -266,7 +266,7 @@ def _environment(policy: Policy) -> dict:
     return {
         "versions": versions("fastdpo", "torch", "transformers", "peft", "triton", "flash-attn"),
         "device": torch.cuda.get_device_name(policy.device) if gpu else policy.device.type,
-        "attention": policy.core.config._attn_implementation,
+        "attention": policy.core.config.get_text_config()._attn_implementation,
         "share": policy.share,
         "model": policy.core.config.name_or_path,
     }

@@ -23,12 +23,12 @@ from fastdpo.training.job import Job, StageJob, total_steps
 # learning rate from there on); the rest changes no step, but for rounding: max_tokens', checkpointing's, the
 # host's, and under pure_bf16 that of gradients summed over microbatches, in bf16 or (in the backward) fp32.
 # max_tokens also says over which microbatches a mixture's balance loss is a mean. What a chat template wrote
-# is compared token by token, wherever its file lies.
+# is compared token by token, and an image pixel by pixel, wherever their files lie.
 FREE = set(
     "max_steps num_epochs eval_steps logging_steps save_steps save_total_limit load_best report_to samples "
     "data_cache reference_cache memory max_tokens head_memory gradient_checkpointing activation_offloading "
     "tiled_mlp shard offload_optimizer optimizer_in_backward push_to_hub output_dir resume overwrite strict "
-    "ignore chat_template".split()
+    "ignore chat_template media_dir".split()
 )
 
 

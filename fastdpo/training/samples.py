@@ -16,6 +16,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from fastdpo.console.progress import make_progress
 from fastdpo.errors import TrainingError
 from fastdpo.model.policy import Policy
+from fastdpo.model.vision import row_inputs
 from fastdpo.records import Groups, PreferenceGroup
 
 
@@ -42,7 +43,7 @@ def complete(
             task = bar.add_task("sample completions", total=total, unit="tokens", info="")
             for batch, room in calls:
                 each = partial(bar.advance, task)
-                made = policy.inside(partial(generate, policy.core, batch, room, each, policy.world.sharded))
+                made = policy.inside(partial(generate, policy, batch, room, each))
                 completions |= zip(map(id, batch), made)
             bar.update(task, completed=total)  # all may have ended before
     except Exception as error:  # whatever a model's own generation code raises
@@ -125,24 +126,26 @@ def end_tokens(policy: Policy, tokenizer, groups: Groups) -> list[int]:
 
 def batches(policy: Policy, groups: Groups, max_new_tokens: int):
     """(groups, new tokens) of each call: all at once, but alone and shorter where the model's positions
-    do not suffice, since a position too many is an error (on a GPU, one that ends the process)."""
+    do not suffice, since a position too many is an error (on a GPU, one that ends the process), and alone
+    where the model sees images, whose prompts are not padded here."""
     limit = getattr(policy.core.config.get_text_config(), "max_position_embeddings", None)
     room = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(g.prompt)) for g in groups]
-    together = [g for g, new in zip(groups, room) if new == max_new_tokens]
+    fits = lambda new: new == max_new_tokens and policy.processor is None
+    together = [g for g, new in zip(groups, room) if fits(new)]
     if together:
         yield together, max_new_tokens
-    yield from (([g], new) for g, new in zip(groups, room) if new < max_new_tokens)
+    yield from (([g], new) for g, new in zip(groups, room) if not fits(new))
 
 
 def generate(
-    model,
+    policy: Policy,
     groups: list[PreferenceGroup],
     max_new_tokens: int,
     each: Callable[[], object] = lambda: None,
-    sharded: bool = False,
 ) -> list[list[int]]:
     """The new ids of each prompt, padding and all; `each` is called after each token of all of them. Ranks
     with shards have to generate as many tokens as one another."""
+    model = policy.core
     prompts = [torch.tensor(group.prompt) for group in groups]
     padded = partial(pad_sequence, batch_first=True, padding_side="left")
     ids = padded(prompts, padding_value=model.generation_config.pad_token_id)
@@ -153,8 +156,11 @@ def generate(
         each()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if policy.processor is not None:
+        inputs |= row_inputs(model, policy.processor, groups[0], 0)
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     criteria = StoppingCriteriaList([goes_on])
-    how = dict(max_new_tokens=max_new_tokens, stopping_criteria=criteria, synced_gpus=sharded)
+    how = dict(max_new_tokens=max_new_tokens, stopping_criteria=criteria, synced_gpus=policy.world.sharded)
     out = model.generate(**inputs, **how)
     return out[:, ids.shape[1] :].tolist()

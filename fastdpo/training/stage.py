@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdpo.data.dealing import deal_step
 from fastdpo.data.mismatched import beside, mismatched
-from fastdpo.data.packing import Packing, epoch_steps, in_row_order, pack
+from fastdpo.data.packing import Packing, epoch_steps, in_row_order
 from fastdpo.data.store.stored import as_whole, facts_of, joined, taken
 from fastdpo.distributed.shards import whole
 from fastdpo.model.experts import Balance, coefficient
@@ -241,7 +241,7 @@ class Stage:
         if part == groups:  # the very same ones
             self.ahead = None, None
             return batch
-        batch = pack(part, self.policy.share)
+        batch = self.policy.pack(part)
         return replace(batch, ref_token_logp=self.reference.of(part)) if self.reference else batch
 
     def look_ahead(self, following: Groups) -> None:

@@ -20,13 +20,9 @@ from fastdpo.distributed.world import World, joined
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.files import durable
 from fastdpo.model.experts import coefficient
-from fastdpo.model.policy import (
-    Policy,
-    check_stored,
-    load_model_config,
-    load_policy,
-    load_tokenizer,
-)
+from fastdpo.model.loading import check_stored, load_model_config, load_policy, load_tokenizer
+from fastdpo.model.policy import Policy
+from fastdpo.model.processors import load_processor
 from fastdpo.model.saving import save_model
 from fastdpo.model.support import prepare
 from fastdpo.objectives import check_rows
@@ -71,13 +67,15 @@ def _train(job: Job, console: Console, around: Around, world: World) -> Path:
     with Stopping(console, world) as stopping, only_run_in(folder) if world.first else nullcontext():
         found, passed = world.told(partial(find_checkpoint, folder, job, console))
         clock = world.told(partial(clock_of, found))
-        job, world, tokenizer, groups, eval_groups, reports = read(job, console, around, world, clock)
+        rows = read(job, console, around, world, clock)
+        job, world, tokenizer, processor, groups, eval_groups, reports = rows
         check_stages(job.stages, groups, eval_groups)
         data = rows_digest(groups, eval_groups)
         check_same_rows(world, groups, eval_groups)
         check_same_run(found, job, data, len(groups), console)
         tell_ranks(found, world, console)
-        policy = ready_policy(job, groups, eval_groups, console, world, head_budget_of(found, job))
+        budget = head_budget_of(found, job)
+        policy = ready_policy(job, groups, eval_groups, console, world, budget, processor)
         if world.first:
             check_cache(job, console)
         with undone_if_refused(folder) if world.first else nullcontext():
@@ -123,20 +121,21 @@ def save(run: Run) -> None:
 
 
 def read(job: Job, console: Console, around: Around, world: World, clock: datetime | None = None):
-    """(the job with what `memory` chose, the world as the model will lie in it, the tokenizer, the rows, the
-    held-out rows, their account)."""
+    """(the job with what `memory` chose, the world as the model will lie in it, the tokenizer, the processor
+    of a model that sees images, the rows, the held-out rows, their account)."""
     model_config = load_model_config(job.model)  # what is wrong with it shows before the data is read
     check_stored(job.model)
     tokenizer = load_tokenizer(job.model, console)
+    processor = load_processor(job.model, tokenizer)
     for stage in job.stages:
         coefficient(model_config, stage.router_aux_loss_coef)
     with world.first_then_others():  # who find what it has tokenised
-        groups, eval_groups, reports = load_data(job.data, tokenizer, console, clock)
+        groups, eval_groups, reports = load_data(job.data, tokenizer, console, clock, processor=processor)
     with world.first_then_others():
         around.settle_backends(console)  # what is left out changes the plan
     world = placed(world, job, lambda: around.replica_fits(job.config, model_config, groups))
     job = job_of(world.told(lambda: around.choose(job.config, model_config, groups, console)))
-    return job, world, tokenizer, groups, eval_groups, reports
+    return job, world, tokenizer, processor, groups, eval_groups, reports
 
 
 def check_stages(stages: Sequence[StageJob], groups, eval_groups) -> None:
@@ -150,11 +149,11 @@ def check_stages(stages: Sequence[StageJob], groups, eval_groups) -> None:
 
 
 def ready_policy(
-    job: Job, groups, eval_groups, console: Console, world: World, head_budget: int | None = None
+    job: Job, groups, eval_groups, console: Console, world: World, head_budget: int | None, processor
 ) -> Policy:
     """The policy at its start weights, compared with the model's own logits on some of these rows.
     head_budget: bytes that its head has, where they are known before."""
-    policy = load_policy(job.model, console, world)
+    policy = load_policy(job.model, console, world, processor)
     policy.head_budget = head_budget or policy.head_budget
     for some in (groups, eval_groups):
         check_vocabulary(policy, some)
@@ -234,12 +233,12 @@ def _fill_reference(job: Job, console: Console, around: Around, world: World) ->
     check_alike(world)
     with Stopping(console, world) as stopping:
         clock = world.told(datetime.now)
-        job, world, _, groups, eval_groups, _ = read(job, console, around, world, clock)
+        job, world, _, processor, groups, eval_groups, _ = read(job, console, around, world, clock)
         first = job.stages[0]
         check_rows(first.objective, groups)
         check_rows(first.objective, eval_groups, "eval_data")
         check_same_rows(world, groups, eval_groups)
-        policy = ready_policy(job, groups, eval_groups, console, world)
+        policy = ready_policy(job, groups, eval_groups, console, world, None, processor)
         stopping.saves = True
         options: dict[str, Any] = dict(path=path, max_tokens=first.max_tokens, check=stopping.check)
         options |= dict(console=console, fresh_lora=job.model.lora_rank is not None, source=_source(job))

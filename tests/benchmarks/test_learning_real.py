@@ -13,7 +13,7 @@ from benchmarks.learning.real.grid import DRY, FULL, REDUCED
 from benchmarks.learning.real.training import untrain
 from benchmarks.tables import learning_blocks
 from fastdpo.demo import make_model
-from fastdpo.model.policy import load_policy
+from fastdpo.model.loading import load_policy
 from fastdpo.model.spec import ModelSpec
 from fastdpo.objectives import make_objective
 

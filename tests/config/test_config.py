@@ -10,8 +10,8 @@ import yaml
 
 from fastdpo.cli import main
 from fastdpo.config import names
-from fastdpo.config.keys import FIELDS, GROUPS, Config
-from fastdpo.config.reading import to_yaml
+from fastdpo.config.keys import FIELDS, Config
+from fastdpo.config.reading import GROUPS, to_yaml
 from fastdpo.config.stages import STAGE_KEYS
 from fastdpo.errors import ConfigError
 from tests.config.command_line import load_config

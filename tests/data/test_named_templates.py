@@ -13,7 +13,7 @@ from fastdpo.config.keys import FIELDS, Config
 from fastdpo.data.chat.named import _TOKENS, NAMES, file_of, in_pieces, template_of
 from fastdpo.data.groups import to_group
 from fastdpo.errors import ConfigError
-from fastdpo.model.policy import load_tokenizer
+from fastdpo.model.loading import load_tokenizer
 from tests.data.shared_data import WIDE
 from tests.data.templates.case import CONVERSATIONS, Template
 from tests.data.test_templates import TEMPLATES, scored_turns, tokenizer_of

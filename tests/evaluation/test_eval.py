@@ -47,7 +47,7 @@ def logps_of(place, model):
     """Per row (chosen, rejected) by the model's own logits, of separate rows."""
     from fastdpo.data.groups import Limits
     from fastdpo.data.load import load_groups
-    from fastdpo.model.policy import load_policy, load_tokenizer
+    from fastdpo.model.loading import load_policy, load_tokenizer
     from fastdpo.model.spec import ModelSpec
 
     spec = ModelSpec(str(model), max_length=64, dtype="fp32")

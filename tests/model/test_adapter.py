@@ -17,7 +17,7 @@ from fastdpo.data.groups import Limits
 from fastdpo.data.load import load_groups
 from fastdpo.data.packing import pack
 from fastdpo.errors import ConfigError, ModelError
-from fastdpo.model.policy import load_model_config, load_policy, load_tokenizer
+from fastdpo.model.loading import load_model_config, load_policy, load_tokenizer
 from fastdpo.model.saving import save_model
 from fastdpo.model.support import prepare
 from tests import tiny

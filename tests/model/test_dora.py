@@ -16,7 +16,7 @@ from fastdpo.config.keys import Config
 from fastdpo.data.packing import pack
 from fastdpo.errors import ConfigError
 from fastdpo.model import activations
-from fastdpo.model.policy import load_policy
+from fastdpo.model.loading import load_policy
 from fastdpo.model.saving import save_model
 from fastdpo.model.support import prepare
 from tests import tiny

@@ -19,7 +19,7 @@ from fastdpo.data.store.key import tokenizer_digest
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.files.names import gguf_path
 from fastdpo.model import gguf_file
-from fastdpo.model.policy import check_stored, load_model_config, load_policy, load_tokenizer
+from fastdpo.model.loading import check_stored, load_model_config, load_policy, load_tokenizer
 from fastdpo.model.saving import save_model
 from fastdpo.model.support import prepare
 from tests import tiny

@@ -16,7 +16,7 @@ from fastdpo.api import train
 from fastdpo.config.keys import Config
 from fastdpo.data.packing import pack
 from fastdpo.errors import Stopped
-from fastdpo.model.policy import load_policy
+from fastdpo.model.loading import load_policy
 from fastdpo.model.support import prepare
 from fastdpo.reference.fingerprint import reference_fingerprint
 from fastdpo.report.page import write_report

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from fastdpo.data.packing import pack
 from fastdpo.errors import ConfigError, ModelError
-from fastdpo.model.policy import load_model_config
+from fastdpo.model.loading import load_model_config
 from fastdpo.model.quantised import nf4_bytes, quantised_linears
 from fastdpo.model.support import prepare, stock_logp
 from fastdpo.reference.fingerprint import reference_fingerprint

@@ -18,7 +18,7 @@ from fastdpo.errors import ModelError
 from fastdpo.files.names import look_up
 from fastdpo.model import source
 from fastdpo.model.finding import Source
-from fastdpo.model.policy import check_stored, load_model_config, load_policy, load_tokenizer
+from fastdpo.model.loading import check_stored, load_model_config, load_policy, load_tokenizer
 from tests.hub import REFUSALS, running
 from tests.tiny import save_model, tokenizer
 

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from fastdpo.config.keys import Config
-from fastdpo.model.policy import load_policy
+from fastdpo.model.loading import load_policy
 from fastdpo.optim.pieces import noise_seed, round_stochastically
 from tests.optim.optimizer_runs import OPTIMIZERS, make, one_step, stepped, weights
 from tests.optim.optimizer_runs import eager as eager

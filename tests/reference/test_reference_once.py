@@ -119,7 +119,7 @@ def test_reference_columns_need_no_forward_and_train_alike(make, tmp_path):
     """Columns with the sums that the model itself gives."""
     from fastdpo.data.groups import Limits
     from fastdpo.data.load import load_groups
-    from fastdpo.model.policy import load_policy, load_tokenizer
+    from fastdpo.model.loading import load_policy, load_tokenizer
     from fastdpo.model.support import prepare, stock_logp
 
     config = make("run", eval_data=None)

@@ -16,6 +16,7 @@ from fastdpo import records
 from fastdpo.data.packing import pack
 from fastdpo.data.store.facts import Facts
 from fastdpo.errors import TrainingError
+from fastdpo.model.policy import Policy
 from fastdpo.moving import ALIGNED, to_host
 from fastdpo.objectives.seam import Term
 from fastdpo.optim.library import Library
@@ -215,7 +216,7 @@ def test_on_the_host_nothing_is_copied():
 def events_of(monkeypatch, device) -> list[str]:
     """What happens, in order: "pack", "score", "seen" (its backward was queued), and where waits are."""
     events = []
-    for owner, name in ((stage, "pack"), (Stage, "score"), (Stage, "add_metrics")):
+    for owner, name in ((Policy, "pack"), (Stage, "score"), (Stage, "add_metrics")):
         word = "seen" if name == "add_metrics" else name
         monkeypatch.setattr(*after(owner, name, lambda out, args, word=word: events.append(word)))
     device.told = lambda wait: events.append(wait.where)
@@ -287,7 +288,7 @@ def fill(monkeypatch):
         wanted = np.unique(facts.key)
         cache = RefCache(None, SimpleNamespace(namespace="00"), wanted, None)
         events, added = [], []
-        monkeypatch.setattr(*after(ref_fill, "pack", lambda batch, args: events.append("pack")))
+        monkeypatch.setattr(*after(Policy, "pack", lambda batch, args: events.append("pack")))
         monkeypatch.setattr(
             *after(cache, "add", lambda none, args: added.append(args) or events.append("add"))
         )

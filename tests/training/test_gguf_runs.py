@@ -15,7 +15,7 @@ from fastdpo.api import fill_reference
 from fastdpo.api import train as run
 from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError
-from fastdpo.model.policy import load_policy
+from fastdpo.model.loading import load_policy
 from fastdpo.planning.command import plan
 from fastdpo.publish.merge import merge
 from fastdpo.reference.fingerprint import reference_fingerprint

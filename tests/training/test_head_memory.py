@@ -12,7 +12,8 @@ from rich.console import Console
 from fastdpo.config.keys import Config
 from fastdpo.files import durable
 from fastdpo.model.lm_head import within_free_memory
-from fastdpo.model.policy import Policy, load_policy
+from fastdpo.model.loading import load_policy
+from fastdpo.model.policy import Policy
 from fastdpo.model.spec import ModelSpec
 from fastdpo.planning.fake_model import head_policy, with_head_memory
 from fastdpo.planning.target import CONTEXT, Target

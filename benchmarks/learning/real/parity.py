@@ -17,7 +17,7 @@ from benchmarks.learning import parity
 from benchmarks.learning.real.start import QUIET, absent, installed
 from benchmarks.results import stage_arguments, write_result
 from fastdpo.model.adapters import add_lora
-from fastdpo.model.policy import load_policy, load_tokenizer
+from fastdpo.model.loading import load_policy, load_tokenizer
 from fastdpo.model.spec import ModelSpec
 
 STEPS, RATES = 20, {"LoRA": 3e-4, "all weights": 1e-5}

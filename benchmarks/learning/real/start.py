@@ -13,7 +13,8 @@ from rich.console import Console
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from benchmarks.process import ROOT
-from fastdpo.model.policy import Policy, load_policy, load_tokenizer
+from fastdpo.model.loading import load_policy, load_tokenizer
+from fastdpo.model.policy import Policy
 from fastdpo.model.spec import ModelSpec
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
