@@ -97,10 +97,11 @@ def ref(config, *, gpus: int | None = None):
 def data(config):
     """show what the rows become: counts, lengths, drops, one row decoded"""
     from fastdpo.data.show import show_data
-    from fastdpo.model.loading import load_tokenizer
+    from fastdpo.model.loading import load_tools
 
     console = Console()
-    show_data(config, load_tokenizer(config, console), console)
+    tokenizer, processor = load_tools(config, console)
+    show_data(config, tokenizer, console, processor)
 
 
 @takes_keys

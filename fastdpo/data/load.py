@@ -43,9 +43,10 @@ class DataSpec:
     image_max_pixels: int | None = None
     media_dir: str | None = None
 
-    def images(self, processor) -> ImageReader | None:
-        """How the rows' images are read; None without a processor, of a model that reads none."""
-        return processor and ImageReader(processor, self.image_max_pixels, self.media_dir)
+
+def image_reader(spec: DataSpec, processor) -> ImageReader | None:
+    """How the rows' images are read; None without a processor, of a model that reads none."""
+    return processor and ImageReader(processor, spec.image_max_pixels, spec.media_dir)
 
 
 def load_data(
@@ -57,7 +58,7 @@ def load_data(
     limits = Limits(spec.max_length, spec.truncation)
     chat = Chat(spec.chat_template_kwargs, clock or datetime.now())
     how: dict[str, Any] = dict(strict=spec.strict, data_format=spec.data_format, chat=chat)
-    how |= dict(data_cache=spec.data_cache, images=spec.images(processor))
+    how |= dict(data_cache=spec.data_cache, images=image_reader(spec, processor))
 
     def load(name: str | list[str], key: str = "data"):
         groups, report = load_groups(name, tokenizer, limits, console=console, key=key, **how)

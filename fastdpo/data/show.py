@@ -7,7 +7,7 @@ from rich.text import Text
 
 from fastdpo.data.chat.arguments import Chat
 from fastdpo.data.groups import Limits
-from fastdpo.data.load import DataSpec, load_groups
+from fastdpo.data.load import DataSpec, image_reader, load_groups
 from fastdpo.data.report import DataReport
 from fastdpo.data.store.stored import facts_of
 from fastdpo.preferences import Groups, PreferenceGroup, Response
@@ -23,7 +23,7 @@ def show_data(spec: DataSpec, tokenizer, console, processor=None) -> None:
     limits = Limits(spec.max_length, spec.truncation)
     chat = Chat(spec.chat_template_kwargs)
     how = dict(strict=spec.strict, console=console, data_format=spec.data_format, chat=chat)
-    how |= dict(data_cache=spec.data_cache, images=spec.images(processor))
+    how |= dict(data_cache=spec.data_cache, images=image_reader(spec, processor))
     for key, source in (("data", spec.data), ("eval_data", spec.eval_data)):
         if isinstance(source, str | list):
             show(*load_groups(source, tokenizer, limits, key=key, **how), tokenizer, console)

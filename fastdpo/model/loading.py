@@ -20,7 +20,7 @@ from fastdpo.model.activations import set_up_activations
 from fastdpo.model.adapters import add_lora, find_start, load_adapter, tell_tied
 from fastdpo.model.lm_head import named_budget
 from fastdpo.model.policy import Policy
-from fastdpo.model.processors import template_beside
+from fastdpo.model.processors import load_processor, template_beside
 from fastdpo.model.quantised import check_quantisation, loading_in_4bit, set_up_4bit
 from fastdpo.model.sharding import shard
 from fastdpo.model.source import sees_images
@@ -170,3 +170,11 @@ def restore_dropout(model_config: PreTrainedConfig, dropout: dict[str, float]) -
     for name, value in dropout.items():
         part, _, name = name.rpartition(".")
         setattr(getattr(model_config, part) if part else model_config.get_text_config(), name, value)
+
+
+def load_tools(
+    spec: ModelSpec, console: Console | None = None
+) -> tuple[PreTrainedTokenizerBase, ProcessorMixin | None]:
+    """(the tokenizer, the processor of a model that sees images): what rows are read with."""
+    tokenizer = load_tokenizer(spec, console)
+    return tokenizer, load_processor(spec, tokenizer)

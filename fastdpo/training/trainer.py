@@ -20,9 +20,8 @@ from fastdpo.distributed.world import World, joined
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.files import durable
 from fastdpo.model.experts import coefficient
-from fastdpo.model.loading import check_stored, load_model_config, load_policy, load_tokenizer
+from fastdpo.model.loading import check_stored, load_model_config, load_policy, load_tools
 from fastdpo.model.policy import Policy
-from fastdpo.model.processors import load_processor
 from fastdpo.model.saving import save_model
 from fastdpo.model.support import prepare
 from fastdpo.objectives import check_rows
@@ -125,8 +124,7 @@ def read(job: Job, console: Console, around: Around, world: World, clock: dateti
     of a model that sees images, the rows, the held-out rows, their account)."""
     model_config = load_model_config(job.model)  # what is wrong with it shows before the data is read
     check_stored(job.model)
-    tokenizer = load_tokenizer(job.model, console)
-    processor = load_processor(job.model, tokenizer)
+    tokenizer, processor = load_tools(job.model, console)
     for stage in job.stages:
         coefficient(model_config, stage.router_aux_loss_coef)
     with world.first_then_others():  # who find what it has tokenised
