@@ -49,8 +49,22 @@ def without_video(cls: type[ProcessorMixin]) -> type[ProcessorMixin]:
         kept = {name: value for name, value in json.loads(self.to_json_string()).items() if value is not None}
         Path(save_directory, _FILES[0]).write_text(json.dumps(kept, indent=2), encoding="utf-8")
 
-    names = {"check_argument_for_proper_class": check, "save_pretrained": save, "__module__": cls.__module__}
+    def reduce(self, protocol):  # by the class that can be imported: other processes tokenise rows
+        return _again, (cls, vars(self))
+
+    names: dict[str, Any] = {
+        "check_argument_for_proper_class": check,
+        "save_pretrained": save,
+        "__reduce_ex__": reduce,
+    }
+    names["__module__"] = cls.__module__
     return type(cls.__name__, (cls,), names)
+
+
+def _again(cls: type[ProcessorMixin], state: dict[str, Any]) -> ProcessorMixin:
+    made = object.__new__(without_video(cast(Any, cls)))
+    vars(made).update(state)
+    return made
 
 
 def load_processor(spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin | None:

@@ -23,6 +23,7 @@ _NO_SETTINGS = set(  # told elsewhere in the card, or of this machine alone
     "model adapter data eval_data output_dir push_to_hub data_cache reference_cache report_to logging_steps "
     "save_steps save_total_limit resume overwrite samples stages".split()
 )
+_PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of a model that sees images
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
 
 
@@ -64,6 +65,7 @@ def model_card(history: RunHistory | None, folder: Path, adapter: Path | None = 
     losses = _losses(history) if history else {}
     is_adapter = (Path(folder) / SETTINGS).exists()
     name = None if adapter else config.get("push_to_hub")
+    images = any((Path(folder) / name).exists() for name in _PROCESSOR)
     loss_tags = ["dpo" if loss == "sigmoid" else loss for loss in losses]
     sources = as_list(config.get("data") or None)
     on_hub = [name for name in map(_data_set, sources) if name]
@@ -71,7 +73,7 @@ def model_card(history: RunHistory | None, folder: Path, adapter: Path | None = 
         base_model=base if _is_on_hub(base) else None,
         datasets=on_hub or None,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if images else "text-generation",
         tags=["fastdpo", *loss_tags, *(["lora"] if is_adapter else [])],
     )
     text = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
@@ -84,7 +86,7 @@ def model_card(history: RunHistory | None, folder: Path, adapter: Path | None = 
         why_not_vllm=unserved_by_vllm(settings) if is_adapter else [],
         vllm_ranks=_VLLM_RANKS,
         **dict(name=name, history=history, config=config, settings=settings, losses=losses),
-        **dict(base=base, gguf=gguf),
+        **dict(base=base, gguf=gguf, images=images),
         **dict(is_adapter=is_adapter, is_on_hub=_is_on_hub, public=_public, link=_link),
         **dict(changed_settings=_changed_settings, tables=_tables),
     )

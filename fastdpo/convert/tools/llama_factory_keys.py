@@ -5,7 +5,7 @@ from fastdpo.convert.rules import beside, only, unread
 from fastdpo.convert.tools import shared
 from fastdpo.convert.tools.shared import LOOKS, NO_SUCH, SAME, SPEED
 
-_NO_MEDIA = unread("rows with images, videos or sound are refused, and others have none")
+_NO_MEDIA = unread("images are read by the model's own processor, and rows with videos or sound are refused")
 _OF_GENERATION = unread("it is of generation, not of training")
 _OF_EXPORT = unread("it is of `llamafactory-cli export`")
 _ONE_DEVICE = unread("there is one device")

@@ -6,7 +6,7 @@ from fastdpo.convert.tools import shared
 from fastdpo.convert.tools.shared import LOOKS, NO_SUCH, SAME, SPEED
 from fastdpo.convert.tools.template_names import set_template
 
-_TEXT = unread("fastdpo trains on text only")
+_OF_TOWERS = unread("a tower is left as it is, or trained as all the rest")
 _OF_OTHERS = unread("it is of other methods: PPO, GRPO, GKD or reward models")
 _SAYS_NOTHING = unread("it says nothing of dpo, kto, orpo, cpo or simpo")
 
@@ -52,7 +52,7 @@ ROWS = shared.TRANSFORMERS | {
     "freeze_parameters_ratio lisa_activated_layers": only(0, fix=NO_SUCH),
     "freeze_vit": "freeze_vision",
     "max_pixels": "image_max_pixels",
-    "freeze_aligner vit_lr aligner_lr vit_gradient_checkpointing norm_bbox": _TEXT,
+    "freeze_aligner vit_lr aligner_lr vit_gradient_checkpointing norm_bbox": _OF_TOWERS,
     "freeze_llm use_galore enable_dft_loss": only(False, fix=NO_SUCH),
     "init_weights": only(True, fix=NO_SUCH),
     "optimizer early_stop_interval": only(fix=NO_SUCH),

@@ -85,8 +85,8 @@ def _filled(parts: list, column: list, name: str) -> list:
         return column
     empty = sum(image is None for image in parts)
     if empty != len(column):
-        what = f"{empty} part(s) of the prompt's messages are images that say no source, and it has"
-        raise RowProblem("image_count", name, f"{what} {len(column)} image(s)")
+        message = f"{empty} part(s) of the messages are images that say no source; images: {len(column)}"
+        raise RowProblem("image_count", name, message)
     rest = iter(column)
     return [next(rest) if image is None else image for image in parts]
 

@@ -114,7 +114,7 @@ def _of_url(text: str, field: str) -> bytes:
     try:
         return base64.b64decode(body, validate=True)
     except binascii.Error as error:
-        raise RowProblem("image_unreadable", field, f"{head[:40]}: {error}") from None
+        raise RowProblem("image_unreadable", field, f"{head[:40]}: no base64 ({error})") from None
 
 
 def _name(source: Any) -> str:

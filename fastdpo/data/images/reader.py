@@ -72,7 +72,7 @@ class ImageReader:
             sources, folder = row()
             picture = self.open(sources[place], field, folder)
         except RowProblem as problem:
-            raise DataError(f"row {number}: {problem}") from None
+            raise DataError(f"row {number} cannot be read again: {problem}") from None
         if image_key(picture, self.expander.digest) != key:
             raise DataError(
                 f"row {number}: {field} is not the image that was there when the rows were tokenised; start "
@@ -103,8 +103,9 @@ class Pictures:
         wanted = sum((message["content"] or "").count(IMAGE) for message in messages)
         pieces = text.split(self.expander.placeholder)
         if len(pieces) - 1 != wanted:
-            what = f"{self.expander.placeholder} stands {len(pieces) - 1} time(s) in what the chat template"
-            raise RowProblem("image_count", "messages", f"{what} prints of {wanted} image(s)")
+            placeholder, there = self.expander.placeholder, len(pieces) - 1
+            message = f"the chat template prints {placeholder} {there} time(s), of {wanted} image(s)"
+            raise RowProblem("image_count", "messages", message)
         return self._filled(pieces)
 
     def plain(self, prompt: str) -> str:

@@ -88,7 +88,9 @@ class Shard:
         assert facts is not None
         return replace(facts, row=facts.row + first)
 
-    def group(self, place: int, facts: Facts, at: int, open_image: OpenImage | None) -> PreferenceGroup:
+    def group(
+        self, place: int, facts: Facts, at: int, open_image: OpenImage | None = None
+    ) -> PreferenceGroup:
         """The group at `place` here, read; it is the one at `at` of the facts. `open_image`: see load.py."""
         first, end = facts.cu_resp[at : at + 2].tolist()
         here = int(self._cu_resp[place])

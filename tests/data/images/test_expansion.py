@@ -148,6 +148,10 @@ def test_the_digest_follows_what_the_processor_does():
     own = Expander(processor("paligemma"))
     again = pickle.loads(pickle.dumps(own))
     assert own.digest == again.digest and own.of((32, 32)).text == again.of((32, 32)).text
+    for family in FAMILIES:
+        own = Expander(processor(family))
+        assert pickle.loads(pickle.dumps(own)).digest == own.digest
+    own = again
     changed = pickle.loads(pickle.dumps(processor("paligemma")))
     changed.image_processor = SiglipImageProcessorPil(size={"height": 32, "width": 32}, do_normalize=False)
     changed.image_processor.image_seq_length = 16

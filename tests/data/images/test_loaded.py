@@ -97,7 +97,7 @@ def test_tokens_are_found_again_and_a_changed_image_is_not(tmp_path, monkeypatch
     with pytest.raises(DataError, match=r"row 1: images\[0\] is not the image that was there"):
         first[1].images[0].open()
     (tmp_path / "pictures/1.png").unlink()
-    with pytest.raises(DataError, match=r"row 1: images\[0\]: there is no file"):
+    with pytest.raises(DataError, match=r"row 1 cannot be read again: images\[0\]: there is no file"):
         first[1].images[0].open()
 
 
