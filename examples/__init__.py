@@ -1,1 +1,1 @@
-"""Configs to train with, and `examples.prior_exams`, which makes its own pictures, reports and start model."""
+"""Configs to train with, and `examples.prior_exams`, which makes what it trains on."""

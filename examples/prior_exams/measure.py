@@ -1,9 +1,12 @@
 """What a model writes on pictures that no pair is of: lines that speak of a prior exam, and wrong findings.
 
-    python -m examples.prior_exams.measure [runs/prior_exams/start runs/prior_exams/dpo/model]
+    python -m examples.prior_exams.measure [FOLDER ...]
+
+Without folders, the start model and the one that train.yaml has trained.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -17,14 +20,15 @@ from examples.prior_exams.reports import FINDINGS, read, speaks_of_prior
 MODELS = (Path("runs/prior_exams/start"), Path("runs/prior_exams/dpo/model"))
 
 
-def measure(model_folder: Path, held_out: Path) -> dict[str, float]:
-    """`lines`: how many a report speak of a prior exam; `reports`: the share of reports with one or more;
-    `findings`: the share of all findings that the report tells as they are, and each kind's own."""
+def measure(model_folder: Path, held_out: Path, sample: bool = False) -> dict[str, float]:
+    """Of greedy reports, or of a sample a picture. `lines`: how many a report speak of a prior exam;
+    `reports`: the share of reports with one or more; `findings`: the share of all findings that the report
+    tells as they are, and each kind's own."""
     model = AutoModelForImageTextToText.from_pretrained(model_folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(model_folder)
     rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
     pictures = [Image.open(held_out.parent / row["images"][0]).convert("RGB") for row in rows]
-    texts = write_reports(model, processor, pictures, [row["prompt"] for row in rows])
+    texts = write_reports(model, processor, pictures, [row["prompt"] for row in rows], sample)
     return counted(texts, [row["findings"] for row in rows])
 
 
@@ -45,11 +49,11 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="*", default=MODELS, help="folders of models")
     parser.add_argument("--held-out", type=Path, default=Path("runs/prior_exams/held_out.jsonl"))
     args = parser.parse_args()
-    for folder in args.models:
-        found = measure(folder, args.held_out)
+    for folder, sample in itertools.product(args.models, (False, True)):
+        found, how = measure(folder, args.held_out, sample), "sampled" if sample else "greedy"
         print(
-            f"{folder}: {found['lines']:.2f} lines a report speak of a prior exam, in {found['reports']:.0%} "
-            f"of reports; {found['findings']:.0%} of the findings are right"
+            f"{folder}, {how}: {found['lines']:.2f} lines a report speak of a prior exam, in "
+            f"{found['reports']:.0%} of the reports; {found['findings']:.0%} of the findings are right"
         )
 
 

@@ -179,10 +179,18 @@ def _train(
 
 @torch.no_grad()
 def write_reports(
-    model, processor, pictures: Sequence[Image.Image], prompts: Sequence[list[dict]], batch_size: int = 64
+    model,
+    processor,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[list[dict]],
+    sample: bool = False,
+    batch_size: int = 64,
 ) -> list[str]:
-    """The greedy report on each picture, as the model was asked for it."""
+    """The report on each picture, as the model was asked for it: the greedy one, or a sample at temperature
+    1, the same whenever it is asked."""
     out = []
+    how = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
+    torch.manual_seed(0)
     processor.tokenizer.padding_side = "left"
     for at in range(0, len(pictures), batch_size):
         texts = [
@@ -192,7 +200,7 @@ def write_reports(
         shown = list(pictures[at : at + batch_size])
         inputs = processor(images=shown, text=texts, return_tensors="pt", padding=True)
         inputs.pop("token_type_ids", None)
-        found = model.generate(**inputs, max_new_tokens=100, do_sample=False)
+        found = model.generate(**inputs, max_new_tokens=100, **how)
         new = found[:, inputs["input_ids"].shape[1] :]
         out += processor.batch_decode(new, skip_special_tokens=True)
     return out

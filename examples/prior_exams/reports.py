@@ -35,10 +35,10 @@ HEADS, ENDS = 0.3, 0.3  # how often then
 USUAL = 0.7  # how often a line takes the more usual way to speak of it
 # what the paper counts, in any sentence and whatever the case
 KEYWORDS = (
-    *"more regress advanc less fewer constant unchanged prior new stable progressed interval previous".split(),
-    *"further again since increase improve remain worse persist remov similar cleared earlier".split(),
-    *"existing decrease reduc recurren redemonstrat resol still lower larger extubated smaller".split(),
-    *"higher continue compar change develop before".split(),
+    *"more regress advanc less fewer constant unchanged prior new stable progressed interval".split(),
+    *"previous further again since increase improve remain worse persist remov similar cleared".split(),
+    *"earlier existing decrease reduc recurren redemonstrat resol still lower larger extubated".split(),
+    *"smaller higher continue compar change develop before".split(),
     "has enlarged",
 )
 EDITS = (
