@@ -64,18 +64,18 @@ def prior_exams(record: dict, link: str) -> str:
     for arm, by_seed in record["arms"].items():
         of = lambda how, what, by_seed=by_seed: [seed[how][what] for seed in by_seed.values()]
         starts = [record["arms"]["start"][seed]["sampled"]["lines"] for seed in by_seed]
-        fewer = mean(starts) / max(mean(of("sampled", "lines") or [1]), 1e-9)
+        fewer = f"{sum(starts) / lines:.1f}x" if (lines := sum(of("sampled", "lines"))) else ""
         cells = [
             spread(of("sampled", "lines")),
-            f"{fewer:.1f}x" if arm != "start" and by_seed else "",
+            "" if arm == "start" else fewer,
             spread(of("sampled", "reports")),
             spread(of("sampled", "findings")),
             spread(of("greedy", "lines")),
             spread(of("greedy", "findings")),
         ]
-        lines, share = PAPER[arm]
-        times = f", {PAPER['start'][0] / lines:.1f}x" if arm != "start" else ""
-        table.append([arm, *cells, f"{lines} in {share:.1%}{times}"])
+        theirs, share = PAPER[arm]
+        times = f", {PAPER['start'][0] / theirs:.1f}x" if arm != "start" else ""
+        table.append([arm, *cells, f"{theirs} in {share:.1%}{times}"])
     text = (
         f"{counted(sizes['pairs'], 'pair')}, {record['config']['num_epochs']} epochs, on {where(record)} "
         f"({link}), for each seed pictures, reports and a start model of its own. Lines that hold one of the "
