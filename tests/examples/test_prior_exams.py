@@ -1,20 +1,25 @@
 """examples/prior_exams: what it makes holds together, the pixels included."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
+from rich.console import Console
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import fastdpo
 from examples.prior_exams import pictures, reports
 from examples.prior_exams.make import Sizes, make
 from examples.prior_exams.measure import counted, measure
 from examples.prior_exams.model import write_reports
 from fastdpo.data.spans import read_relevance
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = Sizes(reports=40, pairs=12, eval_pairs=4, held_out=24, tower_steps=2, report_steps=2)
 
 
@@ -119,3 +124,22 @@ def test_what_is_counted():
     assert (found["lines"], found["reports"]) == (1, 0.5)
     assert (found["device"], found["heart"], found["effusion"], found["nodule"]) == (0.5, 1, 0, 0)
     assert found["findings"] == 1.5 / 4
+
+
+def test_the_pairs_train(made, tmp_path):
+    """By the example's own config, but for a step: every row is kept, with its relevant tokens."""
+    config = yaml.safe_load((ROOT / "examples/prior_exams/train.yaml").read_text())
+    paths = {"model": made / "start", "data": made / "train.jsonl", "eval_data": made / "eval.jsonl"}
+    rest = {"output_dir": tmp_path / "run", "reference_cache": "off", "data_cache": "off", "max_steps": 1}
+    run = fastdpo.train(config | paths | rest, Console(quiet=True))
+    report = json.loads((run / "data_report.json").read_text())["data"]
+    assert (report["dropped"], report["notes"]["images"]["items"]) == ({}, TINY.pairs)
+    marked = [
+        row[side][0]["content"][start:end]
+        for row in rows(made, "train")
+        for side in ("chosen", "rejected")
+        for start, end in row[f"{side}_spans"]
+    ]
+    assert report["relevant_tokens"] == sum(len(re.findall(r"\w+|[.,]", line)) for line in marked)
+    found = measure(run / "model", made / "held_out.jsonl", sample=True)
+    assert 0 <= found["findings"] <= 1
