@@ -49,6 +49,45 @@ def example(record: dict, link: str) -> str:
     )
 
 
+PAPER = {  # 2406.06496: lines a report, share of reports
+    "start": (1.34, 0.516),
+    "gamma 1 (plain DPO)": (0.42, 0.274),
+    "gamma 0.5": (0.28, 0.209),
+    "gamma 0": (0.39, 0.252),
+    "SFT on the edited reports": (1.28, 0.56),
+}
+
+
+def prior_exams(record: dict, link: str) -> str:
+    """An arm a line, what the paper has behind it."""
+    sizes, table = record["sizes"], []
+    for arm, by_seed in record["arms"].items():
+        of = lambda how, what, by_seed=by_seed: [seed[how][what] for seed in by_seed.values()]
+        starts = [record["arms"]["start"][seed]["sampled"]["lines"] for seed in by_seed]
+        fewer = f"{sum(starts) / lines:.1f}x" if (lines := sum(of("sampled", "lines"))) else ""
+        cells = [
+            spread(of("sampled", "lines")),
+            "" if arm == "start" else fewer,
+            spread(of("sampled", "reports")),
+            spread(of("sampled", "findings")),
+            spread(of("greedy", "lines")),
+            spread(of("greedy", "findings")),
+        ]
+        theirs, share = PAPER[arm]
+        times = f", {PAPER['start'][0] / theirs:.1f}x" if arm != "start" else ""
+        table.append([arm, *cells, f"{theirs} in {share:.1%}{times}"])
+    text = (
+        f"{counted(sizes['pairs'], 'pair')}, {record['config']['num_epochs']} epochs, on {where(record)} "
+        f"({link}), for each seed pictures, reports and a start model of its own. Lines that hold one of the "
+        f"paper's 43 words in a report on one of {sizes['held_out']} pictures held out, a sample each at "
+        "temperature 1 and the greedy one; fewer: against the start's; findings: the share that the report "
+        f"tells as the picture has it. Mean ± deviation over (seeds). Tuning: {record['tuned']}. The paper: "
+        "Llama 2 7B on MIMIC-CXR, lines a report, in so many reports:"
+    )
+    header = ("", "lines", "fewer", "reports with one", "findings", "greedy: lines", "findings", "paper")
+    return f"{text}\n\n{markdown(header, table)}"
+
+
 def trainings(record: dict, study: str) -> list[dict]:
     return [one for one in record["trainings"] if one["study"] == study]
 
@@ -207,6 +246,13 @@ BLOCKS = {
         example,
         "the example of the README",
         "python -m benchmarks.learning.real.example",
+    ),
+    "prior-exams": (
+        "prior_exams",
+        "cpu",
+        prior_exams,
+        "weighted DPO on a vision-language model",
+        "python -m benchmarks.learning.prior_exams",
     ),
     "assistant-cpu": (
         "learning_real",
