@@ -62,8 +62,6 @@ def prior_exams(record: dict, link: str) -> str:
     """An arm a line, what the paper has behind it."""
     sizes, table = record["sizes"], []
     for arm, by_seed in record["arms"].items():
-        if not by_seed:
-            continue  # not measured yet
         of = lambda how, what, by_seed=by_seed: [seed[how][what] for seed in by_seed.values()]
         starts = [record["arms"]["start"][seed]["sampled"]["lines"] for seed in by_seed]
         fewer = f"{sum(starts) / lines:.1f}x" if (lines := sum(of("sampled", "lines"))) else ""
