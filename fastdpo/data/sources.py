@@ -125,6 +125,11 @@ class Source:
             said = repr((found.kind, found.split, found.layout, self._content))
             return xxhash.xxh3_128_hexdigest(said.encode())
 
+    @property
+    def folder(self) -> Path | None:
+        """Where it lies; None of the hub's."""
+        return self._found.folder and self._found.folder.resolve()
+
     def rows(self) -> Rows:
         """Raises DataError."""
         with self.named():

@@ -47,7 +47,8 @@ def _folder(source: Source, making: Making, data_cache: str, console: Console) -
         problem = f"what decides the token ids of a {kind} cannot be told from its attributes and files"
     else:
         template = getattr(making.tokenizer, "chat_template", None)
-        images = making.images.digest if making.images else None
+        # where paths begin: a copy of the rows elsewhere may lie beside other images
+        images = f"{making.images.digest} {source.folder}" if making.images else None
         key = key_of(identity, tokenizer, making.limits, making.chat, SHARD_ROWS, template, images)
         if key is not None:
             return Folder(home / key, private=data_cache == "auto")

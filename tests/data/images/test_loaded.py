@@ -101,6 +101,15 @@ def test_tokens_are_found_again_and_a_changed_image_is_not(tmp_path, monkeypatch
         first[1].images[0].open()
 
 
+def test_a_copy_of_the_rows_beside_other_images_is_another_data_set(tmp_path):
+    cache = str(tmp_path / "cache")
+    here, there = (written(tmp_path / name) for name in ("here", "there"))
+    read(here, cache)
+    picture(5).save(tmp_path / "there/pictures/0.png")
+    groups, _ = read(there, cache)
+    assert groups[0].images[0].open().tobytes() == picture(5).tobytes()
+
+
 def test_other_pixels_are_other_tokens_sets(tmp_path):
     spec, cache = written(tmp_path), str(tmp_path / "cache")
     large, small = read(spec, cache)[0], read(spec, cache, max_pixels=600)[0]
