@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
+import fastdpo
 from fastdpo.api import train
 from fastdpo.config.keys import Config
 from fastdpo.errors import Stopped
@@ -101,6 +102,16 @@ def test_a_lora_is_on_the_language_model_and_its_samples_see_images(inputs, tmp_
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and all("completion" in sample for sample in samples)
     assert (tmp_path / "run/model/processor_config.json").exists()
+
+
+def test_an_evaluation_reads_them_too(inputs, tmp_path):
+    """On all rows its loss is the run's own, and answers are sampled with images."""
+    config = made(inputs, tmp_path / "run", "llava", eval_data=str(inputs / "rows.jsonl"), samples=0)
+    run(config)
+    found = fastdpo.evaluate(str(tmp_path / "run"), str(inputs / "rows.jsonl"), samples=3, max_new_tokens=4)
+    logged = [line for line in metrics(config) if "eval_loss" in line][-1]
+    assert found["numbers"]["model"]["loss"]["value"] == pytest.approx(logged["eval_loss"], rel=1e-4)
+    assert len(found["answers"]) >= 3
 
 
 def test_images_are_new_to_the_reference_where_their_pixels_are(inputs, tmp_path):
