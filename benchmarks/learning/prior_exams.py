@@ -34,7 +34,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "SFT on the edited reports": {"objective": "sft"},
 }
 SEEDS = (1, 2, 3)  # the example's own, 0, is the one that is tuned on
-TUNED = "learning rate 5e-5 for all; at 1e-4 and 2e-4 plain DPO lost findings, on a seed that is not reported"
+TUNED = (
+    "learning rate 3e-5 for every arm, of 2e-5, 3e-5, 5e-5, 1e-4 and 2e-4 the largest at which plain DPO "
+    "kept 98% of the findings in samples, on a seed that is not reported"
+)
 DRY = Sizes(reports=40, pairs=16, eval_pairs=4, held_out=8, tower_steps=2, report_steps=2)
 
 

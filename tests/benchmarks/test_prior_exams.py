@@ -10,7 +10,7 @@ from fastdpo.convert.convert import config_of
 @pytest.mark.parametrize("arm", prior_exams.ARMS)
 def test_an_arm_is_the_example_but_for_its_own_keys(arm, tmp_path):
     config = config_of(prior_exams.keys(tmp_path, arm, 2), {})
-    assert (config.learning_rate, config.num_epochs, config.seed) == (5e-5, 3, 2)
+    assert (config.learning_rate, config.num_epochs, config.seed) == (3e-5, 3, 2)
     assert config.objective == ("sft" if arm.startswith("SFT") else "sigmoid")
     gamma = config.objective_args.get("gamma") if config.objective_args else None
     assert gamma == prior_exams.ARMS[arm].get("objective_args", {}).get("gamma")
