@@ -11,7 +11,7 @@ import numpy as np
 from fastdpo.data.chat.arguments import Chat
 from fastdpo.data.chat.scripts import Draft, write
 from fastdpo.data.formats.layouts import Layout
-from fastdpo.data.images.reader import ImageReader
+from fastdpo.data.images.reader import File, ImageReader
 from fastdpo.data.one_row import problem_of, refuse_lone_surrogates
 from fastdpo.data.report import NOT_PRINTED, DataReport, RowProblem
 from fastdpo.data.rows import Row, parse_row
@@ -143,7 +143,7 @@ def _outcomes(
     drafts: list[Draft | RowProblem] = []
     for given in chunk:
         try:
-            drafts.append(_draft(given, tools, layout))
+            drafts.append(_draft(given, tools, layout, report.image_files))
         except Exception as error:
             drafts.append(problem_of(error))
     written = [draft for draft in drafts if isinstance(draft, Draft)]
@@ -156,18 +156,17 @@ def _outcomes(
         try:
             outcome = _group(draft, ids, encoder, tools.limits)
             report.kinds.setdefault(draft.kind, draft.row.number)
-            report.image_files += draft.pictures.files if draft.pictures else []
             yield outcome
         except Exception as error:
             yield problem_of(error)
 
 
-def _draft(given: Given, tools: Tools, layout: Layout | None) -> Draft:
+def _draft(given: Given, tools: Tools, layout: Layout | None, files: list[File]) -> Draft:
     number, row, folder = given
     images, notes = tools.images, Counter[str]()
     refuse_lone_surrogates(row)
     parsed = row if isinstance(row, Row) else parse_row(row, number, layout, images is not None)
-    pictures = images.read(parsed.images, folder, notes) if images else None
+    pictures = images.read(parsed.images, folder, notes, files) if images else None
     return write(parsed, tools.encoder.tokenizer, tools.encoder.special, tools.chat, pictures, notes)
 
 
@@ -205,6 +204,9 @@ def _group(
     free = shared  # tokens before the prompt's first image
     if pictures and pictures.images:
         free = int((sequences[0].ids[:shared] == pictures.expander.token_id).argmax())
+        added = encoder.tokenizer.added_tokens_decoder.keys()
+        while free and int(sequences[0].ids[free - 1]) in added:  # what opens an image belongs to it
+            free -= 1
     prompt, tails = _cut(sequences, shared, limits, encoder.tokenizer.bos_token_id, free, notes)
     pairs = _differing_pairs(row, tails, notes)
     ref_logps = _whole_ref_logps(row, tails, notes)

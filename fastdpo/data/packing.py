@@ -174,11 +174,12 @@ def made_ahead(make: Callable[[Groups], PackedGroups], parts: Sequence[Groups]) 
     """make(part) of each part, in order; of the next one with images in a thread, while the caller works."""
     with ThreadPoolExecutor(1) as thread:  # which starts with the first part that is given to it
         coming: Future[PackedGroups] | None = None
+        part = parts[0] if len(parts) else []
         for number in range(len(parts)):
-            batch = make(parts[number]) if coming is None else coming.result()
-            coming = None
-            if number + 1 < len(parts) and any(group.images for group in parts[number + 1]):
-                coming = thread.submit(make, parts[number + 1])
+            batch = make(part) if coming is None else coming.result()
+            part, coming = parts[number + 1] if number + 1 < len(parts) else [], None
+            if any(group.images for group in part):
+                coming = thread.submit(make, part)
             yield batch
 
 

@@ -165,7 +165,7 @@ class DataReport:
     counts: Counter = field(default_factory=Counter)  # see _counts
     lengths: Sequence[int] = ()  # prompt + response, one a response
     dates: list[str] = field(default_factory=list)  # what the chat template was told of the time
-    image_files: list = field(default_factory=list)  # (path, size, time of change) of images of kept rows
+    image_files: list = field(default_factory=list)  # see images.reader.File, of all rows
     rows_read: int = 0
 
     @property

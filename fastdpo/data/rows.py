@@ -13,7 +13,7 @@ from typing import Any
 
 from fastdpo.data.formats.columns import Columns
 from fastdpo.data.formats.layouts import Layout
-from fastdpo.data.images.given import of_column, take_images
+from fastdpo.data.images.given import IMAGE, of_column, take_images
 from fastdpo.data.media import placeholders, refuse_placeholders
 from fastdpo.data.report import RowProblem, expect, kind
 from fastdpo.data.spans import Relevance, all_or_none, read_relevance, shared_start
@@ -151,7 +151,7 @@ def _spelt(said) -> str:
 
 
 def _same_text(prompt: str, turn: dict) -> bool:
-    return prompt.strip() == (turn.get("content") or "").strip()
+    return prompt.strip() == (turn.get("content") or "").replace(IMAGE, "").strip()
 
 
 def _split_text(chosen: str, rejected: str):

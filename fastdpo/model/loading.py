@@ -76,7 +76,7 @@ def load_policy(
     for a model that sees images. Raises ModelError."""
     with world.in_turn() if world.sharded else contextlib.nullcontext():
         policy = _loaded(spec, console, world)
-    policy.world, policy.processor = world, processor
+    policy.world, policy.processor, policy.saved_processor = world, processor, processor
     world.make_equal(policy.trained())
     budget = named_budget(spec.head_memory) or policy.default_budget()
     policy.head_budget = int(world.min(budget))  # a step is cut alike on all ranks

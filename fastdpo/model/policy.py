@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdpo.data.beginnings import Branch
 from fastdpo.data.packing import pack
 from fastdpo.distributed.world import ALONE
+from fastdpo.errors import ModelError
 from fastdpo.model import attention
 from fastdpo.model.lm_head import Head, logit_transform, within_free_memory
 from fastdpo.model.sharding import Root
@@ -29,7 +30,8 @@ class Policy:
     # Whether token_logp adds the head's gradient to its .grad itself: for who clears no gradient between a
     # forward and its backward, which would lose it.
     adds_to_grad = False
-    processor: Any = None  # transformers', of a model that sees images
+    processor: Any = None  # transformers', of a model that sees images; None where no row has any
+    saved_processor: Any = None  # what is saved beside the weights of such a model, in either case
 
     def __init__(
         self, model: torch.nn.Module, dtype: torch.dtype, dropout: dict[str, float] | None = None,
@@ -78,6 +80,9 @@ class Policy:
     def pack(self, groups: Sequence[PreferenceGroup], tree: Sequence[Branch] | None = None) -> PackedGroups:
         """A microbatch for this policy: packing.pack, and what it takes of the prompts' images."""
         if self.processor is None:
+            if any(group.images for group in groups):
+                name = type(self.core).__name__
+                raise ModelError(f"{name} reads no images, and row {groups[0].row} has some")
             return pack(groups, self.share, tree)
         return pack_with_images(self.core, self.processor, groups, self.share, tree)
 

@@ -30,8 +30,8 @@ def save_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path 
             model.save_pretrained(folder, **({"state_dict": state} if state else {}))
     if policy.world.first:
         tokenizer.save_pretrained(folder)
-        if policy.processor is not None:
-            save_processor(policy.processor, folder)
+        if policy.saved_processor is not None:
+            save_processor(policy.saved_processor, folder)
 
 
 def whole_state(policy: Policy) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from fastdpo.data.store.stored import facts_of
 from fastdpo.errors import ModelError
 from fastdpo.model import attention
 from fastdpo.model.policy import Policy
@@ -110,7 +111,8 @@ def _windowed_layers(config: PreTrainedConfig) -> int:
 def _probe(groups: Groups) -> list[PreferenceGroup]:
     """The smallest group, cut where it is long, and the largest affordable one, several responses each where
     there are; where groups have images two with and one without."""
-    some = list(groups[:_PROBE_ROWS])
+    seen = np.flatnonzero(facts_of(groups).images)[:_PROBE_ROWS]
+    some = [*groups[:_PROBE_ROWS], *(groups[i] for i in seen.tolist() if i >= _PROBE_ROWS)]
     without = [g for g in some if not g.images]
     if with_images := [g for g in some if g.images]:
         two = sorted(with_images, key=lambda g: (len(g.responses) < 2, g.input_tokens))[:2]

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastdpo.data.beginnings import Branch
 from fastdpo.data.layout import Prompt
 from fastdpo.data.packing import pack
-from fastdpo.errors import DataError
+from fastdpo.errors import DataError, ModelError
 from fastdpo.records import PackedGroups, PreferenceGroup
 
 IN_HEIGHT_AND_WIDTH = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
@@ -64,6 +64,10 @@ def pixels(
         for name, value in found.items()
         if name in takes and name not in _OF_TEXT
     }
+    known = set(processor.image_processor.model_input_names)
+    if others := sorted(taken.keys() - known):  # made of a text, which here is none of the rows'
+        name = type(core).__name__
+        raise ModelError(f"{name} takes {', '.join(others)} beside pixels, which fastdpo does not know yet")
     if core.config.model_type in DROPS_BLACK and _any_black(taken):
         for row, pictures in zip(rows, opened):
             for number, picture in enumerate(pictures, 1):

@@ -151,7 +151,9 @@ def ready_policy(
 ) -> Policy:
     """The policy at its start weights, compared with the model's own logits on some of these rows.
     head_budget: bytes that its head has, where they are known before."""
-    policy = load_policy(job.model, console, world, processor)
+    has_images = any(facts_of(some).images.any() for some in (groups, eval_groups))
+    policy = load_policy(job.model, console, world, processor if has_images else None)
+    policy.saved_processor = processor
     policy.head_budget = head_budget or policy.head_budget
     for some in (groups, eval_groups):
         check_vocabulary(policy, some)

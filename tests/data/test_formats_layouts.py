@@ -208,7 +208,7 @@ def test_a_hub_entry_says_what_to_load(folder, monkeypatch):
         ({"ranking": True, "formatting": "chat"}, "formatting 'chat' is not one of alpaca, sharegpt, openai"),
         (
             {"ranking": True, "columns": ALPACA | {"videos": "i"}},
-            "it has videos; fastdpo reads no sound or video",
+            "it has videos; sound and video are not read",
         ),
         ({"ranking": True, "num_samples": 5}, r"num_samples is not read .*#\[:5\]"),
         ({"ranking": True, "file_name": "gone.json"}, "gone.json' does not exist"),

@@ -19,7 +19,7 @@ def problem(row, data_format=None) -> RowProblem:
     with pytest.raises(RowProblem) as caught:
         parse_row(row, 0, layout_of(data_format))
     assert caught.value.reason == "media"
-    assert "reads text only" in caught.value.message or "reads no sound or video" in caught.value.message
+    assert "reads text only" in caught.value.message or "video are not read" in caught.value.message
     return caught.value
 
 

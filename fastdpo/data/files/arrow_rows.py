@@ -14,7 +14,7 @@ class ArrowRows:
     def __init__(self, data):
         from datasets import Features
 
-        # images are refused by name, so nothing is gained by decoding them, which takes more libraries
+        # images are decoded where their pixels are asked for, and by us
         data.info.features = Features(_undecoded(data.features))
         self.data, self.features = data, data.features
         self._first, self._size = 0, len(data)

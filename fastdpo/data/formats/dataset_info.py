@@ -92,7 +92,7 @@ def _layout(entry: dict, where: str) -> Layout:
         raise DataError(f"{where}: formatting {formatting!r} is not one of {', '.join(_FORMATS)}")
     theirs = _DEFAULTS if theirs is None else theirs
     if media := [name for name in _MEDIA if theirs.get(name)]:
-        raise DataError(f"{where}: it has {' and '.join(media)}; fastdpo reads no sound or video")
+        raise DataError(f"{where}: it has {' and '.join(media)}; sound and video are not read")
     ranking, kto = bool(entry.get("ranking")), bool(theirs.get("kto_tag"))
     if ranking == kto:
         has = "both ranking and" if kto else "neither ranking: true nor"

@@ -100,7 +100,7 @@ def refuse_media(value, field: str, images_read: bool = False) -> None:
 
 def not_read(what: str) -> str:
     """Why media are refused that are named so."""
-    return "this model reads text only" if "image" in what else "fastdpo reads no sound or video"
+    return "this model reads text only" if "image" in what else "sound and video are not read"
 
 
 def starts_with(messages: list) -> str | None:

@@ -71,8 +71,9 @@ class Expander:
     def frame(self) -> tuple[str, str]:
         """What the processor puts behind a prompt's last image and behind the prompt: nothing, but of
         PaliGemma."""
-        before, _, end = self._printed(self.placeholder + _MARK, _SMALL).partition(_MARK)
-        return before[len(self._once(_SMALL)) :], end
+        one, _, end = self._printed(self.placeholder + _MARK, _SMALL).partition(_MARK)
+        two, _, _ = self._printed(self.placeholder * 2 + _MARK, _SMALL, 2).partition(_MARK)
+        return one[len(two) - len(one) :], end  # a second image adds what one becomes
 
     @cached_property
     def placeholder(self) -> str:
@@ -88,8 +89,22 @@ class Expander:
 
     @cached_property
     def by_parts(self) -> bool:
-        """Whether the chat template takes a message's content as a list of parts."""
-        return bool(re.search(r"\[['\"]type['\"]\]|\.type\b", str(self.processor.tokenizer.chat_template)))
+        """Whether the chat template prints an image that is a part of a message."""
+        text = self._asked([{"type": "image"}, {"type": "text", "text": _MARK}])
+        return self.placeholder in text and _MARK in text and not prints_parts(text)
+
+    @cached_property
+    def by_text(self) -> bool:
+        """Whether it prints a message whose content is text."""
+        return _MARK in self._asked(_MARK)
+
+    def _asked(self, content: Any) -> str:
+        """What the template prints of such a user's turn; nothing where it refuses it."""
+        try:
+            said = [{"role": "user", "content": content}]
+            return str(self.processor.tokenizer.apply_chat_template(said, tokenize=False))
+        except Exception:  # a template is a program, and fails like one
+            return ""
 
     @cached_property
     def digest(self) -> str:
@@ -104,10 +119,9 @@ class Expander:
         return re.compile(f"(?:{re.escape(self.token)})+")
 
     def _once(self, size: tuple[int, int]) -> str:
-        """What one placeholder becomes: what a second one adds."""
-        one = self._printed(self.placeholder + _MARK, size)
-        two = self._printed(self.placeholder * 2 + _MARK, size, 2)
-        return one[: len(two) - len(one)]
+        """What one placeholder becomes."""
+        before, _, _ = self._printed(self.placeholder + _MARK, size).partition(_MARK)
+        return before.removesuffix(self.frame[0])
 
     def _printed(self, text: str, size: tuple[int, int], images: int = 1) -> str:
         """The text that the processor hands to its tokenizer."""
@@ -115,6 +129,11 @@ class Expander:
         processor.tokenizer = recorder
         processor(images=[[PIL.new("RGB", size)] * images], text=[text])
         return recorder.text
+
+
+def prints_parts(text: str) -> bool:
+    """Whether a template has printed a list of parts as Python writes it."""
+    return "'type': 'text'" in text or "'type': 'image'" in text
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

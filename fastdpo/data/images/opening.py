@@ -18,6 +18,8 @@ from PIL import ImageOps, UnidentifiedImageError
 
 from fastdpo.data.report import RowProblem, kind
 
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_NO_PATHS = ("data:", "http://", "https://")
 _WIDE = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}  # modes of more than 8 bits, which PIL would clip
 
 
@@ -28,15 +30,28 @@ class Places:
     own: Path | None = None  # None: the data has no folder (a data set of the hub)
     named: Path | None = None  # media_dir
 
-    def find(self, path: str, field: str) -> Path:
-        """The file. Raises RowProblem where there is none, or where it is elsewhere."""
-        given = Path(path.removeprefix("file://"))
-        folders = [folder.resolve() for folder in (self.own, self.named) if folder is not None]
-        tried = [(folder / given).resolve() for folder in folders] or [given.resolve()]
-        inside = [file for file in tried if any(file.is_relative_to(folder) for folder in folders)]
+    def of(self, source: Any) -> list[Path]:
+        """The files that an image may be; none where the row itself holds it."""
+        if isinstance(source, Mapping) and source.get("bytes") is None:
+            source = source.get("path")
+        if not isinstance(source, str | Path) or str(source).startswith(_NO_PATHS):
+            return []
+        given = Path(str(source).removeprefix("file://"))
+        return [(folder / given).resolve() for folder in self._folders] or [given.resolve()]
+
+    @property
+    def _folders(self) -> list[Path]:
+        return [folder.resolve() for folder in (self.own, self.named) if folder is not None]
+
+    def find(self, source: Any, field: str) -> Path | None:
+        """The file; None where the row itself holds the image. Raises RowProblem where it is not, or
+        elsewhere."""
+        if not (tried := self.of(source)):
+            return None
+        inside = [file for file in tried if any(file.is_relative_to(folder) for folder in self._folders)]
         if not inside:
-            where = f"outside of {self.own}" if self.own else "and the data has no folder of its own"
-            message = f"{path} is {where}; say media_dir: FOLDER if images are to be read from there"
+            where = f"not in {self.own}" if self.own else "and the data has no folder of its own"
+            message = f"{tried[0]} is {where}; say media_dir: FOLDER if images are to be read from there"
             raise RowProblem("image_outside", field, message)
         found = next((file for file in inside if file.is_file()), None)
         if found is None:
@@ -59,7 +74,8 @@ def open_image(
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
         why = "no image that PIL can read" if isinstance(error, UnidentifiedImageError) else str(error)
         raise RowProblem("image_unreadable", field, f"{_name(source)}: {why}") from None
-    if (frames := getattr(picture, "n_frames", 1)) > 1:
+    # the further frames of an MPO, a photo of many cameras, are other views of it
+    if (frames := getattr(picture, "n_frames", 1)) > 1 and picture.format != "MPO":
         message = f"{_name(source)} has {frames} frames; give the one that is meant"
         raise RowProblem("image_animated", field, message)
     if picture.mode in _WIDE:
@@ -81,30 +97,26 @@ def image_key(picture: PIL.Image, processor: str) -> bytes:
     return digest.digest()
 
 
-def file_of(source: Any, field: str, places: Places) -> Path | None:
-    """The file that an image is read from; None where the row itself holds it."""
-    if isinstance(source, Mapping) and source.get("bytes") is None:
-        source = source.get("path")
-    if isinstance(source, Path) or (isinstance(source, str) and not source.startswith("data:")):
-        return places.find(str(source), field)
-    return None
-
-
 def _decoded(source: Any, field: str, places: Places) -> PIL.Image:
     if isinstance(source, PIL.Image):
         return source
     if isinstance(source, Mapping) and source.get("bytes") is not None:
         source = source["bytes"]
     if isinstance(source, bytes | bytearray):
-        return PIL.open(io.BytesIO(source))
+        return _opened(io.BytesIO(source))
     if isinstance(source, str) and source.startswith("data:"):
-        return PIL.open(io.BytesIO(_of_url(source, field)))
+        return _opened(io.BytesIO(_of_url(source, field)))
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         message = f"{source[:80]} is an address, and nothing is fetched; download it and give its path"
         raise RowProblem("image_url", field, message)
-    if file := file_of(source, field, places):
-        return PIL.open(file)
+    if file := places.find(source, field):
+        return _opened(file)
     raise RowProblem("wrong_type", field, f"a path, bytes, {{bytes, path}} or a data URL, not {kind(source)}")
+
+
+def _opened(file: Any) -> PIL.Image:
+    """Of formats that PIL itself decodes: of an EPS it would start Ghostscript."""
+    return PIL.open(file, formats=_FORMATS)
 
 
 def _of_url(text: str, field: str) -> bytes:

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastdpo.data.images.expansion import Expander
+from fastdpo.data.images.expansion import Expander, prints_parts
 from fastdpo.data.images.given import IMAGE
-from fastdpo.data.images.opening import Places, file_of, image_key, open_image
+from fastdpo.data.images.opening import Places, image_key, open_image
 from fastdpo.data.report import RowProblem
 from fastdpo.errors import DataError
 from fastdpo.preferences import Image
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
+
+File = tuple[str, int, int]  # its path, size (-1: there is none) and time of change
 
 
 @dataclass(frozen=True)
@@ -48,21 +50,21 @@ class ImageReader:
     def places(self, folder: Path | None) -> Places:
         return Places(folder, Path(self.media_dir).expanduser() if self.media_dir else None)
 
-    def read(self, sources: Sequence[Any], folder: Path | None, notes: Counter) -> "Pictures":
-        """A row's images. Raises RowProblem."""
-        images, files = [], []
+    def read(
+        self, sources: Sequence[Any], folder: Path | None, notes: Counter, files: list[File]
+    ) -> "Pictures":
+        """A row's images; adds to `files` where each was looked for. Raises RowProblem."""
+        images = []
         for number, source in enumerate(sources):
             field = f"images[{number}]"
+            files += map(file_at, self.places(folder).of(source))  # as they are before they are opened
             picture = self.open(source, field, folder, notes)
             key, of = image_key(picture, self.expander.digest), self.expander.of(picture.size)
             again = partial(self.open, source, field, folder)
             images.append(Image(key, picture.size, again, int(of.runs.sum())))
-            if file := file_of(source, field, self.places(folder)):
-                stat = file.stat()
-                files.append((str(file), stat.st_size, stat.st_mtime_ns))
         if images:
             notes["images"] += len(images)
-        return Pictures(self.expander, tuple(images), files)
+        return Pictures(self.expander, tuple(images))
 
     def reopened(self, number: int, place: int, key: bytes, row: Callable[[], Any]) -> "Picture":
         """An image of a row that was tokenised before, by row(): (its sources, their folder). Raises
@@ -87,19 +89,29 @@ class Pictures:
 
     expander: Expander
     images: tuple[Image, ...]
-    files: list[tuple[str, int, int]]  # of each that is a file its path, size and time of change
 
     def for_template(self, messages: list[dict]) -> list[dict]:
-        """The messages as the model's chat template takes them: their contents as parts, where it reads
-        these, or else with the placeholder in the text."""
-        if self.expander.by_parts:
-            return [_with_parts(message) for message in messages]
-        said = lambda content: content and content.replace(IMAGE, self.expander.placeholder)
-        return [{**message, "content": said(message["content"])} for message in messages]
+        """The messages as the model's chat template takes them: contents as parts where one is an image, or
+        where it prints no others; or else the placeholder in the text."""
+        parts, text = self.expander.by_parts, self.expander.by_text
+        return [self._said(m, parts and (IMAGE in (m["content"] or "") or not text)) for m in messages]
+
+    def _said(self, message: dict, by_parts: bool) -> dict:
+        content = message["content"]
+        if not isinstance(content, str):
+            return message
+        if not by_parts:
+            return {**message, "content": content.replace(IMAGE, self.expander.placeholder)}
+        pieces = [piece for piece in re.split(f"({IMAGE})", content) if piece] or [""]
+        of = lambda piece: {"type": "image"} if piece == IMAGE else {"type": "text", "text": piece}
+        return {**message, "content": list(map(of, pieces))}
 
     def expanded(self, text: str, messages: list[dict]) -> str:
         """The text of messages, in which a placeholder stands for each of their images, with these images'
         tokens, each run of them as one. Raises RowProblem."""
+        if prints_parts(text) and not any(prints_parts(message["content"] or "") for message in messages):
+            message = "the chat template prints a content's parts as a list; use one that reads them"
+            raise RowProblem("template_error", "messages", message)
         wanted = sum((message["content"] or "").count(IMAGE) for message in messages)
         pieces = text.split(self.expander.placeholder)
         if len(pieces) - 1 != wanted:
@@ -133,22 +145,14 @@ class Pictures:
         return times
 
 
+def file_at(path: Path) -> File:
+    try:
+        stat = path.stat()
+    except OSError:
+        return str(path), -1, 0
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
 def unchanged(files: Sequence[Sequence]) -> bool:
-    """Whether files are what they were when their images were read."""
-    for path, size, changed in files:
-        try:
-            stat = Path(path).stat()
-        except OSError:
-            return False
-        if (stat.st_size, stat.st_mtime_ns) != (size, changed):
-            return False
-    return True
-
-
-def _with_parts(message: dict) -> dict:
-    content = message["content"]
-    if not isinstance(content, str):
-        return message
-    pieces = re.split(f"({IMAGE})", content)
-    of = lambda piece: {"type": "image"} if piece == IMAGE else {"type": "text", "text": piece}
-    return {**message, "content": [of(piece) for piece in pieces if piece] or [{"type": "text", "text": ""}]}
+    """Whether files are what they were when their images were read, or looked for."""
+    return all(file_at(Path(file[0])) == tuple(file) for file in files)

@@ -9,6 +9,7 @@ from PIL import Image as PIL
 from fastdpo.data.groups import Limits, to_group
 from fastdpo.data.images.expansion import Expander
 from fastdpo.data.images.reader import ImageReader
+from fastdpo.data.report import RowProblem
 from fastdpo.errors import ModelError
 from tests import images as tiny
 from tests.images import FAMILIES, picture, processor
@@ -133,6 +134,63 @@ def test_no_truncation_takes_an_image_token(family, truncation):
         "response_too_long",
         "nothing_scored",
     }
+
+
+PARTS = "{% for part in m.content | selectattr('type', 'equalto', 'KIND') %}BODY{% endfor %}"
+LLAVA = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+LLAVA += PARTS.replace("KIND", "image").replace("BODY", "<image>\n")
+LLAVA += PARTS.replace("KIND", "text").replace("BODY", "{{ part.text }}") + "<|im_end|>{% endfor %}"
+SYSTEM = "{% if messages[0].role == 'system' %}<|im_start|>{{ messages[0].content | trim }}<|im_end|>"
+SYSTEM += "{% set messages = messages[1:] %}{% endif %}" + tiny.CHATML.replace("IMAGE", "<image>")
+STRINGS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [LLAVA, SYSTEM, STRINGS], ids=["llava", "system", "strings"])
+def test_a_template_is_given_what_it_prints(template):
+    """Parts where it reads only these, or an image is one; text where it prints text."""
+    own = pickle.loads(pickle.dumps(processor("llava")))
+    own.tokenizer.chat_template = own.chat_template = template
+    say = lambda role, text: {"role": role, "content": text}
+    asked = [say("user", "the old cat")] if template == LLAVA else [say("system", "good"), say("user", "cat")]
+    row = {"prompt": asked, "chosen": [say("assistant", "red")], "rejected": [say("assistant", "blue")]}
+    for images in ([], [picture(0)]):
+        group, _ = to_group(row | {"images": images}, 0, own.tokenizer, WIDE, images=ImageReader(own))
+        text = own.tokenizer.decode([*group.prompt, *group.responses[0].ids])
+        assert "type" not in text and "red" in text and "cat" in text
+        assert text.count("<image>") == sum(image.tokens for image in group.images) == 16 * len(images)
+
+
+def test_a_template_that_prints_lists_is_refused():
+    own = pickle.loads(pickle.dumps(processor("llava")))
+    own.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' and m.content is not string %}"
+    )
+    own.tokenizer.chat_template += "{% for p in m.content %}{% if p['type'] == 'image' %}<image>{% else %}"
+    own.tokenizer.chat_template += (
+        "{{ p['text'] }}{% endif %}{% endfor %}{% else %}{{ m.content }}{% endif %}"
+    )
+    own.tokenizer.chat_template += "<|im_end|>{% endfor %}"
+    row = {"prompt": [{"role": "system", "content": "<image>"}, {"role": "user", "content": "cat"}]}
+    row |= {key: [{"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
+    with pytest.raises(RowProblem, match="prints a content's parts as a list"):
+        to_group(row | {"image": picture(0)}, 0, own.tokenizer, WIDE, images=ImageReader(own))
+
+
+def test_what_opens_an_image_is_never_cut_from_it():
+    family = "qwen3_vl"
+    for words in range(1, 12):
+        row = {"prompt": [{"role": "user", "content": " cat" * words + " <image>"}], "images": [picture(0)]}
+        row |= {key: [{"role": "assistant", "content": key}] for key in ("chosen", "rejected")}
+        whole, _ = made(row, family)
+        longest = len(whole.prompt) + max(len(r.ids) for r in whole.responses)
+        start = processor(family).tokenizer.convert_tokens_to_ids("<|vision_start|>")
+        for limit in range(longest - 2 * words - 4, longest):
+            try:
+                cut, _ = made(row, family, Limits(limit, "keep_end"))
+            except RowProblem as problem:
+                assert problem.reason in ("images_too_long", "response_too_long")
+                continue
+            assert (cut.prompt == start).sum() == 1
 
 
 def test_a_response_with_an_image_token_is_refused():

@@ -77,6 +77,12 @@ def test_whole_conversations_have_their_images_in_common():
     assert parsed(row).prompt == [user(f"{IMAGE}?")] and parsed(row).images == ("a.png",)
 
 
+def test_a_prompt_of_text_is_one_of_the_turns_whatever_images_are_in_it():
+    turn = user([{"type": "image"}, text("what?")])
+    whole = {key: [turn, *answer] for key, answer in ANSWERS.items()}
+    assert parsed(whole | {"prompt": "what?", "image": "a"}).prompt == [user(f"{IMAGE}what?")]
+
+
 def test_columns_by_other_names():
     row = {"q": "<image> what?", "a": " a", "b": " b", "pics": ["a.png"], "image": "of something else"}
     names = {"prompt": "q", "chosen": "a", "rejected": "b", "images": "pics"}
@@ -105,5 +111,5 @@ def test_what_does_not_fit():
 
 @pytest.mark.parametrize("column", ["videos", "video", "audios", "audio"])
 def test_video_and_sound_are_refused_for_every_model(column):
-    assert "no sound or video" in problem(TEXT | {column: ["a.mp4"]}, "media").message
+    assert "sound and video are not read" in problem(TEXT | {column: ["a.mp4"]}, "media").message
     problem({"prompt": [user([{"type": column, column: "a"}])]} | ANSWERS, "media")

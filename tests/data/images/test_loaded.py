@@ -101,6 +101,14 @@ def test_tokens_are_found_again_and_a_changed_image_is_not(tmp_path, monkeypatch
         first[1].images[0].open()
 
 
+def test_an_image_that_was_missing_is_looked_for_again(tmp_path):
+    spec, cache = written(tmp_path), str(tmp_path / "cache")
+    (tmp_path / "pictures/2.png").unlink()
+    assert len(read(spec, cache)[0]) == 2
+    picture(2).save(tmp_path / "pictures/2.png")
+    assert len(read(spec, cache)[0]) == 3
+
+
 def test_a_copy_of_the_rows_beside_other_images_is_another_data_set(tmp_path):
     cache = str(tmp_path / "cache")
     here, there = (written(tmp_path / name) for name in ("here", "there"))

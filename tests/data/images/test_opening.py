@@ -100,6 +100,16 @@ def test_frames_and_deep_pixels_are_refused(tmp_path):
     assert found.reason == "image_mode" and "more than 8 bits" in found.message
 
 
+def test_a_photo_of_several_views_is_one():
+    views = stored(picture(0), "MPO", save_all=True, append_images=[picture(1)])
+    assert opened(views).size == (32, 48)
+
+
+def test_no_other_program_decodes_one(monkeypatch):
+    postscript = stored(picture(0), "EPS")
+    assert problem(postscript).reason == "image_unreadable"
+
+
 def test_a_bomb_is_refused(monkeypatch):
     monkeypatch.setattr(PIL, "MAX_IMAGE_PIXELS", 100)
     assert problem(stored(picture(0))).reason == "image_too_large"
