@@ -1,6 +1,7 @@
 """The rows of one data set -> its shards, one by one: what any process can do that is handed this."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,11 +77,8 @@ class Work:
                 return Made(found)
             folder.claim(number)
         start, stop = self._bounds(number)
-        with self.source.named():
-            rows = enumerate(self.rows.range(start, stop), start)
-            chunk = [Given(at, row, self.rows.folder_of(at)) for at, row in rows]
         tools = Tools(self._encoder, self.making.limits, self.making.chat, self.making.images)
-        groups, account = shard_of(self.rows, chunk, tools)
+        groups, account = shard_of(self.rows, range(start, stop), self._given(start, stop), tools)
         self.source.check_unchanged()
         data = encoded(groups, account)
         if folder is None:
@@ -89,6 +87,11 @@ class Work:
             return Made(folder.write(number, data))
         except OSError as error:
             return Made(data.to_pybytes(), error.strerror or str(error))
+
+    def _given(self, start: int, stop: int) -> Iterator[Given]:
+        with self.source.named():
+            for at, row in enumerate(self.rows.range(start, stop), start):
+                yield Given(at, row, self.rows.folder_of(at))
 
     def open(self, number: int, made: Made) -> Shard:
         try:

@@ -59,7 +59,7 @@ def made(monkeypatch) -> list[int]:
     """The numbers of the shards that are made in this process."""
     numbers, make = [], work.shard_of
     monkeypatch.setattr(
-        work, "shard_of", lambda rows, some, *how: numbers.append(some[0][0] // 3) or make(rows, some, *how)
+        work, "shard_of", lambda rows, some, *how: numbers.append(some[0] // 3) or make(rows, some, *how)
     )
     return numbers
 
