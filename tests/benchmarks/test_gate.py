@@ -92,14 +92,14 @@ def the_gathers_gradient(monkeypatch):
 
 def the_positions(monkeypatch):
     """Responses begin at one position later than their prompt ends."""
-    real = packing._shared_rows
+    real = packing.shared_rows
 
     def broken(*args):
         flat = real(*args)
         later = flat["position_ids"][0].diff(prepend=torch.tensor([0])) < 0
         return flat | {"position_ids": flat["position_ids"] + later.cumsum(0)}
 
-    monkeypatch.setattr(packing, "_shared_rows", broken)
+    monkeypatch.setattr(packing, "shared_rows", broken)
 
 
 def the_reference(monkeypatch):

@@ -81,8 +81,8 @@ def test_a_run_is_that_of_the_same_groups_in_memory(configured, monkeypatch, key
     train(stored, Console(quiet=True))
     load, kinds = trainer.load_data, []
 
-    def as_lists(*args):
-        *sets, reports = load(*args)
+    def as_lists(*args, **keys):
+        *sets, reports = load(*args, **keys)
         kinds.extend(map(type, sets))
         return *map(list, sets), reports
 
@@ -98,9 +98,9 @@ def reads(monkeypatch):
     found = [Counter()]
     read, step = Shard.group, Stage.step
 
-    def counted(shard, place, facts, at):
+    def counted(shard, place, facts, at, *more):
         found[-1][int(facts.row[at])] += 1
-        return read(shard, place, facts, at)
+        return read(shard, place, facts, at, *more)
 
     def begun(*args, **keys):
         found.append(Counter())
