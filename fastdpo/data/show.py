@@ -14,6 +14,7 @@ from fastdpo.preferences import Groups, PreferenceGroup, Response
 
 _SCORED, _UNSCORED = ("«", "»", "bold green"), ("⟦", "⟧", "yellow")
 _RELEVANT = ("【", "】", "bold magenta")  # tokens of a response with weights; a weight below 1 follows it
+_REPEATED = re.compile(r"(<[^<>\s]+>)\1+")  # the tokens of an image
 # what a terminal obeys: controls, marks of direction
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
@@ -55,8 +56,12 @@ def _show_group(group: PreferenceGroup, kind: str, tokenizer, console) -> None:
     for text, (opening, closing, style) in kinds.items():
         legend.append(" · ").append(f"{opening}{text}{closing}", style=style)
     console.print(legend)
-    console.print(Text(f"── prompt, {len(group.prompt)} tokens", style="bold"))
-    console.print(Text(_shown(_decode(tokenizer, group.prompt)), style="dim"))
+    images = "".join(f", {i.tokens} of them an image of {i.size[0]} x {i.size[1]}" for i in group.images)
+    console.print(Text(f"── prompt, {len(group.prompt)} tokens{images}", style="bold"))
+    prompt = _shown(_decode(tokenizer, group.prompt))
+    if group.images:
+        prompt = _REPEATED.sub(lambda run: f"{run[1]}×{len(run[0]) // len(run[1])}", prompt)
+    console.print(Text(prompt, style="dim"))
     for index, response in enumerate(group.responses):
         console.print(Text(f"── {_title(group, index, response)}", style="bold"))
         console.print(_marked(response, tokenizer))

@@ -29,7 +29,6 @@ def shard(policy: Any, world: World) -> None:
     kept (fp32 of trained ones: the numbers are those of one GPU); embeddings, last norm and lm_head, tied or
     not, are the root's and stay whole from the forward to the backward. Gradients are sums over ranks, not
     FSDP2's means: a step's counts are those of all ranks already."""
-    check_images(policy, world)
     for layer in _layers(policy.core):
         fully_shard(layer, mesh=world.mesh)
     fully_shard(policy.root, mesh=world.mesh)

@@ -43,8 +43,7 @@ def prepare(policy: Policy, groups: Groups, console: Console) -> None:
     rows. Raises ModelError when the model's own are no numbers, and when even separate rows disagree: the
     head or the logits are then of a kind that fastdpo does not know, and nothing computed could be trusted.
     """
-    if policy.processor is not None:
-        check_images(policy, policy.world)
+    check_images(policy, policy.world)
     probe = _probe(groups)
     with torch.no_grad():
         truth, limit = _stock(policy, probe)

@@ -19,7 +19,9 @@ from fastdpo.errors import ModelError
 
 _MARK = "\ufdd1"
 _SMALL = (32, 32)
+# what it prints around images is in a row's token ids
 _NOT_THE_PROCESSOR = {"name_or_path", "_name_or_path", "transformers_version", "processor_class", "tokenizer"}
+_NOT_THE_PROCESSOR |= {"chat_template"}
 
 
 class Expansion(NamedTuple):

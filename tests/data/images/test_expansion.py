@@ -210,6 +210,8 @@ def test_the_digest_follows_what_the_processor_does():
         own = Expander(processor(family))
         assert pickle.loads(pickle.dumps(own)).digest == own.digest
     own = again
+    own.processor.chat_template = "another"  # whose text is in the token ids
+    assert Expander(own.processor).digest == own.digest
     changed = pickle.loads(pickle.dumps(processor("paligemma")))
     changed.image_processor = SiglipImageProcessorPil(size={"height": 32, "width": 32}, do_normalize=False)
     changed.image_processor.image_seq_length = 16

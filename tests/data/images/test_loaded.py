@@ -15,6 +15,7 @@ from fastdpo.data.groups import Limits
 from fastdpo.data.images.reader import ImageReader
 from fastdpo.data.load import load_groups
 from fastdpo.data.mismatched import mismatched
+from fastdpo.data.show import show
 from fastdpo.data.store import making, workers
 from fastdpo.data.store.digests import prompt_key, response_keys
 from fastdpo.data.store.facts import Facts
@@ -46,6 +47,11 @@ def written(folder, count=3, name="rows.jsonl"):
 def test_images_are_opened_when_they_are_asked_for(tmp_path):
     groups, report = read(written(tmp_path))
     assert report.notes["images"].items == 3 and facts_of(groups).images.tolist() == [1, 1, 1]
+    console = Console(file=io.StringIO(), width=200)
+    show(groups, report, processor("llava").tokenizer, console)
+    said = console.file.getvalue()
+    assert f"prompt, {len(groups[0].prompt)} tokens, 16 of them an image of 32 x 48" in said
+    assert "<image>×16cat 0" in said and "<image><image>" not in said
     for n, group in enumerate(groups):
         (image,) = group.images
         assert image.open().tobytes() == picture(n).tobytes() and image.tokens == 16
@@ -55,7 +61,7 @@ def test_images_are_opened_when_they_are_asked_for(tmp_path):
 def test_the_keys_of_stored_groups_are_those_of_the_groups(tmp_path):
     groups, _ = read(written(tmp_path))
     facts, again = facts_of(groups), Facts.of(list(groups))
-    for name in ("digest", "trained", "prompt_key", "key", "images", "image_tokens"):
+    for name in ("digest", "trained", "prompt_key", "key", "images"):
         assert getattr(facts, name).tolist() == getattr(again, name).tolist(), name
     (tmp_path / "other").mkdir()
     moved = written(tmp_path / "other" / "place")
