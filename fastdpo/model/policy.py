@@ -32,6 +32,7 @@ class Policy:
     adds_to_grad = False
     processor: Any = None  # transformers', of a model that sees images; None where no row has any
     saved_processor: Any = None  # what is saved beside the weights of such a model, in either case
+    world = ALONE
 
     def __init__(
         self, model: torch.nn.Module, dtype: torch.dtype, dropout: dict[str, float] | None = None,
@@ -47,7 +48,6 @@ class Policy:
         self.stock_attention = attention.stock_attention(self.core.config)
         self.share = False  # fastdpo.model.support.prepare switches it on where it is exact
         self.root: Any = Root(self.model)
-        self.world = ALONE
 
     def set_sharing(self, share: bool) -> None:
         """Switches between shared prompts and separate rows through the model's stock attention."""
