@@ -30,7 +30,7 @@ import trl.trainer.dpo_trainer
 from benchmarks.peers.jobs import BETA, CLIP, Job, flash_attention, require_liger, same_lora
 from benchmarks.peers.session import Ended, Session, serve
 
-COLUMNS = ("prompt", "chosen", "rejected")
+COLUMNS = ("prompt", "chosen", "rejected", "images")
 ENDLESS = 1_000_000  # steps: the parent says when to stop
 KEYS = ("optim", "gradient_checkpointing", "activation_offloading")
 IN_ORDER = {
@@ -133,7 +133,7 @@ def make_trainer(
 ) -> ExactTrainer:
     """A DPOTrainer in float32 on the CPU that reads `rows` in the given order, over and over.
 
-    Rows are dicts in TRL's explicit format: prompt, chosen, rejected (other keys are dropped).
+    Rows are dicts in TRL's explicit format: prompt, chosen, rejected, images (other keys are dropped).
     `settings` are DPOConfig's: beta, loss_type, label_smoothing, max_length, seed, ... Whatever
     is named neither here nor in CPU_FP32 keeps TRL's default. Without `precompute_ref`, give a
     `ref_model` unless `model` came from a folder that TRL can load again.
@@ -147,7 +147,7 @@ def make_trainer(
         precompute_ref_log_probs=precompute_ref,
         **(CPU_FP32 | settings),
     )
-    data = datasets.Dataset.from_list([{key: row[key] for key in COLUMNS} for row in rows])
+    data = datasets.Dataset.from_list([{key: row[key] for key in COLUMNS if key in row} for row in rows])
     trainer = ExactTrainer(model.float(), ref_model, config, train_dataset=data, processing_class=tokenizer)
     kept, pairs = len(trainer.train_dataset), batch_size * accumulation
     if kept < len(rows) or kept % pairs:

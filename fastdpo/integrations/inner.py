@@ -4,6 +4,7 @@ module by the layout in a call, and the start check of fastdpo.model.support."""
 import contextlib
 import io
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from rich.console import Console
 from torch import nn
 from transformers import AttentionInterface
 
+from fastdpo.integrations.images import BatchImages
 from fastdpo.model.attention import prefix_attention, stock_attention
 from fastdpo.model.lm_head import Head, logit_transform
 from fastdpo.model.policy import Policy
@@ -52,17 +54,20 @@ def switch_attention(model) -> list:
 
     def enter(module, args, kwargs):
         if isinstance(kwargs.get("fastdpo_layout"), Sealed):
-            before.append((module.config, module.config._attn_implementation))
-            module.config._attn_implementation_internal = NAME
+            config = module.config.get_text_config()
+            before.append((config, config._attn_implementation))
+            config._attn_implementation_internal = NAME
 
     def leave(module, args, kwargs, output):
         if isinstance(kwargs.get("fastdpo_layout"), Sealed):
             config, name = before.pop()
             config._attn_implementation_internal = name
 
-    hooks = []
+    hooks, text = [], model.config.get_text_config().model_type
     for module in model.modules():
-        if hasattr(getattr(module, "config", None), "_attn_implementation_internal"):
+        config: Any = getattr(module, "config", None)
+        # a tower's keep their own
+        if hasattr(config, "_attn_implementation_internal") and config.get_text_config().model_type == text:
             hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             hooks.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
     return hooks
@@ -82,7 +87,7 @@ def random_module(model) -> str | None:
 class Inner(Policy):
     """A model whose adapters, if any, are inside it, as prepare() takes it."""
 
-    def __init__(self, model, forward):
+    def __init__(self, model, forward, images: BatchImages | None):
         weight = model.get_input_embeddings().weight
         self.model = self.core = model
         self.device, self.dtype, self.dropout = weight.device, weight.dtype, {}
@@ -91,7 +96,7 @@ class Inner(Policy):
             self.dtype = torch.get_autocast_dtype(self.device.type)
         self.head = Head(model.get_output_embeddings(), *logit_transform(model.config.get_text_config()))
         self.stock_attention = stock_attention(model.config)
-        self.share, self.forward = False, forward
+        self.share, self.forward, self.processor = False, forward, images
 
     def inside(self, call):
         """We are inside the model's own forward."""
@@ -116,17 +121,17 @@ class Inner(Policy):
         return out
 
 
-def can_share(model, forward, groups, tell, around=None) -> bool:
+def can_share(model, forward, groups, images, tell, around=None) -> bool:
     """Whether this model's prompts can be shared, or its rows stay padded; `tell` gets the reasons.
 
-    Compares our log-probs with the model's own `forward` on `groups`, some of the first batch, within the
-    context `around`. Raises ModelError where neither way gives what the model gives.
+    Compares our log-probs with the model's own `forward` on `groups`, some of the first batch, whose images
+    these are, within the context `around`. Raises ModelError where neither way gives what the model gives.
     """
     if random := random_module(model):
         tell(f"{random} drops out at random, and a shared prompt would share it: rows stay padded")
         return False
     told = io.StringIO()
-    console, policy = Console(file=told, width=1000), Inner(model, forward)
+    console, policy = Console(file=told, width=1000), Inner(model, forward, images)
     if policy.stock_attention != model.config._attn_implementation:
         tell(
             f"{type(model).__name__} runs by eager attention from now on: sdpa, with which it was loaded, "
@@ -144,10 +149,12 @@ def can_share(model, forward, groups, tell, around=None) -> bool:
 
 
 def short(groups: tuple[PreferenceGroup, ...]) -> list[PreferenceGroup]:
-    """The same groups, short: any tokens do for comparing two ways to compute them."""
+    """The same groups, short: any tokens do for comparing two ways to compute them. Prompts with images stay
+    whole."""
     out = []
     for group in groups:
         pieces = [response.ids[:_SHORT] for response in group.responses]
         responses = tuple(Response(ids, np.ones(len(ids), bool)) for ids in pieces)
-        out.append(PreferenceGroup(group.row, group.prompt[-_SHORT:], responses, ()))
+        prompt = group.prompt if group.images else group.prompt[-_SHORT:]
+        out.append(PreferenceGroup(group.row, prompt, responses, (), images=group.images))
     return out

@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from fastdpo.errors import ModelError
+from fastdpo.integrations.images import BatchImages
 from fastdpo.integrations.inner import Sealed, can_share, short, switch_attention
-from fastdpo.integrations.split import same_everywhere
+from fastdpo.integrations.split import is_split, same_everywhere
 from fastdpo.integrations.trl_rows import IGNORED, PackedRows, pack_rows
 from fastdpo.model.lm_head import Head, logit_transform
 from fastdpo.records import PreferenceGroup
@@ -45,7 +46,7 @@ class Packed:
 
     def __init__(self, model: nn.Module):
         self.own = model.forward
-        self.way: str | None = None  # once a batch has shown it
+        self.ways: dict[bool, str] = {}  # once a batch has shown it; another one may do where it has images
         self.told: set[str] = set()
         self.hooks = switch_attention(model)
 
@@ -66,18 +67,23 @@ class Packed:
 
         `router`: with the router logits of all tokens.
         """
-        rows = reason or pack_rows(kwargs["input_ids"], kwargs.get("attention_mask"), labels, whole=router)
-        if self.way is None:
+        images = BatchImages.find(model, kwargs)
+        if images is not None and is_split(model):  # which towers would wait for each other is not known
+            reason = reason or "its images come while the weights are split among processes"
+        rows = reason or pack_rows(kwargs["input_ids"], kwargs.get("attention_mask"), labels, router, images)
+        seen = not isinstance(rows, str) and any(group.images for group in rows.groups)
+        if seen not in self.ways:
             groups = same_everywhere(model, None if isinstance(rows, str) else short(rows.groups))
-            self.way = None if groups is None else self.decide(model, groups)
+            if groups is not None:
+                self.ways[seen] = self.decide(model, groups, images)
         if isinstance(rows, str):
             if rows != "nothing is scored":
                 self.tell(rows + self.slower)
             return None
-        if self.way == "shared":
+        if self.ways.get(seen) == "shared":
             rows = rows.to(kwargs["input_ids"].device)
             return *self.shared(model, rows, router), rows.copies
-        if self.way == "padded":
+        if self.ways.get(seen) == "padded":
             return *self.padded(model, labels, kwargs), kwargs.get("attention_mask")
         return None
 
@@ -89,6 +95,7 @@ class Packed:
             position_ids=batch.position_ids,
             use_cache=False,
             fastdpo_layout=Sealed(batch.layout),
+            **batch.images,
             **({"output_router_logits": True} if router else {}),
         )
         values = self.score(model, out.last_hidden_state[0][batch.score_row], batch.target)
@@ -104,11 +111,11 @@ class Packed:
         spread = lambda v: v.new_zeros(mask.shape).masked_scatter(mask.to(v.device), v)
         return {name: spread(value) for name, value in values.items()}, out
 
-    def decide(self, model, groups: list[PreferenceGroup], around=None) -> str:
+    def decide(self, model, groups: list[PreferenceGroup], images: BatchImages | None, around=None) -> str:
         """Which way is right for this model: compares our log-probs with its own on a short pair, within the
         context `around`."""
         try:
-            return "shared" if can_share(model, self.own, groups, self.tell, around) else "padded"
+            return "shared" if can_share(model, self.own, groups, images, self.tell, around) else "padded"
         except ModelError as error:
             self.tell(f"{error}{self.slower}")
             return "own"

@@ -12,6 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from fastdpo.integrations import images
 from fastdpo.integrations.head import token_logp
 from fastdpo.integrations.packed_forward import Packed, bind
 from fastdpo.integrations.split import whole
@@ -100,7 +101,7 @@ def unpatch() -> None:
 class FusedForward(Packed):
     """One model's forward(..., labels=..., fused_lm_head=True)."""
 
-    understood = frozenset({"input_ids", "attention_mask", "use_cache", "output_router_logits"})
+    understood = images.NAMES | {"input_ids", "attention_mask", "use_cache", "output_router_logits"}
     slower = ", so TRL's own forward runs: right, but slower"
 
     def __init__(self, model: PreTrainedModel, outputs: tuple[str, ...]):
@@ -147,9 +148,10 @@ class FusedForward(Packed):
             fields = FusedLogProb.apply(hidden, weight, bias, target, *options)
         return {name: value for name, value in zip(FIELDS, fields) if value is not None}
 
-    def decide(self, model, groups):  # type: ignore[override]  # it has its own context
+    def decide(self, model, groups, images):  # type: ignore[override]  # it has its own context
         head = model.get_output_embeddings()
-        return super().decide(model, groups, trl_utils.maybe_gather_lm_head_ctx(head.weight, head.bias))
+        around = trl_utils.maybe_gather_lm_head_ctx(head.weight, head.bias)
+        return super().decide(model, groups, images, around)
 
     def say(self, message):
         warnings.warn(message, stacklevel=6)

@@ -99,11 +99,11 @@ class ScoringForward(FusedForward):
         """The model's own logits."""
         return self.own(*args, **kwargs)
 
-    def decide(self, model, groups):  # type: ignore[override]  # as FusedForward's
+    def decide(self, model, groups, images):  # type: ignore[override]  # as FusedForward's
         if hasattr(model.get_output_embeddings(), "base_layer"):
             self.tell("the lm_head has an adapter, so the model makes its logits itself: right, but slower")
             return "own"
-        return super().decide(model, groups)
+        return super().decide(model, groups, images)
 
     def finished(self, model, labels, num_items_in_batch, values, aux_loss):
         return ScoredOutput(**values, labels=labels[:, 1:], aux_loss=aux_loss)

@@ -7,13 +7,15 @@ Letters: N rows (2B), S padded length, T packed tokens, M scored tokens of the p
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdpo.data.packing import pack
+from fastdpo.integrations.images import BatchImages
+from fastdpo.model.vision import pack_with_images
 from fastdpo.records import Movable, PackedGroups, PreferenceGroup, Response
 
 IGNORED = -100
@@ -38,9 +40,10 @@ class PackedRows(Movable):
 
 
 def pack_rows(
-    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, whole: bool
-) -> PackedRows | str:
-    """PackedRows on the CPU, or (why these rows cannot be packed) a str.
+    input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, whole: bool,
+    images: BatchImages | None = None,
+) -> PackedRows | str:  # fmt: skip
+    """PackedRows on the CPU (but for pixels), or (why these rows cannot be packed) a str.
 
     `whole` keeps what no scored token sees: rows without any, and what follows the last one.
     """
@@ -56,21 +59,28 @@ def pack_rows(
         return "the labels are not the rows' own tokens"
     if not scored.any():
         return "nothing is scored"
+    if images is not None and (reason := images.read(ids)):
+        return reason
     lengths = mask.sum(1)
     ends = lengths if whole else ids.shape[1] - scored[:, ::-1].argmax(1)
-    return _packed(ids, lengths, ends, scored, whole)
+    return _packed(ids, lengths, ends, scored, whole, images)
 
 
-def _packed(ids, lengths, ends, scored, whole: bool) -> PackedRows:
+def _packed(ids, lengths, ends, scored, whole: bool, images: BatchImages | None) -> PackedRows | str:
     """`ends`: where each row's last token that is of use ends."""
     groups: list[PreferenceGroup] = []
     rows_of, copies = [], []
-    for prefix, by_response in _grouped(ids, lengths, ends, scored, whole):
-        groups.append(_group(len(groups), ids, ends, scored, prefix, by_response, whole))
+    for prefix, by_response in _grouped(ids, lengths, ends, scored, whole, images):
+        group = _group(len(groups), ids, ends, scored, prefix, by_response, whole)
+        if images is not None:
+            group = replace(group, images=images.of_row[by_response[0][0]])
+            if reason := images.refusal(group, [row for rows in by_response for row in rows], lengths):
+                return reason
+        groups.append(group)
         rows_of += by_response
         copies.append((len(groups[-1].prompt), sum(map(len, by_response))))
         copies += [(len(r.ids) - 1, len(rows)) for r, rows in zip(groups[-1].responses, by_response)]
-    batch = pack(groups)
+    batch = pack(groups) if images is None else pack_with_images(images.model, images, groups, True, None)
     places, sources = [], []
     for rows, start in zip(rows_of, batch.cu_resp.tolist()):
         for row in rows:
@@ -90,21 +100,24 @@ def _packed(ids, lengths, ends, scored, whole: bool) -> PackedRows:
     )
 
 
-def _grouped(ids, lengths, ends, scored, whole) -> list[tuple[int, list[list[int]]]]:
+def _grouped(
+    ids, lengths, ends, scored, whole, images: BatchImages | None
+) -> list[tuple[int, list[list[int]]]]:
     """Per prompt its length, and per distinct response the rows that hold it."""
     pairs = len(ids) // 2
     first = np.where(scored.any(1), scored.argmax(1), lengths)
-    groups: dict[tuple[bytes, int], dict[bytes, list[int]]] = defaultdict(lambda: defaultdict(list))
+    seen = [() if images is None else tuple(i.key for i in images.of_row[row]) for row in range(len(ids))]
+    groups: dict[tuple, dict[bytes, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i in range(pairs):
         pair = [row for row in (i, i + pairs) if whole or scored[row].any()]
-        alike = _common(ids, lengths, pair) if pair else 0
+        alike = _common(ids, lengths, pair) if pair and seen[i] == seen[i + pairs] else 0
         for rows in [pair] if alike else [[row] for row in pair]:  # a row's first token is never its own
             prefix = int(min(first[rows].min(), alike or lengths[rows].min()))
             for row in rows:
                 rest = slice(prefix, ends[row])
                 response = ids[row, rest].tobytes() + scored[row, rest].tobytes()
-                groups[ids[row, :prefix].tobytes(), prefix][response].append(row)
-    return [(prefix, list(by_response.values())) for (_, prefix), by_response in groups.items()]
+                groups[ids[row, :prefix].tobytes(), prefix, seen[row]][response].append(row)
+    return [(prefix, list(by_response.values())) for (_, prefix, _), by_response in groups.items()]
 
 
 def _common(ids, lengths, rows) -> int:

@@ -1,6 +1,9 @@
 """`FastDPOTrainer`: trl.DPOTrainer with packed, shared rows and our reference cache."""
 
 import contextlib
+import inspect
+import warnings
+from hashlib import blake2b
 from typing import Any
 from unittest import mock
 
@@ -34,9 +37,10 @@ class FastDPOTrainer(trl.DPOTrainer):
 
     reference_cache: "auto" (a file in ~/.cache/fastdpo), the path of a file, "off" (computed before the
     training and not kept), or None, which leaves the reference to TRL. The first three switch on
-    precompute_ref_log_probs; what it cannot do (IterableDataset, images, sync_ref_model) is then refused
-    by TRL: say None there. A row's reference log-probs are found again after any change of the data set,
-    hyper-parameters or LoRA, and only those of new rows are computed.
+    precompute_ref_log_probs; what it cannot do (IterableDataset, sync_ref_model) is then refused by TRL: say
+    None there. A row's reference log-probs are found again after any change of the data set,
+    hyper-parameters or LoRA, and only those of new rows are computed. Of rows with images TRL takes no
+    stored ones: "auto" leaves them to TRL, with a warning, and "off" and a path raise ConfigError.
 
     Rows of the same prompt follow each other in a random order of prompts, so that a batch shares them.
     """
@@ -44,8 +48,12 @@ class FastDPOTrainer(trl.DPOTrainer):
     _made_with: tuple = (("add_fused_lm_head", add_fused_lm_head),)  # in TRL's module, while one is made
 
     def __init__(self, *args: Any, reference_cache: str | None = "auto", **kwargs: Any) -> None:
+        given = inspect.signature(trl.DPOTrainer).bind_partial(*args, **kwargs).arguments
+        config = given.get("args")
+        if reference_cache is not None and _sees_images(given.get("train_dataset")):
+            _say_without(reference_cache)
+            reference_cache = None
         self._reference_cache = reference_cache
-        config = kwargs.get("args") or (args[2] if len(args) > 2 else None)
         if reference_cache is not None:
             if config is None:
                 raise ConfigError("args: FastDPOTrainer needs a DPOConfig (or reference_cache=None)")
@@ -128,11 +136,40 @@ class FastDPOTrainer(trl.DPOTrainer):
     def _get_train_sampler(self, train_dataset=None):
         sampler = super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
-        if type(sampler) is not RandomSampler or "prompt_ids" not in getattr(rows, "column_names", ()):
-            return sampler
-        prompts = [np.asarray(ids).tobytes() for ids in rows["prompt_ids"]]
+        prompts = _prompts(rows) if type(sampler) is RandomSampler else []
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return PromptSampler(prompts, seed) if len(set(prompts)) < len(prompts) else sampler
+
+
+def _sees_images(rows: Any) -> bool:
+    """As TRL decides it."""
+    return not {"image", "images"}.isdisjoint(next(iter(rows), ())) if rows is not None else False
+
+
+def _say_without(reference_cache: str) -> None:
+    """TRL refuses a stored reference of rows with images."""
+    if reference_cache != "auto":
+        raise ConfigError(
+            "reference_cache: TRL takes no stored reference of rows with images; give FastDPOTrainer "
+            "reference_cache=None, and TRL computes it in every step"
+        )
+    warnings.warn(
+        "fastdpo: TRL takes no stored reference of rows with images, and computes it in every step "
+        "(fastdpo train has a cache for them)",
+        stacklevel=3,
+    )
+
+
+def _prompts(rows: Any) -> list[bytes]:
+    """Equal ones of the data set's rows whose prompts are equal; [] of rows that have none yet."""
+    columns = getattr(rows, "column_names", ())
+    if "prompt_ids" in columns:
+        return [np.asarray(ids).tobytes() for ids in rows["prompt_ids"]]
+    images = [name for name in ("image", "images") if name in columns]
+    if not images or "prompt" not in columns:
+        return []
+    undecoded = rows.select_columns(["prompt", *images]).with_format("arrow")
+    return [blake2b(repr(row.to_pylist()).encode()).digest() for row in undecoded.iter(1)]
 
 
 class PromptSampler(Sampler):

@@ -92,7 +92,7 @@ def test_forward_is_the_models_own(name, caplog):
     way, more = MODELS[name]
     stock, ours, packed = make(name, **more)
     check(stock, ours, batch(131))
-    assert packed.way == way
+    assert packed.ways == {False: way}
     assert len(said(caplog)) == (way != "shared")
     assert ours(input_ids=batch(131)["input_ids"]).logits.ndim == 3  # without labels: the model's own
 
@@ -104,7 +104,7 @@ def test_checkpointed_layers():
         model.gradient_checkpointing_enable(kwargs)
         model.enable_input_require_grads()
     check(stock, ours, batch(131))
-    assert packed.way == "shared"
+    assert packed.ways == {False: "shared"}
 
 
 LORAS = {
@@ -120,7 +120,7 @@ def test_adapters_of_the_lm_head(kind, caplog):
     known, lora = LORAS[kind]
     stock, ours, packed = make(lora=lora)
     check(stock, ours, batch(131))
-    assert packed.way == ("shared" if known else None)
+    assert packed.ways == ({False: "shared"} if known else {})
     assert bool(said(caplog)) is not known
     with stock.disable_adapter(), ours.disable_adapter(), torch.no_grad():  # as the reference runs
         check_values = plain(stock, batch(131))["logp"]
@@ -161,7 +161,7 @@ def test_dropout_is_not_shared(caplog):
     ours.model.layers[0].self_attn.attention_dropout = 0.3
     rows = batch(131)
     ours(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], fastdpo_labels=rows["labels"])
-    assert packed.way == "padded" and "drops out at random" in said(caplog)[0]
+    assert packed.ways == {False: "padded"} and "drops out at random" in said(caplog)[0]
 
 
 def test_a_forward_that_accelerate_has_wrapped(caplog):
@@ -178,4 +178,4 @@ def test_a_forward_that_accelerate_has_wrapped(caplog):
     packed = PackedForward(ours)
     assert next(iter(inspect.signature(ours.forward).parameters)) == "input_ids"
     check(stock, ours, batch(131))
-    assert packed.way == "shared"
+    assert packed.ways == {False: "shared"}

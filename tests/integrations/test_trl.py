@@ -215,7 +215,7 @@ def test_unpatch_restores_everything(folder):
     assert (dpo_trainer.add_fused_lm_head, trl_utils._ChunkedLogProbFunction) == originals
     model(**batch(), fused_lm_head=True)  # by TRL: nothing of ours is decided
     (fused,) = [f for f in trl_forward._LIVE if f.own.__self__ is model]
-    assert fused.way is None and not any(m._forward_pre_hooks for m in model.modules())
+    assert not fused.ways and not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_other_trl_versions():

@@ -40,7 +40,10 @@ def patched(on=True):
         fast.unpatch()
 
 
-def make(folder, make_trainer=ExactTrainer, data=None, model=None, ref_model=None, more=None, **settings):
+def make(
+    folder, make_trainer=ExactTrainer, data=None, model=None, ref_model=None, processor=None, more=None,
+    **settings,
+):  # fmt: skip
     """A trainer on the model of a folder. `more`: arguments of the trainer, settings: of its config."""
     import trl
 
@@ -60,7 +63,7 @@ def make(folder, make_trainer=ExactTrainer, data=None, model=None, ref_model=Non
         ref_model,
         config,
         train_dataset=datasets.Dataset.from_list(data),
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        processing_class=processor or AutoTokenizer.from_pretrained(folder),
         **(more or {}),
     )
 
