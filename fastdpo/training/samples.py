@@ -14,6 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from fastdpo.console.progress import make_progress
+from fastdpo.data.images import shown
+from fastdpo.data.images.expansion import Expander
+from fastdpo.data.images.given import PLACEHOLDER
 from fastdpo.errors import TrainingError
 from fastdpo.model.policy import Policy
 from fastdpo.model.vision import row_inputs
@@ -28,14 +31,15 @@ def complete(
     max_new_tokens: int = 128,
     console: Console | None = None,
 ) -> list[dict]:
-    """One {"row", "prompt", "turns", "completion", "chosen"} a group, through transformers' own `generate`;
-    see `turns_of`.
+    """One {"row", "prompt", "turns", "completion", "chosen"} a group, and "images" where it has some, through
+    transformers' own `generate`; see `said` and `shown.as_json`.
 
     Greedy, so no random number is drawn; the policy is left as it was. A model that cannot generate costs
     a run its samples and nothing else: a note says why, and the list is empty.
     """
     ends = end_tokens(policy, tokenizer, groups)
     completions: dict[int, list[int]] = {}
+    images: dict[int, list[dict]] = {}
     try:
         calls = list(batches(policy, groups, max_new_tokens))
         with generating(policy, tokenizer, ends, do_sample=False), make_progress(console or Console()) as bar:
@@ -46,6 +50,7 @@ def complete(
                 made = policy.inside(partial(generate, policy, batch, room, each))
                 completions |= zip(map(id, batch), made)
             bar.update(task, completed=total)  # all may have ended before
+        images = {id(group): list(map(shown.as_json, group.images)) for group in groups if group.images}
     except Exception as error:  # whatever a model's own generation code raises
         if policy.world.sharded and isinstance(error, torch.OutOfMemoryError):  # the other ranks wait
             raise TrainingError("out of GPU memory while prompts were completed; say samples: 0") from None
@@ -54,14 +59,15 @@ def complete(
         return []
     text = lambda ids: tokenizer.decode(ids, skip_special_tokens=True).strip()
     until_end = lambda ids: list(itertools.takewhile(lambda token: token not in ends, ids))
+    expander = Expander(policy.processor) if images else None
     return [
         {
             "row": group.row,
-            "prompt": text(group.prompt.tolist()),
-            "turns": turns_of(tokenizer, group.prompt.tolist()),
+            **said(tokenizer, group, expander),
             "completion": text(until_end(completions[id(group)])),
             "chosen": text(group.responses[group.chosen[0]].ids.tolist()) if group.chosen else None,
         }
+        | ({"images": images[id(group)]} if group.images else {})
         for group in groups
     ]
 
@@ -88,10 +94,29 @@ _ROLES = {"system", "developer", "user", "assistant", "model", "tool", "ipython"
 _BY_TOKEN = {"[INST]": "user", "[/INST]": "assistant", "[SYSTEM_PROMPT]": "system"}
 
 
-def turns_of(tokenizer, ids: list[int]) -> list[dict] | None:
+def said(tokenizer, group: PreferenceGroup, expander: Expander | None = None) -> dict[str, Any]:
+    """{"prompt", "turns"}: what people read of a prompt, without special tokens, <image> for each image."""
+    if not group.images or expander is None:
+        ids = group.prompt.tolist()
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return {"prompt": text, "turns": turns_of(tokenizer, ids)}
+    ids, token = shown.one_token_each(group, expander), expander.token
+    special = special_ids(tokenizer) - {expander.token_id}
+    text = tokenizer.decode([i for i in ids if i not in special]).strip()
+    turns = turns_of(tokenizer, ids, special) or []
+    for turn in turns:
+        turn["content"] = turn["content"].replace(token, PLACEHOLDER)
+    return {"prompt": text.replace(token, PLACEHOLDER), "turns": turns or None}
+
+
+def special_ids(tokenizer) -> set[int]:
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def turns_of(tokenizer, ids: list[int], special: set[int] | None = None) -> list[dict] | None:
     """A prompt's [{"role", "content"}], as its special tokens part it: the role is such a token (<|user|>,
     [INST]), or the line behind one (<|im_start|>user). None where text comes before any role."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = special_ids(tokenizer) if special is None else special
     turns: list[dict] = []
     role = opens = last = None  # role: of the next text; opens: the token that roles follow
     for is_special, run in itertools.groupby(ids, special.__contains__):

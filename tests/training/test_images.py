@@ -78,6 +78,8 @@ def test_killed_and_resumed_it_ends_bit_by_bit(inputs, tmp_path, family):
     again = run(Config(**{**vars(cut), "resume": True}))
     assert "going on from" in again and "nothing to compute" in again  # of the reference, which is kept
     assert metrics(cut) == metrics(whole)
+    samples = [Path(config.output_dir, "samples.jsonl").read_bytes() for config in (cut, whole)]
+    assert samples[0] == samples[1] and b"thumbnail" in samples[0]
     ours, theirs = weights(cut), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     start = AutoModelForImageTextToText.from_pretrained(whole.model).state_dict()
@@ -101,6 +103,12 @@ def test_a_lora_is_on_the_language_model_and_its_samples_see_images(inputs, tmp_
     assert "vision" not in str(settings["target_modules"])
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and all("completion" in sample for sample in samples)
+    for sample in samples:  # shown as they were, long after
+        shown, (turn,) = sample.get("images", []), sample["turns"]
+        assert sample["prompt"].count("<image>") == turn["content"].count("<image>") == len(shown)
+        assert all(image["size"] == [32, 48] and image["tokens"] == 16 for image in shown)
+    assert any("images" in sample for sample in samples)
+    assert 'alt="image 1: 32x48, 16 tokens"' in (tmp_path / "run/report.html").read_text()
     assert (tmp_path / "run/model/processor_config.json").exists()
 
 

@@ -1,6 +1,8 @@
 """Greedy completions through transformers' own generate, and a policy left as it was."""
 
+import copy
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +10,11 @@ import torch
 from rich.console import Console
 from transformers import AddedToken, GenerationConfig
 
+from fastdpo.data.images.expansion import Expander
 from fastdpo.model import support
 from fastdpo.model.policy import Policy
-from fastdpo.training.samples import complete, turns_of
-from tests import tiny
+from fastdpo.training.samples import complete, said, turns_of
+from tests import images, tiny
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,31 @@ def test_turns_without_a_role_are_not_guessed():
     assert [turn["role"] for turn in turns_of(spelling, ids)] == roles
     assert turns_of(spelling, spelling.ids("<s>", "Once upon a time")) is None
     assert turns_of(spelling, spelling.ids("Once", " upon")) is None
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("family", images.FAMILIES)
+def test_an_image_is_one_word_of_a_prompt(family, special):
+    """Also where a tokenizer does not call an image's tokens special."""
+    processor = copy.copy(images.processor(family))
+    processor.tokenizer = images.tokenizer(family)
+    if not special:
+        tokens = [AddedToken(t, special=False) for t in images.TOKENS[family].values()]
+        processor.tokenizer.add_tokens(tokens)
+    first = processor.tokenizer.convert_tokens_to_ids(next(iter(images.TOKENS[family].values())))
+    assert processor.tokenizer.added_tokens_decoder[first].special == special
+    group = images.groups(family)[1]
+    told = said(processor.tokenizer, group, Expander(processor))
+    bare = told["prompt"].replace("<|vision_start|>", "").replace("<|vision_end|>", "")  # the template's
+    assert bare.split() == "the old cat <image> sees a red bird <image> sees a red bird".split()
+    assert told["turns"] is None
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "dog"}]}
+    text = processor.tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    ids = processor(images=[[group.images[0].open()]], text=[text])["input_ids"][0]
+    one = replace(group, prompt=np.array(ids), images=group.images[:1])
+    (turn,) = said(processor.tokenizer, one, Expander(processor))["turns"]
+    bare = turn["content"].replace("<|vision_start|>", "").replace("<|vision_end|>", "")
+    assert turn["role"] == "user" and bare.replace("\n", "") == "<image>dog"
 
 
 def test_nothing_of_the_policy_changes(tokenizer):
