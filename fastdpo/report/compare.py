@@ -189,11 +189,15 @@ def _samples(histories: list[RunHistory]) -> list[dict]:
         first, before = of[0][key], {text(found[key]["before"]) for found in of}
         after = [text(found[key]["after"]) for found in of]
         same = before.pop() if len(before) == 1 else None
+        images = [found[key]["images"] for found in of]
+        alike = images.count(images[0]) == len(images)  # where runs resize them, they differ
         out.append(
             {
                 "prompt": first["prompt"],
                 "row": key[0],
                 "chosen": first["chosen"],
+                "images": images[0] if alike else [],
+                "own_images": [] if alike else images,
                 "before": same,
                 "after": after,
             }

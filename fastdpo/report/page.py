@@ -95,11 +95,13 @@ def _facts(history: RunHistory) -> dict:
     wanted = [history.objective(stage) for stage in range(len(config.get("stages") or [0]))]
     objectives = [str(objective or "training") for objective in begun or wanted]
     lora = config.get("lora_rank")
+    frozen = "images" in data.get("notes", ()) and config.get("freeze_vision")
+    trained = "all weights of the language model" if frozen else "all weights"
     return {
         "name": history.run.resolve().name,
         "model": config.get("model", "a model that config.yaml would name"),
         "objectives": " then ".join(names.get(name, name) for name in objectives),
-        "how": f"LoRA of rank {lora}" if lora else "all weights",
+        "how": f"LoRA of rank {lora}" if lora else trained,
         "rows": history.rows_kept,
         "source": data.get("source") or config.get("data"),
         "has_model": any((history.run / "model").glob("*.safetensors")),
@@ -133,6 +135,7 @@ def samples(history: RunHistory) -> list[dict]:
     for sample in history.samples:
         entry = found.setdefault((sample.get("row"), sample.get("prompt")), {"before": None, "after": None})
         entry |= {name: sample.get(name) for name in ("row", "prompt", "turns", "chosen")}
+        entry["images"] = [_image(image) for image in sample.get("images", ())]
         if sample.get("when") != "start":
             entry["after"] = sample
         elif not entry["before"]:
@@ -141,6 +144,12 @@ def samples(history: RunHistory) -> list[dict]:
         before, after = entry["before"], entry["after"]
         entry["changed"] = before and after and before.get("completion") != after.get("completion")
     return sorted(found.values(), key=lambda entry: not entry["changed"])
+
+
+def _image(image: dict) -> dict:
+    """What data.images.shown tells of one, in words."""
+    width, height = image["size"]
+    return image | {"size": f"{width:d}x{height:d}", "tokens": counted(image["tokens"], "token")}
 
 
 def _data(history: RunHistory) -> list[dict]:
