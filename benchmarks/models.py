@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from fastdpo.model.loading import switch_off_dropout
 from fastdpo.model.quantised import quantised_linears
+from fastdpo.model.source import auto_class
 
 SEED = 0
+# of models that see images; below the ids that random rows are drawn from
+TOKEN_IDS = {"vision_start_token_id": 2, "vision_end_token_id": 3, "image_token_id": 4, "video_token_id": 5}
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,9 +24,10 @@ class BenchModel:
     """A transformers configuration, and whether all of it trains or a LoRA on its decoder layers."""
 
     name: str
-    model_type: str  # "qwen2", "qwen3" or "llama"
-    config: dict  # arguments of the transformers config
+    model_type: str  # "qwen2", "qwen3", "llama", "qwen2_5_vl" or "qwen3_vl"
+    config: dict  # arguments of the transformers config, of the language model where there is a tower
     lora_rank: int | None = None  # None: all weights train
+    vision: dict | None = None  # a tower's arguments: it sees images, and the tower stays frozen
 
     @property
     def hidden(self) -> int:
@@ -91,6 +95,16 @@ def _llama3_rope(factor: float) -> dict:
     return {"rope": {"rope_type": "llama3", "factor": factor} | bounds}
 
 
+def _mrope(*section: int) -> dict:
+    """Of positions in time, height and width."""
+    return {"rope": {"mrope_section": list(section)}}
+
+
+def _tower(depth, hidden, inner, patch, **more) -> dict:
+    sizes = {"depth": depth, "hidden_size": hidden, "intermediate_size": inner, "patch_size": patch}
+    return sizes | {"num_heads": 16, "out_hidden_size": 2048, **more}
+
+
 _LLAMA_8B = _config(4096, 14_336, 32, 32, 8, 128_256, 5e5, 131_072, 1e-5, False, **_llama3_rope(8.0))
 _MODELS = (
     BenchModel(
@@ -145,6 +159,20 @@ _MODELS = (
         _config(8192, 28_672, 80, 64, 8, 128_256, 5e5, 131_072, 1e-5, False, **_llama3_rope(8.0)),
         lora_rank=16,
     ),
+    # They see images; the text of Qwen3-VL-2B is Qwen3-1.7B.
+    BenchModel(
+        "Qwen3-VL-2B",
+        "qwen3_vl",
+        _config(2048, 6144, 28, 16, 8, 151_936, 5e6, 262_144, 1e-6, True, head_dim=128, **_mrope(24, 20, 20)),
+        vision=_tower(24, 1024, 4096, 16, num_position_embeddings=2304, deepstack_visual_indexes=[5, 11, 17]),
+    ),
+    BenchModel(
+        "Qwen2.5-VL-3B LoRA",
+        "qwen2_5_vl",
+        _config(2048, 11_008, 36, 16, 2, 151_936, 1e6, 128_000, 1e-6, True, **_mrope(16, 24, 24)),
+        lora_rank=16,
+        vision=_tower(32, 1280, 3420, 14, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
+    ),
     # Small enough for two CPU cores, with a real vocabulary: nearly all of its step is the lm_head, as
     # in small models with large vocabularies.
     BenchModel("CPU", "qwen2", _config(256, 1024, 4, 4, 2, 151_936, 1e6, 32_768, 1e-6, True)),
@@ -159,7 +187,17 @@ def tiny(model: BenchModel) -> BenchModel:
     if "head_dim" in model.config:
         sizes["head_dim"] = 32 if model.model_type == "qwen3" else 16
     rank = None if model.lora_rank is None else 4
-    return replace(model, name=f"{model.name}, tiny", config=model.config | sizes, lora_rank=rank)
+    small = replace(model, name=f"{model.name}, tiny", config=model.config | sizes, lora_rank=rank)
+    return small if model.vision is None else _tiny_tower(small)
+
+
+def _tiny_tower(model: BenchModel) -> BenchModel:
+    """With two blocks, which see images as its large one does."""
+    rope = model.config["rope_parameters"] | {"mrope_section": [2, 3, 3]}
+    sizes = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+    sizes |= {name: [0] for name in model.vision if name.endswith("_indexes")}
+    config = model.config | {"rope_parameters": rope}
+    return replace(model, config=model.config | {"rope_parameters": rope}, vision=model.vision | sizes)
 
 
 def build(model: BenchModel, device: str | torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -167,11 +205,21 @@ def build(model: BenchModel, device: str | torch.device, dtype: torch.dtype) -> 
     `device` in `dtype` so that nothing larger ever exists. Without the LoRA: each trainer adds its own."""
     torch.manual_seed(SEED)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(_transformers_config(model), dtype=dtype)
+        return _from_config(model, dtype)
+
+
+def _from_config(model: BenchModel, dtype: torch.dtype) -> PreTrainedModel:
+    config = _transformers_config(model)
+    return auto_class(config).from_config(config, dtype=dtype)
 
 
 def _transformers_config(model: BenchModel):
-    config = AutoConfig.for_model(model.model_type, **model.config)
+    if model.vision is None:
+        config = AutoConfig.for_model(model.model_type, **model.config)
+    else:
+        parts = {"text_config": model.config, "vision_config": model.vision}
+        tied = model.config["tie_word_embeddings"]
+        config = AutoConfig.for_model(model.model_type, tie_word_embeddings=tied, **parts, **TOKEN_IDS)
     switch_off_dropout(config)
     return config
 
@@ -185,7 +233,7 @@ def build_4bit(model: BenchModel, device: str | torch.device, dtype: torch.dtype
 
     torch.manual_seed(SEED)
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(_transformers_config(model), dtype=dtype)
+        built = _from_config(model, dtype)
     std = built.config.initializer_range
     nf4 = dict(quant_type="nf4", compress_statistics=True)
     for name, (rows, columns) in quantised_linears(built).items():

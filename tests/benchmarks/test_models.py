@@ -22,6 +22,8 @@ BILLIONS = {
     "Qwen2.5-32B LoRA": 32.764,
     "Llama-3.1-8B": 8.030,
     "Llama-3.1-70B LoRA": 70.554,
+    "Qwen3-VL-2B": 2.128,
+    "Qwen2.5-VL-3B LoRA": 3.755,
 }
 
 
@@ -54,8 +56,11 @@ def test_toys_keep_the_options_and_the_seed(name):
     first, second = (build(toy, "cpu", torch.float32) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     assert sum(p.numel() for p in first.parameters()) < 400_000
-    for key in ("tie_word_embeddings", "rope_parameters", "rms_norm_eps"):
+    for key in ("tie_word_embeddings", "rms_norm_eps"):
         assert toy.config[key] == model.config[key]
+    rope = model.config["rope_parameters"]
+    changed = {key for key, value in toy.config["rope_parameters"].items() if value != rope[key]}
+    assert changed == ({"mrope_section"} if model.vision else set())  # of a head's size
     assert (toy.lora_rank is None) == (model.lora_rank is None)
 
 
