@@ -17,8 +17,9 @@ def random_rows(lengths: Sequence[PairLengths], vocab: int, seed: int = 0) -> li
     return [{key: draw.integers(FIRST_ID, vocab, n).tolist() for key, n in zip(keys, row)} for row in lengths]
 
 
-def groups_of(rows: Sequence[dict]) -> list[PreferenceGroup]:
-    """The rows as fastdpo's records: two responses and one pair each, every response token scored."""
+def groups_of(rows: Sequence[dict], first: int = 0) -> list[PreferenceGroup]:
+    """The rows as fastdpo's records, numbered from `first`: two responses and one pair each, every response
+    token scored."""
 
     def response(ids):
         return Response(np.array(ids, np.int64), np.ones(len(ids), bool))
@@ -30,5 +31,5 @@ def groups_of(rows: Sequence[dict]) -> list[PreferenceGroup]:
             (response(row["chosen_ids"]), response(row["rejected_ids"])),
             (Pair(0, 1),),
         )
-        for number, row in enumerate(rows)
+        for number, row in enumerate(rows, first)
     ]

@@ -196,7 +196,6 @@ def _tiny_tower(model: BenchModel) -> BenchModel:
     rope = model.config["rope_parameters"] | {"mrope_section": [2, 3, 3]}
     sizes = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
     sizes |= {name: [0] for name in model.vision if name.endswith("_indexes")}
-    config = model.config | {"rope_parameters": rope}
     return replace(model, config=model.config | {"rope_parameters": rope}, vision=model.vision | sizes)
 
 

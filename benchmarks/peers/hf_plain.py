@@ -49,7 +49,7 @@ def prepare(job: Job):
     if job.lora_rank is not None:
         from peft import get_peft_model
 
-        model = get_peft_model(model, job.lora_config())
+        model = get_peft_model(model, job.lora_config(model))
         same_lora(model)
     if job.options.get("checkpointing"):
         if job.lora_rank is not None:

@@ -3,13 +3,16 @@
 import json
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
+from benchmarks.inputs import groups_of
 from benchmarks.models import MODELS, BenchModel, build, build_4bit, tiny
 from benchmarks.peers.session import Absent
+from fastdpo.model.towers import beside_towers, freeze_vision
+from fastdpo.records import PreferenceGroup
 
 BETA = 0.1
 CLIP = 1.0
@@ -18,9 +21,9 @@ CLIP = 1.0
 @dataclass(frozen=True)
 class Job:
     """One contender's task. `rows` is a JSON file: a list of steps, each a list of rows of
-    benchmarks.inputs.random_rows; after the last step the first comes again. The option `keys` holds
-    fastdpo's config keys; lora_rank, pure_bf16 and load_in_4bit are what the model is made by, whoever
-    trains it."""
+    benchmarks.inputs.random_rows, or of benchmarks.pictures.picture_rows; after the last step the first comes
+    again. The option `keys` holds fastdpo's config keys; lora_rank, pure_bf16 and load_in_4bit are what the
+    model is made by, whoever trains it."""
 
     model: str
     rows: str
@@ -36,6 +39,19 @@ class Job:
     @property
     def all_rows(self) -> list[dict]:
         return [row for step in self.steps for row in step]
+
+    @cached_property
+    def groups(self) -> list[list[PreferenceGroup]]:
+        """The rows of each step as fastdpo's records."""
+        steps, first, made = [], 0, groups_of
+        if self.bench_model.vision:
+            from benchmarks.pictures import picture_groups
+
+            made = partial(picture_groups, self.bench_model)
+        for rows in self.steps:
+            steps.append(made(rows, first))
+            first += len(steps[-1])
+        return steps
 
     @property
     def pairs(self) -> int:
@@ -69,13 +85,16 @@ class Job:
             model = build(self.bench_model, self.device, torch.float32 if fp32 else self.dtype).train()
         if attention is not None:
             model.set_attn_implementation(attention)
+        if self.bench_model.vision:
+            freeze_vision(model)
         return model
 
-    def lora_config(self):
-        """fastdpo's default LoRA: on all linear layers but the lm_head, alpha twice the rank."""
+    def lora_config(self, model):
+        """fastdpo's default LoRA: on all linear layers but lm_head and tower, alpha twice the rank."""
         from peft import LoraConfig
 
-        options = dict(target_modules="all-linear", task_type="CAUSAL_LM")
+        targets = beside_towers(model, "all-linear") if self.bench_model.vision else "all-linear"
+        options = dict(target_modules=targets, task_type="CAUSAL_LM")
         return LoraConfig(r=self.lora_rank, lora_alpha=2 * self.lora_rank, **options)
 
     def autocast(self):

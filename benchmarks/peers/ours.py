@@ -1,5 +1,9 @@
 """fastdpo's own training step, as a worker: its Stage on shared prompts with a stored reference.
 
+With images it tells more: how long the reference took, what a step's microbatches take to make, the tower's
+memory; and of each step how many images the tower saw, how long microbatches were waited for, how idle the
+device was.
+
 Options: max_tokens; keys (config keys over those that all contenders share); liger (liger-kernel's layers
 under it); compile (a torch.compile backend for the decoder layers).
 """
@@ -8,15 +12,17 @@ import contextlib
 import itertools
 import os
 from dataclasses import dataclass
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from rich.console import Console
 
-from benchmarks.inputs import groups_of
 from benchmarks.peers.jobs import BETA, CLIP, Job, apply_liger, same_lora
 from benchmarks.peers.session import Absent, Session, serve
+from benchmarks.peers.towers import ImageWatch
 from fastdpo.config.keys import Config
+from fastdpo.data.store.digests import response_keys
 from fastdpo.errors import ConfigError
 from fastdpo.model import adapters, support
 from fastdpo.model.activations import set_up_activations
@@ -26,7 +32,7 @@ from fastdpo.model.quantised import set_up_4bit
 from fastdpo.optim.library import check_library
 from fastdpo.optim.optimizers import make_optimizer
 from fastdpo.records import PreferenceGroup
-from fastdpo.reference.fill import load_reference
+from fastdpo.reference.fill import ReferenceTable, load_reference
 from fastdpo.training.job import stage_job
 from fastdpo.training.stage import Progress, Stage
 
@@ -54,7 +60,7 @@ def prepare(job: Job) -> Prepared:
         "model": "random weights",
         "data": "random rows",
         "beta": BETA,
-        "batch_size": job.pairs,
+        "batch_size": len(job.groups[0]),
         "learning_rate": job.learning_rate,
         "lr_scheduler_type": "constant",
         "max_grad_norm": CLIP,
@@ -78,12 +84,24 @@ def prepare(job: Job) -> Prepared:
         same_lora(model)
     set_up_activations(model.train(), config)
     policy = Policy(model, job.dtype, head_budget=named_budget(config.head_memory))
-    groups = groups_of(job.all_rows)
-    support.prepare(policy, groups, QUIET)
+    if job.bench_model.vision:
+        from benchmarks.pictures import processor
+
+        policy.processor = processor(job.bench_model)
+    ready = Prepared(config, policy, job.groups)
+    support.prepare(policy, ready.groups, QUIET)
     if not policy.share:
         raise RuntimeError("the start check switched shared prompts off: this would measure something else")
-    steps = [groups[i : i + job.pairs] for i in range(0, len(groups), job.pairs)]
-    return Prepared(config, policy, steps)
+    return ready
+
+
+def reference(ready: Prepared) -> ReferenceTable:
+    """That of all rows; of a step that comes twice one is enough."""
+    fresh = ready.config.lora_rank is not None
+    options = dict(path=None, max_tokens=ready.config.max_tokens, console=QUIET, fresh_lora=fresh)
+    once = {tuple(response_keys(step[0])): step for step in ready.steps}
+    groups = [group for step in once.values() for group in step]
+    return load_reference(ready.policy, [groups], **options)
 
 
 def train(message: dict, session: Session) -> None:
@@ -94,24 +112,30 @@ def train(message: dict, session: Session) -> None:
         for layer in policy.core.base_model.layers:
             layer.compile(backend=backend, dynamic=True)
     stage = Stage(stage_job(ready.config), policy, ready.groups, [])
-    options = dict(path=None, max_tokens=ready.config.max_tokens, console=QUIET)
-    stage.reference = load_reference(policy, [ready.groups], fresh_lora=job.lora_rank is not None, **options)
+    stage.reference = reference(ready)
+    watch = ImageWatch(stage, ready.steps, lambda: reference(ready)) if job.bench_model.vision else None
     optimizer, schedule = make_optimizer(policy, ready.config, ENDLESS)
     batches = list(stage.microbatches(ready.steps[0]))
     session.ready(
-        head=policy.head_plan(batches), microbatches=len(batches), max_tokens=ready.config.max_tokens
+        head=policy.head_plan(batches),
+        microbatches=len(batches),
+        max_tokens=ready.config.max_tokens,
+        **(watch.facts if watch else {}),
     )
     del batches
     with contextlib.closing(optimizer):
-        for number, groups in enumerate(itertools.cycle(ready.steps), 1):
+        for number, (groups, following) in enumerate(itertools.pairwise(itertools.cycle(ready.steps)), 1):
             if not session.next_step():
                 return
             progress = Progress()  # with a window of its own
-            stage.step(groups, progress, number, optimizer)
-            optimizer.step()
+            stage.step(groups, progress, number, optimizer, following)
+            with stage.updating(number, groups, progress):
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
-            session.done(lambda window=progress.window: window.sums.means()["loss"])
+            window = progress.window
+            also = {"also": partial(watch.of_step, window.idle)} if watch else {}
+            session.done(lambda window=window: window.sums.means()["loss"], **also)
 
 
 if __name__ == "__main__":

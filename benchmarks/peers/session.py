@@ -9,7 +9,7 @@ Orders (benchmarks/workers.py sends them): {"do": "prepare", "job": {...}}, {"do
 {"do": "profile"}, {"do": "end"}. A worker that fails says why and exits, so that nothing of it is left.
 
 `train` builds its model, calls session.ready(), and then for every step session.next_step() (which
-waits for the order and starts the clock) and session.done(loss); next_step() is False at the end.
+waits for the order and starts the clock) and session.done(loss, also); next_step() is False at the end.
 """
 
 import contextlib
@@ -81,13 +81,14 @@ class Session:
         self.start = time.perf_counter()
         return True
 
-    def done(self, loss: Callable[[], float]) -> None:
-        """The step is over, with the optimizer's; `loss` is asked for when the clock has stopped."""
+    def done(self, loss: Callable[[], float], also: Callable[[float], dict] = lambda seconds: {}) -> None:
+        """The step is over, with the optimizer's; `loss` is asked for when the clock has stopped, and what
+        else is to be told of these seconds."""
         if self.trace:
             self.trace.stop()
         synchronize()
         seconds = time.perf_counter() - self.start
-        self.steps.append({"seconds": seconds, "loss": float(loss())})
+        self.steps.append({"seconds": seconds, "loss": float(loss()), **also(seconds)})
         self.left -= 1
 
 

@@ -105,8 +105,8 @@ class StepRecorder(transformers.TrainerCallback):
 class SessionSteps(transformers.TrainerCallback):
     """Lets the session say when a step begins, with the step's batches collated and on their way."""
 
-    def __init__(self, session: Session, trainer: ExactTrainer):
-        self.session, self.trainer = session, trainer
+    def __init__(self, session: Session, trainer: ExactTrainer, **also):
+        self.session, self.trainer, self.also = session, trainer, also
 
     def on_step_begin(self, *_, **__):
         if not self.session.next_step():
@@ -114,7 +114,7 @@ class SessionSteps(transformers.TrainerCallback):
         self.trainer.step_losses = []
 
     def on_step_end(self, *_, **__):
-        self.session.done(self.trainer.step_loss)
+        self.session.done(self.trainer.step_loss, **self.also)
 
 
 def make_trainer(
@@ -213,13 +213,14 @@ def make_token_trainer(job: Job, folder: str) -> TokenTrainer:
     # for large models, and no part of a step. The name says what Job.build makes: other weights have another.
     weights = f"random weights of {job.bench_model.name}, {job.dtype}, {sorted(job.keys.items())}"
     with mock.patch.object(trl.trainer.dpo_trainer, "hash_module", lambda _: weights):
+        model = job.build(attention)
         trainer = TokenTrainer(
-            job.build(attention),
+            model,
             None if best or lora else job.build(),
             trl.DPOConfig(**step_settings(job, folder)),
             train_dataset=datasets.Dataset.from_list(job.all_rows),
             processing_class=word_tokenizer(),
-            peft_config=job.lora_config() if lora else None,
+            peft_config=job.lora_config(model) if lora else None,
         )
     if lora:
         same_lora(trainer.model)
@@ -230,12 +231,17 @@ def train(message: dict, session: Session) -> None:
     job = Job(**message)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_token_trainer(job, folder)
-        trainer.add_callback(SessionSteps(session, trainer))
-        told = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
-        told += ("precompute_ref_log_probs", "use_liger_kernel", "bf16", "optim")
-        facts = {name: getattr(trainer.args, name) for name in told}
-        session.ready(attention=trainer.model.config._attn_implementation, **facts)
-        trainer.train()
+        train_steps(trainer, session)
+
+
+def train_steps(trainer: ExactTrainer, session: Session, **also) -> None:
+    """Until the session says that it is enough; `also` is Session.done's."""
+    trainer.add_callback(SessionSteps(session, trainer, **also))
+    told = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+    told += ("precompute_ref_log_probs", "use_liger_kernel", "bf16", "optim")
+    facts = {name: getattr(trainer.args, name) for name in told}
+    session.ready(attention=trainer.model.config._attn_implementation, **facts)
+    trainer.train()
 
 
 if __name__ == "__main__":

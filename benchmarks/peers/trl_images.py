@@ -1,0 +1,63 @@
+"""TRL's DPOTrainer on prompts with pictures, as a worker: its own collator, and the reference in every step,
+since it refuses to store one where there are images. Options: batch_size, liger, flash, as in trl_dpo.py.
+
+A step's clock begins when its batches are collated: TRL's pixels cost it nothing. How long they take is told
+beside (`collating_seconds`: decoding, the processor and the tokens, by the main thread).
+"""
+
+import tempfile
+import time
+
+import datasets
+import trl
+
+from benchmarks.peers.jobs import Job, flash_attention, require_liger, same_lora
+from benchmarks.peers.session import Session, serve
+from benchmarks.peers.towers import TowerWatch
+from benchmarks.peers.trl_dpo import ExactTrainer, step_settings, train_steps
+from benchmarks.pictures import processor, text_row
+
+
+class PictureTrainer(ExactTrainer):
+    """Knows how long the step's batches took to collate."""
+
+    collating = 0.0
+
+    def get_batch_samples(self, *args, **kwargs):
+        begun = time.perf_counter()
+        found = super().get_batch_samples(*args, **kwargs)
+        self.collating = time.perf_counter() - begun
+        return found
+
+
+def make_picture_trainer(job: Job, folder: str) -> PictureTrainer:
+    """A DPOTrainer on the job's rows, in the job's order."""
+    if job.options.get("liger"):
+        require_liger(job.device)
+    attention, lora = flash_attention() if job.options.get("flash") else None, job.lora_rank is not None
+    rows = datasets.Dataset.from_list([text_row(row) for row in job.all_rows])
+    model = job.build(attention)
+    trainer = PictureTrainer(
+        model,
+        None if lora else job.build(attention),
+        trl.DPOConfig(**step_settings(job, folder) | {"precompute_ref_log_probs": False}),
+        train_dataset=rows.cast_column("images", datasets.List(datasets.Image())),
+        processing_class=processor(job.bench_model),
+        peft_config=job.lora_config(model) if lora else None,
+    )
+    if lora:
+        same_lora(trainer.model)
+    return trainer
+
+
+def train(message: dict, session: Session) -> None:
+    job = Job(**message)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_picture_trainer(job, folder)
+        watch = TowerWatch(*filter(None, (trainer.model, trainer.ref_model)))
+        of_step = lambda seconds: {"collating_seconds": trainer.collating, **watch.taken()}
+        train_steps(trainer, session, also=of_step)
+
+
+if __name__ == "__main__":
+    serve(train)
