@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -131,46 +132,65 @@ def field_of(args: Namespace, model: str, mix: str) -> list[Contender]:
     return contenders(model, PAIRS, (model, mix) == ORDER[0])
 
 
-def run(args: Namespace, workers: Workers) -> None:
-    """All that there is time for; the JSON is written whenever something was measured."""
+def run_races(
+    what: str,
+    order: list[tuple[str, str]],
+    args: Namespace,
+    race: Callable[[str, str, float, Callable[[dict], None]], dict],
+    least: float,
+    evenly: bool = False,
+) -> None:
+    """All of `order` that there is time for, at least so many minutes each; the JSON is written whenever
+    something was measured. race(model, mix, minutes, keep): the record. evenly: each has its share."""
     began = time.perf_counter()
     left = lambda: args.minutes - (time.perf_counter() - began) / 60
-    results, no_time = (result_of_today("steps", args.out) or {}).get("results", {}), []
-    order = [(args.short, mix) for mix in SHORT_MIXES] if args.short else ORDER
-    order = (order if args.short else DRY_ORDER) if args.dry_run else to_do(results, order)
-    ceilings = measured_ceilings(small=args.dry_run)
+    results, no_time = (result_of_today(what, args.out) or {}).get("results", {}), []
+    order = order if args.dry_run else to_do(results, order)
 
     def keep(model: str, mix: str, earlier: dict, record: dict, quiet: bool = True) -> None:
         if measured(record) >= measured(earlier):  # done again, a race is not to end poorer than it was
-            results.setdefault(model, {})[mix] = record | {"ceilings": ceilings}
-        write_result("steps", {"results": results, "no_time_for": no_time}, args.out, quiet)
+            results.setdefault(model, {})[mix] = record
+        write_result(what, {"results": results, "no_time_for": no_time}, args.out, quiet)
 
     for number, (model, mix) in enumerate(order):
-        least = LEAST_SHORT_MINUTES if args.short else LEAST_MINUTES
         if left() < least and not args.dry_run:
             no_time.append(f"{model}, {mix}")
             continue
-        minutes = left() - 0.3
-        if args.short and not args.dry_run:  # each its share
-            minutes /= len(order) - number
+        minutes = (left() - 0.3) / (len(order) - number if evenly else 1)
         print(f"{model}, {mix}: {minutes:.1f} minutes", flush=True)
-        plan, field = plan_of(args, model, mix, minutes), field_of(args, model, mix)
         told = partial(keep, model, mix, results.get(model, {}).get(mix, {}))
         try:
-            record = measure_steps(plan, field, ceilings["gemm_tflops"], workers, told)
+            record = race(model, mix, minutes, told)
         except WorkerFailed as failed:  # fastdpo itself: the news of this model, and the others go on
             record = {"failed": failed.kind, "why": failed.why}
-        else:
-            print_table(f"{model}, {mix}: steps of {plan.pairs} pairs", record, Console(width=150))
         told(record, quiet=False)
     if no_time:
         print(f"no time for: {'; '.join(no_time)}")
-        write_result("steps", {"results": results, "no_time_for": no_time}, args.out)
+        write_result(what, {"results": results, "no_time_for": no_time}, args.out)
+
+
+def run(args: Namespace, workers: Workers) -> None:
+    ceilings = measured_ceilings(small=args.dry_run)
+
+    def race(model: str, mix: str, minutes: float, keep: Callable[[dict], None]) -> dict:
+        plan, field = plan_of(args, model, mix, minutes), field_of(args, model, mix)
+        told = lambda record: keep(record | {"ceilings": ceilings})
+        record = measure_steps(plan, field, ceilings["gemm_tflops"], workers, told)
+        print_table(f"{model}, {mix}: steps of {plan.pairs} pairs", record, Console(width=150))
+        return record | {"ceilings": ceilings}
+
+    if args.short:
+        order, least = [(args.short, mix) for mix in SHORT_MIXES], LEAST_SHORT_MINUTES
+    else:
+        order, least = DRY_ORDER if args.dry_run else ORDER, LEAST_MINUTES
+    run_races("steps", order, args, race, least, evenly=bool(args.short) and not args.dry_run)
 
 
 def main() -> None:
     parser = stage_parser(__doc__)
-    parser.add_argument("--short", metavar="MODEL", choices=MODELS, help="this model alone, in a short field")
+    parser.add_argument(
+        "--short", metavar="MODEL", choices=dict(ORDER), help="this model alone, in a short field"
+    )
     args = stage_arguments(parser)
     if not args.dry_run and not torch.cuda.is_available():
         sys.exit("no GPU here: --dry-run --out DIR shows that all of it runs")

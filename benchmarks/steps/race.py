@@ -61,12 +61,15 @@ class Entry:
     turns: list[list[float]] = field(default_factory=list)  # seconds of the steps that count
     losses: list[float] = field(default_factory=list)  # of all steps
     memory: dict = field(default_factory=dict)  # see session.memory
+    also: list[dict] = field(default_factory=list)  # what else it tells of all steps
     set_number: int | None = None  # None: it ran alone, beside nobody
     trace: dict | None = None
 
     def add(self, answer: dict) -> list[float]:
         """Takes over losses and memory of an answer; returns its seconds."""
         self.losses += [step["loss"] for step in answer["steps"]]
+        told = [{k: v for k, v in step.items() if k not in ("loss", "seconds")} for step in answer["steps"]]
+        self.also += filter(None, told)
         self.memory = {k: v for k, v in answer.items() if k.endswith("_bytes")}
         return [step["seconds"] for step in answer["steps"]]
 

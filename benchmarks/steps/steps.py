@@ -5,7 +5,6 @@ say which. A contender whose first losses are not fastdpo's gets no speed.
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,8 @@ from benchmarks.flops import USEFUL, step_flops
 from benchmarks.inputs import random_rows
 from benchmarks.lengths import PairLengths
 from benchmarks.models import MODELS, BenchModel, tiny
-from benchmarks.steps.race import Contender, Course, Entry, Race
+from benchmarks.steps.race import Contender, Course, Race
+from benchmarks.steps.timed import mark_fastest, timed
 from benchmarks.workers import ROOT, Workers
 
 POOL = 50  # steps that rows are chosen from, and that TRL's length grouping sorts at a time
@@ -121,14 +121,45 @@ def measure_steps(
 ) -> dict:
     """One model and mix: {"plan", "lengths", "summary": {name: numbers}, "entries", "sets", "seconds"}.
     `keep` is given the same, as far as it goes, whenever something was measured."""
-    began = time.perf_counter()
     pool, vocab = pool_of(plan), plan.bench_model.vocab
     even = even_steps(pool, plan.pairs, plan.distinct)
     grouped = grouped_steps(pool, plan.pairs, plan.turns * plan.measured)
     rows = {"even": rows_of_steps(even, vocab, 0)}
-    if plan.distinct > 1:
-        rows["even"].insert(0, rows["even"][0])  # seen again in the second step, where the loss has moved
+    first_twice(rows["even"], plan)
     rows["grouped"] = in_turns(rows["even"], rows_of_steps(grouped, vocab, len(even)), plan)
+    rows_of = {True: grouped, False: even}
+    tell = lambda race: record_of(race, rows_of, plan, ceiling_tflops)
+    return raced(plan, contenders, rows, workers, tell, keep)
+
+
+def first_twice(steps: list, plan: Plan) -> None:
+    """The first step's rows are seen again in the second, where the loss has moved."""
+    if plan.distinct > 1:
+        steps.insert(0, steps[0])
+
+
+def raced(
+    plan: Plan,
+    contenders: list[Contender],
+    rows: dict[str, list],
+    workers: Workers,
+    tell: Callable[[Race], dict],
+    keep: Callable[[dict], None],
+) -> dict:
+    """A race over these rows, "even" ones and where somebody reads them "grouped" ones: what `tell` says of
+    it and "plan", "entries", "sets", "sets_formed", "seconds"; `keep` is given that as far as it goes."""
+    began = time.perf_counter()
+
+    def record(race: Race) -> dict:
+        return {
+            "plan": asdict(plan),
+            **tell(race),
+            "entries": {name: asdict(entry) for name, entry in race.entries.items()},
+            "sets": race.sets,
+            "sets_formed": race_doc(),
+            "seconds": time.perf_counter() - began,
+        }
+
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / f"{name}.json" for name in rows}
         for name, path in files.items():
@@ -136,33 +167,24 @@ def measure_steps(
         job = {"model": plan.model, "rows": str(files["even"]), "device": plan.device, "tiny": plan.tiny}
         course = Course(
             job=job | {"learning_rate": plan.learning_rate},
-            grouped_rows=str(files["grouped"]),
+            grouped_rows=str(files.get("grouped", files["even"])),
             tolerance=TOLERANCE[plan.device],
             turns=plan.turns,
             measured=plan.measured,
             warm=plan.warm,
             checks=plan.checks,
         )
-        rows_of = {True: grouped, False: even}
-        record = lambda race: record_of(race, rows_of, plan, ceiling_tflops, began)
         race = Race(course, contenders, workers, 60 * plan.minutes, keep=lambda race: keep(record(race)))
         race.run()
     return record(race)
 
 
-def record_of(race: Race, rows_of: dict, plan: Plan, ceiling_tflops: float, began: float) -> dict:
+def record_of(race: Race, rows_of: dict, plan: Plan, ceiling_tflops: float) -> dict:
     """What a race says, during it too; rows_of: the steps' rows of grouped contenders and of the others."""
     numbers = {c.name: told(c, race, rows_of, plan, ceiling_tflops) for c in race.contenders}
     mark_fastest(numbers)
-    return {
-        "plan": asdict(plan),
-        "lengths": length_mixes.summary([row for step in rows_of[False] for row in step]),
-        "summary": numbers,
-        "entries": {name: asdict(entry) for name, entry in race.entries.items()},
-        "sets": race.sets,
-        "sets_formed": race_doc(),
-        "seconds": time.perf_counter() - began,
-    }
+    lengths = length_mixes.summary([row for step in rows_of[False] for row in step])
+    return {"lengths": lengths, "summary": numbers}
 
 
 def race_doc() -> str:
@@ -174,71 +196,17 @@ def race_doc() -> str:
 
 
 def told(contender: Contender, race: Race, rows_of: dict, plan: Plan, ceiling_tflops: float) -> dict:
-    """What one contender's entry says, in pairs and tokens a second, beside fastdpo's."""
-    entry = race.entries.get(contender.name) or Entry("time", "no time left")
-    ours = race.entries[race.ours.name]
+    """What one contender's entry says, beside fastdpo's, and what the FLOPs of its steps say."""
     steps = rows_of[contender.grouped]
     model, rows = plan.bench_model, [row for step in steps for row in step]
     mean = lambda how: step_flops(model, rows, how)["total"] / len(steps)
     own, ours_own = mean(contender.how), mean(race.ours.how)
-    compared = race.compared(contender, entry)
-    ours_turns = race.ours_turns[entry.set_number or 0 :][:1]
-    out = {
-        "state": entry.state,
-        "why": entry.why,
-        "losses": [theirs for theirs, _ in compared],
-        "largest_loss_difference": max((abs(a - b) for a, b in compared), default=None),
-        "flops": own,
-        "flop_ratio": own / ours_own,
-        "family": contender.family,
-    }
-    seconds = [s for turn in entry.turns for s in turn]
-    if entry.state != "measured":
-        return out
-    if not seconds or not any(ours_turns):
-        return out | {"state": "time", "why": "no time for a turn" + ("" if not seconds else " of fastdpo")}
-    tokens = tokens_a_step(steps)
-    typical = statistics.mean(seconds) if contender.grouped else statistics.median(seconds)
-    low, high = np.quantile(seconds, (0.25, 0.75)).tolist()
-    memory, ours_memory = entry.memory, ours.memory
-    return out | {
-        "pairs_per_second": plan.pairs / typical,
-        "quartiles": [plan.pairs / high, plan.pairs / low],
-        "slowest_and_fastest": [plan.pairs / max(seconds), plan.pairs / min(seconds)],
-        "steps": len(seconds),
-        "median_seconds": statistics.median(seconds),
-        "useful_tokens_per_second": tokens / typical,
-        "flop_utilisation": mean(USEFUL) / typical / (ceiling_tflops * 1e12),
-        "peak_gb": memory["peak_bytes"] / 1e9,
-        "process_peak_gb": memory["resident_peak_bytes"] / 1e9,
-        "paged_gb": memory.get("paged_bytes", 0) / 1e9,
-        "fastdpo_times_faster": times_faster(
-            contender, race, tokens / typical, tokens_a_step(rows_of[False])
-        ),
-        "fastdpo_memory_ratio": ours_memory["peak_bytes"] / memory["peak_bytes"],
-        "interleaved": entry.set_number is not None,
-    }
-
-
-def times_faster(contender: Contender, race: Race, tokens_per_second: float, our_tokens: float) -> float:
-    """How many times faster fastdpo is: the median over the turns of their set, each beside its own. Of
-    grouped rows, which are others in every turn, by useful tokens a second over all of them."""
-    entry = race.entries[contender.name]
-    alone, middle = entry.set_number is None, statistics.median
-    ours = race.ours_turns[0 if alone else entry.set_number]
-    if contender.grouped:
-        return our_tokens / middle([s for turn in ours for s in turn]) / tokens_per_second
-    if alone:
-        return middle(map(middle, entry.turns)) / middle(map(middle, ours))
-    return middle(middle(theirs) / middle(mine) for theirs, mine in zip(entry.turns, ours))
-
-
-def mark_fastest(numbers: dict[str, dict]) -> None:
-    """Sets fastest_of_family where the highest rate of a peer's settings is."""
-    for family in {n["family"] for n in numbers.values()} - {None}:
-        found = [n for n in numbers.values() if n["family"] == family and "pairs_per_second" in n]
-        if found:
-            max(found, key=lambda n: n["pairs_per_second"])["fastest_of_family"] = True
+    out = {"flops": own, "flop_ratio": own / ours_own}
+    out |= timed(contender, race, plan.pairs, tokens_a_step(steps), tokens_a_step(rows_of[False]))
+    if "pairs_per_second" in out:
+        useful = mean(USEFUL) * out["pairs_per_second"] / plan.pairs
+        out["flop_utilisation"] = useful / (ceiling_tflops * 1e12)
+    return out
 
 
 def measured_ceilings(small: bool) -> dict:

@@ -12,6 +12,7 @@ from benchmarks.inputs import groups_of, random_rows
 from benchmarks.lengths import PairLengths
 from benchmarks.models import MODELS
 from benchmarks.peers.ladder import RUNGS, pack_apart, with_own_prompts
+from benchmarks.peers.session import Ended
 from benchmarks.steps import race as race_module
 from benchmarks.steps.contenders import BATCHED, LADDER, fastdpo, hf_plain, ladder, trl
 from benchmarks.steps.race import Contender, Course, Entry, Race
@@ -252,27 +253,32 @@ class Recorder:
     """A session in this process: n steps, and their losses."""
 
     def __init__(self, n):
-        self.left, self.losses = n, []
+        self.left, self.losses, self.told = n, [], []
 
     def ready(self, **facts):
-        json.dumps(facts)
+        self.facts = json.loads(json.dumps(facts))
 
     def next_step(self):
         self.left -= 1
         return self.left >= 0
 
-    def done(self, loss):
+    def done(self, loss, also=lambda seconds: {}):
         self.losses.append(float(loss()))
+        self.told.append(also(1.0))
 
 
-def losses_of(contender, job):
+def recorded(contender, job):
     module = pytest.importorskip(contender.module, reason="needs trl")
     recorder = Recorder(4)
     try:
         module.train(job | {"options": contender.options}, recorder)
-    except module.Ended:
+    except Ended:
         pass
-    return recorder.losses
+    return recorder
+
+
+def losses_of(contender, job):
+    return recorded(contender, job).losses
 
 
 def test_trls_stored_reference_is_the_models_own(tmp_path):

@@ -237,11 +237,11 @@ def test_a_record_of_a_race_that_goes_on():
     race.entries["a"] = Entry("measured", losses=[0.7], memory=memory, turns=[[1.0, 1.0]])  # alone
     plan = Plan("CPU", "hh real", "cpu", pairs=1, turns=2, measured=2, minutes=1)
     rows_of = {False: [[PairLengths(9, 5, 5)]], True: []}
-    states = lambda: {n: r["state"] for n, r in record_of(race, rows_of, plan, 1.0, 0.0)["summary"].items()}
+    states = lambda: {n: r["state"] for n, r in record_of(race, rows_of, plan, 1.0)["summary"].items()}
     assert states() == {"fastdpo": "time", "a": "time", "b": "time"}
     race.entries["fastdpo"].turns.append([2.0, 2.0])
     race.ours_turns = [race.entries["fastdpo"].turns]
-    record = record_of(race, rows_of, plan, 1.0, 0.0)
+    record = record_of(race, rows_of, plan, 1.0)
     assert record["summary"]["a"]["fastdpo_times_faster"] == 0.5 and states()["b"] == "time"
     json.dumps(record)
 
