@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.tables import head_blocks, learning_blocks, memory_blocks, row_blocks
+from benchmarks.tables import head_blocks, image_blocks, learning_blocks, memory_blocks, row_blocks
 from benchmarks.tables.markdown import markdown, number, where
 
 
@@ -230,6 +230,13 @@ BLOCKS = {
     ),
     "growth-cpu": ("growth", "cpu", growth, "how cost grows on a CPU", "make bench-cpu"),
     "steps-gpu": ("steps", "gpu", steps_on_a_gpu, "training steps on a GPU, beside TRL", _all("steps")),
+    "images-gpu": (
+        "images",
+        "gpu",
+        image_blocks.images,
+        "training steps with images on a GPU, beside TRL",
+        _all("images"),
+    ),
     "dropin-gpu": ("dropin", "gpu", dropin, "TRL stock and patched on a GPU", _all("dropin")),
     "head-gpu": ("head", "gpu", head, "the lm_head on a GPU, beside every other one", _all("head")),
     "head-shapes": ("head", "gpu", head_blocks.shapes, "the lm_head in every shape", _all("head")),
