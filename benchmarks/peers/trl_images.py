@@ -1,5 +1,6 @@
 """TRL's DPOTrainer on prompts with pictures, as a worker: its own collator, and the reference in every step,
-since it refuses to store one where there are images. Options: batch_size, liger, flash, as in trl_dpo.py.
+since it refuses to store one where there are images. Options: batch_size, liger, flash, as in trl_dpo.py, and
+patch: after fastdpo.integrations.trl.patch().
 
 A step's clock begins when its batches are collated: TRL's pixels cost it nothing. How long they take is told
 beside (`collating_seconds`: decoding, the processor and the tokens, by the main thread).
@@ -11,6 +12,7 @@ import time
 import datasets
 import trl
 
+import fastdpo.integrations.trl as fast
 from benchmarks.peers.jobs import Job, flash_attention, require_liger, same_lora
 from benchmarks.peers.session import Session, serve
 from benchmarks.peers.towers import TowerWatch
@@ -32,6 +34,8 @@ class PictureTrainer(ExactTrainer):
 
 def make_picture_trainer(job: Job, folder: str) -> PictureTrainer:
     """A DPOTrainer on the job's rows, in the job's order."""
+    if job.options.get("patch"):
+        fast.patch()
     if job.options.get("liger"):
         require_liger(job.device)
     attention, lora = flash_attention() if job.options.get("flash") else None, job.lora_rank is not None

@@ -35,12 +35,17 @@ def trl(size: int, pairs: int, label: str = "", **options) -> Contender:
     how = replace(BATCHED, padded_to=size, reference_forward=True)
     options = {"batch_size": size, "best": True} | options
     name = f"TRL{label} {size} x {pairs // size}"
-    return Contender(name, WORKER, options, how, family="TRL", sizes_of=f"TRL{label}")
+    family = "patched" if options.get("patch") else "TRL"
+    return Contender(name, WORKER, options, how, family=family, sizes_of=f"TRL{label}")
 
 
 def contenders(pairs: int, sizes: tuple[int, ...], max_tokens: int) -> list[Contender]:
-    """fastdpo, TRL at each size, and at the first one with what may make it faster."""
-    more = {" + flash-attn": {"flash": True}, " + liger layers": {"liger": True}}
+    """fastdpo, TRL at each size, and at the first one with what may make it faster, our patch() last."""
+    more = {
+        " + flash-attn": {"flash": True},
+        " + liger layers": {"liger": True},
+        " + patch()": {"patch": True},
+    }
     faster = [trl(sizes[0], pairs, label, **options) for label, options in more.items()]
     return [fastdpo(max_tokens), *(trl(size, pairs) for size in sizes), *faster]
 
