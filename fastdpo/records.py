@@ -132,6 +132,9 @@ class PackedGroups(Responses, Movable):
         False  # computed where a rank has nothing to do, so that all compute as often; counts nothing
     )
     images: dict[str, Tensor] = field(default_factory=dict)  # what the model takes of its prompts' images
+    # i64[.]: of each image token the row of features it takes, where an image has several places and is
+    # encoded once; None: one after the other
+    features: Tensor | None = None
 
     @property
     def some_rows(self) -> str:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image as PIL
 from transformers import AutoConfig, AutoModelForImageTextToText, ProcessorMixin
 
+from fastdpo.data.images.expansion import Expander
 from fastdpo.model.loading import switch_off_dropout
 from fastdpo.model.policy import Policy
 from fastdpo.model.processors import without_video
@@ -185,16 +186,18 @@ def picture(seed, size=(32, 48)):
     return PIL.fromarray(coarse).resize(size, PIL.Resampling.NEAREST)
 
 
-def image(seed, size=(32, 48)):
+def image(seed, size=(32, 48), family=None):
     made = picture(seed, size)
-    return Image(hashlib.md5(made.tobytes()).digest(), size, lambda: made)
+    tokens = int(Expander(processor(family)).of(size).runs.sum()) if family else 0
+    return Image(hashlib.md5(made.tobytes()).digest(), size, lambda: made, tokens)
 
 
-def group(row, family, lengths, sizes=((32, 48),), seed=0):
-    """A prompt with an image of each of these sizes between words, and random responses; the longer ones
-    have two tokens that are not scored."""
+def group(row, family, lengths, sizes=((32, 48),), seed=0, images=None):
+    """A prompt with an image of each of these sizes (or these images) between words, and random responses;
+    the longer ones have two tokens that are not scored."""
     made, draw = processor(family), np.random.default_rng([seed, row])
-    images = tuple(image([seed, row, n], size) for n, size in enumerate(sizes))
+    if images is None:
+        images = tuple(image([seed, row, n], size, family) for n, size in enumerate(sizes))
     words = ["the old cat", *("sees a red bird" for _ in images)]
     text = words[0] + "".join(f" {PLACEHOLDER[family]} {more}" for more in words[1:])
     if images:

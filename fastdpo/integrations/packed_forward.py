@@ -23,6 +23,7 @@ from fastdpo.integrations.inner import Sealed, can_share, short, switch_attentio
 from fastdpo.integrations.split import is_split, same_everywhere
 from fastdpo.integrations.trl_rows import IGNORED, PackedRows, pack_rows
 from fastdpo.model.lm_head import Head, logit_transform
+from fastdpo.model.vision import repeated
 from fastdpo.records import PreferenceGroup
 
 
@@ -90,14 +91,15 @@ class Packed:
     def shared(self, model, rows: PackedRows, router: bool):
         batch = rows.batch
         assert batch.layout is not None
-        out = model.base_model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            fastdpo_layout=Sealed(batch.layout),
-            **batch.images,
-            **({"output_router_logits": True} if router else {}),
-        )
+        with repeated(model.base_model, batch.features):
+            out = model.base_model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                fastdpo_layout=Sealed(batch.layout),
+                **batch.images,
+                **({"output_router_logits": True} if router else {}),
+            )
         values = self.score(model, out.last_hidden_state[0][batch.score_row], batch.target)
         return {name: rows.scatter(value) for name, value in values.items()}, out
 

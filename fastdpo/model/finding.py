@@ -40,6 +40,28 @@ class Source:
 
         return Path(str(cached_file(self.where, name, revision=self.revision or "main")))
 
+    def content(self, name: str) -> bytes | None:
+        """Of one of its files; None where it has no such one. Raises ModelError where nobody can tell."""
+        try:
+            path = self.folder / name if self.folder else self._downloaded(name)
+            return path.read_bytes() if path and path.is_file() else None
+        except Exception as error:  # whatever the network, a proxy, the hub or the disk makes libraries raise
+            why = " ".join(str(error).split())[:300] or type(error).__name__
+            if self.folder is None:
+                why = look_up(self.name, "model", self.revision).why or why
+                why = f"{why}; try again, or download it first (`hf download {self.name}`)"
+            raise ModelError(f"{self.label}: {name} cannot be had: {why}") from None
+
+    def _downloaded(self, name: str) -> Path | None:
+        from huggingface_hub import errors, hf_hub_download
+
+        try:
+            return Path(hf_hub_download(self.name, name, revision=self.revision))
+        except errors.LocalEntryNotFoundError:  # which is one of the others, too: the hub was not reached
+            raise
+        except errors.EntryNotFoundError:
+            return None
+
     @contextlib.contextmanager
     def reading(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Inside, what from_pretrained is given: where to read, and arguments."""

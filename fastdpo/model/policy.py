@@ -17,7 +17,7 @@ from fastdpo.errors import ModelError
 from fastdpo.model import attention
 from fastdpo.model.lm_head import Head, logit_transform, within_free_memory
 from fastdpo.model.sharding import Root
-from fastdpo.model.vision import pack_with_images
+from fastdpo.model.vision import pack_with_images, repeated
 from fastdpo.records import PackedGroups, PreferenceGroup
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ class Policy:
             arguments: dict[str, Any] = {"attention_mask": batch.attention_mask}
         else:
             arguments = {"position_ids": batch.position_ids, "fastdpo_layout": batch.layout}
-        with self.autocast():
+        with self.autocast(), repeated(self.core.base_model, batch.features):
             arguments |= {"input_ids": batch.input_ids, **batch.images}
             out = self.core.base_model(use_cache=False, **arguments)
         return cast(Tensor, out.last_hidden_state).flatten(0, 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from transformers import (
     PROCESSOR_MAPPING,
     AutoFeatureExtractor,
@@ -114,24 +115,28 @@ def _part(name: str, tokenizer: PreTrainedTokenizerBase, where: str, options: di
 
 
 def stored_files(found: Source) -> dict[str, bytes]:
-    """The files of a processor, where there is one."""
-    return {name: text for name in _FILES if (text := _read(found, name)) is not None}
+    """The files of a processor, where there is one. Raises ModelError where nobody can tell: the hub fails,
+    or is out of reach and its cache, which may hold only a part of the model, has none."""
+    if found.gguf:
+        return {}
+    files = {name: text for name in _FILES if (text := found.content(name)) is not None}
+    if found.offline and not files and not all(_is_known_to_lack(found, name) for name in _FILES):
+        raise ModelError(
+            f"{found.label}: its processor is not in the hub's cache, and {found.offline}; download it first "
+            f"(`hf download {found.name}`), or give {found.folder} if it has none"
+        )
+    return files
+
+
+def _is_known_to_lack(found: Source, name: str) -> bool:
+    """Whether the hub once said that a model has no such file."""
+    return try_to_load_from_cache(found.name, name, revision=found.revision) is _CACHED_NO_EXIST
 
 
 def template_beside(found: Source) -> str | None:
     """A processor's chat template of before tokenizers had those."""
-    text = _read(found, _OLD_TEMPLATE)
+    text = None if found.gguf else found.content(_OLD_TEMPLATE)
     return None if text is None else json.loads(text).get("chat_template")
-
-
-def _read(found: Source, name: str) -> bytes | None:
-    if found.gguf:
-        return None
-    try:
-        path = found.folder / name if found.folder else found.file(name)
-        return path.read_bytes()
-    except (OSError, ValueError):  # there is none
-        return None
 
 
 def save_processor(processor: ProcessorMixin, folder: Path | str) -> None:

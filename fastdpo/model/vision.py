@@ -5,8 +5,9 @@ Pixels, and how they lie in a batch, are the matter of transformers' processors.
 see each other both ways.
 """
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -19,6 +20,7 @@ from fastdpo.data.beginnings import Branch
 from fastdpo.data.layout import Prompt
 from fastdpo.data.packing import pack
 from fastdpo.errors import DataError, ModelError
+from fastdpo.preferences import Image
 from fastdpo.records import PackedGroups, PreferenceGroup
 
 IN_HEIGHT_AND_WIDTH = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl"}
@@ -40,24 +42,78 @@ def pack_with_images(
         if any(group.images for group in groups):
             images |= pixels(core, processor, rows, in_one=core.config.model_type in SHARED)
         return replace(batch, images=images)
-    images = pixels(core, processor, groups) if any(group.images for group in groups) else {}
-    first = accumulate((len(group.images) for group in groups), initial=0)
+    images = pixels(core, processor, groups, once=True) if any(group.images for group in groups) else {}
+    once = _by_key(groups)
     prompts = [
-        Prompt(blocks_of(core.config, group.prompt), _positions(core, group, images, n))
-        for group, n in zip(groups, first)
+        Prompt(blocks_of(core.config, group.prompt), _positions(core, group, images, list(once)))
+        for group in groups
     ]
     # prompts that begin with the same tokens may have other images, or see what is behind these tokens
     plain = not images and not any(prompt.blocks for prompt in prompts)
-    return replace(pack(groups, share, tree if plain else None, prompts), images=images)
+    packed = pack(groups, share, tree if plain else None, prompts)
+    return replace(packed, images=images, features=_features(groups, once))
+
+
+def _by_key(rows: Sequence[PreferenceGroup]) -> dict[bytes, Image]:
+    """Each of their images once, in the order of their first places."""
+    return {image.key: image for row in rows for image in row.images}
+
+
+def _features(groups: Sequence[PreferenceGroup], once: dict[bytes, Image]) -> Tensor | None:
+    """PackedGroups.features."""
+    placed = [image for group in groups for image in group.images]
+    if len(placed) == len(once):
+        return None
+    first = dict(zip(once, accumulate((image.tokens for image in once.values()), initial=0)))
+    return torch.cat([first[image.key] + torch.arange(image.tokens) for image in placed])
+
+
+@contextlib.contextmanager
+def repeated(model: Any, features: Tensor | None) -> Iterator[None]:
+    """Inside, the model places these of its images' features, of which some images have several places."""
+    if features is None:
+        yield
+        return
+    encode, own = model.get_image_features, "get_image_features" in vars(model)
+
+    def placed(*args, **kwargs):
+        found = encode(*args, **kwargs)
+        found.pooler_output = _taken(found.pooler_output, features)
+        if deeper := getattr(found, "deepstack_features", None):  # Qwen3-VL: what its first layers add
+            found.deepstack_features = [_taken(layer, features) for layer in deeper]
+        return found
+
+    model.get_image_features = placed
+    try:
+        yield
+    finally:
+        if own:
+            model.get_image_features = encode
+        else:
+            del model.get_image_features
+
+
+def _taken(found: Any, features: Tensor) -> Any:
+    """Features of some images, one after the other or image by image, as those of a single one."""
+    if isinstance(found, Tensor):
+        rows = found.flatten(0, -2)[features]
+        return rows if found.dim() == 2 else rows[None]
+    return (torch.cat(tuple(found))[features],)
 
 
 def pixels(
-    core: Any, processor: Any, rows: Sequence[PreferenceGroup], in_one: bool = True
+    core: Any, processor: Any, rows: Sequence[PreferenceGroup], in_one: bool = True, once: bool = False
 ) -> dict[str, Tensor]:
     """What the model takes of these rows' images, in order, from its own processor: all as those of one row,
-    or row by row. Raises DataError, as Image.open does, and for an image that the model would drop."""
-    opened = [[image.open() for image in row.images] for row in rows]
-    found = _processed(processor, [[one for some in opened for one in some]] if in_one else opened)
+    or row by row; `once`: each image in its first place alone. Raises DataError, as Image.open does, and for
+    an image that the model would drop."""
+    opened = {key: image.open() for key, image in _by_key(rows).items()}
+    given = [[opened[image.key] for image in row.images] for row in rows]
+    if once:
+        given = [list(opened.values())]
+    elif in_one:
+        given = [[one for some in given for one in some]]
+    found = _processed(processor, given)
     takes = inspect.signature(core.base_model.forward).parameters
     taken = {
         name: value if isinstance(value, Tensor) else torch.as_tensor(np.array(value))
@@ -69,9 +125,9 @@ def pixels(
         name = type(core).__name__
         raise ModelError(f"{name} takes {', '.join(others)} beside pixels, which fastdpo does not know yet")
     if core.config.model_type in DROPS_BLACK and _any_black(taken):
-        for row, pictures in zip(rows, opened):
-            for number, picture in enumerate(pictures, 1):
-                if _any_black(_processed(processor, [[picture]])):
+        for row in rows:
+            for number, image in enumerate(row.images, 1):
+                if _any_black(_processed(processor, [[opened[image.key]]])):
                     name = type(core).__name__
                     raise DataError(f"row {row.row}: image {number} is all black, which {name} drops")
     return taken
@@ -101,16 +157,18 @@ def blocks_of(config: Any, prompt: np.ndarray) -> tuple[tuple[int, int], ...]:
     return tuple(zip(bounds[::2], bounds[1::2]))
 
 
-def _positions(core: Any, group: PreferenceGroup, images: dict[str, Tensor], first: int) -> np.ndarray | None:
-    """i64[3, n] of a prompt's tokens, by the model's own rule; None where they are plain. `first`: which of
-    the batch's images is its first one."""
+def _positions(
+    core: Any, group: PreferenceGroup, images: dict[str, Tensor], keys: list[bytes]
+) -> np.ndarray | None:
+    """i64[3, n] of a prompt's tokens, by the model's own rule; None where they are plain. `keys`: of the
+    batch's images."""
     if not group.images or core.config.model_type not in IN_HEIGHT_AND_WIDTH:
         return None
     ids = torch.from_numpy(group.prompt)[None]
     found, delta = core.base_model.get_rope_index(
         ids,
         mm_token_type_ids=(ids == core.config.image_token_id).int(),
-        image_grid_thw=images["image_grid_thw"][first : first + len(group.images)],
+        image_grid_thw=images["image_grid_thw"][[keys.index(image.key) for image in group.images]],
     )
     if int(found.max()) + 1 != len(group.prompt) + int(delta):
         raise RuntimeError(f"positions end at {int(found.max())}, and generation would begin elsewhere")

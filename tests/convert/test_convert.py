@@ -154,6 +154,7 @@ OURS = {
         "lora_rank": 8,
         "lora_target_modules": "all-linear",
         "warmup_steps": 5,
+        "image_max_pixels": 589824,
         "output_dir": "out",
     },
 }

@@ -150,6 +150,22 @@ def test_what_changes_training_is_refused_and_the_rest_is_not():
     assert read(finetuning_type="full", lora_rank=8).ours.get("lora_rank") is None
 
 
+def test_images_are_as_large_as_there():
+    draft = read()
+    assert draft.ours["image_max_pixels"] == 768 * 768
+    assert "image_max_pixels 589824 (LLaMA-Factory's default) -> image_max_pixels 589824" in draft.notes
+    assert "image_max_pixels" not in LLAMA_FACTORY.translate(DPO, whole=False).ours  # flags over a config
+    of = lambda **keys: (read(**keys).ours["image_max_pixels"], read(**keys).problems)
+    assert of(image_max_pixels=262144) == of(image_resolution=262144) == (262144, [])
+    assert of(image_resolution=512) == (512 * 512, [])
+    assert any("of an image's longer side" in note for note in read(image_resolution=512).notes)
+    smallest = lambda value: [note for note in read(image_min_pixels=value).notes if "image_min" in note]
+    assert smallest(1024) == [
+        "image_min_pixels 1024: left out, so small an image is left to the model's own processor"
+    ]
+    assert smallest(65536)[0].startswith("check: image_min_pixels 65536: left out, no image is made larger")
+
+
 def test_where_a_data_set_was_looked_for_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(

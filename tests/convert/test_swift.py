@@ -26,6 +26,12 @@ def ours(**more):
     return made.ours
 
 
+def test_images_are_as_large_as_there():
+    assert ours(max_pixels=9)["image_max_pixels"] == ours(MAX_PIXELS=9)["image_max_pixels"] == 9
+    assert ours(max_pixels=9, MAX_PIXELS=5)["image_max_pixels"] == 9
+    assert [note for note in draft(MAX_PIXELS=9).notes if note.startswith("check: MAX_PIXELS 9: templates")]
+
+
 @pytest.mark.parametrize("rlhf_type", ["dpo", "kto", "orpo", "cpo", "simpo"])
 def test_every_argument_is_known_and_its_default_is_no_problem(rlhf_type):
     given = {key: value for key, value in KNOWN.items() if value not in (None, [])}

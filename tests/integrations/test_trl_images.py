@@ -92,6 +92,16 @@ def test_equal_words_about_other_images_are_not_shared():
     assert seen[0] == 10 * 3 * 32 * 32 and seen[-1] == 4 * 3 * 32 * 32
 
 
+@pytest.mark.parametrize("family", ["llava", "idefics3", "qwen3_vl"])
+def test_questions_about_one_image_take_it_once(family):
+    model = images.model(family).train()
+    seen = forwards(model)
+    asked = [row([1], text, "a red bird", "a house") for text in ("what is it", "who")]
+    theirs, ours = both(model, batch(family, asked))
+    assert_same(theirs, ours)
+    assert 4 * seen[-1] == seen[0]
+
+
 def test_rows_without_an_image(monkeypatch):
     """Between others, and as a whole batch: with images and without, our forward is checked once each."""
     mixed = [row([1], "what is it", "a red bird", "a house"), row([], "who", "the old cat", "two birds")]

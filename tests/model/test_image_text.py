@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model import processors
+from fastdpo.model.finding import Source, find_source
 from fastdpo.model.loading import (
     load_model_config,
     load_policy,
@@ -27,6 +28,7 @@ from fastdpo.publish.merge import merge
 from fastdpo.reference.fingerprint import reference_fingerprint
 from fastdpo.training.samples import complete, end_tokens
 from tests import images
+from tests.hub import REFUSALS, running
 
 QUIET = Console(quiet=True)
 
@@ -108,6 +110,57 @@ def test_what_is_saved_loads_in_transformers_with_the_sources_processor(family, 
     for name, text in processors._stored[policy.processor].items():
         assert (tmp_path / name).read_bytes() == text
     assert load_processor(ModelSpec(str(tmp_path)), tokenizer) is not None
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with running(monkeypatch, tmp_path / "hub") as hub:
+        yield hub
+
+
+@pytest.mark.parametrize("answer", [*REFUSALS, None])
+def test_a_processor_that_the_hub_does_not_give_is_not_one_that_is_not_there(answer, hub):
+    hub.answer = answer
+    found = Source("org/vlm", "model: 'org/vlm'", None)
+    if answer == "no such file":
+        assert processors.stored_files(found) == {} and processors.template_beside(found) is None
+        return
+    with pytest.raises(ModelError) as caught:
+        processors.stored_files(found)
+    said = str(caught.value)
+    assert said.startswith("model: 'org/vlm': processor_config.json cannot be had: ")
+    assert said.endswith("; try again, or download it first (`hf download org/vlm`)") and "\n" not in said
+    words = {
+        "down": " answers 503",
+        None: "is out of reach",
+        "gated": "is gated",
+        "not there": "neither a path",
+    }
+    assert words[answer] in said
+
+
+def test_a_processor_that_is_not_in_the_cache_may_be_on_the_hub(hub, tmp_path):
+    place, revision = tmp_path / "hub/models--org--cached-vlm", "c" * 40
+    snapshot = place / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text(revision)
+    found = find_source("org/cached-vlm", "model: 'org/cached-vlm'")
+    with pytest.raises(ModelError) as caught:
+        processors.stored_files(found)
+    said = str(caught.value)
+    assert said.startswith(
+        f"model: 'org/cached-vlm': its processor is not in the hub's cache, and the hub, {hub.address}"
+    )
+    assert said.endswith(f"(`hf download org/cached-vlm`), or give {snapshot} if it has none")
+    assert processors.stored_files(find_source(str(snapshot), "model")) == {}
+    (place / ".no_exist" / revision).mkdir(parents=True)
+    for name in processors._FILES:  # the hub has said so
+        (place / ".no_exist" / revision / name).touch()
+    assert processors.stored_files(found) == {}
+    (snapshot / "preprocessor_config.json").write_text("{}")
+    assert processors.stored_files(found) == {"preprocessor_config.json": b"{}"}
 
 
 def test_a_tower_counts_for_the_reference(folders):

@@ -88,6 +88,26 @@ def test_an_image_is_encoded_once(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_an_image_of_several_prompts_is_encoded_once(family):
+    """And trains as one image a prompt does: in other places, beside another one, twice in a prompt."""
+    p = images.policy(family)
+    one, other = images.image(1, (32, 48), family), images.image(2, (48, 32), family)
+    shapes = [([5, 4], (one,)), ([3, 6, 4], (other, one)), ([4, 3], ()), ([7, 2], (one, other, one))]
+    groups = [images.group(row, family, shape, images=some) for row, (shape, some) in enumerate(shapes)]
+    weights = upstream(groups)
+    truth, truth_grads = separate(p, groups, weights)
+    p.set_sharing(True)
+    batch, alone = p.pack(groups), p.pack(groups[1:2])
+    assert batch.features is not None and alone.features is None
+    assert batch.images["pixel_values"].numel() == alone.images["pixel_values"].numel()
+    ours = p.token_logp(batch.to("cpu"))
+    torch.testing.assert_close(ours.detach(), truth, rtol=0, atol=1e-5)
+    (ours * weights).sum().backward()
+    assert_gradients_close(gradients(p.model), truth_grads, 1e-5)
+    assert "get_image_features" not in vars(p.core.base_model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_another_image_is_another_answer(family):
     p, (first, *_) = images.policy(family), images.groups(family)
     p.set_sharing(True)

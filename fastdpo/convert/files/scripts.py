@@ -50,7 +50,7 @@ def _command(words: list[str]) -> tuple[str | None, dict, dict] | None:
             own = next((own for names, own in _TRAINERS.items() if re.fullmatch(names, said)), None)
             if own is not None and said.count(" ") == length - 1:
                 file, flags = _flags(words[at + length :])
-                return file, own | _devices(words[:at]), flags
+                return file, own | _devices(words[:at]) | _of_swift(own, words[:at]), flags
     return None
 
 
@@ -61,6 +61,13 @@ def _devices(words: list[str]) -> dict:
     counts = say("__num_processes|__nproc_per_node|__num_gpus|NPROC_PER_NODE") + say("__nnodes|NNODES")
     gpus = [one.count(",") + 1 for one in re.findall(r"__include[= ]localhost:([\d,]+)", text)]
     return {"num_processes": math.prod([*map(int, counts), *gpus])} if counts or gpus else {}
+
+
+def _of_swift(own: dict, words: list[str]) -> dict:
+    """What ms-swift takes from the environment."""
+    said = [word for word in words if word.startswith("MAX_PIXELS=")] if "rlhf_type" in own else []
+    values = [_like(word, word.partition("=")[2]) for word in said[-1:]]
+    return {"MAX_PIXELS": _value(values)} if values else {}
 
 
 def _flags(words: list[str]) -> tuple[str | None, dict]:

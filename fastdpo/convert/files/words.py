@@ -32,14 +32,14 @@ _VALUE = re.compile(
 )
 _KEYWORDS = "if then else elif fi for while until do done case esac ! { }".split()
 _SETS = re.compile(r"(?s)([A-Za-z_]\w*)(\+?)=(.*)")
-_COUNTS = ("NPROC_PER_NODE", "NNODES")
+_EXPORTED = ("NPROC_PER_NODE", "NNODES", "MAX_PIXELS")
 _OPEN = "\0"  # behind what cannot be told in a value
 _SPACE = "\1"  # where a variable's value falls apart into words
 
 
 class Script:
     """commands: each as words, the script's variables put in; a word that only running would tell is
-    Unresolved. What NPROC_PER_NODE and NNODES are set to before a command stands ahead of it, too."""
+    Unresolved. What those of _EXPORTED are set to before a command stands ahead of it, too."""
 
     def __init__(self, text: str):
         self.variables: dict[str, str] = {}
@@ -76,8 +76,8 @@ class Script:
         elif flat:
             if flat[0].startswith("--"):
                 raise ConfigError(f"{flat[0]}: the line before it does not end with \\, so no command has it")
-            counts = [f"{name}={self.variables[name]}" for name in _COUNTS if name in self.variables]
-            self.commands.append(counts + flat)
+            exported = [f"{name}={self.variables[name]}" for name in _EXPORTED if name in self.variables]
+            self.commands.append(exported + flat)
 
     def _set(self, name: str, value: str, is_surely: bool) -> None:
         if (self.depth or not is_surely) and self.variables.get(name, value) != value:

@@ -12,6 +12,7 @@ from fastdpo.convert.tools.template_names import set_template
 _LOSSES = ("sigmoid", "hinge", "ipo", "orpo", "simpo", "nca_pair")  # nca_pair: Light-R1's fork
 _FILES = (".jsonl", ".json", ".csv", ".parquet")
 _SMALLEST = 1e-6  # what its code takes for 0
+_LONGEST_SIDE = 8192  # of image_resolution, before 2025; a larger one is of all pixels, as of early 2025
 _MERGE = "the new LoRA is on the model with this one merged: merge it first, and give that as model"
 _MERGE_SOME = "all but the last one are merged: merge them first, and give that as model"
 
@@ -180,6 +181,21 @@ def _template(draft: Draft, template=None, cutoff_len=None, default_system=None)
         draft.check("cutoff_len", "LLaMA-Factory cuts longer rows at the prompt's end too; see truncation")
 
 
+def _images(draft: Draft, image_max_pixels=None, image_resolution=None, *, image_min_pixels=None) -> None:
+    """Larger images are made smaller as here, by one factor for both sides (data/mm_plugin.py 222)."""
+    if image_resolution is None:
+        draft.set("image_max_pixels", image_max_pixels, "image_max_pixels")
+    elif image_resolution > _LONGEST_SIDE:
+        draft.set("image_max_pixels", image_resolution, "image_resolution")
+    else:
+        draft.set("image_max_pixels", image_resolution**2, "image_resolution")
+        draft.check("image_resolution", "so small it is of an image's longer side, and here of all pixels")
+    if image_min_pixels is not None and image_min_pixels > 32 * 32:
+        draft.check("image_min_pixels", "left out, no image is made larger before the model's processor")
+    elif image_min_pixels is not None:
+        draft.leave("image_min_pixels", "so small an image is left to the model's own processor")
+
+
 LLAMA_FACTORY = Tool(
     "LLaMA-Factory",
     only_here="stage finetuning_type pref_loss pref_beta pref_ftx cutoff_len template dataset dataset_dir "
@@ -187,8 +203,9 @@ LLAMA_FACTORY = Tool(
     "kto_chosen_weight kto_rejected_weight dpo_label_smoothing adapter_name_or_path "
     "create_new_adapter dpo_ftx dpo_loss dpo_beta orpo_beta kto_ftx",
     defaults=shared.DEFAULTS
-    | {"learning_rate": 5e-5, "cutoff_len": 2048, "finetuning_type": "lora", "stage": "dpo"},
-    parts=(*shared.RUN, _lora, _data, _held_out, _template, *shared.KEPT, _loss, _reference),
+    | {"learning_rate": 5e-5, "cutoff_len": 2048, "finetuning_type": "lora", "stage": "dpo"}
+    | {"image_max_pixels": 768 * 768},
+    parts=(*shared.RUN, _lora, _data, _held_out, _template, _images, *shared.KEPT, _loss, _reference),
     reasons=shared.REASONS
     | {
         "stage": "fastdpo does preference training: dpo or kto (stages does SFT before it)",

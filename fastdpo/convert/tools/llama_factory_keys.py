@@ -101,9 +101,8 @@ ROWS = {
     "buffer_size": beside("streaming"),
     "freeze_vision_tower": "freeze_vision",
     "media_dir": "media_dir",
-    "image_max_pixels": "image_max_pixels",
-    "image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels "
-    "video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate image_resolution "
+    "image_do_pan_and_scan crop_to_patches video_max_pixels "
+    "video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate "
     "video_resolution image_dir visual_inputs freeze_multi_modal_projector": _NO_MEDIA,
     "do_sample temperature top_p top_k num_beams max_new_tokens repetition_penalty length_penalty "
     "skip_special_tokens generation_max_length generation_num_beams generation_config eval_num_beams "

@@ -21,6 +21,14 @@ def _scale(draft: Draft, key: str, value) -> None:
         draft.refuse(key, fix="every token of a response counts the same here; remove it")
 
 
+def _of_environment(draft: Draft, key: str, value) -> None:
+    """What Qwen's images, and those of some others, are made smaller to (get_env_args in template/)."""
+    if draft.given("max_pixels"):
+        return draft.check(key, "left out, max_pixels says how large an image may be")
+    draft.set("image_max_pixels", value, key)
+    draft.check(key, "templates that read it round sides to whole patches, here the processor does after it")
+
+
 ROWS = shared.TRANSFORMERS | {
     "model beta lora_rank lora_alpha use_dora use_rslora router_aux_loss_coef": SAME,
     "model_id_or_path": "model",
@@ -52,6 +60,7 @@ ROWS = shared.TRANSFORMERS | {
     "freeze_parameters_ratio lisa_activated_layers": only(0, fix=NO_SUCH),
     "freeze_vit": "freeze_vision",
     "max_pixels": "image_max_pixels",
+    "MAX_PIXELS": _of_environment,
     "freeze_aligner vit_lr aligner_lr vit_gradient_checkpointing norm_bbox": _OF_TOWERS,
     "freeze_llm use_galore enable_dft_loss": only(False, fix=NO_SUCH),
     "init_weights": only(True, fix=NO_SUCH),

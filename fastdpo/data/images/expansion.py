@@ -19,6 +19,8 @@ from fastdpo.errors import ModelError
 
 _MARK = "\ufdd1"
 _SMALL = (32, 32)
+# as a blank image needs it, whose pixels nobody looks at: these decide no size
+_CHEAPLY = {"do_rescale": False, "do_normalize": False, "resample": PIL.Resampling.NEAREST}
 # what it prints around images is in a row's token ids
 _NOT_THE_PROCESSOR = {"name_or_path", "_name_or_path", "transformers_version", "processor_class", "tokenizer"}
 _NOT_THE_PROCESSOR |= {"chat_template"}
@@ -129,7 +131,7 @@ class Expander:
         """The text that the processor hands to its tokenizer."""
         recorder, processor = _Recorder(self.processor.tokenizer), copy.copy(self.processor)
         processor.tokenizer = recorder
-        processor(images=[[PIL.new("RGB", size)] * images], text=[text])
+        processor(images=[[PIL.new("RGB", size)] * images], text=[text], **_CHEAPLY)
         return recorder.text
 
 

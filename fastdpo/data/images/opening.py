@@ -5,6 +5,7 @@ import base64
 import binascii
 import io
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from fastdpo.data.report import RowProblem, kind
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _NO_PATHS = ("data:", "http://", "https://")
+_REPOSITORIES = ("datasets--", "models--", "spaces--")  # how their folders in the hub's cache begin
 _WIDE = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}  # modes of more than 8 bits, which PIL would clip
 
 
@@ -43,12 +45,17 @@ class Places:
     def _folders(self) -> list[Path]:
         return [folder.resolve() for folder in (self.own, self.named) if folder is not None]
 
+    @property
+    def _roots(self) -> list[Path]:
+        """What a file must be in, once all links are followed."""
+        return [*self._folders, *(blobs for folder in self._folders for blobs in _blobs_of(folder))]
+
     def find(self, source: Any, field: str) -> Path | None:
         """The file; None where the row itself holds the image. Raises RowProblem where it is not, or
         elsewhere."""
         if not (tried := self.of(source)):
             return None
-        inside = [file for file in tried if any(file.is_relative_to(folder) for folder in self._folders)]
+        inside = [file for file in tried if any(file.is_relative_to(root) for root in self._roots)]
         if not inside:
             where = f"not in {self.own}" if self.own else "and the data has no folder of its own"
             message = f"{tried[0]} is {where}; say media_dir: FOLDER if images are to be read from there"
@@ -57,6 +64,17 @@ class Places:
         if found is None:
             raise RowProblem("image_missing", field, f"there is no file {inside[0]}")
         return found
+
+
+def _blobs_of(folder: Path) -> list[Path]:
+    """Where the links of a snapshot in the hub's cache lead: the files of the same repository."""
+    return [
+        revision.parents[1] / "blobs"
+        for revision in (folder, *folder.parents)
+        if revision.parent.name == "snapshots"
+        and re.fullmatch("[0-9a-f]{40}", revision.name)
+        and revision.parents[1].name.startswith(_REPOSITORIES)
+    ]
 
 
 def open_image(

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,6 +91,37 @@ def test_a_link_leads_no_further_than_a_path(tmp_path):
     assert problem("a.png", None).message.endswith(
         "say media_dir: FOLDER if images are to be read from there"
     )
+
+
+def test_a_snapshot_of_the_hub_holds_links_to_its_own_blobs(tmp_path):
+    """In the layout of the hub's cache, and nowhere else."""
+    picture(0).save(tmp_path / "a.png")
+
+    def folder(cache, repository="datasets--me--set", revision="0a" * 20, own="data"):
+        made, blobs = cache / repository / "snapshots" / revision / own, cache / repository / "blobs"
+        made.mkdir(parents=True)
+        blobs.mkdir(exist_ok=True)
+        (blobs / "b1").write_bytes(stored(picture(0)))
+        (made / "link.png").symlink_to("../" * len(Path(own).parts) + "../../blobs/b1")
+        (made / "other.png").symlink_to(tmp_path / "a.png")
+        (blobs / "b2").symlink_to(tmp_path / "a.png")
+        (made / "further.png").symlink_to(blobs / "b2")
+        return made
+
+    one = folder(tmp_path / "one")
+    (tmp_path / "home").symlink_to(one)
+    for own in (one, folder(tmp_path / "two", "models--me--big", "1b" * 20, "."), tmp_path / "home"):
+        assert opened("link.png", own).size == opened(str(own / "link.png"), own).size == (32, 48)
+        for name in ("other.png", "further.png"):
+            assert problem(name, own).reason == "image_outside"
+    for odd in ({"repository": "set"}, {"revision": "main"}):
+        assert problem("link.png", folder(tmp_path / str(odd), **odd)).reason == "image_outside"
+    blobs = one.parents[2] / "blobs"
+    (one / "theirs.png").symlink_to(tmp_path / "two/models--me--big/blobs/b1")
+    assert problem("theirs.png", one).reason == "image_outside"
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    assert problem("link.png", one).reason == "image_outside"
 
 
 def test_frames_and_deep_pixels_are_refused(tmp_path):
