@@ -44,7 +44,7 @@ FASTDPO["__main__"] = {"cli"}
 # what is named at the top comes when it is asked for; the imports are for type checkers alone
 FASTDPO["fastdpo"] = GROUND | {"moved", "api", "config", "data", "model"}
 TOOLS = {"process", "results", "lengths", "models", "inputs", "flops", "ceilings", "figures", "workers"}
-TOOLS |= {"frontiers"}
+TOOLS |= {"frontiers", "pictures"}
 BENCHMARKS = {tool: TOOLS for tool in TOOLS} | {
     "gate": TOOLS,
     "tables": TOOLS | {"head"},
