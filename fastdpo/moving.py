@@ -18,8 +18,12 @@ def to_device(tensors: Sequence[Tensor], device) -> list[Tensor]:
     """The tensors on a device. From the host to a GPU they go together, by one copy out of pinned memory that
     the host does not wait for, and come out as views of one buffer, contiguous."""
     device = torch.device(device)
-    if device.type != "cuda" or any(t.device.type != "cpu" for t in tensors):
+    ours = [t for t in tensors if t.device.type == "cpu"]
+    if device.type != "cuda" or not ours:
         return [t.to(device) for t in tensors]
+    if len(ours) < len(tensors):  # pixels may be there already
+        moved = iter(to_device(ours, device))
+        return [next(moved) if t.device.type == "cpu" else t.to(device) for t in tensors]
     starts = list(accumulate((-(-t.nbytes // ALIGNED) * ALIGNED for t in tensors), initial=0))
     host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
     views = lambda buffer: [

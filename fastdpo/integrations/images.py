@@ -29,7 +29,9 @@ class BatchImages:
     model_input_names = _PIXELS
 
     def __init__(self, model: Any, given: dict[str, Tensor]):
-        self.model, self.given = model, given
+        self.model = model
+        self.types = {name: value.cpu().numpy() for name, value in given.items() if name in TYPES}
+        self.pixels = {name: value for name, value in given.items() if name in _PIXELS}
         self.token = getattr(model.config, "image_token_id", None)
         self.image_processor = self
         self.of_row: list[tuple[Image, ...]] = []  # equal ones have equal keys
@@ -45,9 +47,9 @@ class BatchImages:
         if reason := vision_refusal(self.model, self):
             return reason
         counts = (ids == self.token).sum(1)
-        if "pixel_values" not in self.given:
+        if not self.pixels:
             found: Parts | None = None if counts.any() else [[] for _ in ids]
-        elif self.given["pixel_values"].ndim == 5:
+        elif self.pixels["pixel_values"].ndim == 5:
             found = self._by_row(counts)
         else:
             found = self._in_order(counts)
@@ -59,20 +61,19 @@ class BatchImages:
 
     def _by_row(self, counts: np.ndarray) -> Parts | None:
         """Tiles [N, n, C, height, width], of which those that are all 0 are padding, as the model has it."""
-        real = self.given["pixel_values"].flatten(2).any(-1).cpu()
+        real = self.pixels["pixel_values"].flatten(2).any(-1).cpu()
         if len(real) != len(counts) or ((counts > 0) != real.any(1).numpy()).any():
             return None
-        pixels = self._pixels()
         return [
-            [({name: value[i : i + 1, tiles] for name, value in pixels.items()}, n)] if n else []
+            [({name: value[i : i + 1, tiles] for name, value in self.pixels.items()}, n)] if n else []
             for i, (tiles, n) in enumerate(zip(real, counts.tolist()))
         ]
 
     def _in_order(self, counts: np.ndarray) -> Parts | None:
         """Images in the order of the rows: patches, with a grid for each image, or [n, C, height, width],
         with as many tokens each."""
-        pixels, total = self._pixels(), int(counts.sum())
-        values, grid = pixels["pixel_values"], pixels.get("image_grid_thw")
+        total, values = int(counts.sum()), self.pixels["pixel_values"]
+        grid = self.pixels.get("image_grid_thw")
         if grid is None:
             tokens = [total // len(values)] * len(values)
             parts = [{"pixel_values": value} for value in values.split(1)]
@@ -90,9 +91,6 @@ class BatchImages:
         pairs = list(zip(parts, tokens))
         return [pairs[start:end] for start, end in pairwise(at)]
 
-    def _pixels(self) -> Part:
-        return {name: value for name, value in self.given.items() if name in _PIXELS}
-
     def refusal(self, group: PreferenceGroup, rows: list[int], lengths: np.ndarray) -> str | None:
         """Why these rows, whose prompt this is, cannot be computed as a group."""
         if (group.prompt == self.token).sum() != sum(image.tokens for image in group.images):
@@ -100,8 +98,8 @@ class BatchImages:
         for row in rows:
             behind = int(lengths[row]) - len(group.prompt)
             for name, types in token_types(self.model, self, group, behind).items():
-                given = self.given.get(name)
-                if given is None or (given[row, : lengths[row]].cpu().numpy() != types).any():
+                given = self.types.get(name)
+                if given is None or (given[row, : lengths[row]] != types).any():
                     return f"{name} are not those that {self.model.config.model_type} is known to take"
         return None
 

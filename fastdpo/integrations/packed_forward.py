@@ -69,7 +69,7 @@ class Packed:
         `router`: with the router logits of all tokens.
         """
         images = BatchImages.find(model, kwargs)
-        if images is not None and is_split(model):  # which towers would wait for each other is not known
+        if images is not None and images.pixels and is_split(model):  # towers might wait for each other
             reason = reason or "its images come while the weights are split among processes"
         rows = reason or pack_rows(kwargs["input_ids"], kwargs.get("attention_mask"), labels, router, images)
         seen = not isinstance(rows, str) and any(group.images for group in rows.groups)

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from fastdpo.errors import ConfigError
 from fastdpo.integrations import trl_trainer
+from fastdpo.integrations.images import NAMES
 from fastdpo.integrations.packed_forward import bind
 from fastdpo.integrations.trl_forward import FIELDS, FusedForward
 from fastdpo.integrations.trl_rows import IGNORED
@@ -93,7 +94,9 @@ def add_scores(model, outputs: tuple[str, ...] = FIELDS) -> None:
 
 
 class ScoringForward(FusedForward):
-    """One model's forward(...) inside _scoring."""
+    """One model's forward(...) inside _scoring. Images are left to the model's own."""
+
+    understood = FusedForward.understood - NAMES
 
     def by_trl(self, args, kwargs, rest):
         """The model's own logits."""

@@ -61,6 +61,8 @@ def pack_rows(
         return "nothing is scored"
     if images is not None and (reason := images.read(ids)):
         return reason
+    if images is not None and any(seen and not row.any() for seen, row in zip(images.of_row, scored)):
+        return "a row with images has nothing that is scored"  # cut, maybe within them, which is TRL's error
     lengths = mask.sum(1)
     ends = lengths if whole else ids.shape[1] - scored[:, ::-1].argmax(1)
     return _packed(ids, lengths, ends, scored, whole, images)

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import warnings
-from hashlib import blake2b
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import trl
 import trl.trainer.dpo_trainer as dpo_trainer
+import xxhash
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from rich.console import Console
@@ -48,7 +49,7 @@ class FastDPOTrainer(trl.DPOTrainer):
     _made_with: tuple = (("add_fused_lm_head", add_fused_lm_head),)  # in TRL's module, while one is made
 
     def __init__(self, *args: Any, reference_cache: str | None = "auto", **kwargs: Any) -> None:
-        given = inspect.signature(trl.DPOTrainer).bind_partial(*args, **kwargs).arguments
+        given = dict(zip(inspect.signature(trl.DPOTrainer).parameters, args)) | kwargs
         config = given.get("args")
         if reference_cache is not None and _sees_images(given.get("train_dataset")):
             _say_without(reference_cache)
@@ -143,7 +144,8 @@ class FastDPOTrainer(trl.DPOTrainer):
 
 def _sees_images(rows: Any) -> bool:
     """As TRL decides it."""
-    return not {"image", "images"}.isdisjoint(next(iter(rows), ())) if rows is not None else False
+    columns = getattr(rows, "column_names", None) or next(iter(rows or ()), ())
+    return not {"image", "images"}.isdisjoint(columns)
 
 
 def _say_without(reference_cache: str) -> None:
@@ -168,8 +170,20 @@ def _prompts(rows: Any) -> list[bytes]:
     images = [name for name in ("image", "images") if name in columns]
     if not images or "prompt" not in columns:
         return []
-    undecoded = rows.select_columns(["prompt", *images]).with_format("arrow")
-    return [blake2b(repr(row.to_pylist()).encode()).digest() for row in undecoded.iter(1)]
+    words = [repr(prompt).encode() for prompt in rows["prompt"]]
+    if len(set(words)) == len(words):
+        return words
+    undecoded = rows.select_columns(images).with_format("arrow").iter(1)
+    return [text + b"".join(_hashes(row.to_pylist())) for text, row in zip(words, undecoded, strict=True)]
+
+
+def _hashes(cell: Any) -> Iterator[bytes]:
+    """Of what images are kept as, in order: their bytes or their paths."""
+    if isinstance(cell, list | dict):
+        for inner in cell.values() if isinstance(cell, dict) else cell:
+            yield from _hashes(inner)
+    else:
+        yield xxhash.xxh3_128_digest(cell if isinstance(cell, bytes) else repr(cell).encode())
 
 
 class PromptSampler(Sampler):

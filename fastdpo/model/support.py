@@ -1,5 +1,6 @@
 """Can this model run on shared prompts, and does our path give what the model itself gives?"""
 
+import inspect
 from dataclasses import replace
 from functools import partial
 
@@ -165,17 +166,20 @@ def stock_logp(policy: Policy, group: PreferenceGroup) -> Tensor:
 def _stock(policy: Policy, groups: list[PreferenceGroup]) -> tuple[Tensor, float]:
     """(the model's own log-probs f32[M], the difference that rounding explains, in nats a token)."""
     out, largest = [], 0.0
+    keeps = "logits_to_keep" in inspect.signature(policy.core.forward).parameters
     with policy.stock() as model:
         for group, response in ((g, r) for g in groups for r in g.responses):
             prompt = group.prompt
             ids = torch.tensor([*prompt, *response.ids], device=policy.device)
             inputs = row_inputs(policy.core, policy.processor, group, len(response.ids) - 1)
             inputs = {name: tensor.to(policy.device) for name, tensor in inputs.items()}
-            call = partial(model, input_ids=ids[None, :-1], use_cache=False, **inputs)
+            behind = len(response.ids)
+            kept = {"logits_to_keep": behind} if keeps else {}  # prompts with images may be long
+            call = partial(model, input_ids=ids[None, :-1], use_cache=False, **inputs, **kept)
             with policy.autocast():
                 logits = policy.inside(call).logits[0]
             scored = torch.from_numpy(response.target_mask).to(policy.device)
-            logits = logits[len(prompt) - 1 :][scored].float()
+            logits = logits[-behind:][scored].float()
             target = ids[len(prompt) :][scored]
             out.append(logits.log_softmax(-1).gather(1, target[:, None])[:, 0])
             largest = max(largest, float(logits.detach().abs().max()))

@@ -172,11 +172,30 @@ def test_what_else_a_processor_gives_stays_stock():
     stock_and_said(model, inputs, "the batch brings image_sizes")
 
 
-def test_image_tokens_that_are_cut_are_an_error_as_in_trl():
-    model, inputs = images.model("llava").train(), batch("llava", max_length=12)
-    inputs["labels"][:, -1] = inputs["input_ids"][:, -1]
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_image_tokens_that_are_cut_are_an_error_as_in_trl(family):
+    """Idefics3's are those of a row: one whose images are cut has nothing to score, the others have."""
+    model = images.model(family).train()
+    data = [row([1], "what is it", "a red bird", "a house"), row([2, 3, 4], "and", "two", "one")]
+    lengths = batch(family, data)["attention_mask"].sum(1)
+    inputs = batch(family, data, max_length=int(lengths[0]))
+    assert (inputs["labels"] != -100).any()
     for add in ADDS:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fastdpo: the rows' image tokens are not those")
+            warnings.filterwarnings("ignore", message="fastdpo: ")
             with pytest.raises(ValueError, match="mage features and image tokens do not match"):
                 answers(model, add, [inputs])
+
+
+def test_a_row_with_images_that_has_nothing_to_score():
+    """It would not go through the tower, whose weights DDP then waits for."""
+    inputs = batch("gemma3")
+    inputs["labels"][2] = -100
+    stock_and_said(images.model("gemma3").train(), inputs, "a row with images has nothing that is scored")
+
+
+def test_the_start_check_makes_no_logits_of_prompts():
+    model, seen = images.model("qwen2_5_vl").train(), []
+    model.lm_head.register_forward_hook(lambda module, given, out: seen.append(out.shape[1]))
+    both(model, batch("qwen2_5_vl"))
+    assert seen and max(seen) < 16

@@ -1,6 +1,7 @@
 """Whole trainings on rows with images: stock TRL, patched, and FastDPOTrainer."""
 
 import pytest
+import trl
 
 import fastdpo.integrations.trl as fast
 from benchmarks.peers.trl_dpo import ExactTrainer, run_training
@@ -78,3 +79,17 @@ def test_rows_of_a_prompt_and_its_images_follow_each_other():
     order = list(trainer._get_train_sampler())
     assert sorted(order) == list(range(6)) and abs(order.index(0) - order.index(1)) == 1
     assert type(trainer._get_train_sampler(trainer.train_dataset.select([0, 2, 3]))) is not PromptSampler
+
+
+def test_a_subclass_has_arguments_of_its_own():
+    class Counting(trl.DPOTrainer):
+        def __init__(self, *args, extra, **kwargs):
+            self.extra = extra
+            super().__init__(*args, **kwargs)
+
+    class Both(fast.FastDPOTrainer, Counting):
+        pass
+
+    made = {k: v() if callable(v) else v for k, v in options("llava").items()}
+    new = lambda *args, **kwargs: Both(*args, reference_cache=None, extra=2, **kwargs)
+    assert make(make_trainer=new, **made).extra == 2
