@@ -50,6 +50,7 @@ def mismatched(groups: Groups, max_length: int) -> Groups:
         trained=always(np.zeros(1, HASH)),
         prompt_key=facts.prompt_key[places],
         images=facts.images[places],
+        image_tokens=facts.image_tokens[places],
         cu_resp=np.arange(len(places) + 1),
         length=ends,
         scored=scored,

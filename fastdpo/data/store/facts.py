@@ -32,6 +32,7 @@ class Facts:
     trained: np.ndarray  # V16[G]: of what it trains
     prompt_key: np.ndarray  # V16[G]
     images: np.ndarray  # i32[G]: of the prompt
+    image_tokens: np.ndarray  # i32[G]: that stand for them in it
     cu_resp: np.ndarray  # i64[G+1]
     length: np.ndarray  # i32[R]: tokens of the response
     scored: np.ndarray  # i32[R]: those of them that are scored
@@ -168,13 +169,13 @@ class Facts:
 
 
 _COLUMNS = {
-    "groups": ("row", "prompt", "largest", "whole", "digest", "trained", "prompt_key", "images"),
+    "groups": tuple("row prompt largest whole digest trained prompt_key images image_tokens".split()),
     "responses": ("length", "scored", "first", "relevant", "key", "score", "ref_logp", "label"),
     "pairs": ("pairs", "offset", "weight"),
 }
 _TYPES: dict[str, Any] = (
     dict.fromkeys(("row", "cu_resp", "cu_pairs"), np.int64)
-    | dict.fromkeys("prompt images largest length scored first relevant pairs".split(), np.int32)
+    | dict.fromkeys("prompt images image_tokens largest length scored first relevant pairs".split(), np.int32)
     | dict.fromkeys(("digest", "trained", "prompt_key", "key"), HASH)
     | dict.fromkeys(("score", "ref_logp", "offset", "weight"), np.float64)
     | {"whole": np.bool_, "label": np.int8}
@@ -191,6 +192,7 @@ def _facts_of_group(group: PreferenceGroup, keys: list[bytes]) -> dict[str, Any]
         "trained": trained_digest(group, keys),
         "prompt_key": prompt_key(group),
         "images": len(group.images),
+        "image_tokens": sum(image.tokens for image in group.images),
         "cu_resp": len(group.responses),
         "cu_pairs": len(group.pairs),
     }

@@ -121,7 +121,7 @@ class Shard:
         )
 
 
-_OF_GROUPS = ("row", "largest", "digest", "trained", "prompt_key", "images")
+_OF_GROUPS = ("row", "largest", "digest", "trained", "prompt_key", "images", "image_tokens")
 _OF_RESPONSES = ("scored", "first", "relevant", "key", "score", "ref_logp", "label")
 
 
