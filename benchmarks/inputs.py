@@ -1,10 +1,14 @@
 """Rows of random tokens with given lengths: the same ones for every trainer."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from benchmarks.lengths import PairLengths
+from fastdpo.preferences import Image
 from fastdpo.records import Pair, PreferenceGroup, Response
 
 FIRST_ID = 10  # below it tokenizers like to keep padding and other special tokens
@@ -33,3 +37,24 @@ def groups_of(rows: Sequence[dict], first: int = 0) -> list[PreferenceGroup]:
         )
         for number, row in enumerate(rows, first)
     ]
+
+
+class Pixels:
+    """In the place of a LLaVA's processor: random pixels of images that are all as large as the tower takes
+    them. model_config: the model's transformers config."""
+
+    image_processor = SimpleNamespace(model_input_names=["pixel_values"])
+
+    def __init__(self, model_config):
+        self.token, vision = model_config.image_token_id, model_config.vision_config
+        self.size, self.tokens = vision.image_size, (vision.image_size // vision.patch_size) ** 2
+
+    def __call__(self, images, return_tensors: str) -> dict:
+        count = sum(map(len, images))
+        return {"pixel_values": torch.rand(count, 3, self.size, self.size)}
+
+    def in_front(self, group: PreferenceGroup, images: int) -> PreferenceGroup:
+        """The group with so many images before its prompt."""
+        prompt = np.concatenate([np.full(images * self.tokens, self.token), group.prompt])
+        one = Image(bytes(16), (self.size, self.size), lambda: None, self.tokens)  # type: ignore[arg-type, return-value]
+        return replace(group, prompt=prompt, images=(one,) * images)

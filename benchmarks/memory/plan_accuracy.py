@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from benchmarks.inputs import groups_of, random_rows
+from benchmarks.inputs import Pixels, groups_of, random_rows
 from benchmarks.lengths import PairLengths
 from benchmarks.models import MODELS, BenchModel
 from benchmarks.process import ROOT, resident, restart_peak
@@ -33,9 +33,13 @@ from fastdpo.model.adapters import add_lora
 from fastdpo.model.lm_head import named_budget
 from fastdpo.model.loading import resolve_dtype, switch_off_dropout
 from fastdpo.model.policy import Policy
+from fastdpo.model.source import auto_class, sees_images
+from fastdpo.model.towers import freeze_vision
 from fastdpo.optim.optimizers import make_optimizer
+from fastdpo.planning.fake_model import with_layers
 from fastdpo.planning.prediction import predict, step_loads
 from fastdpo.planning.target import Target
+from fastdpo.records import PreferenceGroup
 from fastdpo.training.job import stage_job
 from fastdpo.training.stage import Progress, Stage
 
@@ -46,6 +50,11 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", 
 MALLOC |= {"MALLOC_MMAP_MAX_": "1000000", "MALLOC_ARENA_MAX": "1"}
 SMALL = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4)
 SMALL |= dict(num_key_value_heads=2, max_position_embeddings=8192)
+TOWER: dict = {"model_type": "llava", "image_token_index": 3, "vision_feature_layer": -1}
+TOWER["text_config"] = {"model_type": "llama", **SMALL, "vocab_size": 8000}
+TOWER["vision_config"] = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=6)
+TOWER["vision_config"] |= dict(num_attention_heads=4, image_size=224, patch_size=14)
+TOWER["vision_config"] |= {"model_type": "clip_vision_model"}
 LENGTHS = {
     "short": [PairLengths(40, 60, 50)] * 10,
     "mixed": [PairLengths(200, 150, 100), PairLengths(50, 400, 30), PairLengths(300, 20, 200)],
@@ -66,7 +75,10 @@ def cpu_cases() -> list[dict]:
         for keys in ({}, {"lora_rank": 16}, {"gradient_checkpointing": True}):
             out.append({"name": name, "model": model, "lengths": lengths, "keys": keys})
     more = ({"max_tokens": 600}, {"head_memory": "16MiB"}, {"lora_rank": 8, "gradient_checkpointing": True})
-    return out[:17] + [{"name": "wide", "model": wide, "lengths": "mixed", "keys": keys} for keys in more]
+    out = out[:17] + [{"name": "wide", "model": wide, "lengths": "mixed", "keys": keys} for keys in more]
+    sees = ({}, {"freeze_vision": False}, {"lora_rank": 16}, {"gradient_checkpointing": True})
+    tower = {"name": "tower", "model": TOWER, "lengths": "mixed", "images": 2}
+    return out + [tower | {"keys": keys} for keys in sees]
 
 
 def gpu_cases() -> list[dict]:
@@ -98,7 +110,18 @@ def parts_of(case: dict):
         bench: BenchModel = MODELS[case["name"]]
         model_config = AutoConfig.for_model(bench.model_type, **bench.config)
     switch_off_dropout(model_config)
-    return model_config, groups_of(random_rows(lengths, model_config.vocab_size))
+    return model_config, groups_in(case, model_config, lengths)
+
+
+def groups_in(case: dict, model_config, lengths: list[PairLengths]) -> list[PreferenceGroup]:
+    """Random rows, with the case's images in front."""
+    groups = groups_of(random_rows(lengths, model_config.get_text_config().vocab_size))
+    processor = processor_of(case, model_config)
+    return [processor.in_front(g, case["images"]) for g in groups] if processor else groups
+
+
+def processor_of(case: dict, model_config):
+    return Pixels(model_config) if case.get("images") else None
 
 
 class _NoReference:
@@ -116,8 +139,9 @@ def measured(case: dict) -> int:
     if case.get("gpu"):
         train(case, model_config, groups)
         return torch.cuda.max_memory_allocated()
-    small = AutoConfig.for_model(**case["model"] | {"vocab_size": 64, "num_hidden_layers": 1})
-    train(case, small, groups_of(random_rows([PairLengths(8, 8, 8)], 64)))  # imports, the libraries' buffers
+    small = with_layers(model_config, 1)
+    small.get_text_config().vocab_size = 64
+    train(case, small, groups_in(case, small, [PairLengths(8, 8, 8)]))  # imports, the libraries' buffers
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = restart_peak()
@@ -132,12 +156,15 @@ def train(case: dict, model_config, groups) -> None:
     kept = dtype if config.lora_rank else torch.float32
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=kept)
+        model = auto_class(model_config).from_config(model_config, dtype=kept)
     model = add_lora(model, config) if config.lora_rank else model
+    if sees_images(model_config) and config.freeze_vision:
+        freeze_vision(model)
     model.train()
     set_up_activations(model, config)
     policy = Policy(model, dtype, head_budget=named_budget(config.head_memory))
     policy.set_sharing(True)
+    policy.processor = processor_of(case, model_config)
     stage = Stage(stage_job(config), policy, groups, [])
     stage.reference = _NoReference()
     optimizer, _ = make_optimizer(policy, config, 10)
@@ -155,7 +182,7 @@ def predicted(case: dict) -> dict:
     """{"bytes", "where", "owners"} of the plan."""
     config, target = config_of(case), Target.here() if case.get("gpu") else Target(is_cpu=True)
     model_config, groups = parts_of(case)
-    loads = step_loads(config, model_config, groups, target)
+    loads = step_loads(config, model_config, groups, target, processor_of(case, model_config))
     peak = predict(config, model_config, loads, target).peak
     return {"bytes": peak.total, "where": peak.where, "owners": peak.bytes}
 
