@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +25,9 @@ _PROBE_ROWS, _PROBE_TOKENS = 200, 256  # groups looked at, and the longest row t
 _PROBE_RESPONSES = 8  # of a group that is cut
 
 
-def sharing_refusal(config: PreTrainedConfig) -> str | None:
-    """Why a model of this transformers config cannot share prompts, as far as its config tells."""
+def sharing_refusal(config: PreTrainedConfig, processor: Any = None) -> str | None:
+    """Why a model of this transformers config cannot share prompts, as far as its config tells. processor:
+    where rows have images."""
     text = config.get_text_config()
     if getattr(text, "attention_chunk_size", None):
         return "its attention is chunked, and the chunks live in a mask that sharing replaces"
@@ -34,7 +36,7 @@ def sharing_refusal(config: PreTrainedConfig) -> str | None:
         return f"it has {', '.join(sorted(others))} layers"
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
-    return None
+    return vision_refusal(config, processor)
 
 
 def prepare(policy: Policy, groups: Groups, console: Console) -> None:
@@ -54,7 +56,7 @@ def prepare(policy: Policy, groups: Groups, console: Console) -> None:
             f"{name}: the model's own log-probs are not numbers (rows {rows}); its weights may be broken, "
             "or try dtype: fp32"
         )
-    reason = sharing_refusal(policy.core.config) or vision_refusal(policy.core, policy.processor)
+    reason = sharing_refusal(policy.core.config, policy.processor)
     reason = reason or _try_sharing(policy, probe, truth, limit, console)
     if reason is None:
         return

@@ -19,7 +19,7 @@ def decoder_name(core) -> str:
     if not name or decoder is core.base_model:
         raise ModelError(
             f"model: which part of {type(core).__name__} is its language model is not known here; say "
-            "freeze_vision: false"
+            "freeze_vision: false, and leave memory out"
         )
     return name
 
@@ -31,14 +31,20 @@ def _is_language(core):
     return lambda name: any(name == one or name.startswith(f"{one}.") for one in (decoder, *heads))
 
 
+def weights_beside(core) -> dict[str, nn.Parameter]:
+    """What images go through: the weights that are not of the language model; of a model that sees none,
+    none."""
+    if not sees_images(core.config):
+        return {}
+    is_language = _is_language(core)
+    return {name: weight for name, weight in core.named_parameters() if not is_language(name)}
+
+
 def freeze_vision(model) -> None:
     """Takes what images go through out of training. Raises ConfigError for a LoRA on it."""
     is_lora = hasattr(model, "peft_config")
     core = model.get_base_model() if is_lora else model
-    is_language = _is_language(core)
-    for name, weight in core.named_parameters():
-        if is_language(name):
-            continue
+    for name, weight in weights_beside(core).items():
         if is_lora and weight.requires_grad:
             raise ConfigError(
                 f"freeze_vision: the LoRA is also on what images go through ({name}); say freeze_vision: "

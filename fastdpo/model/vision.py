@@ -207,8 +207,9 @@ def row_inputs(core: Any, processor: Any, group: PreferenceGroup, behind: int) -
     return given | (pixels(core, processor, [group]) if group.images else {})
 
 
-def vision_refusal(core: Any, processor: Any) -> str | None:
-    """Why a model that sees images cannot share prompts, as far as its family tells."""
-    if processor is None or core.config.model_type in SHARED:
+def vision_refusal(config: Any, processor: Any) -> str | None:
+    """Why a model of this transformers config, which sees images, cannot share prompts, as far as its family
+    tells."""
+    if processor is None or config.model_type in SHARED:
         return None
-    return f"how {core.config.model_type} places images is not known here"
+    return f"how {config.model_type} places images is not known here"

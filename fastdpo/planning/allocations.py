@@ -6,7 +6,7 @@ forward's end, so this one keeps a log, and reads owners and peaks off it afterw
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -60,12 +60,14 @@ class Tracker(TorchDispatchMode):
         self._log: list[tuple[Block, int, str]] = []  # (whose, bytes that came or went, where)
         self._live: dict[int, tuple[Block, weakref.ref]] = {}  # by storage
         self._owner: str | None = None  # of what is made now
-        self.inside: dict = {}  # operator -> a function of its arguments: bytes it takes while it runs
+        # operator -> (a function of its arguments: bytes it takes while it runs, whose these are)
+        self.inside: dict = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func in self.inside:
-            self._goes(self._comes(self.inside[func](*args, **(kwargs or {})), ATTENTION))
+            size, owner = self.inside[func]
+            self._goes(self._comes(size(*args, **(kwargs or {})), owner))
         copies = func is torch.ops.aten._to_copy.default and self._owner_of(args[0]) in (WEIGHTS, ADAPTERS)
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
@@ -111,6 +113,33 @@ class Tracker(TorchDispatchMode):
         """What is alive and nobody's becomes this owner's; what was nobody's and is gone stays so."""
         for block, _ in self._live.values():
             block.owner = block.owner or owner
+
+    def mark(self) -> int:
+        """Where the log stands."""
+        return len(self._log)
+
+    def since(self, mark: int, out: torch.Tensor) -> list[tuple[Block | None, int]] | None:
+        """What has come since then, and what of it has gone, in order; None in the place of `out`, and alone
+        where more than that has stayed."""
+        log = self._log[mark:]
+        came = {id(block) for block, change, _ in log if change > 0}
+        left = came - {id(block) for block, change, _ in log if change < 0}
+        stays, _ = self._live.get(out.untyped_storage()._cdata, (None, None))
+        if left != {id(stays)}:
+            return None
+        return [(None if one is stays else one, change) for one, change, _ in log if id(one) in came]
+
+    def again(self, log: list[tuple[Block | None, int]], make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The same once more; make() is what is like the `out` of then, which is returned."""
+        blocks: dict[int, Block] = {}
+        for one, change in log:
+            if one is None:
+                made = make()
+            elif change > 0:
+                blocks[id(one)] = self._comes(one.size, one.owner)
+            else:
+                self._goes(blocks.pop(id(one)))
+        return made
 
     def peaks(self) -> list[Peak]:
         """The peak at each place of the step, in the order of the peaks. Nobody's is workspace."""

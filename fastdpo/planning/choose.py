@@ -3,6 +3,7 @@
 import io
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,7 +19,14 @@ from fastdpo.planning.target import Target
 from fastdpo.values import as_bytes
 
 
-def choose(config: Config, model_config, groups, console: Console, target: Target | None = None) -> Config:
+def choose(
+    config: Config,
+    model_config,
+    groups,
+    console: Console,
+    target: Target | None = None,
+    processor: Any = None,
+) -> Config:
     """The config with max_tokens, head_memory, gradient_checkpointing, activation_offloading and tiled_mlp
     such that each stage is predicted to fit `memory`; keys that are not at their defaults stay, and those
     that a stage sets. Prints what it chose and why. The same config, rows and device give the same choice.
@@ -34,7 +42,7 @@ def choose(config: Config, model_config, groups, console: Console, target: Targe
         free = at_default(stage) - own.keys()
         # what an earlier stage needed holds for all of the run, but where this one has its own
         stage = replace(stage, **{name: value for name, value in chosen.items() if name not in own})
-        planner = Planner(model_config, selected(stage, groups), target, free)
+        planner = Planner(model_config, selected(stage, groups), target, free, processor)
         now = planner.predict(stage)
         if abs(now.total / budget - 1) < SURE:
             now = planner.predict(stage, exact=True)

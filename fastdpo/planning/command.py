@@ -1,17 +1,17 @@
 """`fastdpo plan CONFIG [--memory 24GB]`: will it fit, before any weight is loaded."""
 
 from rich.console import Console
+from transformers import ProcessorMixin
 
 from fastdpo.config.keys import Config
 from fastdpo.data.load import load_data
 from fastdpo.errors import DataError, ModelError
 from fastdpo.model.cards import CARDS
-from fastdpo.model.loading import load_model_config, load_tokenizer
+from fastdpo.model.loading import load_model_config, load_tools
 from fastdpo.model.spec import ModelSpec
 from fastdpo.planning import show
 from fastdpo.planning.choose import budget_of
 from fastdpo.planning.collectives import Ranks
-from fastdpo.planning.fake_model import check_planned
 from fastdpo.planning.prediction import assumed_groups, selected
 from fastdpo.planning.ranks import rank_plans, ranks_of, taken
 from fastdpo.planning.search import SURE, Option, Planner
@@ -38,25 +38,31 @@ def plan(
     for stage in stages:
         check_stepping(stage_job(stage))
     model_config = load_model_config(part(ModelSpec, config))
-    check_planned(model_config)
-    groups = _groups(config, console)
+    groups, processor = _rows(config, console)
     budget = budget_of(config, target, console)
     fits = []
     for number, stage in enumerate(stages, 1):
         if len(stages) > 1:
             console.rule(f"stage {number}")
-        fits.append(plan_stage(stage, model_config, groups, target, budget, console, ranks))
+        fits.append(plan_stage(stage, model_config, groups, target, budget, console, ranks, processor))
     return all(fits)
 
 
 def plan_stage(
-    config: Config, model_config, groups, target: Target, budget, console, ranks: Ranks | None = None
+    config: Config,
+    model_config,
+    groups,
+    target: Target,
+    budget,
+    console,
+    ranks: Ranks | None = None,
+    processor: ProcessorMixin | None = None,
 ) -> bool:
     """Prints one stage's plan; whether it fits, or would. groups: its rows, or None where there are none to
-    read."""
+    read. processor: what their images are read with."""
     assumed = groups is None
     rows = assumed_groups(config) if assumed else groups
-    planner = Planner(model_config, selected(config, rows), target)
+    planner = Planner(model_config, selected(config, rows), target, processor=processor)
     now = planner.option(config, {})
     if budget is None or abs(now.prediction.total / budget - 1) < SURE:  # else a few layers tell enough
         now = planner.option(config, {}, exact=True)
@@ -96,8 +102,9 @@ def _on_ranks(
     GPU could hold it all."""
     plans = rank_plans(planner, config, ranks, budget)
     console.print(show.ranks_table(plans, ranks, budget, planner.target))
-    mode, why = taken(config, ranks, replica)
-    for line in show.ranks_lines(config, ranks, mode, why, planner.target):
+    images = planner.processor is not None
+    mode, why = taken(config, ranks, replica, images)
+    for line in show.ranks_lines(config, ranks, mode, why, planner.target, images):
         console.print(line, highlight=False, soft_wrap=True)
     return any(plan.mode == mode and (budget is None or plan.prediction.total <= budget) for plan in plans)
 
@@ -123,12 +130,14 @@ def _target(card: str | None, device: str) -> Target:
     raise not_one_of("--card", card, CARDS)
 
 
-def _groups(config: Config, console: Console):
-    """The training rows, or None, said aloud, where they or the tokenizer cannot be read."""
+def _rows(config: Config, console: Console):
+    """(the training rows, the processor of a model that sees images), or None, said aloud, where they or the
+    tokenizer cannot be read."""
     try:
         job = job_of(config)
-        return load_data(job.data, load_tokenizer(job.model, console), console)[0]
+        tokenizer, processor = load_tools(job.model, console)
+        return load_data(job.data, tokenizer, console, processor=processor)[0], processor
     except (DataError, ModelError) as error:
-        text = f"[yellow]the data was not read ({error}): rows of max_length are assumed"
+        text = f"[yellow]the data was not read ({error}): rows of max_length without images are assumed"
         console.print(text, highlight=False, soft_wrap=True)
-        return None
+        return None, None

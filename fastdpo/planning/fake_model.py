@@ -2,23 +2,24 @@
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from fastdpo.config.keys import Config
-from fastdpo.errors import ModelError
-from fastdpo.model.activations import decoder_layers, set_up_activations
+from fastdpo.model.activations import decoder_layers, set_up_activations, towers_layers
 from fastdpo.model.adapters import add_lora, find_start, steady_dora
+from fastdpo.model.attention import by_part
 from fastdpo.model.lm_head import named_budget
 from fastdpo.model.loading import switch_off_dropout
 from fastdpo.model.policy import Policy
 from fastdpo.model.quantised import nf4_bytes, quantised_linears
-from fastdpo.model.source import sees_images
+from fastdpo.model.source import auto_class, sees_images
 from fastdpo.model.spec import ModelSpec
 from fastdpo.model.support import sharing_refusal
+from fastdpo.model.towers import freeze_vision, unquantised
 from fastdpo.planning import stand_ins
 from fastdpo.planning.allocations import Tracker
 from fastdpo.planning.target import CONTEXT, Target
@@ -44,17 +45,20 @@ class FakePolicy(Policy):
         return self.target.head_backend(self.dtype, lora=hasattr(self.head.module, "base_layer"))
 
 
-def check_planned(model_config) -> None:
-    """Raises ModelError for a model whose memory is not predicted."""
-    if sees_images(model_config):
-        raise ModelError(
-            f"plan: {model_config.model_type} sees images, and what its vision tower takes is not predicted "
-            "yet; leave memory out, and lower max_tokens where a run does not fit"
-        )
-
-
 def trains_all(config: Config) -> bool:
     return config.lora_rank is None and find_start(part(ModelSpec, config)).adapter is None
+
+
+def whole_model(model_config, dtype: torch.dtype | None = None):
+    """The model of a transformers config as a run loads it, tied as initialising would have."""
+    model = auto_class(model_config).from_config(model_config, dtype=dtype)
+    model.tie_weights()
+    return model
+
+
+def _kept(config: Config, target: Target) -> torch.dtype:
+    """What weights are kept in, those of a frozen tower too."""
+    return torch.float32 if trains_all(config) and not config.pure_bf16 else target.dtype(config)
 
 
 def fake_policy(
@@ -64,15 +68,13 @@ def fake_policy(
     transformers config, which this call does not change."""
     model_config = type(model_config).from_dict(model_config.to_dict())
     switch_off_dropout(model_config)
-    dtype, all_train = target.dtype(config), trains_all(config)
-    kept = torch.float32 if all_train and not config.pure_bf16 else dtype
+    dtype = target.dtype(config)
     # built where tensors have no data either: peft moves parameters, which fake ones refuse
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(model_config, dtype=kept)
-        model.tie_weights()  # as initialising would have
-        linears = quantised_linears(model) if config.load_in_4bit else {}
-        model = model if all_train else _with_lora(model, config)
-        base = model if all_train else model.get_base_model()
+        model = whole_model(model_config, _kept(config, target))
+        linears = quantised_linears(model, unquantised(model_config)) if config.load_in_4bit else {}
+        model = _trained(model, config)
+        base = model.get_base_model() if hasattr(model, "peft_config") else model
     with mode:
         for name, (out, inside) in linears.items():
             name += ".base_layer" if hasattr(base.get_submodule(name), "base_layer") else ""
@@ -85,23 +87,26 @@ def fake_policy(
         if sharing_refusal(model_config) is None:
             policy.set_sharing(True)
             if not target.is_cpu:
-                policy.core.set_attn_implementation(stand_ins.NAME)
+                policy.core.set_attn_implementation(by_part(policy.core.config, stand_ins.NAME))
     return policy
 
 
-def head_policy(config: Config, model_config, target: Target, loaded: int | None = None) -> FakePolicy:
-    """A policy that can only plan its head: of one layer, on no device. loaded: bytes of weights beside it,
-    where they are not the whole model's."""
+def head_policy(
+    config: Config, model_config, target: Target, loaded: int | None = None, processor: Any = None
+) -> FakePolicy:
+    """A policy that can only plan its head, and pack: of one layer, on no device. loaded: bytes of weights
+    beside it, where they are not the whole model's. processor: the model's, where rows have images."""
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(with_layers(model_config, 1), dtype=torch.float32)
-        model.tie_weights()
+        model = whole_model(with_layers(model_config, 1), torch.float32)
         if loaded is None:
             layers = model_config.get_text_config().num_hidden_layers
             loaded = _loaded_bytes(model, config, layers, target)
         if not trains_all(config):
             on_head = _lora_on_head(model, config)
             model = _with_lora(model, config) if on_head else model.requires_grad_(False)
-    return FakePolicy(model, config, target, loaded)
+    policy = FakePolicy(model, config, target, loaded)
+    policy.processor, policy.share = processor, sharing_refusal(model_config, processor) is None
+    return policy
 
 
 def with_head_memory(config: Config, model_config, target: Target, loaded: int | None = None) -> Config:
@@ -119,16 +124,15 @@ class Unit:
 
 
 def units(config: Config, model_config, target: Target) -> tuple[Unit, Unit]:
-    """(one decoder layer, what is in none: embedding, last norm and lm_head), a LoRA of theirs included."""
-    all_train, dtype = trains_all(config), target.dtype(config)
-    kept = torch.float32 if all_train and not config.pure_bf16 else dtype
+    """(one decoder layer, what is in none: embedding, last norm and lm_head, and a projector), a LoRA of
+    theirs included. A tower's layers are in neither: rows without images gather none."""
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(with_layers(model_config, 1), dtype=kept)
-        model.tie_weights()
-        model = model if all_train else _with_lora(model, config)
-    core = model if all_train else model.get_base_model()
+        model = _trained(whole_model(with_layers(model_config, 1), _kept(config, target)), config)
+    core = model.get_base_model() if hasattr(model, "peft_config") else model
     inside = {id(p) for p in decoder_layers(core)[0].parameters()}
-    parts = ([p for p in model.parameters() if (id(p) in inside) is is_layer] for is_layer in (True, False))
+    beside = {id(p) for layer in towers_layers(core) for p in layer.parameters()}
+    left = [p for p in model.parameters() if id(p) not in beside]
+    parts = ([p for p in left if (id(p) in inside) is is_layer] for is_layer in (True, False))
     layer, root = (
         Unit(sum(p.numel() * p.itemsize for p in part), sum(p.numel() for p in part if p.requires_grad))
         for part in parts
@@ -138,13 +142,11 @@ def units(config: Config, model_config, target: Target) -> tuple[Unit, Unit]:
 
 def _loaded_bytes(model, config: Config, layers: int, target: Target) -> int:
     """Of the weights of a model of so many layers as a run loads them; model: its first layer."""
-    itemsize = target.dtype(config).itemsize
-    if trains_all(config) and not config.pure_bf16:
-        itemsize = 4
+    itemsize = _kept(config, target).itemsize
     size = lambda module: sum(p.numel() for p in module.parameters()) * itemsize
     saved = 0
     if config.load_in_4bit:
-        sizes = quantised_linears(model).values()
+        sizes = quantised_linears(model, unquantised(model.config)).values()
         saved = sum(out * inside * itemsize - nf4_bytes(out, inside) for out, inside in sizes)
     return size(model) + (layers - 1) * sum(map(size, decoder_layers(model)[:1])) - layers * saved
 
@@ -169,6 +171,14 @@ def with_layers(model_config, layers: int):
     if text.get("layer_types"):
         text["layer_types"] = text["layer_types"][:layers]
     return type(model_config).from_dict(values)
+
+
+def _trained(model, config: Config):
+    """The model with what trains of it: a LoRA's weights or all, but not a frozen tower's."""
+    model = model if trains_all(config) else _with_lora(model, config)
+    if sees_images(model.config) and config.freeze_vision:
+        freeze_vision(model)
+    return model
 
 
 def _with_lora(model, config: Config):

@@ -11,7 +11,6 @@ from fastdpo.console.formatting import gigabytes
 from fastdpo.errors import ConfigError
 from fastdpo.planning import show
 from fastdpo.planning.allocations import ATTENTION, BATCH, HEAD, LAYER, SAVED
-from fastdpo.planning.fake_model import check_planned
 from fastdpo.planning.prediction import Prediction, predict
 from fastdpo.planning.simulate import Load
 from fastdpo.planning.target import Target
@@ -27,11 +26,11 @@ _NEXT = (
 )
 
 
-def explain(config: Config, model_config, batch: PackedGroups) -> str:
-    """Some lines: the plan's view of the microbatch, the measured view, and the next thing to try."""
+def explain(config: Config, model_config, images: bool, batch: PackedGroups) -> str:
+    """Some lines: the plan's view of the microbatch, the measured view, and the next thing to try. images:
+    some rows of the run have some."""
     try:
-        check_planned(model_config)
-        load = Load((), several=True, batch=batch.to("cpu"))
+        load = Load((), several=True, batch=batch.to("cpu"), images=images)
         target = Target.here() if torch.cuda.is_available() else Target(is_cpu=True)
         predicted = lambda keys: predict(keys, model_config, [load], target, exact=False)
         plan = predicted(config)

@@ -3,9 +3,10 @@ all of the card."""
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, starmap
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,10 +14,10 @@ from fastdpo.config.keys import Config
 from fastdpo.data.dealing import deal_sizes
 from fastdpo.data.packing import Size, epoch_steps, sizes_of
 from fastdpo.data.pairs import BY_GAP, select_pairs
+from fastdpo.data.store.facts import Facts
 from fastdpo.data.store.stored import facts_of
-from fastdpo.model.support import sharing_refusal
 from fastdpo.planning.allocations import ADAPTERS, GRADIENTS, OWNERS, STATES, WEIGHTS, Peak
-from fastdpo.planning.fake_model import head_policy, with_head_memory, with_layers
+from fastdpo.planning.fake_model import FakePolicy, head_policy, with_head_memory, with_layers
 from fastdpo.planning.simulate import Load, simulate
 from fastdpo.planning.target import CONTEXT, SLACK, Target
 from fastdpo.records import Groups, Pair, PreferenceGroup, Response
@@ -41,38 +42,90 @@ def assumed_groups(config: Config) -> Groups:
     return [replace(pair, row=row) for row in range(2 * config.batch_size)]
 
 
-def step_loads(config: Config, model_config, groups: Groups, target: Target) -> list[Load]:
-    """The microbatches of a stage's first epoch that its peak can fall into: with the most places, and with
-    the most scored tokens, among those that are a step alone, and among those of steps of several. Without
-    those that another one of them surpasses in all; the one with the most places first. groups: as
-    `selected` gives them."""
-    most_scored = head_policy(config, model_config, target).max_scored
-    share = sharing_refusal(model_config) is None
-    return largest_loads(config, groups, sizes_of(facts_of(groups)), most_scored, share)
+def step_loads(
+    config: Config, model_config, groups: Groups, target: Target, processor: Any = None
+) -> list[Load]:
+    """The microbatches of a stage's first epoch that its peak can fall into: with the most places, with the
+    most scored tokens, with the most of images, and with the most of both places and images, among those that
+    are a step alone, and among those of steps of several. Without those that another one of them surpasses in
+    all; the one with the most places first. groups: as `selected` gives them. processor: the model's, where
+    rows have images."""
+    policy, facts = head_policy(config, model_config, target, processor=processor), facts_of(groups)
+    return largest_loads(config, groups, facts, policy)
 
 
 def largest_loads(
-    config: Config, groups: Groups, sizes: np.ndarray, most_scored: int | None, share: bool, ranks: int = 1
+    config: Config, groups: Groups, facts: Facts, policy: FakePolicy, ranks: int = 1
 ) -> list[Load]:
-    """step_loads by the sizes of all groups; only groups of these microbatches are read. ranks: that the
-    groups of a step are dealt to, a microbatch each at a time."""
+    """step_loads by the facts of all groups and what the head of a policy tells; only groups of these
+    microbatches are read, and their images packed. ranks: that the groups of a step are dealt to, a
+    microbatch each at a time."""
+    sizes, share, most_scored = sizes_of(facts), policy.share, policy.max_scored
+    images = facts.image_tokens if share else facts.image_tokens * facts.responses
     steps = min(total_steps(config, len(groups)), -(-len(groups) // config.batch_size))
-    found: list[tuple[int, int, bool, np.ndarray]] = []  # (places, scored tokens, several, groups)
+    found: list[_Cut] = []
     for places in islice(epoch_steps(len(groups), config.batch_size, config.seed), steps):
         of_step = list(starmap(Size, sizes[places].tolist()))
         rounds = deal_sizes(of_step, ranks, config.max_tokens, most_scored, share)
         for part in filter(None, chain(*rounds)):
             tokens, scored = sum(of_step[i].places(share) for i in part), sum(of_step[i].scored for i in part)
-            found.append((tokens, scored, len(rounds) > 1, places[part]))
-    largest = []
-    for several in (False, True):
-        some = [one for one in found if one[2] is several]
-        largest += [max(some, key=operator.itemgetter(*order)) for order in ((0, 1), (1, 0)) if some]
-    kept: list[tuple] = []
-    for one in sorted(largest, key=operator.itemgetter(0, 1, 2), reverse=True):
-        if not any(all(map(operator.ge, other[:3], one[:3])) for other in kept):
+            of_images = int(images[places[part]].sum())
+            found.append(_Cut(tokens, scored, of_images, len(rounds) > 1, places[part]))
+    kept: list[_Cut] = []
+    encoded = (lambda cut: _encoded(cut, groups, facts)) if share else (lambda cut: cut.images)
+    for one in sorted(_largest(found, encoded), key=operator.itemgetter(0, 1, 2, 3), reverse=True):
+        if not any(all(map(operator.ge, other[:4], one[:4])) for other in kept):
             kept.append(one)
-    return [Load(tuple(groups[i] for i in part), several) for *_, several, part in kept]
+    seen = bool(facts.images.any())
+    return [_load(tuple(groups[i] for i in cut.groups), cut.several, seen, policy) for cut in kept]
+
+
+class _Cut(NamedTuple):
+    """A microbatch by what is counted of it."""
+
+    tokens: int
+    scored: int
+    images: int  # tokens that stand for them
+    several: bool
+    groups: np.ndarray
+
+
+def _largest(cuts: Sequence[_Cut], encoded: Callable[[_Cut], int]) -> Iterator[_Cut]:
+    """encoded: a microbatch's image tokens, of an image that several of its prompts have once."""
+    tokens, images = max(cut.tokens for cut in cuts), max(cut.images for cut in cuts)
+    orders: list[Callable[[_Cut], Any]] = [operator.itemgetter(0, 1), operator.itemgetter(1, 0)]
+    if images:
+        orders.append(lambda cut: cut.tokens / tokens + cut.images / images)
+    for several in (False, True):
+        if not (some := [cut for cut in cuts if cut.several is several]):
+            continue
+        largest = [max(some, key=order) for order in orders]
+        if images:
+            largest = [cut._replace(images=encoded(cut)) for cut in [*largest, _most_encoded(some, encoded)]]
+        yield from largest
+
+
+def _most_encoded(cuts: Sequence[_Cut], encoded: Callable[[_Cut], int]) -> _Cut:
+    """Of a few alone it is asked, where all their images differ."""
+    in_order = sorted(cuts, key=operator.itemgetter(2, 0), reverse=True)
+    most, best = -1, in_order[0]
+    for cut in in_order:
+        if cut.images <= most:
+            break
+        if (size := encoded(cut)) > most:
+            most, best = size, cut
+    return best
+
+
+def _encoded(cut: _Cut, groups: Groups, facts: Facts) -> int:
+    with_images = cut.groups[facts.images[cut.groups] > 0]
+    return sum({image.key: image.tokens for i in with_images for image in groups[i].images}.values())
+
+
+def _load(groups: tuple[PreferenceGroup, ...], several: bool, images: bool, policy: FakePolicy) -> Load:
+    """With its images read: each step that is simulated would read them again."""
+    has_images = any(group.images for group in groups)
+    return Load(groups, several, policy.pack(groups) if has_images else None, images)
 
 
 @dataclass(frozen=True)

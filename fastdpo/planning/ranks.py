@@ -15,6 +15,7 @@ and autograd keeps the cast one unless layers are recomputed.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastdpo.config.keys import Config
 from fastdpo.distributed.world import World
@@ -41,6 +42,7 @@ from fastdpo.training.job import check_ranks
 from fastdpo.values import as_bytes
 
 GATHERED, WHOLE = "gathered weights", "whole gradients"
+NO_IMAGES = "rows with images are not known to work in shards yet"
 KEPT = (WEIGHTS, ADAPTERS, GRADIENTS, STATES)  # that are sharded
 
 
@@ -65,8 +67,10 @@ def ranks_of(gpus: int | None, nodes: int) -> Ranks | None:
     return None if gpus is None else Ranks(gpus, nodes)
 
 
-def refusal(config: Config, mode: str, ranks: Ranks) -> str | None:
-    """Why a run of this config would not start in a mode."""
+def refusal(config: Config, mode: str, ranks: Ranks, images: bool = False) -> str | None:
+    """Why a run of this config would not start in a mode. images: rows have some."""
+    if images and mode != REPLICATE:
+        return NO_IMAGES
     try:
         check_ranks(config, World(size=ranks.all), sharded=mode != REPLICATE)
     except ConfigError as error:
@@ -74,8 +78,9 @@ def refusal(config: Config, mode: str, ranks: Ranks) -> str | None:
     return None
 
 
-def taken(config: Config, ranks: Ranks, fits: bool | None) -> tuple[str, str]:
-    """(the mode that the key `shard` takes, why). fits: whether one GPU could hold a replica, or None."""
+def taken(config: Config, ranks: Ranks, fits: bool | None, images: bool = False) -> tuple[str, str]:
+    """(the mode that the key `shard` takes, why). fits: whether one GPU could hold a replica, or None.
+    images: rows have some."""
     if ranks.all == 1 or config.shard is False:
         return REPLICATE, "one GPU" if ranks.all == 1 else "shard: false"
     if config.shard == HYBRID:
@@ -88,25 +93,27 @@ def taken(config: Config, ranks: Ranks, fits: bool | None) -> tuple[str, str]:
     if fits is None:
         return REPLICATE, "shard: auto, as no memory is known"
     why = "as one GPU could hold a replica" if fits else "as one GPU could not hold a replica"
+    if images and not fits:
+        return REPLICATE, f"shard: auto, though one GPU could not hold a replica: {NO_IMAGES}"
     return (REPLICATE if fits else SHARD), f"shard: auto, {why}"
 
 
-def replica_fits(config: Config, model_config, groups: Groups) -> bool | None:
+def replica_fits(config: Config, model_config, groups: Groups, processor: Any = None) -> bool | str:
     """Whether one GPU of this machine could hold a replica of every stage, its whole step's microbatches
-    included; None where no GPU's memory is known, or the model cannot be planned. groups: training rows."""
+    included; or why nothing is to be made of it. groups: training rows. processor: the model's, where rows
+    have images."""
     target = Target.here()
     if target.memory is None:
-        return None
+        return "no GPU's memory is known"
     budget = target.memory
     if config.memory is not None:
         budget = min(budget, as_bytes("memory", config.memory))
+    planner = lambda stage: Planner(model_config, selected(stage, groups), target, processor=processor)
     try:
-        return all(
-            _fits(Planner(model_config, selected(stage, groups), target), stage, budget)
-            for stage in config.per_stage()
-        )
-    except ModelError:
-        return None
+        fits = all(_fits(planner(stage), stage, budget) for stage in config.per_stage())
+    except ModelError as error:
+        return str(error)
+    return f"it is predicted not to fit, but {NO_IMAGES}" if processor is not None and not fits else fits
 
 
 def _fits(planner: Planner, config: Config, budget: int) -> bool:
@@ -121,7 +128,8 @@ def rank_plans(planner: Planner, config: Config, ranks: Ranks, budget: int | Non
     fits."""
     layers = planner.model_config.get_text_config().num_hidden_layers
     model = Model(layers, *units(config, planner.model_config, planner.target))
-    modes = [mode for mode in ranks.modes if refusal(config, mode, ranks) is None]
+    images = planner.processor is not None
+    modes = [mode for mode in ranks.modes if refusal(config, mode, ranks, images) is None]
     return [_plan_of(planner, config, model, mode, ranks, budget) for mode in modes]
 
 

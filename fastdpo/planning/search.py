@@ -12,8 +12,7 @@ from fastdpo.config.keys import FIELDS, Config
 from fastdpo.data.packing import places_of, sizes_of
 from fastdpo.data.store.stored import facts_of
 from fastdpo.errors import ConfigError, ModelError
-from fastdpo.model.support import sharing_refusal
-from fastdpo.planning.fake_model import check_planned, head_policy, trains_all
+from fastdpo.planning.fake_model import head_policy, trains_all
 from fastdpo.planning.prediction import Prediction, largest_loads, predict
 from fastdpo.planning.simulate import Load
 from fastdpo.planning.step_time import Shape, StepTime, step_time
@@ -68,22 +67,22 @@ class Planner:
     groups: Groups
     target: Target
     free: frozenset[str] | None = None  # of CHOSEN, what may be chosen; None: what is at its default
+    processor: Any = None  # the model's, where it sees images
     _known: dict[str, Prediction] = field(default_factory=dict, init=False)
     _loads: dict[tuple, list[Load]] = field(default_factory=dict, init=False)  # by what cuts a step
 
     def __post_init__(self):
-        check_planned(self.model_config)
         # one layer is simulated for all of them
         if getattr(self.model_config.get_text_config(), "is_heterogeneous", False):
             raise ModelError(
                 f"plan: the layers of {self.model_config.model_type} are not all alike, and what such layers "
                 "take is not predicted; leave memory out, and lower max_tokens where a run does not fit"
             )
-        self.shape = Shape(self.model_config)
-        self.share = sharing_refusal(self.model_config) is None
-        facts = facts_of(self.groups)
-        self.sizes, self.timed = sizes_of(facts), facts.taken(np.arange(len(facts))[:_TIMED])
-        self.longest = int(places_of(self.sizes, self.share).max())
+        self.facts = facts = facts_of(self.groups)
+        self.processor = self.processor if facts.images.any() else None
+        self.shape = Shape(self.model_config, self.processor)
+        self.timed = facts.taken(np.arange(len(facts))[:_TIMED])
+        self.longest = int(places_of(sizes_of(facts), self.shape.share).max())
 
     def left_open(self, config: Config) -> frozenset[str]:
         """Those of CHOSEN that may be chosen."""
@@ -91,9 +90,9 @@ class Planner:
 
     def loads(self, config: Config, ranks: int = 1) -> list[Load]:
         """See step_loads; of a rank, where the groups of a step are dealt to several."""
-        scored = head_policy(config, self.model_config, self.target).max_scored
-        if (cut := (config.batch_size, config.max_tokens, scored, ranks)) not in self._loads:
-            self._loads[cut] = largest_loads(config, self.groups, self.sizes, scored, self.share, ranks)
+        policy = head_policy(config, self.model_config, self.target, processor=self.processor)
+        if (cut := (config.batch_size, config.max_tokens, policy.max_scored, ranks)) not in self._loads:
+            self._loads[cut] = largest_loads(config, self.groups, self.facts, policy, ranks)
         return self._loads[cut]
 
     def predict(self, config: Config, exact: bool = False) -> Prediction:
@@ -112,7 +111,7 @@ class Planner:
 
     def rank_time(self, config: Config, ranks: int, shards: int) -> StepTime:
         """See step_time; over whole steps, however many groups these have."""
-        facts, step = facts_of(self.groups), config.batch_size
+        facts, step = self.facts, config.batch_size
         few = facts.taken(np.arange(min(len(facts), max(step, _TIMED // step * step))))
         return step_time(config, self.model_config, few, self.target, self.shape, ranks, shards)
 

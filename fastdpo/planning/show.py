@@ -105,11 +105,14 @@ def ranks_table(plans: list[RankPlan], ranks: Ranks, budget: int | None, target:
     return table
 
 
-def ranks_lines(config: Config, ranks: Ranks, mode: str, why: str, target: Target) -> list[str]:
-    """Which mode the key takes, what refuses the others, and what the numbers stand on."""
+def ranks_lines(
+    config: Config, ranks: Ranks, mode: str, why: str, target: Target, images: bool = False
+) -> list[str]:
+    """Which mode the key takes, what refuses the others, and what the numbers stand on. images: rows have
+    some."""
     lines = [f"{why}: [bold]{mode}[/]"]
     for other in ranks.modes:
-        if why_not := refusal(config, other, ranks):
+        if why_not := refusal(config, other, ranks, images):
             lines.append(f"[yellow]{other} is not planned: {escape(why_not)}[/]")
     lines.append(
         "kept: weights, gradients, states; gathered: what sharding makes whole for a while; speed: times one "

@@ -3,7 +3,8 @@
 import importlib
 import logging
 import warnings
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from unittest.mock import patch
 
@@ -15,13 +16,15 @@ from torch.nn.attention import varlen  # noqa: F401 (makes the operator)
 from fastdpo.config.keys import Config
 from fastdpo.errors import FastDPOError, ModelError
 from fastdpo.model import offloading
-from fastdpo.model.activations import decoder_layers
+from fastdpo.model.activations import decoder_layers, towers_layers
+from fastdpo.model.towers import weights_beside
 from fastdpo.optim.bytes import state_bytes, step_bytes
 from fastdpo.optim.spec import OptimSpec
 from fastdpo.planning import allocations, stand_ins
 from fastdpo.planning.allocations import Peak, Tracker
 from fastdpo.planning.fake_model import fake_policy
 from fastdpo.planning.target import CUBLAS, Target
+from fastdpo.planning.towers import Frozen, RealInputs
 from fastdpo.records import PackedGroups, PreferenceGroup
 from fastdpo.training.job import part
 
@@ -35,7 +38,9 @@ class Load:
 
     groups: tuple[PreferenceGroup, ...]
     several: bool  # the step has other microbatches too, so that gradients are there from the start
-    batch: PackedGroups | None = None  # in the place of the groups
+    batch: PackedGroups | None = None  # in the place of the groups, where they have images
+    images: bool = False  # some rows of the run have images, which a tower that trains learns from
+    frozen: dict = field(default_factory=dict, compare=False)  # see towers.Frozen
 
 
 class Step:
@@ -48,15 +53,29 @@ class Step:
         mode, self.tracker = FakeTensorMode(allow_non_fake_inputs=True), Tracker(block)
         self.mode, self.policy = mode, fake_policy(config, model_config, target, mode, self.tracker)
         batch = self.policy.pack(load.groups) if load.batch is None else load.batch
+        if batch.layout is not None:  # masks of a step before are not this one's
+            batch = replace(batch, layout=replace(batch.layout, masks={}))
+        elif self.policy.share:
+            self.policy.set_sharing(False)
         self.batch = batch._with(partial(mode.from_tensor, static_shapes=True))
+        if batch.images:
+            self.batch = replace(self.batch, input_ids=batch.input_ids, images=batch.images)
+            known = load.frozen.setdefault((block, self.policy.dtype, config.gradient_checkpointing), {})
+            Frozen(towers_layers(self.policy.core), self.tracker, known)
+        self.real = RealInputs() if batch.images else nullcontext()
+        idle = set() if load.images else set(map(id, weights_beside(self.policy.core).values()))
+        self.learning = [w for w in self.policy.trained() if id(w) not in idle]
         self.kept: list = []  # what lives throughout
         backward = torch.ops.torch_attn._varlen_attn_backward.default
-        self.tracker.inside[backward] = stand_ins.varlen_backward_bytes
+        self.tracker.inside[backward] = stand_ins.varlen_backward_bytes, allocations.ATTENTION
+        if not target.is_cpu:
+            scatter = torch.ops.aten.masked_scatter.default
+            self.tracker.inside[scatter] = stand_ins.masked_scatter_bytes, allocations.LAYER
 
     def run(self) -> list[Peak]:
         """The step's peaks, place by place."""
         policy, tracker, batch = self.policy, self.tracker, self.batch
-        with self.mode, tracker:
+        with self.mode, tracker, self.real:
             self._settle_in()
             if batch.layout is not None and not self.target.is_cpu:
                 object.__setattr__(batch.layout, "seen", tracker)
@@ -68,13 +87,13 @@ class Step:
             with tracker.owned_by(allocations.HEAD):
                 logp = self._head(hidden)
                 del hidden
-                for weight in policy.trained():
+                for weight in self.learning:
                     weight.register_post_accumulate_grad_hook(self._accumulated)
                 tracker.where = "backward of the head"
                 grad = torch.ones_like(logp)
                 logp.backward(grad)
             tracker.where = "optimizer step"
-            largest = max(p.numel() for p in policy.trained())
+            largest = max(p.numel() for p in self.learning)
             torch.empty(max(1, step_bytes(self.optim, largest)), dtype=torch.uint8)
         return tracker.peaks()
 
@@ -89,7 +108,7 @@ class Step:
             tracker.add(tensor, allocations.BATCH)
         if not self.target.is_cpu:
             self._keep(CUBLAS[self.target.capability >= (9, 0)], allocations.LAYER)
-        for weight in policy.trained():
+        for weight in self.learning:
             states = state_bytes(self.optim, weight.numel(), weight.dtype.itemsize, tuple(weight.shape))
             self._keep(states, allocations.STATES)
             if self.several and not config.optimizer_in_backward:  # that one adds up on the host

@@ -55,6 +55,11 @@ def varlen_backward_bytes(grad, query, key, value, out, lse, cu_q, *rest) -> int
     return 4 * padded * heads * (size + 1) + shared
 
 
+def masked_scatter_bytes(into, mask, source) -> int:
+    """What CUDA's takes beside its result: for each element its place in the source, and the mask whole."""
+    return 9 * into.numel()
+
+
 def head(hidden, plan, tensors: dict):
     """f32[M]. hidden [M, D]; plan: a fastdpo_kernels.Plan; tensors: model.lm_head.Head.tensors."""
     weight, bias, lora = tensors["weight"], tensors["bias"], tensors["lora"] or ()

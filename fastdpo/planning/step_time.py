@@ -7,10 +7,10 @@ layers, and are not counted.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import starmap
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from fastdpo.config.keys import Config
@@ -21,9 +21,10 @@ from fastdpo.model.cards import Card
 from fastdpo.model.flops import attended, useful
 from fastdpo.model.quantised import quantised_linears
 from fastdpo.model.support import sharing_refusal
+from fastdpo.model.towers import unquantised, weights_beside
 from fastdpo.optim.bytes import host_state_bytes, state_bytes
 from fastdpo.optim.spec import OptimSpec
-from fastdpo.planning.fake_model import head_policy, trains_all, with_layers
+from fastdpo.planning.fake_model import head_policy, trains_all, whole_model, with_layers
 from fastdpo.planning.target import Target
 from fastdpo.training.job import part
 
@@ -44,19 +45,22 @@ class StepTime:
 
 
 class Shape:
-    """What of a model its FLOPs depend on. model_config: its transformers config."""
+    """What of a model its FLOPs depend on, without a tower. model_config: its transformers config. processor:
+    where rows have images."""
 
-    def __init__(self, model_config):
+    def __init__(self, model_config, processor: Any = None):
+        self.share = sharing_refusal(model_config, processor) is None
         text = model_config.get_text_config()
         self.layers, self.heads = text.num_hidden_layers, text.num_attention_heads
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // self.heads
         with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(with_layers(model_config, 1))
-            model.tie_weights()
-        linears = quantised_linears(model)
+            model = whole_model(with_layers(model_config, 1))
+        linears = quantised_linears(model, unquantised(model.config))
         self.body = self.layers * sum(out * inside for out, inside in linears.values())
         self.sides = self.layers * sum(out + inside for out, inside in linears.values())
-        self.outside = sum(p.numel() for p in model.parameters()) - self.body // self.layers
+        weights = sum(p.numel() for p in model.parameters())
+        weights -= sum(p.numel() for p in weights_beside(model).values())
+        self.outside = weights - self.body // self.layers
 
     def lora(self, config: Config) -> int:
         """Weights of a LoRA; of an adapter that is given, as if of rank 16."""
@@ -69,9 +73,8 @@ def step_time(
     """Of an average step over groups of which these are the facts (some hundred will do). ranks: that the
     step's groups are dealt to; then of the slowest one, without what they exchange. shards: each updates one
     of so many."""
-    share = sharing_refusal(model_config) is None
     policy = head_policy(config, model_config, target)
-    cap = config.max_tokens, policy.max_scored, share
+    cap = config.max_tokens, policy.max_scored, shape.share
     groups, pairs = list(starmap(Size, sizes_of(facts).tolist())), _attended(facts)
     steps = range(0, len(groups), config.batch_size)
     parts = []
@@ -79,7 +82,7 @@ def step_time(
         step = groups[i : i + config.batch_size]
         slowest = of_slowest(step, deal_sizes(step, ranks, *cap), in_step=shards > 1)
         parts += [[i + n for n in part] for part in slowest]
-    sizes = [sum(groups[n].places(share) for n in part) for part in parts]
+    sizes = [sum(groups[n].places(shape.share) for n in part) for part in parts]
     flops = sum(_body_flops(config, shape, T, sum(pairs[n] for n in part)) for T, part in zip(sizes, parts))
     flops += sum(policy.plan(sum(groups[n].scored for n in part)).flops for part in parts)
     all_train, size = trains_all(config), 2 if config.pure_bf16 else 4

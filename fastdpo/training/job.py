@@ -88,9 +88,12 @@ class Around:
     """What other rooms do around a run: `fastdpo.api` hands it to the trainer, which imports none of them."""
 
     settle_backends: Callable[[Console], None]  # which kernels are right on this machine
-    choose: Callable[..., Config]  # (config, model_config, groups, console): with what `memory` chooses
-    replica_fits: Callable[..., bool | None]  # (config, model_config, groups): all of it, on one GPU
-    explain: Callable[..., str]  # (config, model_config, batch): of a microbatch that took too much memory
+    # processor: of a model that sees images, where rows have some
+    choose: Callable[
+        ..., Config
+    ]  # (config, model_config, groups, console, processor=): what `memory` chooses
+    replica_fits: Callable[..., bool | str]  # (config, model_config, groups, processor): all, on one GPU
+    explain: Callable[..., str]  # (config, model_config, whether rows have images, batch): of one too large
     write_report: Callable[[Path, bool], object]  # (run folder, whether the run has ended)
     add_card: Callable[[Path, Path, Console], None]  # (run folder, model folder, console)
     check_hub: Callable[[str | None], None]  # whether that repository can be pushed to

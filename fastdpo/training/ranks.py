@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from fastdpo.console.formatting import gigabytes
 from fastdpo.distributed.world import World
@@ -66,15 +67,20 @@ def agree(policy: Policy) -> None:
         policy.max_scored = None if math.isinf(most) else int(most)
 
 
-def placed(world: World, job: Job, fits: Callable[[], bool | None]) -> World:
+def placed(world: World, job: Job, fits: Callable[[], bool | str], console: Console) -> World:
     """The world as the model will lie in it: by the key `shard`, or where that is auto, in parts where all
-    weights train and one GPU could not hold them. Raises ConfigError for what parts do not allow."""
+    weights train and one GPU could not hold them (where fits() says why nobody knows, that is told). Raises
+    ConfigError for what parts do not allow."""
     way = job.config.shard
     if world.size == 1 or way is False:
         return world
     if way == "auto":
         is_lora = job.model.lora_rank is not None or job.model.adapter is not None
-        if is_lora or world.told(lambda: fits() is not False):
+        found = is_lora or world.told(fits)
+        if isinstance(found, str):
+            text = f"[yellow]shard: auto keeps all weights on each GPU: {escape(found)}"
+            console.print(text, highlight=False, soft_wrap=True)
+        if found:
             return world
     check_ranks(job.config, world, sharded=True)
     return world.with_shards(hybrid=way == "hybrid")

@@ -131,9 +131,17 @@ def read(job: Job, console: Console, around: Around, world: World, clock: dateti
         groups, eval_groups, reports = load_data(job.data, tokenizer, console, clock, processor=processor)
     with world.first_then_others():
         around.settle_backends(console)  # what is left out changes the plan
-    world = placed(world, job, lambda: around.replica_fits(job.config, model_config, groups))
-    job = job_of(world.told(lambda: around.choose(job.config, model_config, groups, console)))
+    seen = processor if have_images(groups, eval_groups) else None
+    fits = lambda: around.replica_fits(job.config, model_config, groups, seen)
+    world = placed(world, job, fits, console)
+    choose = lambda: around.choose(job.config, model_config, groups, console, processor=seen)
+    job = job_of(world.told(choose))
     return job, world, tokenizer, processor, groups, eval_groups, reports
+
+
+def have_images(*sets: Groups) -> bool:
+    """Whether any row has images."""
+    return any(facts_of(groups).images.any() for groups in sets)
 
 
 def check_stages(stages: Sequence[StageJob], groups, eval_groups) -> None:
@@ -151,8 +159,8 @@ def ready_policy(
 ) -> Policy:
     """The policy at its start weights, compared with the model's own logits on some of these rows.
     head_budget: bytes that its head has, where they are known before."""
-    has_images = any(facts_of(some).images.any() for some in (groups, eval_groups))
-    policy = load_policy(job.model, console, world, processor if has_images else None)
+    seen = processor if have_images(groups, eval_groups) else None
+    policy = load_policy(job.model, console, world, seen)
     policy.saved_processor = processor
     policy.head_budget = head_budget or policy.head_budget
     for some in (groups, eval_groups):
@@ -203,7 +211,8 @@ def run_stage(run: Run, resumed: checkpoint.Checkpoint | None) -> Progress:
     options |= dict(max_tokens=job.max_tokens, console=run.console, check=run.stopping.check)
     options |= dict(source=_source(run.job, place.stage if place.start else 0))
     fill = partial(load_reference, policy, **options, expected_namespace=expected)
-    explain = partial(run.around.explain, run.job.config.per_stage()[place.stage], policy.core.config)
+    seen = policy.processor is not None
+    explain = partial(run.around.explain, run.job.config.per_stage()[place.stage], policy.core.config, seen)
     stage = Stage(job, policy, stage_groups(run, job, fill), run.eval_groups, explain)
     check_same_rows(run.world, stage.groups)
     place.total, place.namespace = stage.total, None

@@ -1,5 +1,6 @@
 """What ranks agree on without a word, what they refuse, and how they end; one process plays them all."""
 
+import io
 import signal
 import socket
 from types import SimpleNamespace
@@ -197,7 +198,8 @@ def test_weights_are_not_updated_in_a_backward_of_several_ranks():
     "shard, lora, fits, sharded",
     [
         ("auto", None, False, True),
-        ("auto", None, None, False),
+        ("auto", None, True, False),
+        ("auto", None, "no [GPU]'s memory is known", False),
         ("auto", 2, False, False),
         (False, None, False, False),
         (True, 2, True, True),
@@ -208,7 +210,10 @@ def test_auto_shards_where_all_weights_train_and_do_not_fit(monkeypatch, shard, 
     monkeypatch.setattr(World, "told", lambda self, make: make())
     config = Config(model="m", data="d", shard=shard, lora_rank=lora)
     world = World(size=2)
-    assert (ranks.placed(world, job.job_of(config), lambda: fits) == "sharded") == sharded
+    said = Console(file=io.StringIO(), width=200)
+    assert (ranks.placed(world, job.job_of(config), lambda: fits, said) == "sharded") == sharded
+    told = "shard: auto keeps all weights on each GPU: no [GPU]'s memory is known\n"
+    assert said.file.getvalue() == (told if isinstance(fits, str) else "")
 
 
 def test_gpus_that_are_not_there(monkeypatch):

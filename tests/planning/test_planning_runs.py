@@ -218,9 +218,16 @@ def test_wrong_words_are_refused(words, told, capsys):
     assert told in capsys.readouterr().err
 
 
+def explained(model_config):
+    return partial(explain, config(), model_config, False)
+
+
 def test_out_of_memory_ends_with_the_plan_and_what_to_try():
     batch = pack(rows()[:4])
-    with pytest.raises(TrainingError) as caught, memory_guard(7, batch, partial(explain, config(), llama())):
+    with (
+        pytest.raises(TrainingError) as caught,
+        memory_guard(7, batch, explained(llama())),
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory")
     text = str(caught.value)
     for word in (
@@ -232,7 +239,7 @@ def test_out_of_memory_ends_with_the_plan_and_what_to_try():
     ):
         assert word in text, word
     with pytest.raises(TrainingError, match="next: gradient_checkpointing"):
-        with memory_guard(7, pack(rows()[:1]), partial(explain, config(), llama())):
+        with memory_guard(7, pack(rows()[:1]), explained(llama())):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 
@@ -240,14 +247,17 @@ def test_a_smaller_microbatch_is_not_advised_where_it_would_not_help():
     """Weights, gradients and states are nearly all of it."""
     wide = model_config("llama", num_hidden_layers=2, hidden_size=512, intermediate_size=2048)
     few = pack([group(i, 20, [12, 9]) for i in range(2)])
-    with pytest.raises(TrainingError) as caught, memory_guard(1, few, partial(explain, config(), wide)):
+    with (
+        pytest.raises(TrainingError) as caught,
+        memory_guard(1, few, explained(wide)),
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert "next:" in str(caught.value) and "next: max_tokens" not in str(caught.value)
 
 
 def test_an_out_of_memory_error_without_a_plan_is_told_all_the_same():
     with pytest.raises(TrainingError, match="no plan of this microbatch"):
-        with memory_guard(1, pack(rows()[:1]), partial(explain, config(), None)):
+        with memory_guard(1, pack(rows()[:1]), explained(None)):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 

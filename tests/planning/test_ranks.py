@@ -238,7 +238,7 @@ def test_whether_a_replica_fits(monkeypatch):
     here = lambda memory: monkeypatch.setattr(Target, "here", lambda: Target(memory=memory))
     ask = lambda keys: replica_fits(keys, llama(), rows())
     here(None)
-    assert ask(config()) is None
+    assert ask(config()) == "no GPU's memory is known"
     here(80 << 30)
     assert ask(config()) is True
     assert ask(config(memory="1MB")) is False
@@ -254,7 +254,7 @@ def test_a_replica_of_layers_that_are_not_alike_is_not_known(monkeypatch):
     monkeypatch.setattr(Target, "here", lambda: Target(memory=1 << 30))
     c = llama()
     monkeypatch.setattr(type(c), "is_heterogeneous", True, raising=False)
-    assert replica_fits(config(), c, rows()) is None
+    assert "are not all alike" in replica_fits(config(), c, rows())
 
 
 def printed(keys, ranks, budget=None, target=H100):
