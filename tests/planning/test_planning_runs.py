@@ -271,7 +271,7 @@ def flags_of_a_run(tmp_path, **keys):
 def test_a_run_trains_as_its_memory_let_it_choose(tmp_path, monkeypatch):
     given = flags_of_a_run(tmp_path, memory="24GB")
     chosen = replace(given, max_tokens=50, gradient_checkpointing=True)
-    monkeypatch.setattr("fastdpo.api.choose", lambda config, *rest: chosen)
+    monkeypatch.setattr("fastdpo.api.choose", lambda config, *rest, **more: chosen)
     saved = yaml.safe_load((train(given, console()) / "config.yaml").read_text())
     assert (saved["max_tokens"], saved["gradient_checkpointing"]) == (50, True)
 
