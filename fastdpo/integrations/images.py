@@ -44,7 +44,7 @@ class BatchImages:
 
     def read(self, ids: np.ndarray) -> str | None:
         """Finds of_row, of input_ids i64[N, S]; or why that is not possible."""
-        if reason := vision_refusal(self.model, self):
+        if reason := vision_refusal(self.model.config, self):
             return reason
         counts = (ids == self.token).sum(1)
         if not self.pixels:

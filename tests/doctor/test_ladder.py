@@ -322,7 +322,7 @@ class Chosen(Exception):
 
 @pytest.mark.parametrize("function", [api.train, api.fill_reference])
 def test_a_run_on_a_gpu_climbs_before_its_plan_is_made(monkeypatch, config, gpu, function, tmp_path):
-    def choose(*args):
+    def choose(*args, **more):
         raise Chosen(left_out())
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -131,7 +131,7 @@ def test_any_token_cap_gives_the_same_trajectory(truth, tmp_path, keys):
 def test_separate_rows_give_the_same_trajectory(truth, tmp_path, monkeypatch, max_tokens):
     folder, losses, weights = truth
     (tmp_path / "model").symlink_to(folder / "model")
-    monkeypatch.setattr(support, "sharing_refusal", lambda config: "the test says so")
+    monkeypatch.setattr(support, "sharing_refusal", lambda *config: "the test says so")
     assert_same_trajectory(Run(tmp_path, max_tokens=max_tokens), losses, weights)
 
 
