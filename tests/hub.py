@@ -11,6 +11,7 @@ REFUSALS = {  # as the hub answers: (status, X-Error-Code)
     "gated": (403, "GatedRepo"),
     "no such file": (404, "EntryNotFound"),
     "down": (503, ""),
+    "a mirror's no such file": (404, ""),
 }
 
 

@@ -57,7 +57,9 @@ class Source:
 
         try:
             return Path(hf_hub_download(self.name, name, revision=self.revision))
-        except errors.LocalEntryNotFoundError:  # which is one of the others, too: the hub was not reached
+        except errors.LocalEntryNotFoundError as error:  # which is one of the others, too
+            if _is_not_found(error):  # a mirror's
+                return None
             raise
         except errors.EntryNotFoundError:
             return None
@@ -75,6 +77,16 @@ class Source:
     def options(self) -> dict[str, Any]:
         """from_pretrained's arguments."""
         return {"trust_remote_code": False, "revision": self.revision or "main"}
+
+
+def _is_not_found(error: BaseException | None) -> bool:
+    """Whether a server's 404 is behind this, and none of the hub's, which say of what."""
+    while error is not None:
+        response: Any = getattr(error, "response", None)
+        if getattr(response, "status_code", None) == 404 and not response.headers.get("X-Error-Code"):
+            return True
+        error = error.__cause__
+    return False
 
 
 def find_source(name: str, label: str, revision: str | None = None, way_out: str = WHOLE) -> Source:

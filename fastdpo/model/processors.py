@@ -122,8 +122,8 @@ def stored_files(found: Source) -> dict[str, bytes]:
     files = {name: text for name in _FILES if (text := found.content(name)) is not None}
     if found.offline and not files and not all(_is_known_to_lack(found, name) for name in _FILES):
         raise ModelError(
-            f"{found.label}: its processor is not in the hub's cache, and {found.offline}; download it first "
-            f"(`hf download {found.name}`), or give {found.folder} if it has none"
+            f"{found.label}: its processor is not in the hub's cache, and {found.offline}; "
+            f"give {found.folder} if the model has none, or download it first (`hf download {found.name}`)"
         )
     return files
 

@@ -96,9 +96,10 @@ def repeated(model: Any, features: Tensor | None) -> Iterator[None]:
 def _taken(found: Any, features: Tensor) -> Any:
     """Features of some images, one after the other or image by image, as those of a single one."""
     if isinstance(found, Tensor):
-        rows = found.flatten(0, -2)[features]
+        rows = found.flatten(0, -2)[features.to(found.device)]
         return rows if found.dim() == 2 else rows[None]
-    return (torch.cat(tuple(found))[features],)
+    rows = torch.cat(tuple(found))
+    return (rows[features.to(rows.device)],)
 
 
 def pixels(

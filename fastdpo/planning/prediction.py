@@ -124,8 +124,8 @@ def _encoded(cut: _Cut, groups: Groups, facts: Facts) -> int:
 
 def _load(groups: tuple[PreferenceGroup, ...], several: bool, images: bool, policy: FakePolicy) -> Load:
     """With its images read: each step that is simulated would read them again."""
-    has_images = any(group.images for group in groups)
-    return Load(groups, several, policy.pack(groups) if has_images else None, images)
+    as_it_is = any(group.images for group in groups) or not policy.share
+    return Load(groups, several, policy.pack(groups) if as_it_is else None, images)
 
 
 @dataclass(frozen=True)

@@ -100,20 +100,23 @@ def taken(config: Config, ranks: Ranks, fits: bool | None, images: bool = False)
 
 def replica_fits(config: Config, model_config, groups: Groups, processor: Any = None) -> bool | str:
     """Whether one GPU of this machine could hold a replica of every stage, its whole step's microbatches
-    included; or why nothing is to be made of it. groups: training rows. processor: the model's, where rows
-    have images."""
+    included; or why nothing is to be made of it. True on a CPU. groups: training rows. processor: the
+    model's, where rows have images."""
     target = Target.here()
+    if target.is_cpu:
+        return True
+    if processor is not None:
+        return NO_IMAGES
     if target.memory is None:
         return "no GPU's memory is known"
     budget = target.memory
     if config.memory is not None:
         budget = min(budget, as_bytes("memory", config.memory))
-    planner = lambda stage: Planner(model_config, selected(stage, groups), target, processor=processor)
+    planner = lambda stage: Planner(model_config, selected(stage, groups), target)
     try:
-        fits = all(_fits(planner(stage), stage, budget) for stage in config.per_stage())
+        return all(_fits(planner(stage), stage, budget) for stage in config.per_stage())
     except ModelError as error:
         return str(error)
-    return f"it is predicted not to fit, but {NO_IMAGES}" if processor is not None and not fits else fits
 
 
 def _fits(planner: Planner, config: Config, budget: int) -> bool:

@@ -73,7 +73,7 @@ class Frozen:
         kind = type(layer), tuple((name, p.shape, p.dtype) for name, p in layer.named_parameters())
 
         def once(*args, **kwargs):
-            given, form = tree_flatten((args, kwargs, getattr(args[0], "keywords", None)))
+            given, form = tree_flatten((args, kwargs, getattr(args[0] if args else None, "keywords", None)))
             if any(isinstance(one, Tensor) and one.requires_grad for one in given):
                 return run(*args, **kwargs)
             key = kind, str(form), *map(_described, given)
@@ -93,4 +93,6 @@ def _described(value: Any) -> Any:
     if not isinstance(value, Tensor):  # the layout of the language model's attention is one, and unused
         return value if isinstance(value, bool | int | float | str) else type(value).__name__
     shape = tuple(value.shape), value.dtype
-    return shape if isinstance(value, FakeTensor) else (*shape, value.cpu().numpy().tobytes())
+    if isinstance(value, FakeTensor):
+        return shape
+    return *shape, value.reshape(-1).view(torch.uint8).cpu().numpy().tobytes()

@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from fastdpo.data.packing import pack
 from fastdpo.distributed.shards import is_finite
 from fastdpo.errors import DeadEndError, TrainingError
 from fastdpo.model.policy import Policy
-from fastdpo.records import PackedGroups, PreferenceGroup
+from fastdpo.records import PackedGroups
 
 Explain = Callable[[PackedGroups], str]  # what is to be said of a microbatch that took too much memory
 WAY_OUT = (
@@ -31,14 +30,15 @@ def memory_guard(step: int, batch: PackedGroups, explain: Explain | None = None)
 
 
 def update_guard(
-    step: int, group: PreferenceGroup, share: bool, offloaded: bool, explain: Explain | None = None
+    step: int, batch: Callable[[], PackedGroups], offloaded: bool, explain: Explain | None = None
 ):
     """The same around the update, in which the optimizer makes its states at first (in the host's memory
-    where it is offloaded); `group`: any of the step's, for what is said of the weights depends on none."""
+    where it is offloaded); `batch` packs any groups of the step, for what is said of the weights depends on
+    none."""
     states = "an optimizer with smaller states (optim: adamw_8bit), set offload_optimizer: true, or train"
     ways = f"{'Train' if offloaded else f'Take {states}'} a LoRA (lora_rank)"
     where = lambda: f"in the optimizer's update. {ways}"
-    return _guard(step, where, lambda: pack([group], share), explain)
+    return _guard(step, where, batch, explain)
 
 
 @contextlib.contextmanager

@@ -198,7 +198,7 @@ class Stage:
     def updating(self, step: int, groups: Groups, progress: Progress):
         """What goes around the update by these groups."""
         offloaded = self.job.optim.offload_optimizer
-        guard = update_guard(step, groups[0], self.policy.share, offloaded, self.explain)
+        guard = update_guard(step, lambda: self.policy.pack([groups[0]]), offloaded, self.explain)
         return progress.window.idle.busy(guard)
 
     @torch.no_grad()

@@ -181,7 +181,7 @@ def test_fastdpos_own_memory_errors_are_results_too():
     from tests.tiny import group
 
     one = group(0, 5, [3, 2])
-    for guard in (memory_guard(2, pack([one])), update_guard(2, one, True, False)):
+    for guard in (memory_guard(2, pack([one])), update_guard(2, lambda: pack([one]), False)):
         with pytest.raises(TrainingError) as caught, guard:
             raise torch.OutOfMemoryError("CUDA out of memory")
         assert kind_of(caught.value) == "memory"

@@ -121,7 +121,7 @@ def hub(tmp_path, monkeypatch):
 def test_a_processor_that_the_hub_does_not_give_is_not_one_that_is_not_there(answer, hub):
     hub.answer = answer
     found = Source("org/vlm", "model: 'org/vlm'", None)
-    if answer == "no such file":
+    if answer is not None and "no such file" in answer:
         assert processors.stored_files(found) == {} and processors.template_beside(found) is None
         return
     with pytest.raises(ModelError) as caught:
@@ -152,7 +152,7 @@ def test_a_processor_that_is_not_in_the_cache_may_be_on_the_hub(hub, tmp_path):
     assert said.startswith(
         f"model: 'org/cached-vlm': its processor is not in the hub's cache, and the hub, {hub.address}"
     )
-    assert said.endswith(f"(`hf download org/cached-vlm`), or give {snapshot} if it has none")
+    assert f"; give {snapshot} if the model has none, or download it first" in said
     assert processors.stored_files(find_source(str(snapshot), "model")) == {}
     (place / ".no_exist" / revision).mkdir(parents=True)
     for name in processors._FILES:  # the hub has said so

@@ -168,6 +168,10 @@ def test_another_family_is_planned_on_separate_rows(monkeypatch):
     (load, *_) = loads("llava", config(), groups=images.groups("llava")[:1])
     assert load.batch.layout is None and len(load.batch.images["pixel_values"]) == 3
     assert simulate.simulate(config(), images.config("llava"), load, CPU)
+    long, small = images.group(0, "llava", [80, 90], []), images.group(1, "llava", [2, 3])
+    some = loads("llava", config(batch_size=1), groups=[long, small])
+    assert any(not group.images for load in some for group in load.groups)  # words, which are as separate
+    assert all(load.batch.layout is None for load in some)
 
 
 def test_rows_with_images_are_not_sharded(monkeypatch):
@@ -176,13 +180,10 @@ def test_rows_with_images_are_not_sharded(monkeypatch):
     assert [plan.mode for plan in rank_plans(planner, config(), Ranks(2), None)] == [REPLICATE]
     assert "images" in refusal(config(), SHARD, Ranks(2), images=True)
     assert taken(config(), Ranks(2), False, images=True)[0] == REPLICATE
-    fits = lambda memory, processor: (
-        monkeypatch.setattr(Target, "here", lambda: Target(memory=memory))
-        or replica_fits(config(), images.config(family), some if processor else some[2:], processor)
-    )
-    assert fits(80 << 30, planner.processor) is True
-    assert "predicted not to fit, but rows with images" in fits(1 << 20, planner.processor)
-    assert fits(1 << 20, None) is False  # a tower that no row uses is in shards as any weight
+    monkeypatch.setattr(Target, "here", lambda: Target(memory=1 << 20))
+    assert replica_fits(config(), images.config(family), some, planner.processor).startswith("rows with imag")
+    # a tower that no row uses is in shards as any weight
+    assert replica_fits(config(), images.config(family), some[2:]) is False
 
 
 def test_a_run_chooses_by_its_memory_and_the_command_plans_it(inputs, tmp_path):  # noqa: F811

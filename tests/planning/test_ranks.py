@@ -239,6 +239,8 @@ def test_whether_a_replica_fits(monkeypatch):
     ask = lambda keys: replica_fits(keys, llama(), rows())
     here(None)
     assert ask(config()) == "no GPU's memory is known"
+    monkeypatch.setattr(Target, "here", lambda: Target(is_cpu=True))
+    assert ask(config()) is True
     here(80 << 30)
     assert ask(config()) is True
     assert ask(config(memory="1MB")) is False
