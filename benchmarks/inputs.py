@@ -56,5 +56,5 @@ class Pixels:
     def in_front(self, group: PreferenceGroup, images: int) -> PreferenceGroup:
         """The group with so many images before its prompt."""
         prompt = np.concatenate([np.full(images * self.tokens, self.token), group.prompt])
-        one = Image(bytes(16), (self.size, self.size), lambda: None, self.tokens)  # type: ignore[arg-type, return-value]
-        return replace(group, prompt=prompt, images=(one,) * images)
+        made = lambda n: Image(f"{group.row:8}{n:8}".encode(), (self.size,) * 2, lambda: None, self.tokens)  # type: ignore[arg-type, return-value]
+        return replace(group, prompt=prompt, images=tuple(map(made, range(images))))

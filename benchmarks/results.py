@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -127,4 +128,12 @@ def stage_arguments(stage: str | argparse.ArgumentParser) -> argparse.Namespace:
     if args.dry_run and args.out is None:
         parser.error("--dry-run needs --out: its numbers mean nothing and belong nowhere else")
     args.out = args.out or RESULTS
+    return args
+
+
+def gpu_arguments(stage: str | argparse.ArgumentParser) -> argparse.Namespace:
+    """stage_arguments, of a stage that on a CPU has a --dry-run alone."""
+    args = stage_arguments(stage)
+    if not args.dry_run and not torch.cuda.is_available():
+        sys.exit("no GPU here: --dry-run --out DIR shows that all of it runs")
     return args

@@ -6,10 +6,9 @@ Run again on the same day it goes on where it stopped, and with what failed.
 import sys
 from dataclasses import replace
 
-import torch
 from rich.console import Console
 
-from benchmarks.results import stage_arguments
+from benchmarks.results import gpu_arguments
 from benchmarks.steps.dropin import complete, measure, table
 from benchmarks.steps.steps import Plan
 
@@ -21,9 +20,7 @@ DRY = Plan("Qwen2.5-0.5B", "", "cpu", pairs=4, turns=2, measured=1, minutes=0, t
 
 def main() -> int:
     """Both mixes, one JSON."""
-    args = stage_arguments(__doc__)
-    if not args.dry_run and not torch.cuda.is_available():
-        sys.exit("no GPU here: --dry-run --out DIR shows that all of it runs")
+    args = gpu_arguments(__doc__)
     plan = replace(DRY if args.dry_run else GPU, minutes=args.minutes)
     sizes = (2,) if args.dry_run else SIZES
     plans = [replace(plan, mix=mix) for mix in MIXES]

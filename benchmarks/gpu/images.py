@@ -5,19 +5,17 @@ earlier run of the same day and commit ended, and writes after everybody's first
 Weights are random, in the shapes of benchmarks.models; towers are frozen, and no layer is computed twice.
 """
 
-import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from benchmarks.gpu.steps import DRY_RATE, FULL_RATE, LORA_RATE, MAX_TOKENS, run_races
 from benchmarks.models import MODELS
-from benchmarks.results import stage_arguments
+from benchmarks.results import gpu_arguments
 from benchmarks.steps.images import PAIRS_A_PROMPT, contenders, measure_images, print_table
 from benchmarks.steps.steps import Plan
 from benchmarks.workers import Workers
@@ -48,9 +46,7 @@ def run(args: Namespace, workers: Workers) -> None:
 
 
 def main() -> None:
-    args = stage_arguments(__doc__)
-    if not args.dry_run and not torch.cuda.is_available():
-        sys.exit("no GPU here: --dry-run --out DIR shows that all of it runs")
+    args = gpu_arguments(__doc__)
     with tempfile.TemporaryDirectory() as logs, Workers(Path(logs)) as workers:
         run(args, workers)
 

@@ -10,7 +10,6 @@ benchmarks.lengths.
 """
 
 import math
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -23,7 +22,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.models import MODELS
-from benchmarks.results import result_of_today, stage_arguments, stage_parser, write_result
+from benchmarks.results import gpu_arguments, result_of_today, stage_parser, write_result
 from benchmarks.steps.contenders import fastdpo, hf_plain, ladder, trl, trl_default, variants
 from benchmarks.steps.race import Contender
 from benchmarks.steps.steps import Plan, measure_steps, measured_ceilings, print_table
@@ -191,9 +190,7 @@ def main() -> None:
     parser.add_argument(
         "--short", metavar="MODEL", choices=dict(ORDER), help="this model alone, in a short field"
     )
-    args = stage_arguments(parser)
-    if not args.dry_run and not torch.cuda.is_available():
-        sys.exit("no GPU here: --dry-run --out DIR shows that all of it runs")
+    args = gpu_arguments(parser)
     with tempfile.TemporaryDirectory() as logs, Workers(Path(logs)) as workers:
         run(args, workers)
 

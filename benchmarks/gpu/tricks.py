@@ -3,14 +3,11 @@
 Run again on the same day it measures what is left.
 """
 
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from benchmarks.results import stage_arguments
+from benchmarks.results import gpu_arguments
 from benchmarks.steps.tricks import GPU, MAX_TOKENS, PLAIN, TRICKS, run
 from benchmarks.workers import Workers
 
@@ -26,9 +23,7 @@ DRY_TRICKS = (
 
 def main() -> None:
     """One race, and what is left of the one before."""
-    args = stage_arguments(__doc__)
-    if not args.dry_run and not torch.cuda.is_available():
-        sys.exit("no GPU here: --dry-run --out DIR shows that all of it runs")
+    args = gpu_arguments(__doc__)
     how = (DRY, DRY_TRICKS, 256) if args.dry_run else (GPU, tuple(TRICKS), MAX_TOKENS)
     with tempfile.TemporaryDirectory() as logs, Workers(Path(logs)) as workers:
         run(*how, args, workers)

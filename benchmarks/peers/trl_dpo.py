@@ -203,28 +203,35 @@ def step_settings(job: Job, folder: str) -> dict:
     return settings | {name: job.keys[name] for name in KEYS if name in job.keys}
 
 
-def make_token_trainer(job: Job, folder: str) -> TokenTrainer:
-    """A DPOTrainer on the job's rows, in the job's order."""
-    best, lora = job.options["best"], job.lora_rank is not None
+def make_job_trainer(cls: type[ExactTrainer], job: Job, settings: dict, reference: bool, **given):
+    """A `cls` on the job's model; settings: DPOConfig's, given: the trainer's own. reference: with a model of
+    its own for it, where no LoRA is switched off for that."""
     if job.options.get("liger"):
         require_liger(job.device)
     attention = flash_attention() if job.options.get("flash") else None
-    # To name its file of reference log-probs TRL copies all weights to the host and hashes them: minutes
-    # for large models, and no part of a step. The name says what Job.build makes: other weights have another.
-    weights = f"random weights of {job.bench_model.name}, {job.dtype}, {sorted(job.keys.items())}"
-    with mock.patch.object(trl.trainer.dpo_trainer, "hash_module", lambda _: weights):
-        model = job.build(attention)
-        trainer = TokenTrainer(
-            model,
-            None if best or lora else job.build(),
-            trl.DPOConfig(**step_settings(job, folder)),
-            train_dataset=datasets.Dataset.from_list(job.all_rows),
-            processing_class=word_tokenizer(),
-            peft_config=job.lora_config(model) if lora else None,
-        )
+    model, lora = job.build(attention), job.lora_rank is not None
+    trainer = cls(
+        model,
+        job.build(attention) if reference and not lora else None,
+        trl.DPOConfig(**settings),
+        peft_config=job.lora_config(model) if lora else None,
+        **given,
+    )
     if lora:
         same_lora(trainer.model)
     return trainer
+
+
+def make_token_trainer(job: Job, folder: str) -> TokenTrainer:
+    """A DPOTrainer on the job's rows, in the job's order."""
+    # To name its file of reference log-probs TRL copies all weights to the host and hashes them: minutes
+    # for large models, and no part of a step. The name says what Job.build makes: other weights have another.
+    weights = f"random weights of {job.bench_model.name}, {job.dtype}, {sorted(job.keys.items())}"
+    rows = {"train_dataset": datasets.Dataset.from_list(job.all_rows), "processing_class": word_tokenizer()}
+    with mock.patch.object(trl.trainer.dpo_trainer, "hash_module", lambda _: weights):
+        return make_job_trainer(
+            TokenTrainer, job, step_settings(job, folder), not job.options["best"], **rows
+        )
 
 
 def train(message: dict, session: Session) -> None:

@@ -10,13 +10,12 @@ import tempfile
 import time
 
 import datasets
-import trl
 
 import fastdpo.integrations.trl as fast
-from benchmarks.peers.jobs import Job, flash_attention, require_liger, same_lora
+from benchmarks.peers.jobs import Job
 from benchmarks.peers.session import Session, serve
 from benchmarks.peers.towers import TowerWatch
-from benchmarks.peers.trl_dpo import ExactTrainer, step_settings, train_steps
+from benchmarks.peers.trl_dpo import ExactTrainer, make_job_trainer, step_settings, train_steps
 from benchmarks.pictures import processor, text_row
 
 
@@ -36,22 +35,15 @@ def make_picture_trainer(job: Job, folder: str) -> PictureTrainer:
     """A DPOTrainer on the job's rows, in the job's order."""
     if job.options.get("patch"):
         fast.patch()
-    if job.options.get("liger"):
-        require_liger(job.device)
-    attention, lora = flash_attention() if job.options.get("flash") else None, job.lora_rank is not None
     rows = datasets.Dataset.from_list([text_row(row) for row in job.all_rows])
-    model = job.build(attention)
-    trainer = PictureTrainer(
-        model,
-        None if lora else job.build(attention),
-        trl.DPOConfig(**step_settings(job, folder) | {"precompute_ref_log_probs": False}),
+    return make_job_trainer(
+        PictureTrainer,
+        job,
+        step_settings(job, folder) | {"precompute_ref_log_probs": False},
+        reference=True,
         train_dataset=rows.cast_column("images", datasets.List(datasets.Image())),
         processing_class=processor(job.bench_model),
-        peft_config=job.lora_config(model) if lora else None,
     )
-    if lora:
-        same_lora(trainer.model)
-    return trainer
 
 
 def train(message: dict, session: Session) -> None:

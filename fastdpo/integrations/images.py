@@ -86,7 +86,7 @@ class BatchImages:
         ends = np.array([0, *accumulate(tokens)])
         row_ends = np.array([0, *accumulate(counts.tolist())])
         at = np.searchsorted(ends, row_ends).clip(max=len(tokens))
-        if ends[-1] != total or (ends[at] != row_ends).any():
+        if not total or ends[-1] != total or (ends[at] != row_ends).any():
             return None
         pairs = list(zip(parts, tokens))
         return [pairs[start:end] for start, end in pairwise(at)]

@@ -89,9 +89,7 @@ class Around:
 
     settle_backends: Callable[[Console], None]  # which kernels are right on this machine
     # processor: of a model that sees images, where rows have some
-    choose: Callable[
-        ..., Config
-    ]  # (config, model_config, groups, console, processor=): what `memory` chooses
+    choose: Callable[..., Config]  # (config, model_config, groups, console, processor): what `memory` takes
     replica_fits: Callable[..., bool | str]  # (config, model_config, groups, processor): all, on one GPU
     explain: Callable[..., str]  # (config, model_config, whether rows have images, batch): of one too large
     write_report: Callable[[Path, bool], object]  # (run folder, whether the run has ended)

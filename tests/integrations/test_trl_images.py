@@ -187,6 +187,16 @@ def test_image_tokens_that_are_cut_are_an_error_as_in_trl(family):
                 answers(model, add, [inputs])
 
 
+def test_images_without_a_token_are_an_error_as_in_trl():
+    model, inputs = images.model("llava").train(), batch("llava")
+    inputs["input_ids"][inputs["input_ids"] == model.config.image_token_id] = 40
+    for add in ADDS:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fastdpo: ")
+            with pytest.raises(ValueError, match="mage features and image tokens do not match"):
+                answers(model, add, [inputs])
+
+
 def test_a_row_with_images_that_has_nothing_to_score():
     """It would not go through the tower, whose weights DDP then waits for."""
     inputs = batch("gemma3")
