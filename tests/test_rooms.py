@@ -17,9 +17,10 @@ PATH = {  # from a row to an updated weight: a house of its own, which looks int
     "objectives": GROUND | {"data"},
     "config": GROUND | {"data", "objectives"},
     "model": GROUND | {"data"},
+    "sampling": GROUND | {"config", "data", "model"},
     "optim": GROUND | {"model"},
     "reference": GROUND | {"data", "model"},
-    "training": GROUND | {"config", "data", "objectives", "model", "optim", "reference"},
+    "training": GROUND | {"config", "data", "objectives", "model", "sampling", "optim", "reference"},
 }
 HOUSE = GROUND | PATH.keys()
 FASTDPO = (
@@ -39,6 +40,7 @@ FASTDPO = (
         "moved": set(),
     }
 )
+FASTDPO["commands"] = FASTDPO.keys() | set()
 FASTDPO["cli"] = FASTDPO.keys() | {"fastdpo"}  # __version__
 FASTDPO["__main__"] = {"cli"}
 # what is named at the top comes when it is asked for; the imports are for type checkers alone

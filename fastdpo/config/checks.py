@@ -6,6 +6,7 @@ import typing
 from collections.abc import Iterable, Iterator
 
 from fastdpo.config.names import SAME
+from fastdpo.config.rounds import sampling_problems
 from fastdpo.data.chat.arguments import check_kwargs
 from fastdpo.data.formats.layouts import layout_of
 from fastdpo.errors import ConfigError
@@ -103,6 +104,7 @@ def _together(config) -> Iterator[str]:
         yield f"flip_pairs: {config.flip_pairs} is a share, not over 1"
     if isinstance(held_out, float) and not (0 < held_out < 1 or held_out == max(held_out // 1, 1)):
         yield f"eval_data: {held_out} is neither a data set, a fraction nor a whole number of groups"
+    yield from sampling_problems(config)
     yield from _memory(config)
 
 

@@ -6,22 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastdpo.config.checks import of_objective, of_other_keys, problems, said, without
-from fastdpo.config.names import ALSO_CALLED, in_our_words, meant
+from fastdpo.config.names import ALSO_CALLED, Optimizer, in_our_words, meant
+from fastdpo.config.rounds import SAMPLE_WORDS
 from fastdpo.config.stages import stages_of
 from fastdpo.errors import ConfigError
 from fastdpo.values import as_list, as_type
-
-Optimizer = Literal[
-    "adamw_torch_fused",
-    "adamw_8bit",
-    "paged_adamw_8bit",
-    "paged_adamw_32bit",
-    "adamw_torch_8bit",
-    "adamw_torch_4bit",
-    "adafactor",
-    "rmsprop",
-    "sgd",
-]
 
 
 def _key(default: Any, doc: str, low: int | None = None) -> Any:
@@ -97,6 +86,19 @@ class Config:
         0.0,
         "noise, to study robustness: this share of the training pairs is flipped, by seed; never held-out",
         low=0,
+    )
+    rounds: int | None = _key(
+        None,
+        "on-policy: so often the model answers some prompts of data, `reward` scores that, and it trains",
+        low=1,
+    )
+    sample: dict[str, Any] | None = _key(None, f"how a round samples: {SAMPLE_WORDS}")
+    reward: str | None = _key(
+        None, "what scores samples: FILE.py:function, vader, length, or a reward model's folder or hub name"
+    )
+    reference: str | None = _key(
+        None,
+        "of a round: the model that sampled (round, the default) or a fresh LoRA's base (start)",
     )
     learning_rate: float = _key(1e-6, "peak learning rate (1e-5 or more suits LoRA)", low=0)
     warmup_steps: float = _key(0, "linear warm-up steps; below 1, a share of all steps", low=0)

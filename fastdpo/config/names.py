@@ -2,9 +2,21 @@
 nearest is named."""
 
 import re
+from typing import Literal
 
 from fastdpo.values import nearest
 
+Optimizer = Literal[
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "adamw_torch_8bit",
+    "adamw_torch_4bit",
+    "adafactor",
+    "rmsprop",
+    "sgd",
+]
 # ours for the same by another word: transformers' optimizers and dtypes, peft's modules, YAML's off and on
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",

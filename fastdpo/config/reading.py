@@ -13,6 +13,7 @@ GROUPS = {  # of the help and of docs/keys.md: each key once
     "flip_pairs max_length truncation image_max_pixels media_dir data_cache strict".split(),
     "Objective": "objective objective_args beta label_smoothing router_aux_loss_coef reference_cache "
     "stages".split(),
+    "Rounds": "rounds sample reward reference".split(),
     "Optimizer": "learning_rate warmup_steps lr_scheduler_type lr_scheduler_kwargs optim adam_beta1 "
     "adam_beta2 adam_epsilon weight_decay max_grad_norm batch_size num_epochs max_steps "
     "freeze_vision seed".split(),

@@ -10,11 +10,12 @@ from rich.console import Console
 
 from fastdpo.evaluation.estimates import Estimate
 from fastdpo.evaluation.kl import sequence_kl
-from fastdpo.evaluation.sampling import sampled
-from fastdpo.evaluation.scorers import Answer, Scorer, scores
 from fastdpo.model.policy import Policy
 from fastdpo.records import Groups, PreferenceGroup
-from fastdpo.training.samples import end_tokens, turns_of
+from fastdpo.sampling.generate import end_tokens
+from fastdpo.sampling.said import turns_of
+from fastdpo.sampling.sampled import sampled
+from fastdpo.sampling.scorers import Answer, Scorer, scores
 
 
 @dataclass(frozen=True)

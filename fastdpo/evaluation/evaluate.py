@@ -28,7 +28,6 @@ from fastdpo.evaluation.models import (
 from fastdpo.evaluation.page import page
 from fastdpo.evaluation.result import Measured, Settings, check_free, result, write
 from fastdpo.evaluation.rows import Rows
-from fastdpo.evaluation.scorers import Scorer, make_scorer
 from fastdpo.evaluation.show import show
 from fastdpo.files.installed import versions
 from fastdpo.model.loading import load_tokenizer
@@ -38,6 +37,7 @@ from fastdpo.objectives import check_rows
 from fastdpo.records import Groups
 from fastdpo.reference.cache_file import cache_path
 from fastdpo.reference.fill import ReferenceTable, load_reference
+from fastdpo.sampling.scorers import Scorer, make_scorer
 from fastdpo.training.held_out import prompts_of
 from fastdpo.training.job import Job, job_of
 from fastdpo.training.run import device_name, spread

@@ -25,7 +25,8 @@ from fastdpo.model.spec import ModelSpec
 from fastdpo.model.towers import decoder_name, unquantised
 from fastdpo.publish.merge import merge
 from fastdpo.reference.fingerprint import reference_fingerprint
-from fastdpo.training.samples import complete, end_tokens
+from fastdpo.sampling.generate import end_tokens
+from fastdpo.training.samples import complete
 from tests import images
 from tests.hub import REFUSALS, running
 

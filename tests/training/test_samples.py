@@ -13,7 +13,8 @@ from transformers import AddedToken, GenerationConfig
 from fastdpo.data.images.expansion import Expander
 from fastdpo.model import support
 from fastdpo.model.policy import Policy
-from fastdpo.training.samples import complete, said, turns_of
+from fastdpo.sampling.said import said, turns_of
+from fastdpo.training.samples import complete
 from tests import images, tiny
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from benchmarks.learning.real.start import LONGEST, QUIET, policy_of, tokenizer_of
 from fastdpo.data.groups import Limits
 from fastdpo.data.load import load_groups
-from fastdpo.evaluation.sampling import sampled
 from fastdpo.files import durable
 from fastdpo.records import PreferenceGroup
+from fastdpo.sampling.sampled import sampled
 
 ASPECTS = ("acting", "story", "music", "ending", "pacing", "dialogue", "camera work", "cast")
 FIRST = (

@@ -14,7 +14,7 @@ import fastdpo
 from benchmarks.learning.real import sentiment
 from benchmarks.learning.real.start import QUIET, policy_of, tokenizer_of
 from fastdpo.evaluation.kl import sequence_kl
-from fastdpo.evaluation.sampling import sampled
+from fastdpo.sampling.sampled import sampled
 from fastdpo.training import checkpoint
 
 COMMON = {"lora_rank": 16, "batch_size": 8, "warmup_steps": 4, "max_tokens": 8192, "samples": 0}

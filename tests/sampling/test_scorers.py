@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from fastdpo.errors import ConfigError, ModelError
-from fastdpo.evaluation import scorers
-from fastdpo.evaluation.scorers import Answer, make_scorer, scores
+from fastdpo.sampling import scorers
+from fastdpo.sampling.scorers import Answer, make_scorer, scores
 from tests import tiny
 from tests.training.test_samples import silent
 

@@ -11,7 +11,7 @@ from fastdpo.console.progress import make_progress
 from fastdpo.errors import ModelError
 from fastdpo.model.policy import Policy
 from fastdpo.records import Groups, PreferenceGroup, Response
-from fastdpo.training.samples import batches, end_tokens, generate, generating
+from fastdpo.sampling.generate import batches, end_tokens, generate, generating
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def sampled(
 
     Through transformers' own `generate`, without top-k, top-p or penalties, `at_once` sequences a call. The
     same seed gives the same samples on the same machine, and the caller's random state stays as it was, as
-    does the policy. What ends a response: `training.samples.end_tokens` of these groups. Raises ModelError.
+    does the policy. What ends a response: `generate.end_tokens` of these groups. Raises ModelError.
     """
     ends, answers = end_tokens(policy, tokenizer, groups), dict[int, list[list[int]]]()
     prompts = [replace(group, responses=(), pairs=()) for group in groups]

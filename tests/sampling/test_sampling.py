@@ -6,8 +6,8 @@ import torch
 from transformers import GenerationConfig
 
 from fastdpo.errors import ModelError
-from fastdpo.evaluation.sampling import sampled
 from fastdpo.model import support
+from fastdpo.sampling.sampled import sampled
 from tests import tiny
 from tests.training.test_samples import silent
 
