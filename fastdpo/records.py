@@ -97,6 +97,7 @@ class Responses:
     """How the scored tokens of a microbatch form responses, and responses pairs."""
 
     cu_resp: Tensor  # i64[R+1]: the scored tokens of response r are cu_resp[r]:cu_resp[r+1]
+    group: Tensor  # i64[R]: the number of its group in the batch; rising
     pairs: Tensor  # i64[P, 2]: (winner, loser) as indices of responses
     offset: Tensor  # f32[P]
     weight: Tensor  # f32[P]
@@ -107,6 +108,7 @@ class Responses:
     score: Tensor  # f32[R]: the rows' ratings, NaN where there is none
     token_weight: Tensor | None  # f32[M]; None where no row has any, NaN in the responses without
     ref_token_logp: Tensor | None  # f32[M]; None where the objective asked for no reference
+    old_token_logp: Tensor | None  # f32[M]: of the policy that sampled; None: the reference's are those
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,10 +171,14 @@ class ResponseLogps(Responses):
         first, starts = parts[0], list(accumulate((len(p.cu_resp) - 1 for p in parts), initial=0))
         of = lambda name: [getattr(p, name) for p in parts]
         together: dict[str, Any] = {}
-        for name in ("token_logp", "ref_token_logp", "offset", "weight", "score"):
+        for name in ("token_logp", "ref_token_logp", "old_token_logp", "offset", "weight", "score"):
             together[name] = None if getattr(first, name) is None else torch.cat(of(name))
         for name in ("pairs", "chosen", "desirable", "undesirable"):
             together[name] = torch.cat([value + start for value, start in zip(of(name), starts)])
+        group: list[Tensor] = []
+        for own in of("group"):
+            group.append(own + (group[-1][-1] + 1 if group else 0))
+        together["group"] = torch.cat(group)
         together["paired_tokens"] = sum(of("paired_tokens"))
         together["cu_resp"] = torch.cat([first.cu_resp[:1], torch.cat(of("lengths")).cumsum(0)])
         weighted = any(weight is not None for weight in of("token_weight"))

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from torch import Tensor
 
-from fastdpo.objectives import batch, dpo, reference_free, shifted, tokens
+from fastdpo.objectives import batch, dpo, on_policy, reference_free, shifted, tokens
 from fastdpo.objectives.names import NOTE, same
 from fastdpo.objectives.options import NotBelow0, Option, Scope, Switch, one_of
 from fastdpo.objectives.seam import Reward
@@ -129,6 +129,13 @@ _ENTRIES = (
         "2404.04656",
         kind="coupled",
         remember=batch.bco_remember,
+    ),
+    Entry(
+        on_policy.rloo,
+        "RLOO: scored samples of the policy, against the others of their prompt; needs `rounds`",
+        "2402.14740",
+        unit="response",
+        sums=False,
     ),
     _free(
         reference_free.simpo,

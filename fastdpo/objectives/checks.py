@@ -44,6 +44,7 @@ def _lacking(facts: Facts, objective: Objective) -> np.ndarray:
         "scores": lambda: per_pair(np.isnan(good + bad)),
         "ordered scores": lambda: per_pair(~(good >= bad)),
         "positive scores": lambda: per_pair(~(np.minimum(good, bad) > 0)),
+        "response scores": lambda: (facts.responses < 2) | (facts.per_group(np.isnan(facts.score)) > 0),
         "token weights": lambda: per_pair((facts.relevant[winner] < 0) | (facts.relevant[loser] < 0)),
     }
     found = [wrong[need]() for need in objective.needs if need in wrong]
@@ -78,12 +79,23 @@ def _problems(group: PreferenceGroup, needs: frozenset[str]) -> Iterator[str]:
         assert response.score is not None
         if response.score <= 0:
             yield f"score {response.score:g} is not above 0, as scaling: log_difference needs"
+    if "response scores" in needs:
+        yield from _unscored(group)
     for index, side, response in _in_pairs(group) if "token weights" in needs else ():
         if response.token_weight is None:
             yield (
                 f"response {index} ({side}) has no token weights, which gamma needs; add {side}_spans or "
                 f"{side}_token_weights (in ranked rows: spans or token_weights)"
             )
+
+
+def _unscored(group: PreferenceGroup) -> Iterator[str]:
+    """What keeps its responses from being compared by their scores."""
+    if len(group.responses) < 2:
+        yield "a single response, and this compares a prompt's samples with each other: 2 or more"
+    for index, response in enumerate(group.responses):
+        if response.score is None:
+            yield f"response {index} has no score, and this learns from the scores of all samples"
 
 
 def _in_pairs(group: PreferenceGroup) -> Iterator[tuple[int, str, Response]]:

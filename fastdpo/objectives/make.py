@@ -187,14 +187,14 @@ def _sum(name: str, made: list[Objective], weights: list[float]) -> Objective:
 
 def _needs(entry: Entry, options: dict[str, Any]) -> frozenset[str]:
     """What every row must have (checks.py) and the reference must be."""
-    of_unit = {"pair": {"pairs"}, "judged response": {"judged"}, "chosen token": set()}
-    needs = of_unit[entry.unit].union(entry.needs)
+    of_unit = {"pair": "pairs", "judged response": "judged", "response": "response scores"}
+    needs = {*entry.needs, *([of_unit[entry.unit]] if entry.unit in of_unit else [])}
     if not entry.offset:
         needs.add("no offsets")
     if options.get("scaling") == "log_difference":
         needs.add("positive scores")
     if options.get("gamma") is not None:
         needs |= {"token weights", "per-token reference"}
-    if options.get("ld_alpha") is not None:
+    if options.get("ld_alpha") is not None or options.get("clip"):
         needs.add("per-token reference")
     return frozenset(needs)

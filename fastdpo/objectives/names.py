@@ -14,9 +14,10 @@ SAME = {  # the very same loss by another name
     "dpo_positive": "dpop",
     "slic_hf": "slic",
     "aot_pair": "aot",
+    "reinforce_leave_one_out": "rloo",
 }
 _NOT_HERE = "a loss that fastdpo does not have; `fastdpo objectives` lists all"
-_ONLINE = "no loss of preference rows, which are what fastdpo trains on: it learns from what the model writes"
+_CRITIC = "a loss that fastdpo does not have; rloo, with rounds, also learns from scored samples of the model"
 _MEANING = {  # what takes more than a name, or is not here
     "cdpo": "sigmoid with label_smoothing: 0.1",
     "conservative_dpo": "sigmoid with label_smoothing: 0.1",
@@ -27,11 +28,13 @@ _MEANING = {  # what takes more than a name, or is not here
     "cpo_simpo": "objective: {simpo: 1, sft: 1}",
     "curry_dpo": "sigmoid with pairs: easy, then medium, then hard, as stages",
     "apo": "apo_zero or apo_down",
+    "online_dpo": "sigmoid with rounds and reward",
+    "dr_po": "rloo with rounds, reward and sample: {resets: 1}",
     "sppo": "sppo_hard",
     "nll": "sft",
     "kto_pair": "an older loss of TRL that is neither kto nor here; kto reads pairs, too",
     **dict.fromkeys(("tdpo", "beta_dpo", "dpo_shift", "cal_dpo", "mdpo", "gdpo"), _NOT_HERE),
-    **dict.fromkeys(("ppo", "grpo", "rloo", "online_dpo"), _ONLINE),
+    **dict.fromkeys(("ppo", "grpo"), _CRITIC),
 }
 _TWO = "said of two losses: robust (a known share of pairs is flipped) and rdpo (R-DPO, by length)"
 NOTE = (

@@ -40,6 +40,11 @@ UNITS = {
         lambda logps: len(logps.desirable) + len(logps.undesirable),
         lambda logps: torch.cat([logps.desirable, logps.undesirable]),
     ),
+    "response": Unit(
+        lambda group: len(group.responses),
+        lambda logps: len(logps.cu_resp) - 1,
+        lambda logps: torch.arange(len(logps.cu_resp) - 1, device=logps.cu_resp.device),
+    ),
 }
 
 

@@ -107,6 +107,7 @@ def resolve(config: Config, world: World = ALONE) -> Job:
         if stage.flip_pairs and "ordered scores" in stage.objective.needs:
             name = stage.objective.name
             raise ConfigError(f"flip_pairs: flipped pairs contradict the scores that {name} reads")
+        check_samples(stage.objective, config)
         check_stepping(stage)
         check_library(stage.optim)
     if config.pair_gap == "logp" and not any(stage.by_logp for stage in job.stages):
@@ -135,6 +136,22 @@ def check_ranks(config: Config, world: World, sharded: bool) -> None:
         )
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ConfigError(f"shard: needs a newer torch than {torch.__version__}")
+
+
+def check_samples(objective: Objective, config: Config) -> None:
+    """Raises ConfigError where an objective of scored samples would be given rows of a data set."""
+    if "response scores" not in objective.needs:
+        return
+    if config.rounds is None:
+        raise ConfigError(
+            f"objective: {objective.name} trains on the policy's own samples; set rounds and reward, or "
+            "choose an objective of preference rows"
+        )
+    if config.eval_data is not None:
+        raise ConfigError(
+            f"eval_data: {objective.name} has a loss of the policy's own samples alone, and none of held-out "
+            "rows; leave it out (`fastdpo eval` takes held-out rows afterwards)"
+        )
 
 
 def check_stepping(stage: StageJob) -> None:

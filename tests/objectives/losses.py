@@ -20,6 +20,8 @@ def of_tokens(lengths, token_logp, ref_token_logp=None, pairs=None, **fields):
         undesirable=pairs[:, 1],
         paired_tokens=paired_tokens,
         score=torch.full((len(lengths),), torch.nan),
+        group=torch.zeros(len(lengths), dtype=torch.int64),
+        old_token_logp=None,
         token_weight=None,
         token_stats={},
     )

@@ -135,8 +135,8 @@ def test_no_vector_is_left_out():
 
 def test_no_loss_is_without_values():
     """Each has vectors, or is named here: Dr. DPO and WPO have theirs below, the others are compared with
-    TRL's code (test_trl_losses.py) or, BCO, with bco_pair (test_losses_limits.py)."""
-    elsewhere = {"drdpo", "wpo", "kto", "apo_zero_unpaired", "bco", "sft"}
+    TRL's code (test_trl_losses.py) or, BCO, with bco_pair (test_losses_limits.py); RLOO in test_rloo.py."""
+    elsewhere = {"drdpo", "wpo", "kto", "apo_zero_unpaired", "bco", "sft", "rloo"}
     with_vectors = {loss for loss, _ in LOSSES.values()}
     assert {name for name, entry in CATALOGUE.items() if entry.losses not in with_vectors} == elsewhere
 

@@ -90,7 +90,7 @@ def run(inputs, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "rloo"])  # which trains on samples
 def test_every_objective_trains(run, name):
     needs_smoothing = {"label_smoothing": 0.01} if name == "exo_pair" else {}
     lines = run(objective=name, **needs_smoothing)

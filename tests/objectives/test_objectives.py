@@ -267,7 +267,7 @@ def test_other_names_are_shown_and_lead_to_one_loss():
         (dict(objective="rDPO"), "objective: 'rDPO' is said of two losses: robust .* and rdpo"),
         (dict(objective="rso"), "objective: 'rso' is hinge"),
         (dict(objective="tdpo"), "objective: 'tdpo' is a loss that fastdpo does not have"),
-        (dict(objective="GRPO"), "objective: 'GRPO' is no loss of preference rows"),
+        (dict(objective="GRPO"), "objective: 'GRPO' is a loss that fastdpo does not have; rloo"),
         (dict(objective="nca"), r"Did you mean 'nca_pair'\?"),
         (dict(objective="exo"), r"Did you mean 'exo_pair'\?"),
         (dict(objective={"dpo": 1, "sigmoid": 1}), "sigmoid is given twice"),
