@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from fastdpo.errors import ConfigError
 from fastdpo.values import nearest, not_one_of
@@ -49,8 +49,8 @@ def sample_spec(sample: dict | None) -> SampleSpec:
         values[name] = value
     if found:
         raise ConfigError(*found)
-    as_kind = lambda name, value: float(value) if isinstance(_FIELDS[name].default, float) else value
-    return SampleSpec(**{name: as_kind(name, value) for name, value in values.items()})
+    given: Any = {n: float(v) if isinstance(_FIELDS[n].default, float) else v for n, v in values.items()}
+    return SampleSpec(**given)
 
 
 def _problem(name, value) -> str:

@@ -125,6 +125,7 @@ def _one(name: str, options: dict[str, Any]) -> Objective:
         mismatched=entry.mismatched,
         stats=("log_sum_sq_probs",) if weighted else entry.stats,
         needs=_needs(entry, options),
+        learns_from_ties=bool(options.get("kl_coef")),
         seen=seen,
         reward=reward and (lambda logps: (1.0 if beta is None else beta) * reward(logps)),
     )
@@ -169,6 +170,7 @@ def _sum(name: str, made: list[Objective], weights: list[float]) -> Objective:
         mismatched=any(part.mismatched for part in made),
         stats=tuple(dict.fromkeys(stat for part in made for stat in part.stats)),
         needs=frozenset().union(*(part.needs for part in made)),
+        learns_from_ties=any(part.learns_from_ties for part in made),
         seen=shown.seen,
         reward=shown.reward,
     )

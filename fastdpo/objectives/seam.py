@@ -78,6 +78,7 @@ class Objective:
     mismatched: bool = False  # it also looks at each prompt with another row's response (KTO's z0)
     stats: tuple[str, ...] = ()  # the token_stats it reads
     needs: frozenset[str] = frozenset()  # what every row must have, see checks.py
+    learns_from_ties: bool = False  # also where all samples of a prompt score the same
     seen: Callable[[ResponseLogps], ResponseLogps] = lambda logps: logps  # with the token weights it applies
     reward: Reward | None = None  # of each response as `seen`, for the metrics rewards/*
 

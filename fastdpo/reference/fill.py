@@ -40,22 +40,22 @@ class ReferenceTable:
     per_token = True
 
     def __init__(self, values: Values, account: dict):
-        self._values = values
+        self.values = values
         self.account = (
             account  # file, namespace, hits, misses, packs, tokens, repeated_tokens, seconds, bytes
         )
 
     def of(self, groups: Groups) -> Tensor:
         """f32[M] on the CPU, in the order of pack(groups)."""
-        values = self._values.of(as_keys([key for group in groups for key in response_keys(group)]))
+        values = self.values.of(as_keys([key for group in groups for key in response_keys(group)]))
         if values is None:
-            unknown = (g.row for g in groups if not self._values.known(as_keys(response_keys(g))).all())
+            unknown = (g.row for g in groups if not self.values.known(as_keys(response_keys(g))).all())
             raise ValueError(f"row {next(unknown)}: not among the rows this reference was made for")
         return torch.from_numpy(values)
 
     def sums(self, facts: Facts) -> np.ndarray:
         """f64[R]: the log-prob of each response of these groups."""
-        return self._values.sums(facts.key)
+        return self.values.sums(facts.key)
 
 
 def load_reference(
@@ -69,6 +69,7 @@ def load_reference(
     check: Callable[[], None] = lambda: None,
     expected_namespace: str | None = None,
     source: dict | None = None,
+    fingerprint: Fingerprint | None = None,
 ) -> ReferenceTable:
     """The reference of all responses: the policy as it stands, so call this before the first step.
 
@@ -79,9 +80,9 @@ def load_reference(
     is then stored.
     `expected_namespace` is what a resumed run was started from; DeadEndError where this is not it.
     `source` is what `fastdpo cache` shows of it: model, adapter, stage, data, as they were named.
-    """
+    `fingerprint`: of what is never kept, in place of its hashes."""
     start, world = time.perf_counter(), policy.world
-    fingerprint = reference_fingerprint(policy, fresh_lora)
+    told, fingerprint = fingerprint is None, fingerprint or reference_fingerprint(policy, fresh_lora)
     facts = [facts_of(groups) for groups in groups_sets]
     wanted = np.unique(np.concatenate([np.zeros(0, HASH), *(some.key for some in facts)]))
     with RefCache(path if world.first else None, fingerprint, wanted, console) as cache:
@@ -111,7 +112,8 @@ def load_reference(
         "seconds": time.perf_counter() - start,
         "bytes": path.stat().st_size if path is not None and world.first else None,
     }
-    _print(account, console)
+    if told:
+        _print(account, console)
     return ReferenceTable(cache.values, account)
 
 

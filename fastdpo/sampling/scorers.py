@@ -38,7 +38,7 @@ class Answer:
 Scorer = Callable[[Sequence[Answer]], Any]  # -> a number each
 
 
-def make_scorer(name: str) -> Scorer:
+def make_scorer(name: str, key: str = "scorer") -> Scorer:
     """The scorer of this name, tried on a tiny answer. Raises ConfigError or ModelError."""
     if name == "length":
         scorer: Scorer = lambda answers: [answer.tokens for answer in answers]

@@ -23,7 +23,8 @@ from fastdpo.values import as_list
 
 RUN_FILES = (
     *("config.yaml", "metrics.jsonl", "held_out.jsonl", "events.jsonl", "samples.jsonl", "data_report.json"),
-    *("report.html", "plots", "tensorboard", "wandb", "tracker_id", "checkpoints", "model", "eval"),
+    *("report.html", "plots", "tensorboard", "wandb", "tracker_id", "rounds", "checkpoints", "model"),
+    "eval",
 )
 # A resumed run cuts them back to its checkpoint.
 GROWING = ("metrics.jsonl", "held_out.jsonl", "samples.jsonl")
@@ -84,7 +85,7 @@ def open_run(run: Path, job: Job, reports: dict, found: Checkpoint | None, passe
     """
     checkpoint.set_aside(run / "checkpoints", passed)
     if found is None:
-        clear(run, RUN_FILES if not job.resume else set(RUN_FILES) - {"checkpoints"})
+        clear(run, RUN_FILES if not job.resume else set(RUN_FILES) - {"checkpoints", "rounds"})
     for name, size in (found.state["files"] if found else {}).items():
         with (run / name).open("ab") as file:
             if (lost := size - file.tell()) > 0:
@@ -101,7 +102,7 @@ def undone_if_refused(run: Path) -> Iterator[None]:
         yield
     except ConfigError:
         if not checkpoint.found(run / "checkpoints"):
-            clear(run, set(RUN_FILES) - {"checkpoints"})
+            clear(run, set(RUN_FILES) - {"checkpoints", "rounds"})
         raise
 
 

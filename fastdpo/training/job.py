@@ -13,6 +13,7 @@ from rich.console import Console
 from torch.distributed.fsdp import FSDPModule
 
 from fastdpo.config.keys import Config
+from fastdpo.config.rounds import SampleSpec, only_with_rounds, sample_spec
 from fastdpo.data.load import DataSpec
 from fastdpo.data.packing import epoch_steps
 from fastdpo.data.pairs import BY_GAP
@@ -75,6 +76,10 @@ class Job:
     samples: int
     trackers: list[str]
     push_to_hub: str | None
+    rounds: int | None
+    sample: SampleSpec
+    reward: str | None
+    reference: str | None
     config: Config  # for the records, and for what is done around the run
 
     @property
@@ -102,12 +107,14 @@ def resolve(config: Config, world: World = ALONE) -> Job:
     """Raises ConfigError for what is wrong in a config before any work, also between its keys, on this
     machine and in this world."""
     job = job_of(config)
+    if found := list(only_with_rounds(config)):
+        raise ConfigError(*found)
     check_ranks(config, world, sharded=config.shard in (True, "hybrid"))
     for stage in job.stages:
         if stage.flip_pairs and "ordered scores" in stage.objective.needs:
             name = stage.objective.name
             raise ConfigError(f"flip_pairs: flipped pairs contradict the scores that {name} reads")
-        check_samples(stage.objective, config)
+        check_samples(stage, config)
         check_stepping(stage)
         check_library(stage.optim)
     if config.pair_gap == "logp" and not any(stage.by_logp for stage in job.stages):
@@ -138,10 +145,13 @@ def check_ranks(config: Config, world: World, sharded: bool) -> None:
         raise ConfigError(f"shard: needs a newer torch than {torch.__version__}")
 
 
-def check_samples(objective: Objective, config: Config) -> None:
+def check_samples(stage: StageJob, config: Config) -> None:
     """Raises ConfigError where an objective of scored samples would be given rows of a data set."""
+    objective = stage.objective
     if "response scores" not in objective.needs:
         return
+    if stage.pairs != "all":
+        raise ConfigError(f"pairs: {objective.name} looks at all samples of a prompt; leave the key out")
     if config.rounds is None:
         raise ConfigError(
             f"objective: {objective.name} trains on the policy's own samples; set rounds and reward, or "
@@ -171,7 +181,8 @@ def job_of(config: Config) -> Job:
     """The config in parts; only its objectives are checked, the rest by `resolve`."""
     stages = tuple(stage_job(stage) for stage in config.per_stage())
     data, model = part(DataSpec, config), part(ModelSpec, config)
-    return part(Job, config, data=data, model=model, stages=stages, config=config)
+    own = dict(data=data, model=model, stages=stages, sample=sample_spec(config.sample), config=config)
+    return part(Job, config, **own)
 
 
 def stage_job(config: Config) -> StageJob:

@@ -91,6 +91,21 @@ class RunLog:
         record["seconds_left"] = round(left)
         self._tell(record, f"step {step:>5}", record)
 
+    def round(self, number: int, of: int, step: int, numbers: dict[str, Any]) -> None:
+        """What a round has sampled."""
+        if not self.writes:
+            return
+        said = {name: value for name, value in numbers.items() if isinstance(value, int | float)}
+        record = {"step": step, "round": number, **said}
+        durable.add_lines(self._file, {"stage": self.stage, **record})
+        self._trackers.log(step, record)
+        score, error = said["objective/scores"], said.get("objective/scores_stderr")
+        text = f"[bold]round {number} of {of}[/]: score {score:.3f}" + (f" ± {error:.3f}" if error else "")
+        text += f" · KL {said['objective/kl']:.2f}" if "objective/kl" in said else ""
+        text += f" · {said['val/contain_eos_token']:.0%} ended · {said['completions/mean_length']:.0f} tokens"
+        quiet = f"; {said['no_signal']:,} have none" if said["no_signal"] else ""
+        self.say(f"{text} · {said['prompts'] - said['no_signal']:,} prompts with a signal{quiet}")
+
     def held_out(self, step: int, sums: Sums, by_prompt: dict[str, list[float]]) -> None:
         if not self.writes:
             return

@@ -127,6 +127,17 @@ def add_token_metrics(sums: Sums, batch: PackedGroups, stats: dict[str, Tensor])
     sums.add("mean_token_accuracy", stats["is_top1"][good])
 
 
+@torch.no_grad()
+def drift(logps: ResponseLogps, per_token: bool) -> Tensor:
+    """How far policy and reference are apart: the largest mean over a response's tokens. per_token: whether
+    the reference's log-probs are of tokens."""
+    assert logps.ref_token_logp is not None
+    if not per_token:
+        return (logps.log_ratio.abs() / logps.lengths).max()
+    apart = (logps.token_logp - logps.ref_token_logp).abs()
+    return (logps.per_response(apart) / logps.lengths).max()
+
+
 def peak_memory_gb() -> float:
     """Peak of the CUDA allocator, or of this process where there is no GPU, in GB (1e9 bytes)."""
     if torch.cuda.is_available():
@@ -229,6 +240,7 @@ class Progress:
     eval_loss: float | None = None  # at this step
     best: dict | None = None  # {"step", "eval_loss"} of the stage's best checkpoint
     memory: dict[str, float] = field(default_factory=dict)  # the objective's own (BCO's running mean)
+    rounds: dict[str, int] = field(default_factory=dict)  # see rounds.RoundStage; empty before the first
     window: Window = field(default_factory=Window)
 
     def state(self) -> dict:

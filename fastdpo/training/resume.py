@@ -25,10 +25,10 @@ from fastdpo.training.job import Job, StageJob, total_steps
 # max_tokens also says over which microbatches a mixture's balance loss is a mean. What a chat template wrote
 # is compared token by token, and an image pixel by pixel, wherever their files lie.
 FREE = set(
-    "max_steps num_epochs eval_steps logging_steps save_steps save_total_limit load_best report_to samples "
-    "data_cache reference_cache memory max_tokens head_memory gradient_checkpointing activation_offloading "
-    "tiled_mlp shard offload_optimizer optimizer_in_backward push_to_hub output_dir resume overwrite strict "
-    "ignore chat_template media_dir".split()
+    "max_steps num_epochs rounds eval_steps logging_steps save_steps save_total_limit load_best report_to "
+    "samples data_cache reference_cache memory max_tokens head_memory gradient_checkpointing tiled_mlp "
+    "activation_offloading shard offload_optimizer optimizer_in_backward push_to_hub output_dir resume "
+    "overwrite strict ignore chat_template media_dir".split()
 )
 
 
@@ -126,6 +126,13 @@ def check_same_run(
             "data: the rows (or the tokenizer) are no longer those that the run in output_dir was started "
             "with, so it cannot go on exactly; start another run from its model instead"
         )
+    if job.rounds is not None:
+        number = found.state["progress"]["rounds"]["number"]
+        if number > job.rounds:
+            raise ConfigError(f"rounds: {job.rounds}, but {found.name} is in round {number} already")
+        if found.state["config"]["num_epochs"] != job.stages[0].num_epochs:
+            raise _changed("num_epochs", found.state["config"]["num_epochs"], job.stages[0].num_epochs)
+        return
     now, stage = job.stages, found.state["stage"]
     before = Config(**found.state["config"]).per_stage()
     for number, (old, new) in enumerate(zip(before, now[:stage]), 1):

@@ -24,6 +24,7 @@ from fastdpo.files import durable
 from fastdpo.files.installed import versions
 from fastdpo.model.policy import Policy
 from fastdpo.records import Groups
+from fastdpo.sampling.scorers import Scorer
 from fastdpo.training import checkpoint
 from fastdpo.training.folder import growing_sizes
 from fastdpo.training.job import Around, Job
@@ -67,6 +68,7 @@ class Run:
     eval_groups: Groups
     data: str  # the fingerprint of both
     clock: datetime  # what their chat template was told where it asked for the time
+    scorer: Scorer | None = None  # of samples, on the first rank
     place: Place = field(default_factory=Place)
 
     def __post_init__(self):

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +34,7 @@ from fastdpo.training.metrics import (
     add_kl,
     add_pair_metrics,
     counts_of,
+    drift,
     peak_memory_gb,
 )
 from fastdpo.training.speed import Pace
@@ -50,19 +52,30 @@ class Stage:
         self.world = policy.world
         policy.adds_to_grad = not self.world.sharded  # whose gradients FSDP2 takes from the backward
         self.reference: ReferenceTable | ReferenceColumns | None = None
+        self.old: ReferenceTable | None = None  # of a round, where it does not refer to what sampled
         self.objective = job.objective
         self.balance, self.unbalanced = self.balance_of()
-        self.groups, self.eval_groups = map(self.objective.select, (groups, eval_groups))
-        if self.balance:
-            self.groups, self.eval_groups = map(as_whole, (self.groups, self.eval_groups))
-        aside = lambda some: mismatched(some, job.max_length) if self.objective.mismatched else []
-        self.mismatched, self.eval_mismatched = aside(self.groups), aside(self.eval_groups)
-        self.per_epoch = math.ceil(len(self.groups) / job.batch_size)
+        self.eval_groups = self.selected(eval_groups)
+        self.eval_mismatched = self.mismatched_of(self.eval_groups)
+        self.take(groups)
+        self.per_epoch: float = math.ceil(len(self.groups) / job.batch_size)
         self.total = total_steps(job, len(self.groups))
         self.counted, self.pace = Counted.of(policy), Pace()
         self.drifts: list[Tensor] | None = None  # of the first step's microbatches, while it runs
         self.last_aside: tuple = (None, [])  # (groups, what is aside of them)
         self.ahead: tuple = (None, None)  # (groups, the same packed) of a microbatch that is to come
+
+    def take(self, groups: Groups) -> None:
+        """Makes these the rows that train."""
+        self.groups = self.selected(groups)
+        self.mismatched = self.mismatched_of(self.groups)
+
+    def selected(self, groups: Groups) -> Groups:
+        groups = self.objective.select(groups)
+        return as_whole(groups) if self.balance else groups
+
+    def mismatched_of(self, groups: Groups) -> Groups:
+        return mismatched(groups, self.job.max_length) if self.objective.mismatched else []
 
     def balance_of(self) -> tuple[Balance | None, str]:
         """(the balance loss of a mixture of experts, or of one why it is off)."""
@@ -85,18 +98,13 @@ class Stage:
                 resumed.load_optimizer(optimizer)
                 set_schedule(schedule, progress.steps)
             settle = lambda: self.settle(run, progress, eval_batches, optimizer)
-            if not progress.evaluated:
-                settle()
-            self.drifts = [] if self.reference and progress.steps == 0 else None
-            steps = step_groups(self.groups, self.job, self.total, progress.steps)
-            for groups, following in itertools.pairwise(itertools.chain(steps, [[]])):
+            for groups, following in self.steps(run, progress, settle, schedule):
                 self.pace.begin()
                 step = run.place.first + progress.steps + 1
                 norm = self.step(groups, progress, step, optimizer, following)
                 if self.drifts is not None:
-                    run.tell_drift(
-                        self.world.max(float(torch.stack(self.drifts).max()) if self.drifts else 0.0)
-                    )
+                    most = torch.stack(self.drifts).max() if self.drifts else 0.0
+                    run.tell_drift(self.world.max(float(most)))
                     self.drifts = None
                 progress.window.sums.add("grad_norm", norm)
                 progress.window.sums.add("learning_rate", schedule.get_last_lr()[0])
@@ -109,6 +117,15 @@ class Stage:
                 self.log_step(run, progress)
                 settle()
         return progress
+
+    def steps(self, run, progress: Progress, settle, schedule) -> Iterator[tuple[Groups, Groups]]:
+        """(the groups of a step, those of the next one) from where the stage stands; the next step is asked
+        for once this one is done."""
+        if not progress.evaluated:
+            settle()
+        self.drifts = [] if self.reference and progress.steps == 0 else None
+        steps = step_groups(self.groups, self.job, self.total, progress.steps)
+        yield from itertools.pairwise(itertools.chain(steps, [[]]))
 
     def due(self, steps: int, every: int | None) -> bool:
         return steps == self.total or bool(every and steps and steps % every == 0)
@@ -157,7 +174,7 @@ class Stage:
 
         def see(batch: PackedGroups, logps: ResponseLogps) -> None:
             if self.drifts is not None:
-                self.drifts.append(self.drift(logps))
+                self.drifts.append(drift(logps, self.reference.per_token))  # type: ignore[union-attr]
             self.add_metrics(window.sums, logps)
             counts.update(counts_of(batch, self.counted.flops(batch) if self.counted else 0))
 
@@ -202,15 +219,6 @@ class Stage:
         return progress.window.idle.busy(guard)
 
     @torch.no_grad()
-    def drift(self, logps: ResponseLogps) -> Tensor:
-        """How far policy and reference are apart: the largest mean over a response's tokens."""
-        assert self.reference is not None and logps.ref_token_logp is not None
-        if not self.reference.per_token:
-            return (logps.log_ratio.abs() / logps.lengths).max()
-        apart = (logps.token_logp - logps.ref_token_logp).abs()
-        return (logps.per_response(apart) / logps.lengths).max()
-
-    @torch.no_grad()
     def add_metrics(self, sums: Sums, logps: ResponseLogps) -> None:
         add_pair_metrics(sums, self.objective.seen(logps), self.objective.reward)
         if self.reference and self.reference.per_token:
@@ -242,7 +250,9 @@ class Stage:
             self.ahead = None, None
             return batch
         batch = self.policy.pack(part)
-        return replace(batch, ref_token_logp=self.reference.of(part)) if self.reference else batch
+        old = self.old.of(part) if self.old else None
+        known = self.reference.of(part) if self.reference else None
+        return replace(batch, ref_token_logp=known, old_token_logp=old)
 
     def look_ahead(self, following: Groups) -> None:
         """Packs what a step begins with, for nothing else would be done while the device is waited for."""

@@ -1,7 +1,6 @@
 """The trainer, top to bottom: job -> data -> model -> stages -> model folder."""
 
 import contextlib
-from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import datetime
 from functools import partial
@@ -29,10 +28,11 @@ from fastdpo.records import Groups
 from fastdpo.reference.cache_file import CacheFile, cache_path
 from fastdpo.reference.fill import load_reference
 from fastdpo.reference.fingerprint import reference_fingerprint
+from fastdpo.sampling.scorers import make_scorer
 from fastdpo.training import checkpoint
 from fastdpo.training.failures import check_weights
 from fastdpo.training.folder import free_folder, only_run_in, open_run, undone_if_refused
-from fastdpo.training.job import Around, Job, StageJob, job_of, resolve
+from fastdpo.training.job import Around, Job, job_of, resolve
 from fastdpo.training.metrics import Progress
 from fastdpo.training.ranks import agree, check_alike, check_same_rows, placed, quiet, tell_ranks
 from fastdpo.training.resume import (
@@ -43,6 +43,7 @@ from fastdpo.training.resume import (
     head_budget_of,
     rows_digest,
 )
+from fastdpo.training.rounds import run_rounds
 from fastdpo.training.run import Place, Run
 from fastdpo.training.stage import Stage
 from fastdpo.training.starts import Fill, make_reference, pairs_of_stage, stage_groups
@@ -61,6 +62,7 @@ def train(config: Config, console: Console, around: Around) -> Path:
 def _train(job: Job, console: Console, around: Around, world: World) -> Path:
     check_trackers(job.trackers)
     around.check_hub(job.push_to_hub)
+    scorer = make_scorer(job.reward, "reward") if job.reward is not None and world.first else None
     check_alike(world)
     folder = world.told(partial(free_folder, job))
     with Stopping(console, world) as stopping, only_run_in(folder) if world.first else nullcontext():
@@ -68,7 +70,7 @@ def _train(job: Job, console: Console, around: Around, world: World) -> Path:
         clock = world.told(partial(clock_of, found))
         rows = read(job, console, around, world, clock)
         job, world, tokenizer, processor, groups, eval_groups, reports = rows
-        check_stages(job.stages, groups, eval_groups)
+        check_stages(job, groups, eval_groups)
         data = rows_digest(groups, eval_groups)
         check_same_rows(world, groups, eval_groups)
         check_same_run(found, job, data, len(groups), console)
@@ -97,6 +99,7 @@ def _train(job: Job, console: Console, around: Around, world: World) -> Path:
                     eval_groups=eval_groups,
                     data=data,
                     clock=clock,
+                    scorer=scorer,
                 )
                 stopping.saves = True
                 with run.told(found, passed):
@@ -144,11 +147,13 @@ def have_images(*sets: Groups) -> bool:
     return any(facts_of(groups).images.any() for groups in sets)
 
 
-def check_stages(stages: Sequence[StageJob], groups, eval_groups) -> None:
-    """Raises DataError for a row that lacks what a stage's objective reads, also once pairs are flipped."""
-    for stage in stages:
-        check_rows(stage.objective, groups)
+def check_stages(job: Job, groups, eval_groups) -> None:
+    """Raises DataError for a row that lacks what a stage's objective reads, also once pairs are flipped.
+    Rounds train samples, so it is these that are asked."""
+    for stage in job.stages:
         check_rows(stage.objective, eval_groups, "eval_data")
+        if job.rounds is None:
+            check_rows(stage.objective, groups)
         if stage.flip_pairs:
             flipped, _ = flip_pairs(select_pairs(groups, stage.pairs)[0], stage.flip_pairs, stage.seed)
             check_rows(stage.objective, flipped)
@@ -197,7 +202,8 @@ def run_stages(run: Run, found: checkpoint.Checkpoint | None) -> None:
             start = run.world.told(partial(checkpoint.load, run.checkpoints / run.place.start))
             start.load_weights(run.policy)
     for number in range(run.place.stage, len(run.job.stages)):
-        progress = run_stage(run, found if found and number == found.state["stage"] else None)
+        resumed = found if found and number == found.state["stage"] else None
+        progress = (run_rounds if run.job.rounds else run_stage)(run, resumed)
         run.end_stage(progress)
     run.sample("end")
 
@@ -232,6 +238,10 @@ def fill_reference(config: Config, console: Console, around: Around) -> None:
 
 
 def _fill_reference(job: Job, console: Console, around: Around, world: World) -> None:
+    if job.rounds is not None:
+        raise ConfigError(
+            "rounds: what a round refers to is computed in it, of samples that are not there yet"
+        )
     if not job.stages[0].objective.needs_reference:
         raise ConfigError(
             "objective: the first stage needs no reference, and what later stages refer to is not trained yet"

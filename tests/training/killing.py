@@ -28,17 +28,35 @@ from rich.console import Console
 from fastdpo import api
 from fastdpo.config.keys import Config
 from fastdpo.reference import cache as ref_cache
+from fastdpo.reference import tables
+from fastdpo.sampling import draw
+from fastdpo.sampling import rows as sampled
 from fastdpo.training import checkpoint, run, stage, trainer
 from tests.tiny import rows, save_model, write_jsonl
 
 PHASES = {  # what a run calls when it enters one
     "fill": (ref_cache.RefCache, "add"),
+    "sample": (sampled.RoundFile, "add"),
+    "score": (draw.Drawing, "scored"),
+    "scored": (sampled.RoundFile, "write"),
+    "tables": (tables, "save"),
     "step": (stage.Stage, "step"),
     "checkpoint": (checkpoint, "save"),
     "report": (api, "write_report"),
     "model": (trainer, "save_model"),
 }
-LONGEST = {"fill": 0.01, "step": 0.03, "checkpoint": 0.03, "report": 0.5, "model": 0.05}  # seconds, about
+OF_ROUNDS = {"sample", "score", "scored", "tables"}
+LONGEST = {
+    "sample": 0.02,
+    "score": 0.002,
+    "scored": 0.002,
+    "tables": 0.002,
+    "fill": 0.01,
+    "step": 0.03,
+    "checkpoint": 0.03,
+    "report": 0.5,
+    "model": 0.05,
+}  # seconds, about
 TIMED = {"tokens_per_second", "pairs_per_second", "peak_memory_gb", "tflops_per_second"}
 TIMED |= {"idle_share", "seconds_left"}
 SHARED = dict(
@@ -56,6 +74,12 @@ SHARED = dict(
 KINDS = {
     "dpo": dict(max_steps=9),
     "stages": dict(load_best=True, stages=[dict(objective="sft", max_steps=5), dict(max_steps=6)]),
+    "rounds": dict(
+        rounds=3,
+        sample=dict(prompts=8, responses=3, max_new_tokens=6, resets=0.5),
+        reward="length",
+        lora_rank=2,
+    ),
     "lora": dict(max_steps=7, lora_rank=2, stages=[dict(max_steps=4), dict(max_steps=3, beta=0.3)]),
 }
 
@@ -152,8 +176,9 @@ def attempt(trial: Trial, killed: Counter) -> None:
     """Runs a trial to its end through at least one kill, and checks where each resumed run goes on."""
     draw, expected = random.Random(trial.seed), None
     while True:
-        phase = draw.choice(sorted(PHASES))
-        count = draw.randint(1, {"step": 9, "model": 1, "fill": 3}.get(phase, 5))
+        phase = draw.choice(sorted(PHASES.keys() - (set() if trial.config.rounds else OF_ROUNDS)))
+        times = {"step": 9, "model": 1, "fill": 3} | dict.fromkeys(OF_ROUNDS, 3)
+        count = draw.randint(1, times.get(phase, 5))
         kills = expected is None or draw.random() < 0.5
         kill = (phase, count, draw.uniform(0, LONGEST[phase])) if kills else None
         finished = trial.go(expected is not None, kill)
