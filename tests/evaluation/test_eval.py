@@ -189,6 +189,23 @@ def test_other_objectives(place, objective):
     )
 
 
+def test_a_run_of_samples_is_seen_as_dpos(place):
+    """Its own loss is of none of these rows."""
+    folder, run = place[0] / "sampled", place[1]
+    shutil.copytree(run.folder, folder)
+    lines = (folder / "config.yaml").read_text().splitlines()
+    kept = [
+        line
+        for line in lines
+        if line.split(":")[0] not in ("objective", "objective_args", "rounds", "reward")
+    ]
+    more = ["objective: rloo", "objective_args: {kl_coef: 0.1}", "rounds: 2", "reward: length"]
+    (folder / "config.yaml").write_text("\n".join([*kept, *more]))
+    found = evaluated(place, "sampled")
+    assert (found["objective"], found["rewards"], found["beta"]) == ("sigmoid", "sigmoid", 0.1)
+    assert found["numbers"] == evaluated(place, "lora")["numbers"]
+
+
 def test_an_adapters_reference_answers_as_the_base_alone(place):
     """Its base with the adapter off, beside the base that is loaded by itself."""
     keys = dict(samples=6, max_new_tokens=8, seed=4)
