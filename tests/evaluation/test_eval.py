@@ -193,14 +193,10 @@ def test_a_run_of_samples_is_seen_as_dpos(place):
     """Its own loss is of none of these rows."""
     folder, run = place[0] / "sampled", place[1]
     shutil.copytree(run.folder, folder)
-    lines = (folder / "config.yaml").read_text().splitlines()
-    kept = [
-        line
-        for line in lines
-        if line.split(":")[0] not in ("objective", "objective_args", "rounds", "reward")
-    ]
-    more = ["objective: rloo", "objective_args: {kl_coef: 0.1}", "rounds: 2", "reward: length"]
-    (folder / "config.yaml").write_text("\n".join([*kept, *more]))
+    named = f"model: {run.start}\ndata: {run.data}\nlora_rank: 4\ndtype: fp32\nmax_length: 64\n"
+    samples = "rounds: 2\nreward: length\nsample: {max_new_tokens: 8}\n"
+    objective = "objective: rloo\nobjective_args: {kl_coef: 0.1}\n"
+    (folder / "config.yaml").write_text(named + samples + objective)
     found = evaluated(place, "sampled")
     assert (found["objective"], found["rewards"], found["beta"]) == ("sigmoid", "sigmoid", 0.1)
     assert found["numbers"] == evaluated(place, "lora")["numbers"]
