@@ -28,7 +28,7 @@ from fastdpo.model.processors import load_processor
 from fastdpo.model.spec import ModelSpec
 from fastdpo.model.support import prepare
 from fastdpo.records import Groups
-from fastdpo.training.job import part
+from fastdpo.training.job import objective_of, part
 from fastdpo.training.trainer import check_vocabulary
 
 # What of a run's config an evaluation goes by. What wrote the turns is in its model's tokenizer.
@@ -84,7 +84,8 @@ def named(name: str, key: str, **given: Any) -> Named:
         config = from_values({key: value for key, value in read.items() if key in FIELDS})
         last = config.per_stage()[-1]
         keys, stages = {key: getattr(last, key) for key in _KEPT}, len(config.per_stage())
-    if given.get("objective") is not None:
+    of_samples = config is not None and "response scores" in objective_of(last).needs  # and of no rows
+    if given.get("objective") is not None or of_samples:
         keys |= dict.fromkeys(_OBJECTIVE)
     keys |= {key: value for key, value in given.items() if value is not None}
     in_bf16 = keys.pop("pure_bf16", None)

@@ -25,6 +25,7 @@ def rloo(logps: ResponseLogps, *, clip: NotBelow0 = 0.2, kl_coef: NotBelow0 = 0.
     advantage = advantages(reward, logps.group).to(logps.token_logp.dtype)
     if not clip:
         return -advantage * logps.logp
+    assert logps.ref_token_logp is not None  # or log_ratio has said so
     old = logps.ref_token_logp if logps.old_token_logp is None else logps.old_token_logp
     ratio, gain = (logps.token_logp - old).clamp(max=80).exp(), logps.per_token(advantage)
     return -logps.per_response(torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain))

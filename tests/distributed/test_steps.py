@@ -9,6 +9,7 @@ from tests.distributed.processes import Ranks
 OBJECTIVES = {
     "decomposable": ("sigmoid", {"label_smoothing": 0.1}),
     "of tokens": ("sft", {}),
+    "of responses": ({"rloo": 1.0, "sft": 0.1}, {}),
     "a mixture": ({"sigmoid": 0.8, "sft": 0.2}, {}),
     "rescaled": ("drdpo", {"beta_prime": 0.2}),
     "coupled": ("aot", {}),

@@ -189,6 +189,19 @@ def test_other_objectives(place, objective):
     )
 
 
+def test_a_run_of_samples_is_seen_as_dpos(place):
+    """Its own loss is of none of these rows."""
+    folder, run = place[0] / "sampled", place[1]
+    shutil.copytree(run.folder, folder)
+    named = f"model: {run.start}\ndata: {run.data}\nlora_rank: 4\ndtype: fp32\nmax_length: 64\n"
+    samples = "rounds: 2\nreward: length\nsample: {max_new_tokens: 8}\n"
+    objective = "objective: rloo\nobjective_args: {kl_coef: 0.1}\n"
+    (folder / "config.yaml").write_text(named + samples + objective)
+    found = evaluated(place, "sampled")
+    assert (found["objective"], found["rewards"], found["beta"]) == ("sigmoid", "sigmoid", 0.1)
+    assert found["numbers"] == evaluated(place, "lora")["numbers"]
+
+
 def test_an_adapters_reference_answers_as_the_base_alone(place):
     """Its base with the adapter off, beside the base that is loaded by itself."""
     keys = dict(samples=6, max_new_tokens=8, seed=4)

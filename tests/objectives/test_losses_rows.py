@@ -62,6 +62,14 @@ LOG_DIFFERENCE = dict(scaling="log_difference")
         ("odpo", {}, [with_scores(3.0, 2.0, 4.0)], "row 7: the winner's score 3 is below the loser's 4"),
         ("odpo", LOG_DIFFERENCE, [with_scores(2.0, 0.0)], "row 7: score 0 is not above 0"),
         ("reward_rpo", {}, [with_scores(None, 1.0)], r"response 0 \(chosen\) has no score"),
+        ("rloo", {}, [with_scores(1.0, None, 2.0)], "row 7: response 1 has no score, and this learns"),
+        (
+            "rloo",
+            {},
+            [with_scores(1.0, 1.0), with_scores(1.0)],
+            "row 7: a single response, and this compares",
+        ),
+        ({"sft": 1, "rloo": 1}, {}, [PAIRED], "row 0: response 0 has no score"),
         (
             "sigmoid",
             dict(gamma=0.5),
@@ -92,6 +100,7 @@ def test_rows_that_lack_something(name, options, rows, message):
         ("odpo", LOG_DIFFERENCE, [with_scores(2.0, 0.5)]),
         ("reward_rpo", {}, [with_scores(1.0, 2.0)]),
         ("sigmoid", dict(gamma=0.5), [with_weights(True, True)]),
+        ("rloo", {}, [replace(with_scores(1.0, 1.0, -2.0), pairs=())]),
         ("kto", {}, []),
     ],
 )

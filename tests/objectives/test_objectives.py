@@ -18,7 +18,7 @@ from fastdpo.objectives.names import SAME, spelled
 from fastdpo.objectives.seam import Coupled, Decomposable, Rescaled
 from fastdpo.objectives.tokens import transformed
 from fastdpo.records import ResponseLogps
-from fastdpo.training.job import objective_of
+from fastdpo.training.job import objective_of, resolve
 from fastdpo.training.metrics import Sums, add_pair_metrics
 from tests.objectives.losses import of_sums, random_logps
 from tests.tiny import group, groups
@@ -313,7 +313,34 @@ def test_bad_options(values, message):
         objective_of(config(**values))
 
 
+@pytest.mark.parametrize(
+    "objective", ["rloo", {"rloo": 1.0, "sft": 0.1}, ["sigmoid", {"rloo": 0.5}]], ids=str
+)
+def test_rloo_trains_on_samples_alone(objective):
+    rounds = dict(objective=objective, rounds=2, reward="length")
+    assert resolve(config(**rounds)).config.rounds == 2
+    with pytest.raises(
+        ConfigError, match=r"^objective: .*rloo.* trains on the policy's own samples; set rounds"
+    ):
+        resolve(config(objective=objective))
+    with pytest.raises(
+        ConfigError, match=r"^eval_data: .*rloo.* has a loss of the policy's own samples alone"
+    ):
+        resolve(config(eval_data="e", **rounds))
+    assert resolve(
+        config(eval_data="e", rounds=2, reward="length")
+    )  # the held-out loss of pairs says something
+
+
+def test_the_names_of_others_lead_to_rounds():
+    for name in ("DR-PO", "online-dpo"):
+        with pytest.raises(ConfigError, match=f"^objective: '{name}' is (rloo|sigmoid) with rounds"):
+            make(name)
+
+
 def test_token_options_need_the_reference_a_token():
+    assert "per-token reference" in make("rloo").needs
+    assert "per-token reference" not in make("rloo", clip=0).needs
     assert "per-token reference" in make("sigmoid", gamma=0.5).needs
     assert "per-token reference" in make("aot", ld_alpha=0.5).needs
     assert "per-token reference" in make("drdpo", ld_alpha=0.5).needs

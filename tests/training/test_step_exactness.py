@@ -149,6 +149,9 @@ OPTIONS = [
     ({"sigmoid": 1.0, "drdpo": 0.5, "aot_unpaired": 0.3}, {}),
     ({"bco": 1.0, "sft": 0.2}, {}),
     ({"kto": 1.0, "orpo": 0.5}, {}),
+    ("rloo", dict(clip=0)),
+    ({"rloo": 1.0, "sft": 0.1}, {}),
+    ({"rloo": 1.0, "aot": 0.3}, {}),
 ]
 CASES = [(name, {"label_smoothing": 0.01} if name == "exo_pair" else {}) for name in NAMES] + OPTIONS
 
@@ -165,6 +168,27 @@ def for_rows(name, options):
 @pytest.mark.parametrize("name, options", CASES, ids=str)
 def test_every_objective_is_exact_however_the_step_is_cut(name, options):
     assert_exact(*for_rows(name, options))
+
+
+@pytest.mark.parametrize("objective", ["rloo", {"rloo": 1.0, "sft": 0.1}, {"rloo": 1.0, "aot": 0.3}], ids=str)
+def test_what_a_batch_brings_of_the_old_policy_is_scored(objective, monkeypatch):
+    """The ratio that rloo clips is to the batch's old_token_logp, in any cut, and not to the reference."""
+    made, groups, reference = make(objective), step_groups(), Reference()
+    groups = [replace(g, pairs=tuple(p._replace(offset=0.0) for p in g.pairs)) for g in groups]
+    old_of = lambda part: reference.of(part) / 2
+    plain = Stage.packed
+    with_old = lambda self, part: replace(plain(self, part), old_token_logp=old_of(part))
+    monkeypatch.setattr(Stage, "packed", with_old)
+    p = policy("gpt2", torch.float64)
+    token_logp, _ = plain_token_logp(p, groups)
+    logps = ResponseLogps.of(pack(groups), token_logp.detach(), reference.of(groups))
+    want = float(made.whole(replace(logps, old_token_logp=old_of(groups))))
+    assert abs(want - float(made.whole(logps))) > 1e-3
+    support.prepare(p, groups, QUIET)
+    for cap in CAPS:
+        stage, progress = stage_of(made, p, groups, max_tokens=cap), Progress()
+        stage.step(stage.groups, progress, 1)
+        assert progress.window.sums.means()["loss"] == pytest.approx(want, rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(1, 6))
