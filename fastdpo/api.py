@@ -58,6 +58,29 @@ def fill_reference(config: Given | None = None, console: Console | None = None, 
     trainer.fill_reference(_config(config, keys), console or _console(), around())
 
 
+def sample(
+    config: Given | None = None,
+    output: str | PathLike[str] = "samples.jsonl",
+    console: Console | None = None,
+    **keys: Any,
+) -> list[dict[str, Any]]:
+    """What `fastdpo sample` does: answers to prompts of a config's data, scored where it has a `reward`, as
+    ranked rows in the file `output`, and returned: {"row", "prompt", "responses": [{"text", "score", "ids",
+    "ended"}], "prompt_ids", "forced"} each. Takes what `train` takes. The same command goes on with a file
+    that was not finished.
+
+        >>> import fastdpo
+        >>> found = fastdpo.sample(model="runs/first/model", data="prompts.jsonl", reward="judge.py:score")
+        >>> best = [max(row["responses"], key=lambda one: one["score"]) for row in found]
+
+    Raises FastDPOError, whose message says what to do.
+    """
+    from fastdpo.training.sample import sample
+
+    found = sample(_config(config, keys), Path(output), console or _console(), around())
+    return [dataclasses.asdict(one) for one in found]
+
+
 def evaluate(
     model: str | PathLike[str],
     data: str | list[str],

@@ -4,6 +4,7 @@ it runs, so that help is quick."""
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import Literal
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except UnusedCliTokensError as error:
         word = error.unused_tokens[0]  # type: ignore[index]
-        keyed = argv[0] in ("train", "ref", "data", "plan")
+        keyed = argv[0] in [command.__name__ for command in KEYED]
         takes = f"unexpected argument {word!r}: `fastdpo {argv[0]} --help` says what there is"
         text = UNEXPECTED.format(word) if keyed else takes
         say(error, f"error: {text}")
@@ -101,6 +102,24 @@ def ref(config, *, gpus: int | None = None):
     from fastdpo.api import fill_reference
 
     fill_reference(config)
+
+
+@takes_keys
+def sample(config, *, output: Path = Path("samples.jsonl"), gpus: int | None = None):
+    """answer prompts of the data, score the answers, and write them as ranked rows
+
+    One round of a config with `rounds`, which trains nothing: for best-of-n, a look,
+    or scripts of your own. Without `reward` nothing is scored. Goes on with a file
+    that was not finished.
+
+    :param output: JSON lines, which the key data takes
+    :param gpus: so many of this machine, by torchrun
+    """
+    if (code := on_gpus(gpus, _words)) is not None:
+        return code
+    from fastdpo.api import sample
+
+    sample(config, output)
 
 
 @takes_keys
@@ -159,8 +178,9 @@ def completion(shell: Literal["bash", "zsh", "fish", "powershell"], /):
     print(app.generate_completion(shell=shell))
 
 
+KEYED = (train, ref, sample, data, plan)
 for place, command in enumerate(
-    (train, ref, cache, data, plan, report, merge, push, convert, doctor, objectives, demo, completion)
+    (*KEYED[:3], cache, *KEYED[3:], report, merge, push, convert, doctor, objectives, demo, completion)
 ):
     app.command(command, sort_key=place)
 app.command(evaluate, name="eval", sort_key=1)

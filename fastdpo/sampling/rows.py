@@ -108,6 +108,11 @@ class RoundFile:
             self.write(found)
         return found
 
+    def is_own(self) -> bool:
+        """Whether the file begins with a line of this key."""
+        with self.path.open(encoding="utf-8", errors="replace") as file:
+            return self._whole(file.readline()) is not None
+
     def _whole(self, line: str) -> Answered | None:
         try:
             said = json.loads(line)
