@@ -1,10 +1,10 @@
-"""What scores the answers of drpo.yaml and online_dpo.yaml: a function of prompts and answers, a number each."""
+"""What scores answers in drpo.yaml and online_dpo.yaml: a function of prompts and answers, a number each."""
 
 from fastdpo.demo import DISHES
 
 
 def ingredients(prompts: list[str], answers: list[str]) -> list[float]:
-    """The share of a dish's ingredients that the answer names; half of it where the dish itself is not named."""
+    """The share of the dish's ingredients that the answer names."""
     return [_score(prompt, answer) for prompt, answer in zip(prompts, answers)]
 
 
