@@ -50,7 +50,8 @@ def make_scorer(name: str, key: str = "scorer", rows: GivenRows = lambda number:
     elif name == "vader":
         scorer = _vader(key)
     elif ".py:" in name:
-        scorer = _of_file(*name.rsplit(":", 1), key, rows)
+        file, _, function = name.rpartition(":")
+        scorer = _of_file(file, function, key, rows)
     elif name.endswith(".py"):
         raise ConfigError(f"{key}: {name}: which function of it? Name it, as in {name}:score")
     else:

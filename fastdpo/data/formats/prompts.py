@@ -87,6 +87,7 @@ def answered(row: dict, tags: Tags) -> Columns:
     """The prompt, and an answer."""
     name = next(iter(_asking(row)), "prompt")
     prompt, more = _prompt(row, name, tags)
+    answer: str | list[dict]
     if name in _WHOLE:
         field = name
         prompt, answer = columns.last_answer(turns(column(row, name), name, tags), name)
