@@ -175,9 +175,9 @@ class DataReport:
 
     def keep(self, facts: "Facts") -> None:
         """The groups of all rows that are kept."""
-        self.kept = Tally(len(facts), len(facts.length), facts.row[:_EXAMPLES].tolist())
-        alone = self.notes.get("prompt_only", Tally()).rows
-        self.counts, self.lengths = Counter(facts.totals(alone)), facts.prompt[facts.group_of] + facts.length
+        counts = facts.totals(alone=self.notes.get("prompt_only", Tally()).rows)
+        self.kept = Tally(len(facts), counts["responses"], facts.row[:_EXAMPLES].tolist())
+        self.counts, self.lengths = Counter(counts), facts.prompt[facts.group_of] + facts.length
 
     def histogram(self) -> tuple[list[int], list[int]]:
         """(edges, counts): how many sequences have edges[i] <= length < edges[i + 1]."""

@@ -6,6 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
+from fastdpo.cli import main
 from fastdpo.config.keys import from_values
 from fastdpo.data.groups import Limits, to_group
 from fastdpo.data.load import load_groups
@@ -28,6 +29,7 @@ from tests.data.shared_data import (
     write_lines,
 )
 from tests.data.test_templates import TEMPLATES, row_of, tokenizer_of
+from tests.tiny import save_model
 
 ASKED, GOLD = [user("good?")], [assistant("gold")]
 LONGER = [user("hi"), assistant("yo"), user("good?")]
@@ -223,3 +225,14 @@ def test_tokens_of_other_rounds_are_not_taken(tmp_path):
     rows, cache = [text_row(), {"prompt": "good"}], str(tmp_path / "cache")
     for prompts_only, kept in ((False, 1), (True, 2), (False, 1), (True, 2)):
         assert len(read(tmp_path, rows, data_cache=cache, prompts_only=prompts_only)[0]) == kept
+
+
+def test_the_command_reads_them_where_rounds_are_set(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "m")
+    data = write_lines(tmp_path / "rows.jsonl", [{"messages": ASKED}])
+    words = ["data", "--model", str(tmp_path / "m"), "--data", data, "--data_cache", "off"]
+    assert main([*words, "--rounds", "2", "--reward", "length"]) == 0
+    assert "prompt only: responses are sampled" in capsys.readouterr().out
+    assert main(words) == 1
+    assert "or with rounds a prompt alone" in capsys.readouterr().err
