@@ -19,15 +19,14 @@ from fastdpo.training.job import job_of
 from tests.data.shared_data import (
     WIDE,
     assistant,
-    chat_row,
     check,
     decode,
-    ranked_row,
     small_tokenizer,
     text_row,
     user,
     write_lines,
 )
+from tests.data.test_formats import JUDGED, PAIRED, RANKED
 from tests.data.test_templates import TEMPLATES, row_of, tokenizer_of
 from tests.tiny import save_model
 
@@ -101,11 +100,9 @@ def test_a_prompt_and_an_answer_which_resets_begin_with(name):
     assert group.chosen == (0,) and Facts.of([group]).resettable.tolist() == [True]
 
 
-@pytest.mark.parametrize(
-    "row", [text_row(), chat_row(), ranked_row(("a", 2), ("b", 1)), {"messages": LONGER + GOLD, "label": 1}]
-)
-def test_rows_with_judged_responses_stay_as_they_are(row):
-    assert parse_row(row, 3, prompts_only=True) == parse_row(row, 3)
+def test_rows_with_judged_responses_stay_as_they_are():
+    for _, row, *_ in (*PAIRED.values(), *RANKED.values(), *((name, row) for name, row in JUDGED.items())):
+        assert parse_row(row, 3, prompts_only=True) == parse_row(row, 3)
 
 
 def test_what_is_no_prompt_alone():
