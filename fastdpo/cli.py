@@ -127,10 +127,11 @@ def data(config):
     """show what the rows become: counts, lengths, drops, one row decoded"""
     from fastdpo.data.show import show_data
     from fastdpo.model.loading import load_tools
+    from fastdpo.training.job import data_of
 
     console = Console()
     tokenizer, processor = load_tools(config, console)
-    show_data(config, tokenizer, console, processor)
+    show_data(data_of(config), tokenizer, console, processor)
 
 
 @takes_keys

@@ -66,6 +66,7 @@ class Tools(NamedTuple):
     limits: Limits
     chat: Chat
     images: ImageReader | None = None  # of a model that reads some
+    prompts_only: bool = False  # rows of a prompt alone are read too
 
 
 def to_group(
@@ -76,15 +77,17 @@ def to_group(
     chat: Chat | None = None,
     images: ImageReader | None = None,
     folder: Path | None = None,
+    prompts_only: bool = False,
 ) -> tuple[PreferenceGroup, Counter[str]]:
     """One row -> (PreferenceGroup, notes); notes count what was worth saying about it. `chat` says what else
     the chat template is given; without it, the time. `images`: how those of the prompt are read, where the
-    model reads some, and `folder`, where their paths begin.
+    model reads some, and `folder`, where their paths begin. `prompts_only`: a row may be a prompt alone; its
+    group has the token that would end a response as its only one, and no pairs.
 
     Raises RowProblem when the row cannot be used.
     """
     one, chat = [Given(number, row, folder)], chat or Chat()
-    tools = Tools(Encoder(tokenizer), limits, chat, images)
+    tools = Tools(Encoder(tokenizer), limits, chat, images, prompts_only)
     (outcome,) = _outcomes(one, tools, None, DataReport("one row"))
     if isinstance(outcome, RowProblem):
         raise outcome
@@ -176,7 +179,8 @@ def _draft(given: Given, tools: Tools, layout: Layout | None, files: list[File])
     number, row, folder = given
     images, notes = tools.images, Counter[str]()
     refuse_lone_surrogates(row)
-    parsed = row if isinstance(row, Row) else parse_row(row, number, layout, images is not None)
+    parsed = row if isinstance(row, Row) else None
+    parsed = parsed or parse_row(row, number, layout, images is not None, tools.prompts_only)
     pictures = images.read(parsed.images, folder, notes, files) if images else None
     return write(parsed, tools.encoder.tokenizer, tools.encoder.special, tools.chat, pictures, notes)
 

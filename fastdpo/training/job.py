@@ -180,9 +180,14 @@ def check_stepping(stage: StageJob) -> None:
 def job_of(config: Config) -> Job:
     """The config in parts; only its objectives are checked, the rest by `resolve`."""
     stages = tuple(stage_job(stage) for stage in config.per_stage())
-    data, model = part(DataSpec, config), part(ModelSpec, config)
+    data, model = data_of(config), part(ModelSpec, config)
     own = dict(data=data, model=model, stages=stages, sample=sample_spec(config.sample), config=config)
     return part(Job, config, **own)
+
+
+def data_of(config: Config) -> DataSpec:
+    """Rounds need no responses, so prompts alone are rows of theirs."""
+    return part(DataSpec, config, prompts_only=config.rounds is not None)
 
 
 def stage_job(config: Config) -> StageJob:
