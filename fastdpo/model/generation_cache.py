@@ -10,8 +10,8 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, dtype_bytes: int) -> int:
     """Of one sequence of so many tokens. config: the model's.
 
     2 x layers x key/value heads x head size x tokens x dtype_bytes. A layer with a window keeps no more
-    tokens than it has; latent attention (MLA) keeps one compressed row and one rotary key a token. Layers that
-    use another's keys keep nothing; a recurrent layer's state does not grow, and is not counted.
+    tokens than it has; latent attention (MLA) keeps one compressed row and one rotary key a token. Layers
+    that use another's keys keep nothing; a recurrent layer's state does not grow, and is not counted.
     """
     return dtype_bytes * sum(width * min(tokens, most or tokens) for width, most in _layers(config))
 

@@ -48,5 +48,5 @@ def real_bytes(model, config, tokens):
     ids = torch.ones(2, tokens, dtype=torch.int64)
     for part in (ids[:, :-1], ids[:, -1:]):
         model(part, past_key_values=cache, use_cache=True)
-    kept = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
-    return sum(t.untyped_storage().nbytes() for t in kept if t is not None)
+    kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept if tensor is not None)
