@@ -27,8 +27,8 @@ BATCH = "microbatch"
 CACHE = "generation's cache"
 LOGITS = "logits of a token"
 REWARD = "reward model"
-OWNERS = (WEIGHTS, ADAPTERS, COPIES, GRADIENTS, STATES, SAVED, LAYER, ATTENTION, HEAD, BATCH)
-OWNERS += (CACHE, LOGITS, REWARD)  # of rounds
+_OF_ROUNDS = (CACHE, LOGITS, REWARD)
+OWNERS = (WEIGHTS, ADAPTERS, COPIES, GRADIENTS, STATES, SAVED, LAYER, ATTENTION, HEAD, BATCH, *_OF_ROUNDS)
 
 CUDA_BLOCK = 512  # bytes: CUDACachingAllocator's kMinBlockSize, to whose multiples it rounds a request
 CPU_BLOCK = 64  # bytes: c10's alignment on CPUs

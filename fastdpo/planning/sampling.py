@@ -6,6 +6,7 @@ process, with whatever this one leaves it.
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,12 +31,12 @@ PROMPTS, LAST, SCORING = "sampling (prompts)", "sampling (last token)", "scoring
 FUNCTIONS = ("vader", "length")  # rewards that are no model
 _ONE = np.zeros(1, np.int64)
 _NO_ROWS = Load((PreferenceGroup(0, _ONE, (Response(_ONE, _ONE == 0),), ()),), several=False)
-_OF_TRAINING = dict(max_tokens=1, gradient_checkpointing=False, activation_offloading=False)
 
 
 def without_training(config: Config) -> Config:
     """The config without those keys that only a step's forward and backward read."""
-    return replace(config, head_memory="64MiB", **_OF_TRAINING)
+    off = replace(config, gradient_checkpointing=False, activation_offloading=False)
+    return replace(off, max_tokens=1, head_memory="64MiB")
 
 
 def peaks_between(
@@ -151,6 +152,7 @@ def _next_token(step: Step, cache: DynamicCache, size: int, new: int, seen: int,
 def _filled(step: Step, cache: DynamicCache, tokens: int) -> None:
     """The cache as so many tokens leave it."""
     with step.tracker.owned_by(CACHE):
+        layer: Any
         for layer in cache.layers:
             if getattr(layer, "keys", None) is None:
                 continue

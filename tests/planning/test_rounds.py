@@ -238,7 +238,7 @@ def test_without_rounds_nothing_is_sampled():
 
 
 def test_a_run_with_rounds_chooses_what_fits():
-    """Where there is less memory fewer sequences are sampled at once, so that training alone has to change."""
+    """With less memory fewer sequences are sampled at once, so that only training has to change."""
     long = SAMPLE | {"max_new_tokens": 60}
     keys = config(long, max_tokens=4096, batch_size=32, head_memory="64MiB", memory=f"{CONTEXT + 5 * 10**7}B")
     now = planner(keys, target=GPU).predict(keys, exact=True)
