@@ -29,7 +29,7 @@ def _layers(config: PreTrainedConfig) -> Iterator[tuple[int, int | None]]:
 def _width(text: Any) -> int:
     """Numbers that a layer keeps of a token."""
     if rank := getattr(text, "kv_lora_rank", None):  # MLA
-        return rank + text.qk_rope_head_dim
+        return rank + (getattr(text, "qk_rope_head_dim", None) or 0)
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):

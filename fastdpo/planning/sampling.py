@@ -24,9 +24,9 @@ from fastdpo.planning.prediction import peaks_of
 from fastdpo.planning.simulate import Load, Step
 from fastdpo.planning.target import CONTEXT, Target
 from fastdpo.records import PreferenceGroup, Response
+from fastdpo.sampling.engine import MOST, ON_CPU, SHARE
 from fastdpo.values import as_bytes
 
-ON_CPU, MOST, SHARE = 64, 256, 4  # sequences of a call, and the part of a GPU's free memory for their cache
 PROMPTS, LAST, SCORING = "sampling (prompts)", "sampling (last token)", "scoring"
 FUNCTIONS = ("vader", "length")  # rewards that are no model
 _ONE = np.zeros(1, np.int64)
