@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from fastdpo.config.keys import Config
+from fastdpo.config.rewards import OBJECTIVE, check_reward_keys
 from fastdpo.convert.convert import config_of, read
 from fastdpo.doctor import settle_backends
 from fastdpo.errors import ConfigError
@@ -56,6 +57,22 @@ def fill_reference(config: Given | None = None, console: Console | None = None, 
     """Computes the reference's log-probs of a config's first stage into the cache, and trains nothing; takes
     what `train` takes."""
     trainer.fill_reference(_config(config, keys), console or _console(), around())
+
+
+def train_reward(config: Given | None = None, console: Console | None = None, **keys: Any) -> Path:
+    """Trains a reward model on the same rows, by the loss of Bradley and Terry; takes what `train` takes, and
+    returns the run folder. Its `model/` is what AutoModelForSequenceClassification loads, with one output.
+
+        >>> import fastdpo
+        >>> folder = fastdpo.train_reward(model="Qwen/Qwen2.5-0.5B-Instruct", data="train.jsonl")
+        >>> found = fastdpo.evaluate("runs/first", "held_out.jsonl", samples=50, scorer=f"{folder}/model")
+
+    Raises as `train` does.
+    """
+    given = _config(config, keys)
+    check_reward_keys(given)
+    given = dataclasses.replace(given, objective=OBJECTIVE)
+    return trainer.train(given, console or _console(), around())
 
 
 def evaluate(

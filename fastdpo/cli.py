@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except UnusedCliTokensError as error:
         word = error.unused_tokens[0]  # type: ignore[index]
-        keyed = argv[0] in ("train", "ref", "data", "plan")
+        keyed = argv[0] in ("train", "reward", "ref", "data", "plan")
         takes = f"unexpected argument {word!r}: `fastdpo {argv[0]} --help` says what there is"
         text = UNEXPECTED.format(word) if keyed else takes
         say(error, f"error: {text}")
@@ -88,6 +88,20 @@ def train(config, *, gpus: int | None = None):
         is_adapter, run = (folder / "model/adapter_config.json").exists(), shlex.quote(str(folder))
         whole = f"fastdpo merge {run} makes one model of adapter and base; " if is_adapter else ""
         print(f"next: {whole}fastdpo push {run} --to me/NAME shares it on the Hugging Face hub")
+
+
+@takes_keys
+def reward(config, *, gpus: int | None = None):
+    """train a reward model on preference rows; it ends up in OUTPUT_DIR/model
+
+    :param gpus: so many of this machine, by torchrun
+    """
+    if (code := on_gpus(gpus, _words)) is not None:
+        return code
+    from fastdpo.api import train_reward
+
+    run = shlex.quote(str(train_reward(config)))
+    print(f"next: fastdpo eval MODEL DATA --samples 100 --scorer {run} has it judge a model's answers")
 
 
 @takes_keys
@@ -160,7 +174,22 @@ def completion(shell: Literal["bash", "zsh", "fish", "powershell"], /):
 
 
 for place, command in enumerate(
-    (train, ref, cache, data, plan, report, merge, push, convert, doctor, objectives, demo, completion)
+    (
+        train,
+        reward,
+        ref,
+        cache,
+        data,
+        plan,
+        report,
+        merge,
+        push,
+        convert,
+        doctor,
+        objectives,
+        demo,
+        completion,
+    )
 ):
     app.command(command, sort_key=place)
 app.command(evaluate, name="eval", sort_key=1)

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch.distributed.fsdp import FSDPModule
 
 from fastdpo.config.keys import Config
+from fastdpo.config.rewards import check_reward_keys
 from fastdpo.data.load import DataSpec
 from fastdpo.data.packing import epoch_steps
 from fastdpo.data.pairs import BY_GAP
@@ -20,6 +21,7 @@ from fastdpo.distributed.world import ALONE, World
 from fastdpo.errors import ConfigError
 from fastdpo.model.spec import ModelSpec
 from fastdpo.objectives import Objective, Rescaled, make_objective
+from fastdpo.objectives.rewards import BRADLEY_TERRY
 from fastdpo.optim.library import check_library
 from fastdpo.optim.optimizers import check_schedule
 from fastdpo.optim.spec import OptimSpec
@@ -101,6 +103,8 @@ class Around:
 def resolve(config: Config, world: World = ALONE) -> Job:
     """Raises ConfigError for what is wrong in a config before any work, also between its keys, on this
     machine and in this world."""
+    if config.rewards:
+        check_reward_keys(config)
     job = job_of(config)
     check_ranks(config, world, sharded=config.shard in (True, "hybrid"))
     for stage in job.stages:
@@ -154,7 +158,8 @@ def job_of(config: Config) -> Job:
     """The config in parts; only its objectives are checked, the rest by `resolve`."""
     stages = tuple(stage_job(stage) for stage in config.per_stage())
     data, model = part(DataSpec, config), part(ModelSpec, config)
-    return part(Job, config, data=data, model=model, stages=stages, config=config)
+    completed = {"samples": 0} if config.rewards else {}  # a reward model writes nothing
+    return part(Job, config, data=data, model=model, stages=stages, config=config, **completed)
 
 
 def stage_job(config: Config) -> StageJob:
@@ -164,6 +169,8 @@ def stage_job(config: Config) -> StageJob:
 
 def objective_of(config: Config) -> Objective:
     """The objective that a config names. Raises ConfigError for what is unknown, unread or out of range."""
+    if config.rewards:
+        return BRADLEY_TERRY
     args = config.objective_args or {}
     keys = {"beta": config.beta, "label_smoothing": config.label_smoothing}
     for key, value in keys.items():

@@ -31,7 +31,7 @@ from fastdpo.training.metrics import (
     Progress,
     Sums,
     add_kl,
-    add_pair_metrics,
+    add_metrics,
     counts_of,
     peak_memory_gb,
 )
@@ -66,6 +66,8 @@ class Stage:
 
     def balance_of(self) -> tuple[Balance | None, str]:
         """(the balance loss of a mixture of experts, or of one why it is off)."""
+        if self.objective.of_rewards:
+            return None, ""  # as in TRL
         coef, off = coefficient(self.policy.core.config, self.job.router_aux_loss_coef)
         if coef and isinstance(self.objective, Rescaled):
             return None, RESCALES.format(self.objective.name)
@@ -212,7 +214,7 @@ class Stage:
 
     @torch.no_grad()
     def add_metrics(self, sums: Sums, logps: ResponseLogps) -> None:
-        add_pair_metrics(sums, self.objective.seen(logps), self.objective.reward)
+        add_metrics(sums, self.objective, logps)
         if self.reference and self.reference.per_token:
             add_kl(sums, logps)
 

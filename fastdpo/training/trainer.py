@@ -15,6 +15,7 @@ from rich.markup import escape
 from fastdpo.config.keys import Config
 from fastdpo.data.load import load_data
 from fastdpo.data.pairs import flip_pairs, select_pairs
+from fastdpo.data.reading_end import read_at_end
 from fastdpo.data.store.stored import facts_of
 from fastdpo.distributed.world import World, joined
 from fastdpo.errors import ConfigError, ModelError
@@ -129,6 +130,8 @@ def read(job: Job, console: Console, around: Around, world: World, clock: dateti
         coefficient(model_config, stage.router_aux_loss_coef)
     with world.first_then_others():  # who find what it has tokenised
         groups, eval_groups, reports = load_data(job.data, tokenizer, console, clock, processor=processor)
+    if job.model.rewards:
+        groups, eval_groups = (read_at_end(some, tokenizer.pad_token_id) for some in (groups, eval_groups))
     with world.first_then_others():
         around.settle_backends(console)  # what is left out changes the plan
     seen = processor if have_images(groups, eval_groups) else None

@@ -49,6 +49,7 @@ def key_of(
         limits.truncation,
         kwargs,
         day,
+        chat.to_end,
         rows,
         _code(),
         _versions(),
