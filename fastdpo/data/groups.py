@@ -11,6 +11,7 @@ import numpy as np
 
 from fastdpo.data.chat.arguments import Chat
 from fastdpo.data.chat.scripts import Draft, write
+from fastdpo.data.formats.columns import score
 from fastdpo.data.formats.layouts import Layout
 from fastdpo.data.images.reader import File, ImageReader
 from fastdpo.data.one_row import problem_of, refuse_lone_surrogates
@@ -177,6 +178,7 @@ def _draft(given: Given, tools: Tools, layout: Layout | None, files: list[File])
     images, notes = tools.images, Counter[str]()
     refuse_lone_surrogates(row)
     parsed = row if isinstance(row, Row) else parse_row(row, number, layout, images is not None)
+    parsed = replace(parsed, margin=score(parsed.margin, "margin") if tools.chat.rewards else None)
     pictures = images.read(parsed.images, folder, notes, files) if images else None
     return write(parsed, tools.encoder.tokenizer, tools.encoder.special, tools.chat, pictures, notes)
 
@@ -272,7 +274,8 @@ def _differing_pairs(row: Row, tails: list[Tokens], notes: Counter[str]) -> tupl
     """The pairs whose responses differ as tokens; equal ones have margin 0 whatever is learnt. So have those
     that differ only in a token merged with the prompt, which is not scored. None of an unpaired row."""
     said = [tail.ids[tail.scored] if notes["merged_boundary"] else tail.ids for tail in tails]
-    pairs = tuple(Pair(i, j) for i, j in row.pairs if not np.array_equal(said[i], said[j]))
+    margin = row.margin or 0.0
+    pairs = tuple(Pair(i, j, margin) for i, j in row.pairs if not np.array_equal(said[i], said[j]))
     if row.pairs and not pairs:
         if notes["truncated"]:
             message = "within max_length the responses have the same tokens; raise max_length"

@@ -36,8 +36,8 @@ def _read(group: PreferenceGroup, response: Response, pad: int) -> Response:
     mask[spoken[-1] + 1 if len(spoken) else 0] = True
     if not len(spoken) and group.prompt[-1] == pad:
         raise DataError(
-            f"row {group.row}: a response and the prompt's end are padding (token {pad}), which a reward model "
-            "does not read; leave the row out, or give the tokenizer a pad_token of its own"
+            f"row {group.row}: a response and the prompt's end are padding (token {pad}), which no reward "
+            "model reads; leave the row out, or give the tokenizer a pad_token of its own"
         )
     ids = np.append(response.ids, pad)
     return Response(ids, mask, response.score, label=response.label, key=response.key)

@@ -37,8 +37,9 @@ def merge(
     source: str | Path, output: str | Path | None = None, dtype: str = "auto", console: Console | None = None
 ) -> Path:
     """Writes the adapter in a run folder (or in a peft folder) merged into its base, as a folder that
-    AutoModelForCausalLM (or AutoModelForImageTextToText, of a reward model AutoModelForSequenceClassification)
-    loads, tokenizer and processor included; returns it (default: `source`-merged beside it).
+    AutoModelForCausalLM loads (or AutoModelForImageTextToText, of a reward model
+    AutoModelForSequenceClassification), tokenizer and processor included; returns it (default:
+    `source`-merged beside it).
 
     Each weight is merged in fp32 and rounded once, to `dtype`: bf16, fp32, or auto, the base's own. Raises
     ConfigError for an output that exists, ModelError for what cannot be merged or what merged badly.

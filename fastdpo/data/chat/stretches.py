@@ -40,7 +40,7 @@ def lay_out(template: Renderer, prompt: str, turns: Messages) -> Page:
     asked = template.row.prompt
     whole = asked + turns
     printed = template(whole)
-    end = len(printed) if template.chat.to_end else end_of_last_turn(template, whole, printed)
+    end = len(printed) if template.chat.rewards else end_of_last_turn(template, whole, printed)
     stretches, begins = {}, True
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     for i in answers:

@@ -34,8 +34,8 @@ def key_of(
     identity: str, tokenizer: str, limits: Limits, chat: Chat, rows: int, template, images: str | None = None
 ) -> str | None:
     """The hash, as hex: of the source's identity, the tokenizer's digest, `rows` a shard, how images are read
-    (a digest), and this code, and of the day where its chat template asks for the time. None where what
-    `chat` gives it cannot be told."""
+    (a digest), for which kind of model, and this code, and of the day where its chat template asks for the
+    time. None where what `chat` gives it cannot be told."""
     kwargs = chat.kwargs or {}
     if not _plain(kwargs):
         return None
@@ -49,7 +49,7 @@ def key_of(
         limits.truncation,
         kwargs,
         day,
-        chat.to_end,
+        chat.rewards,
         rows,
         _code(),
         _versions(),
