@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from fastdpo.config.keys import Config
+from fastdpo.config.rewards import OBJECTIVE, check_reward_keys
 from fastdpo.convert.convert import config_of, read
 from fastdpo.doctor import settle_backends
 from fastdpo.errors import ConfigError
@@ -79,6 +80,22 @@ def sample(
 
     found = sample(_config(config, keys), Path(output), console or _console(), around())
     return [dataclasses.asdict(one) for one in found]
+
+
+def train_reward(config: Given | None = None, console: Console | None = None, **keys: Any) -> Path:
+    """Trains a reward model on the same rows, by the loss of Bradley and Terry; takes what `train` takes, and
+    returns the run folder. Its `model/` is what AutoModelForSequenceClassification loads, with one output.
+
+        >>> import fastdpo
+        >>> folder = fastdpo.train_reward(model="Qwen/Qwen2.5-0.5B-Instruct", data="train.jsonl")
+        >>> found = fastdpo.evaluate("runs/first", "held_out.jsonl", samples=50, scorer=f"{folder}/model")
+
+    Raises as `train` does.
+    """
+    given = _config(config, keys)
+    check_reward_keys(given)
+    given = dataclasses.replace(given, objective=OBJECTIVE)
+    return trainer.train(given, console or _console(), around())
 
 
 def evaluate(

@@ -92,6 +92,20 @@ def train(config, *, gpus: int | None = None):
 
 
 @takes_keys
+def reward(config, *, gpus: int | None = None):
+    """train a reward model on preference rows; it ends up in OUTPUT_DIR/model
+
+    :param gpus: so many of this machine, by torchrun
+    """
+    if (code := on_gpus(gpus, _words)) is not None:
+        return code
+    from fastdpo.api import train_reward
+
+    run = shlex.quote(str(train_reward(config)))
+    print(f"next: fastdpo eval MODEL DATA --samples 100 --scorer {run} has it judge a model's answers")
+
+
+@takes_keys
 def ref(config, *, gpus: int | None = None):
     """compute the reference's log-probs into the cache, before any training
 
@@ -179,9 +193,9 @@ def completion(shell: Literal["bash", "zsh", "fish", "powershell"], /):
     print(app.generate_completion(shell=shell))
 
 
-KEYED = (train, ref, sample, data, plan)
+KEYED = (train, reward, ref, sample, data, plan)
 for place, command in enumerate(
-    (*KEYED[:3], cache, *KEYED[3:], report, merge, push, convert, doctor, objectives, demo, completion)
+    (*KEYED[:4], cache, *KEYED[4:], report, merge, push, convert, doctor, objectives, demo, completion)
 ):
     app.command(command, sort_key=place)
 app.command(evaluate, name="eval", sort_key=1)

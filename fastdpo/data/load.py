@@ -43,6 +43,7 @@ class DataSpec:
     image_max_pixels: int | None = None
     media_dir: str | None = None
     prompts_only: bool = False  # rows of a prompt alone are read too, as rounds need no other
+    rewards: bool = False  # of a reward model, which is read where a row's text ends
 
 
 def image_reader(spec: DataSpec, processor) -> ImageReader | None:
@@ -57,7 +58,7 @@ def load_data(
     time that a chat template is told, None for now; `processor`, that of a model that reads images. Raises
     DataError, or ConfigError where a fraction leaves nothing to train on."""
     limits = Limits(spec.max_length, spec.truncation)
-    chat = Chat(spec.chat_template_kwargs, clock or datetime.now())
+    chat = Chat(spec.chat_template_kwargs, clock or datetime.now(), spec.rewards)
     how: dict[str, Any] = dict(strict=spec.strict, data_format=spec.data_format, chat=chat)
     how |= dict(data_cache=spec.data_cache, images=image_reader(spec, processor))
     how |= dict(prompts_only=spec.prompts_only)

@@ -40,6 +40,7 @@ class Row:
     ties: int  # pairs of a ranked row that equal scores left out
     label: bool | None  # of an unpaired row
     relevance: tuple[Relevance | None, ...]
+    margin: Any = None  # by which a reward model has to tell chosen from rejected
     images: tuple[Any, ...] = ()  # of the prompt, as given; given.IMAGE stands for each in its text
 
 
@@ -103,6 +104,7 @@ def _parse(
         chat_template_kwargs=kwargs,
         relevance=_relevance(columns, responses),
         images=images,
+        margin=row.get("margin"),
         **{field: getattr(columns, field) for field in same},
     )
 

@@ -170,6 +170,15 @@ def _wants_rows(function: Callable) -> bool:
         return False
 
 
+def _of_run(name: str, label: str) -> str:
+    """Of a run folder its model. Raises ModelError for an adapter."""
+    folder = Path(name).expanduser()
+    folder = folder / "model" if (folder / "config.yaml").exists() and (folder / "model").is_dir() else folder
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{label} is an adapter, and a reward model has to be whole: `fastdpo merge {name}`")
+    return str(folder) if folder.exists() else name
+
+
 class RewardModel:
     """A model with one output, of what its own chat template makes of prompt and answer; where it has none,
     or the prompt's turns are not known, of the text as the policy's template wrote it. Its first
@@ -177,7 +186,7 @@ class RewardModel:
 
     def __init__(self, name: str, key: str = "scorer") -> None:
         label = f"{key}: {name!r}"
-        source = find_source(name, label, way_out=f"a scorer is {_NAMES}")
+        source = find_source(_of_run(name, label), label, way_out=f"a scorer is {_NAMES}")
         self.device = "cpu"
         try:
             with source.reading() as (where, options):

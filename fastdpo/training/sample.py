@@ -14,14 +14,14 @@ from fastdpo.distributed.world import World, joined
 from fastdpo.errors import ConfigError
 from fastdpo.files import durable
 from fastdpo.reference.fingerprint import reference_fingerprint
+from fastdpo.sampling.engine import check_engine
 from fastdpo.sampling.rows import Answered, RoundFile, ask, places_of, seed_of
-from fastdpo.sampling.scorers import make_scorer
 from fastdpo.training.job import Around, job_of
 from fastdpo.training.ranks import check_alike, quiet
 from fastdpo.training.resume import rows_digest
 from fastdpo.training.rounds import drawing_of, limit_of, with_room
 from fastdpo.training.stopping import Stopping
-from fastdpo.training.trainer import read, ready_policy
+from fastdpo.training.trainer import read, ready_policy, scorer_of
 
 
 def sample(config: Config, output: Path, console: Console, around: Around) -> list[Answered]:
@@ -32,7 +32,8 @@ def sample(config: Config, output: Path, console: Console, around: Around) -> li
 
 def _sample(config: Config, output: Path, console: Console, around: Around, world: World) -> list[Answered]:
     job = job_of(config)
-    scorer = make_scorer(job.reward, "reward") if job.reward is not None and world.first else None
+    check_engine(job.sample, job.model)
+    scorer = scorer_of(job) if world.first else None
     check_alike(world)
     with Stopping(console, world) as stopping:
         job = replace(job, data=replace(job.data, prompts_only=True, eval_data=None))

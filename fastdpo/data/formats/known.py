@@ -17,12 +17,12 @@ COLUMNS = (  # all that are read, under our names
     "completion label output kto_tag responses answers completions chosen_response rejected_response "
     "rejected_messages preferred_output non_preferred_output score_chosen score_rejected chosen_reward "
     "rejected_reward ref_chosen_logps ref_rejected_logps chosen_spans rejected_spans chosen_token_weights "
-    "rejected_token_weights chat_template_kwargs images image"
+    "rejected_token_weights chat_template_kwargs images image margin"
 ).split()
 
 NUMBERS = {  # of them those that are a number or a truth value, and no text that looks like one
     *("label kto_tag score_chosen score_rejected chosen_reward rejected_reward ref_chosen_logps").split(),
-    *("ref_rejected_logps reference_chosen_logps reference_rejected_logps").split(),
+    *("ref_rejected_logps reference_chosen_logps reference_rejected_logps margin").split(),
 }
 
 

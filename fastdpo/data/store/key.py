@@ -41,8 +41,8 @@ def key_of(
     prompts_only: bool = False,
 ) -> str | None:
     """The hash, as hex: of the source's identity, the tokenizer's digest, `rows` a shard, how images are read
-    (a digest), whether prompts alone are read, and this code, and of the day where its chat template asks for
-    the time. None where what `chat` gives it cannot be told."""
+    (a digest), whether prompts alone are read, for which kind of model, and this code, and of the day where
+    its chat template asks for the time. None where what `chat` gives it cannot be told."""
     kwargs = chat.kwargs or {}
     if not _plain(kwargs):
         return None
@@ -56,6 +56,7 @@ def key_of(
         limits.truncation,
         kwargs,
         day,
+        chat.rewards,
         rows,
         _code(),
         _versions(),
