@@ -101,7 +101,7 @@ class RoundFile:
         """The whole lines, in order, up to the first that is not as it was written. The file then holds no
         others."""
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
         lines = text.splitlines()
