@@ -112,7 +112,7 @@ class RoundStage(Stage):
         self.take(trained)
         if signal:
             check_rows(self.objective, self.groups)
-        known = self.tables_of(number, key, is_new, groups, settle) if signal else {}
+        known = self.tables_of(number, key, is_new, groups, settle)
         own = run.job.reference == "start"
         self.reference = known.get("start" if own else "now") if self.objective.needs_reference else None
         self.old = known.get("now") if own else None
