@@ -36,7 +36,7 @@ def save(path: Path, key: str, tables: dict[str, ReferenceTable]) -> None:
         columns = (keys.view(np.uint8), *table.values.stored(keys))
         tensors |= {f"{name}.{part}": column for part, column in zip(_PARTS, columns)}
     part = path.with_name(f".{path.name}.part")
-    save_file(tensors, part, {"key": key, "digest": _digest(tensors)})
+    save_file(tensors, part, _told(key, tensors))
     durable.sync(part)
     part.replace(path)
 
@@ -51,18 +51,19 @@ def load(path: Path, key: str) -> dict[str, Columns]:
             tensors, said = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
     except (SafetensorError, UnicodeDecodeError):
         return {}
-    if said != {"key": key, "digest": _digest(tensors)}:
+    if said != _told(key, tensors):
         return {}
     names = sorted({name.split(".")[0] for name in tensors})
     return {name: tuple(tensors[f"{name}.{part}"] for part in _PARTS) for name in names}
 
 
-def _digest(tensors: dict[str, np.ndarray]) -> str:
+def _told(key: str, tensors: dict[str, np.ndarray]) -> dict[str, str]:
+    """A file's metadata: one entry, for several would come in any order."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
         digest.update(np.ascontiguousarray(tensor).tobytes())
-    return digest.hexdigest()
+    return {"key": f"{key} {digest.hexdigest()}"}
 
 
 def restored(keys: np.ndarray, lengths: np.ndarray, values: np.ndarray) -> ReferenceTable:

@@ -48,8 +48,9 @@ def start_policy():
         prompts = torch.randint(*DIGITS, (32, PROMPT))
         ids = torch.cat([prompts, torch.randint(ACTIONS.start, ACTIONS.stop, (32, len(RIGHT)))], 1)
         logp = model(ids).logits[:, PROMPT - 1 :].log_softmax(-1)
+        loss = -(table * logp).sum(-1).mean()
         optimizer.zero_grad()
-        -(table * logp).sum(-1).mean().backward()
+        loss.backward()
         optimizer.step()
     return model
 

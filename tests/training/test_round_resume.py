@@ -15,7 +15,7 @@ from fastdpo.training.stage import Stage
 from tests.training.round_runs import config_of, inputs_in, outcome, replaced, run
 from tests.training.test_resume import stopped_in_step
 
-KEYS = dict(rounds=3, num_epochs=2, lora_rank=2, objective="rloo", reference="start", eval_data=0.2)
+KEYS = dict(rounds=3, num_epochs=2, lora_rank=2, objective="rloo", reference="start")
 KEYS |= dict(sample=dict(resets=0.5), save_steps=3)
 
 
