@@ -99,7 +99,7 @@ def test_a_prompt_without_room_is_left_out_and_counted(make, long_row):
 def test_under_strict_it_ends_the_run_as_do_rows_none_of_which_has_room(make, long_row):
     with pytest.raises(DataError, match=r"sample: row 2 .* no room for max_new_tokens: 6 within 64; sample"):
         run(make(data=long_row, strict=True))
-    with pytest.raises(DataError, match="sample: row 0 has a prompt of .* no room for max_new_tokens: 63"):
+    with pytest.raises(DataError, match=r"sample: row 0 has a prompt of .* no room for max_new_tokens: 63"):
         run(make("none", sample=dict(max_new_tokens=63)))
 
 
@@ -129,14 +129,14 @@ def test_a_reward_that_fails_names_the_row(make, tmp_path, body):
 def test_a_reward_that_fails_its_first_try_costs_no_sample(make, tmp_path):
     (tmp_path / "r.py").write_text("def f(prompts, answers):\n    return [None] * len(answers)\n")
     config = make(reward=f"{tmp_path}/r.py:f")
-    with pytest.raises(ConfigError, match="reward: .* fails its first try"):
+    with pytest.raises(ConfigError, match=r"reward: .* fails its first try"):
         run(config)
     assert not Path(config.output_dir).exists()
 
 
 def test_two_rounds_without_a_signal_end_the_run_with_what_was_scored(make):
     config = make(reward="same", rounds=3, lora_rank=2)
-    text = r"rounds 1 and 2 have no signal: .* score the same \(24 in \[0\.\d+, 0\.\d+\]\)\. Look at what `reward`"
+    text = r"rounds 1 and 2 have no signal: .* the same \(24 in \[0\.\d+, 0\.\d+\]\)\. Look at what `reward`"
     with pytest.raises(DeadEndError, match=text):
         run(config)
     assert [one["no_signal"] for one in events(config, "round")] == [8, 8]
