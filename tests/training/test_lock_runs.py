@@ -88,7 +88,7 @@ def success(folder) -> float:
 def trained(inputs, folder, resets, rounds, prompts, **keys) -> tuple[float, float]:
     """(success after a run, the tokens that it has generated)."""
     sample = dict(prompts=prompts, responses=SAMPLES, max_new_tokens=len(RIGHT), resets=resets)
-    values = dict(learning_rate=2e-3, lr_scheduler_type="constant_with_warmup", warmup_steps=10)
+    values = dict(learning_rate=1e-3, lr_scheduler_type="constant_with_warmup", warmup_steps=10)
     values |= dict(batch_size=64, num_epochs=4, max_length=32, logging_steps=100, rounds=rounds)
     config = config_of(inputs, folder, **values, sample=sample, **keys)
     try:
@@ -107,10 +107,11 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ["rloo", pytest.param("pairs", marks=pytest.mark.slow)])
 def test_only_resets_open_the_lock_at_equal_tokens(inputs, tmp_path, name):
-    opened, tokens = trained(inputs, tmp_path / "with", 1.0, 20, 64, **OBJECTIVES[name])
-    prompts = -(-int(tokens) // (2 * SAMPLES * len(RIGHT)))  # in two rounds, after which it ends
+    opened, tokens = trained(inputs, tmp_path / "with", 1.0, 30, 64, **OBJECTIVES[name])
+    # in two rounds, after which it ends, and some more, for some samples end early
+    prompts = 10 + int(tokens) // (2 * SAMPLES * len(RIGHT))
     closed, as_many = trained(inputs, tmp_path / "without", 0.0, 2, prompts, **OBJECTIVES[name])
     assert as_many >= tokens and success(inputs["model"]) < 1e-4
     assert opened > 0.9 and closed < 0.01
