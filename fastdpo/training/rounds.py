@@ -88,6 +88,8 @@ class RoundStage(Stage):
             steps = step_groups(self.groups, job, count, done)
             yield from itertools.pairwise(itertools.chain(steps, [[]]))
         if not count:  # the end has not been seen
+            if progress.window.responses:
+                self.log_step(run, progress)
             progress.evaluated = False
             settle()
 
