@@ -66,6 +66,7 @@ def model_card(history: RunHistory | None, folder: Path, adapter: Path | None = 
     losses = _losses(history) if history else {}
     is_adapter = (Path(folder) / SETTINGS).exists()
     name = None if adapter else config.get("push_to_hub")
+    rewards = settings.get("task_type") == "SEQ_CLS" or _is_classifier(Path(folder) / "config.json")
     images = any((Path(folder) / name).exists() for name in _PROCESSOR)
     loss_tags = ["dpo" if loss == "sigmoid" else loss for loss in losses]
     sources = as_list(config.get("data") or None)
@@ -74,8 +75,12 @@ def model_card(history: RunHistory | None, folder: Path, adapter: Path | None = 
         base_model=base if _is_on_hub(base) else None,
         datasets=on_hub or None,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="image-text-to-text" if images else "text-generation",
-        tags=["fastdpo", *loss_tags, *(["lora"] if is_adapter else [])],
+        pipeline_tag="text-classification"
+        if rewards
+        else "image-text-to-text"
+        if images
+        else "text-generation",
+        tags=["fastdpo", *(["reward-model"] if rewards else loss_tags), *(["lora"] if is_adapter else [])],
     )
     text = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
     return Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).render(
@@ -87,10 +92,15 @@ def model_card(history: RunHistory | None, folder: Path, adapter: Path | None = 
         why_not_vllm=unserved_by_vllm(settings) if is_adapter else [],
         vllm_ranks=_VLLM_RANKS,
         **dict(name=name, history=history, config=config, settings=settings, losses=losses),
-        **dict(base=base, gguf=gguf, images=images),
+        **dict(base=base, gguf=gguf, images=images, rewards=rewards),
         **dict(is_adapter=is_adapter, is_on_hub=_is_on_hub, public=_public, link=_link),
         **dict(changed_settings=_changed_settings, tables=_tables, rounds=_rounds(history)),
     )
+
+
+def _is_classifier(path: Path) -> bool:
+    kinds = _read_json(path).get("architectures") or [] if path.exists() else []
+    return any(kind.endswith("ForSequenceClassification") for kind in kinds)
 
 
 def base_of(settings: dict) -> str:

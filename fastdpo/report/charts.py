@@ -164,6 +164,10 @@ def _kl(history: RunHistory, chart: Chart) -> str:
 _REFERENCE = [(0.0, "the reference")]
 _MARGIN = "By how much the policy prefers the chosen response more than the reference does."
 _REWARDS = "β times how much likelier each response became than under the reference."
+_RIGHT = "Pairs whose chosen response has the higher reward."
+_NOT_ITS_SIZE = (
+    "How far apart the rewards of a pair are. Only differences are trained, so rewards have no zero."
+)
 
 
 def _share(of: str):
@@ -184,6 +188,9 @@ _CHARTS: tuple[tuple, ...] = (
     ("loss", "Loss", "loss", "loss", [], _loss),
     ("margin", "Reward margin", "chosen − rejected", "rewards/margins", _REFERENCE, _MARGIN),
     ("accuracy", "Accuracy", "share of pairs", "rewards/accuracies", [(0.5, "chance")], _accuracy),
+    ("reward_margin", "Margin", "reward of chosen − rejected", "margin", [], _NOT_ITS_SIZE),
+    ("reward_accuracy", "Accuracy", "share of pairs", "accuracy", [(0.5, "chance")], _RIGHT),
+    ("mean_reward", "Mean reward", "reward", "mean_reward", [], "Over chosen and rejected responses."),
     ("logps", "Log-probabilities", "nats a response", "logps", [], _logps),
     ("rewards", "Rewards", "β · nats over the reference", "rewards", _REFERENCE, _REWARDS),
     ("kl", "KL from the reference", "nats a token", "kl", [], _kl),

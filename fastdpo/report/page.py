@@ -97,7 +97,7 @@ def spoken(turns) -> str:
 def _facts(history: RunHistory) -> dict:
     """What was trained on what, in a line."""
     config, data = history.config, history.data.get("data") or {}
-    names = {"sigmoid": "DPO", "sft": "SFT"}
+    names = {"sigmoid": "DPO", "sft": "SFT", "bradley_terry": "A reward model"}
     begun = [stage["objective"] for stage in history.stages()]
     wanted = [history.objective(stage) for stage in range(len(config.get("stages") or [0]))]
     objectives = [str(objective or "training") for objective in begun or wanted]
@@ -112,6 +112,7 @@ def _facts(history: RunHistory) -> dict:
         "how": f"LoRA of rank {lora}" if lora else trained,
         "rows": history.rows_kept,
         "source": data.get("source") or config.get("data"),
+        "writes": "bradley_terry" not in objectives,
         "has_model": any((history.run / "model").glob("*.safetensors")),
     }
 

@@ -12,6 +12,9 @@ from fastdpo.report.rounds import round_tiles, rounds_of
 # (metric, what it is called, and at the top, how it is written, whether lower is better; None: neither)
 _NUMBERS = (
     ("loss", "loss", "Loss", significant, True),
+    ("accuracy", "accuracy", "Accuracy", percent, False),
+    ("margin", "margin of the rewards", "Margin", significant, False),
+    ("mean_reward", "mean reward", None, significant, None),
     ("rewards/accuracies", "accuracy over the reference", "Accuracy over the reference", percent, False),
     ("logps/accuracies", "accuracy of the policy alone", "Accuracy of the policy alone", percent, False),
     ("rewards/margins", "reward margin", "Reward margin", significant, False),

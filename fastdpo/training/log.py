@@ -27,6 +27,8 @@ _SHOWN = {
     "loss": "loss {:.4f}",
     "rewards/accuracies": "accuracy {:.3f}",
     "rewards/margins": "margin {:+.4f}",
+    "accuracy": "accuracy {:.3f}",
+    "margin": "margin {:+.4f}",
     "aux_loss": "balance {:.3f}",
     "logps/chosen": "logp chosen {:.2f}",
     "logps/rejected": "rejected {:.2f}",
@@ -148,7 +150,8 @@ class RunLog:
             f"[bold]{name}[/]: {counted(stage.total, 'step')} of {counted(stage.job.batch_size, 'group')}; "
             f"a pass is {preferences}{facts['responses']:,} responses, each computed once. "
             f"{counted(len(first), 'group')} in {counted(len(batches), 'microbatch')}: {tokens:,} tokens "
-            f"for {separate:,} of separate rows ({tokens / separate:.0%}); lm_head: {facts['head_plan']}"
+            f"for {separate:,} of separate rows ({tokens / separate:.0%}); "
+            f"{stage.policy.head_name}: {facts['head_plan']}"
         )
         if isinstance(stage.objective, Coupled) and len(batches) > 1:
             what = f"{stage.objective.within} groups" if stage.objective.within else "a step"

@@ -78,8 +78,8 @@ def check_settings(saved: dict, settings: dict) -> None:
 def _check_keys(old: dict, new: dict, free: set, where: str) -> None:
     for name in sorted((old.keys() | new.keys()) - free):
         a, b = in_our_words(name, old.get(name)), new.get(name)  # it may be of before a word was taken
-        is_same = same_objective(a, b) if name == "objective" else a == b or _same_file(a, b)
-        if not is_same:
+        other_words = same_objective if name == "objective" else _same_file
+        if a != b and not other_words(a, b):
             raise _changed(where + name, a, b)
 
 

@@ -19,6 +19,7 @@ NOT_QUOTED = {  # (folder, what makes the message): why
 PASSED_ON = {  # (file, function) whose errors say what they were given: where that is found
     ("fastdpo/config/keys.py", "__post_init__"): "fastdpo.config.checks and stages",
     ("fastdpo/config/keys.py", "from_values"): "the same, and fastdpo.values",
+    ("fastdpo/config/rewards.py", "check_reward_keys"): "_problems",
     ("fastdpo/config/stages.py", "stages_of"): "what it found",
     ("fastdpo/convert/convert.py", "_checked"): "reasons that the tables have",
     ("fastdpo/data/formats/layouts.py", "problem"): "a RowProblem once more",
