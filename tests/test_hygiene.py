@@ -61,7 +61,14 @@ def test_children_find_packages_that_are_carried(tmp_path, monkeypatch):
     assert done.returncode == 0
     files = (*SOURCES, *(ROOT / "tests").rglob("*.py"))
     found = {path.name for path in files if re.search(r"['\"]PYTHONPATH", path.read_text())}
-    assert found == {"process.py", "trials.py", "test_aot.py", "test_hygiene.py", "workers.py"}
+    assert found == {
+        "process.py",
+        "trials.py",
+        "test_aot.py",
+        "test_hygiene.py",
+        "workers.py",
+        "engine_vllm.py",
+    }
 
 
 CLOCKS = {"sleep", "time", "monotonic", "perf_counter", "process_time", "Timer"}
