@@ -1,5 +1,6 @@
 """What the report says of a run with rounds: how its samples scored, round by round."""
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -48,13 +49,16 @@ def spec_of(history: RunHistory) -> SampleSpec:
 
 def over_rounds(history: RunHistory, name: str) -> Series:
     """A number of the rounds; its steps are rounds."""
-    points = [(one["round"], one[name]) for one in rounds_of(history) if _is_number(one.get(name))]
+    told = [(one["round"], _number(one, name)) for one in rounds_of(history)]
+    points = [(number, value) for number, value in told if value is not None]
     number, value = np.array(points, float).reshape(-1, 2).T
     return Series(np.zeros(len(points)), number, value)
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and bool(np.isfinite(value))
+def _number(event: dict, name: str) -> float | None:
+    """Of a round, where it is known and finite."""
+    value = event.get(name)
+    return value if isinstance(value, int | float) and np.isfinite(value) else None
 
 
 def round_charts(history: RunHistory) -> list[Chart]:
@@ -116,33 +120,34 @@ def round_tiles(history: RunHistory) -> list[dict]:
     """The headline of such a run: its last round's samples beside the first's."""
     found = rounds_of(history)
     tiles = [
-        _tile(found, SCORE, "Score", significant, False),
-        _tile(found, KL, "KL from the start", significant, None),
-        _tile(found, LENGTH, "Length, tokens", significant, None),
-        _tile(found, ENDED, "Samples that ended", percent, None),
+        _tile(found, SCORE, "Score", significant, True),
+        _tile(found, KL, "KL from the start", significant),
+        _tile(found, LENGTH, "Length, tokens", significant),
+        _tile(found, ENDED, "Samples that ended", percent),
     ]
     return [tile for tile in tiles if tile]
 
 
-def _tile(found: list[dict], name: str, title: str, written, lower_is_better: bool | None) -> dict | None:
-    if not found or not _is_number(found[-1].get(name)):
+def _tile(found: list[dict], name: str, title: str, written, higher_is_better: bool = False) -> dict | None:
+    last = _number(found[-1], name) if found else None
+    if last is None:
         return None
-    first, last = found[0].get(name), found[-1][name]
+    first, error = _number(found[0], name), _number(found[-1], ERROR)
     tile = {"title": title, "after": written(last), "before": "", "change": "", "verdict": ""}
-    if name == SCORE and _is_number(error := found[-1].get(ERROR)):
+    if name == SCORE and error is not None:
         tile["error"] = significant(error, 2)
-    if len(found) > 1 and _is_number(first) and name != KL:  # which begins with 0
+    if len(found) > 1 and first is not None and name != KL:  # which begins with 0
         change = last - first
         tile |= {"before": written(first)}
         tile |= {"change": f"{signed(100 * change)} pp" if written is percent else signed(change)}
-        if lower_is_better is not None and change:
-            tile["verdict"] = "better" if (change < 0) == lower_is_better else "worse"
+        if higher_is_better and change:
+            tile["verdict"] = "better" if change > 0 else "worse"
     return tile
 
 
 def round_table(history: RunHistory) -> list[dict]:
     """A row a round, as text."""
-    write = {
+    write: dict[str, tuple[str, Callable[..., str]]] = {
         "score": (SCORE, significant),
         "error": (ERROR, partial(significant, digits=2)),
         "spread": ("objective/scores_std", partial(significant, digits=3)),
@@ -154,7 +159,7 @@ def round_table(history: RunHistory) -> list[dict]:
     }
     return [
         {
-            name: written(one[key]) if _is_number(one.get(key)) else ""
+            name: "" if (value := _number(one, key)) is None else written(value)
             for name, (key, written) in write.items()
         }
         | {"round": f"{one['round']:,}", "step": f"{one['step']:,}"}
