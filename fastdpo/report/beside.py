@@ -161,6 +161,8 @@ def held_out(
                 column.why_not = "the held-out rows are not known to be the same"
             elif others:
                 column.why_not = f"it depends on {', '.join(others)}, in which the runs differ"
+            elif needed and any(history.reference_moves for history in histories):
+                column.why_not = "it is over a reference that moves with each round"
             elif 0 < scored < _FEWEST:
                 column.why_not = f"{scored} held-out prompts are too few to tell; score {_FEWEST} or more"
             else:
