@@ -31,6 +31,7 @@ _LOSS = (
 _NUMBERS = (  # (metric, title, how it is written, lower is better or None: neither, where these are the same)
     ("logps/accuracies", "accuracy of the policy alone", percent, False, ()),
     ("rewards/accuracies", "accuracy over the reference", percent, False, _REFERENCE),
+    ("accuracy", "accuracy of the rewards", percent, False, ()),
     ("loss", "loss", significant, True, _LOSS),
     ("rewards/margins", "reward margin", significant, None, ()),
     ("kl", "KL, nats a token", significant, None, ()),

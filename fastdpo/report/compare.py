@@ -32,6 +32,8 @@ _CHARTS: tuple[tuple, ...] = (  # (file name, title, unit, metric, levels to com
     ("loss", "Loss", "loss", "loss", []),
     ("accuracy", "Accuracy over the reference", "share of pairs", "rewards/accuracies", [(0.5, "chance")]),
     ("margin", "Reward margin", "chosen − rejected", "rewards/margins", [(0.0, "the reference")]),
+    ("reward_accuracy", "Accuracy of the rewards", "share of pairs", "accuracy", [(0.5, "chance")]),
+    ("reward_margin", "Margin of the rewards", "chosen − rejected", "margin", []),
     ("kl", "KL from the reference", "nats a token", "kl", []),
     ("chosen", "Log-probability of the chosen", "nats a response", "logps/chosen", []),
     ("rejected", "Log-probability of the rejected", "nats a response", "logps/rejected", []),
