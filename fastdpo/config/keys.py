@@ -103,7 +103,7 @@ class Config(MayTrainRewards):
     )
     learning_rate: float = _key(1e-6, "peak learning rate (1e-5 or more suits LoRA)", low=0)
     warmup_steps: float = _key(0, "linear warm-up steps; below 1, a share of all steps", low=0)
-    lr_scheduler_type: str = _key("linear", "schedule of transformers: linear, constant_with_warmup, ...")
+    lr_scheduler_type: str = _key("linear", "as in transformers: linear, cosine, constant_with_warmup, ...")
     lr_scheduler_kwargs: dict[str, Any] | None = _key(
         None, "the schedule's own options, as transformers has them: {min_lr_rate: 0.1} of cosine_with_min_lr"
     )

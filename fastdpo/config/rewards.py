@@ -22,6 +22,8 @@ _REFUSED = {  # what they would need
     "head_memory": "its head is one row",
 }
 
+_UNREAD = {"samples": "a reward model writes nothing", "reference_cache": "it has no reference"}
+
 
 class MayTrainRewards:
     """What a config is of."""
@@ -32,6 +34,13 @@ class MayTrainRewards:
     def rewards(self) -> bool:
         """Whether it trains a reward model, not a policy."""
         return bool(self.objective == OBJECTIVE)
+
+
+def unread_reward_keys(config) -> Iterator[str]:
+    """What is said of keys that a reward model does not read, where they are set."""
+    for name, why in _UNREAD.items():
+        if getattr(config, name) != config.__dataclass_fields__[name].default:
+            yield f"{name}: not read: {why}"
 
 
 def check_reward_keys(config) -> None:

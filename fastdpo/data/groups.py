@@ -179,9 +179,7 @@ def _draft(given: Given, tools: Tools, layout: Layout | None, files: list[File])
     n, row, folder = given
     images, notes = tools.images, Counter[str]()
     refuse_lone_surrogates(row)
-    parsed = (
-        row if isinstance(row, Row) else parse_row(row, n, layout, images is not None, tools.prompts_only)
-    )
+    parsed = row if isinstance(row, Row) else parse_row(row, n, layout, bool(images), tools.prompts_only)
     parsed = replace(parsed, margin=score(parsed.margin, "margin") if tools.chat.rewards else None)
     pictures = images.read(parsed.images, folder, notes, files) if images else None
     return write(parsed, tools.encoder.tokenizer, tools.encoder.special, tools.chat, pictures, notes)

@@ -94,7 +94,8 @@ def _loaded(spec: ModelSpec, console: Console, world: World) -> Policy:
     in_4bit = spec.load_in_4bit or bool(getattr(model_config, "quantization_config", None))
     dropped = switch_off_dropout(model_config)
     tell_loading(start.model, console)
-    torch.manual_seed(spec.seed)  # of a reward model's new head
+    if spec.rewards:
+        torch.manual_seed(spec.seed)  # of a new head
     model: Any = source.load_weights(
         *(start.source(), model_config, console, spec.rewards),
         dtype=dtype if start.adapter or spec.lora_rank or spec.pure_bf16 else torch.float32,

@@ -14,6 +14,7 @@ from fastdpo.data.chat.named import file_of, is_text
 from fastdpo.errors import ConfigError
 from fastdpo.files.names import gguf_path, is_gguf
 from fastdpo.report.history import RunHistory, read_run
+from fastdpo.report.rounds import kl_unknown, round_table, spec_of
 from fastdpo.report.story import stage_tables
 from fastdpo.values import as_list
 
@@ -21,7 +22,7 @@ SETTINGS = "adapter_config.json"  # what makes a folder a peft adapter
 _FILES = (".jsonl", ".json", ".csv", ".parquet")
 _NO_SETTINGS = set(  # told elsewhere in the card, or of this machine alone
     "model adapter data eval_data output_dir push_to_hub data_cache reference_cache report_to logging_steps "
-    "save_steps save_total_limit resume overwrite samples stages".split()
+    "save_steps save_total_limit resume overwrite samples stages rounds sample reward reference".split()
 )
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of a model that sees images
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
@@ -93,7 +94,7 @@ def model_card(history: RunHistory | None, folder: Path, adapter: Path | None = 
         **dict(name=name, history=history, config=config, settings=settings, losses=losses),
         **dict(base=base, gguf=gguf, images=images, rewards=rewards),
         **dict(is_adapter=is_adapter, is_on_hub=_is_on_hub, public=_public, link=_link),
-        **dict(changed_settings=_changed_settings, tables=_tables),
+        **dict(changed_settings=_changed_settings, tables=_tables, rounds=_rounds(history)),
     )
 
 
@@ -172,6 +173,23 @@ def _title(name: str | None, history: RunHistory | None, adapter: Path | None) -
         name = history.run.resolve().name if history else _public(adapter)
         name += ", merged" if adapter else ""
     return name.rpartition("/")[2]
+
+
+def _rounds(history: RunHistory | None) -> dict | None:
+    """How the model was sampled, scored and what it was held against; None of a run without rounds."""
+    if history is None or not history.config.get("rounds"):
+        return None
+    reward = str(history.config.get("reward"))
+    file, colon, function = reward.rpartition(":") if ".py:" in reward else (reward, "", "")
+    is_model = not colon and reward not in ("vader", "length")
+    return {
+        "count": history.config["rounds"],
+        "spec": spec_of(history),
+        "reward": _link(file) if is_model else f"`{_public(file)}{colon}{function}`",
+        "moves": history.reference_moves,
+        "table": round_table(history),
+        "kl_unknown": kl_unknown(history),
+    }
 
 
 def _changed_settings(history: RunHistory) -> list[tuple[str, str]]:

@@ -30,6 +30,7 @@ class Drawing:
     scorer: Scorer | None  # of the first rank; None: nothing is scored
     scorer_name: str | None
     console: Console
+    budget: int | None = None  # bytes of the GPU's memory that may be taken
     check: Callable[[], object] = lambda: None  # called after each call of the engine; may raise
 
     def draw(self, asked: Sequence[Asked], seed: int, file: RoundFile) -> list[Answered]:
@@ -37,7 +38,7 @@ class Drawing:
         added to it. Collective."""
         world, groups = self.policy.world, [one.group for one in asked]
         found = world.told(file.read)
-        at_once = found[0].at_once if found else room_for(self.policy, groups, self.spec.max_new_tokens)
+        at_once = found[0].at_once if found else self.room(groups)
         if len(found) < len(asked):  # the file may have been cut within a call
             found = found[: len(found) - len(found) % prompts_at_once(self.policy, self.spec, at_once)]
             if world.first and file.path.exists():
@@ -67,6 +68,9 @@ class Drawing:
             if world.first:
                 file.write(found)
         return found
+
+    def room(self, groups: list[PreferenceGroup]) -> int:
+        return room_for(self.policy, groups, self.spec.max_new_tokens, self.budget)
 
     def answered(self, asked: Asked, ids: list[list[int]], at_once: int, key: str) -> Answered:
         prompt, forced = asked.group.prompt, asked.group.prompt[len(asked.group.prompt) - asked.forced :]

@@ -93,11 +93,14 @@ def prompts_at_once(policy: Policy, spec: SampleSpec, at_once: int) -> int:
     return max(1, at_once // spec.responses) if policy.processor is None else 1
 
 
-def room_for(policy: Policy, prompts: Groups, max_new_tokens: int) -> int:
+def room_for(policy: Policy, prompts: Groups, max_new_tokens: int, budget: int | None = None) -> int:
     """Sequences of one call: 64 on a CPU; on a GPU as many as their keys and values take a quarter of what is
-    free, at most 256, and on several the least of them. A run that goes on has to be told the same."""
+    free, at most 256, and on several the least of them. budget: bytes that the run may take (`memory`). A run
+    that goes on has to be told the same."""
     free, fits = policy.free_memory(), ON_CPU
     if free is not None:
+        if budget is not None:
+            free = max(0, min(free, budget - torch.cuda.memory_allocated(policy.device)))
         longest = max(len(prompt.prompt) for prompt in prompts) + max_new_tokens
         one = cache_bytes(policy.core.config, longest, policy.dtype.itemsize)
         fits = min(MOST, max(1, free // SHARE // max(one, 1)))

@@ -164,7 +164,7 @@ def _request(
 
 def _run(policy: Policy, request: Path, log: Path) -> None:
     """Waits for the worker, which ends in any case: with an exception here, and when this process ends."""
-    command = [sys.executable, "-m", "fastdpo.sampling.vllm_worker", str(request)]
+    command = [sys.executable, "-P", "-m", "fastdpo.sampling.vllm_worker", str(request)]
     with log.open("wb") as said:
         worker = subprocess.Popen(
             *(command,), stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=_environment(policy),
@@ -183,12 +183,13 @@ def _run(policy: Policy, request: Path, log: Path) -> None:
 
 
 def _environment(policy: Policy) -> dict[str, str]:
-    """This one's without torchrun's, and with the policy's GPU alone."""
+    """This one's without torchrun's, with all that can be imported here, and the policy's GPU alone."""
     out = {
         name: value
         for name, value in os.environ.items()
         if name not in _OF_RANKS and not name.startswith("TORCHELASTIC_")
     }
+    out["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     if policy.device.type == "cuda":
         visible = [name for name in out.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         index = policy.device.index or 0

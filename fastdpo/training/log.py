@@ -103,7 +103,7 @@ class RunLog:
         self._trackers.log(step, record)
         score, error = said["objective/scores"], said.get("objective/scores_stderr")
         text = f"[bold]round {number} of {of}[/]: score {score:.3f}" + (f" ± {error:.3f}" if error else "")
-        text += f" · KL {said['objective/kl']:.2f}" if "objective/kl" in said else ""
+        text += f" · KL {said['objective/kl']:z.2f}" if "objective/kl" in said else ""
         text += f" · {said['val/contain_eos_token']:.0%} ended · {said['completions/mean_length']:.0f} tokens"
         quiet = f"; {said['no_signal']:,} have none" if said["no_signal"] else ""
         self.say(f"{text} · {said['prompts'] - said['no_signal']:,} prompts with a signal{quiet}")

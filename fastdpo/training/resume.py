@@ -126,6 +126,9 @@ def check_same_run(
             "data: the rows (or the tokenizer) are no longer those that the run in output_dir was started "
             "with, so it cannot go on exactly; start another run from its model instead"
         )
+    had = found.state["config"].get("rounds")
+    if (had is None) != (job.rounds is None):
+        raise _changed("rounds", had, job.rounds)
     if job.rounds is not None:
         number = found.state["progress"]["rounds"]["number"]
         if number > job.rounds:

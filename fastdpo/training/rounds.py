@@ -32,6 +32,7 @@ from fastdpo.training.metrics import Progress
 from fastdpo.training.resume import FREE, check_start
 from fastdpo.training.round_numbers import numbers_of, quiet_rounds
 from fastdpo.training.stage import Stage
+from fastdpo.values import as_bytes
 
 _LOOKED_AT = 200  # rows of the data whose responses tell what ends one
 
@@ -208,6 +209,7 @@ def drawing_of(
         scorer=scorer,
         scorer_name=job.reward,
         console=console,
+        budget=as_bytes("memory", job.config.memory) if job.config.memory else None,
         check=check,
     )
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastdpo.config.keys import Config
+from fastdpo.config.rewards import unread_reward_keys
 from fastdpo.data.load import load_data
 from fastdpo.data.pairs import flip_pairs, select_pairs
 from fastdpo.data.reading_end import read_at_end
@@ -62,6 +63,8 @@ def train(config: Config, console: Console, around: Around) -> Path:
 
 
 def _train(job: Job, console: Console, around: Around, world: World) -> Path:
+    for text in unread_reward_keys(job.config) if job.model.rewards else ():
+        console.print(text, highlight=False)
     check_trackers(job.trackers)
     around.check_hub(job.push_to_hub)
     scorer = scorer_of(job) if world.first else None

@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from benchmarks.process import python_path
 from fastdpo.config.rounds import SampleSpec
 from fastdpo.distributed.world import World
 from fastdpo.errors import ConfigError, ModelError
@@ -46,7 +47,6 @@ def vllm(tmp_path, monkeypatch):
     def installed(mode="answers"):
         package = install(tmp_path / "site", mode)
         monkeypatch.syspath_prepend(str(package.parent))
-        monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)
         return package
 
     return installed
@@ -178,7 +178,8 @@ def test_no_orphan(vllm, tmp_path, number, code):
     request = dict(parent=-1, llm={"model": "m"}, sampling={}, lora=None, prompts=[], answers="")
     (tmp_path / "request.json").write_text(json.dumps(request))
     command = [sys.executable, "-c", PARENT, str(tmp_path / "request.json"), str(tmp_path / "log")]
-    with subprocess.Popen(command) as parent, (package / "pipe").open() as pipe:
+    environment = os.environ | python_path(package.parent)
+    with subprocess.Popen(command, env=environment) as parent, (package / "pipe").open() as pipe:
         assert pipe.readline() == "ready\n"
         parent.send_signal(number)
         assert pipe.read() == "" and parent.wait() == code
@@ -189,7 +190,8 @@ def test_the_worker_of_a_parent_that_has_ended_does_nothing(vllm, tmp_path):
     request = dict(parent=1, llm={"model": "m"}, sampling={}, lora=None, prompts=[], answers="")
     (tmp_path / "request.json").write_text(json.dumps(request))
     command = [sys.executable, "-m", "fastdpo.sampling.vllm_worker", str(tmp_path / "request.json")]
-    assert subprocess.run(command).returncode == 1 and not (package / "noted.json").exists()
+    environment = os.environ | python_path(package.parent)
+    assert subprocess.run(command, env=environment).returncode == 1 and not (package / "noted.json").exists()
 
 
 def test_its_memory_and_gpu_are_those_beside_the_trainer(base, monkeypatch, tmp_path):

@@ -1,5 +1,5 @@
 """What is installed as `vllm` by the tests of its engine: it takes a request as vLLM does, notes it, and
-answers without a model. Its own package, so that a process finds it by PYTHONPATH."""
+answers without a model. A package of its own, for a process to find."""
 
 from pathlib import Path
 

@@ -160,9 +160,12 @@ def test_the_command_and_a_run_of_another_kind(tmp_path, capsys):
     assert main(["reward", *given]) == 0
     said = capsys.readouterr().out
     assert "--scorer" in said and "a new head, score, starts at random by seed" in said
+    assert "reference_cache: not read: it has no reference" in said and "samples: not read" not in said
     assert "objective: bradley_terry" in (tmp_path / "run" / "config.yaml").read_text()
     assert main(["train", *given, "--resume"]) == 2
     assert "objective: the run in output_dir was started with 'bradley_terry'" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path / "run"), data]) == 2
+    assert "run is a reward model, which says nothing; give it as --scorer" in capsys.readouterr().err
 
 
 def test_rows_without_pairs_are_refused(tmp_path):
