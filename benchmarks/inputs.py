@@ -10,6 +10,7 @@ import torch
 from benchmarks.lengths import PairLengths
 from fastdpo.preferences import Image
 from fastdpo.records import Pair, PreferenceGroup, Response
+from fastdpo.sampling.rows import Answered
 
 FIRST_ID = 10  # below it tokenizers like to keep padding and other special tokens
 
@@ -36,6 +37,51 @@ def groups_of(rows: Sequence[dict], first: int = 0) -> list[PreferenceGroup]:
             (Pair(0, 1),),
         )
         for number, row in enumerate(rows, first)
+    ]
+
+
+def sampled_rows(lengths: Sequence[tuple[int, ...]], vocab: int, seed: int = 0) -> list[dict]:
+    """{"prompt_ids", "responses": a list each, "scores": a number each, all different}: one dict a prompt, of
+    (prompt, response, response, ...) in tokens."""
+    draw = np.random.Generator(np.random.PCG64(seed))
+    ids = lambda n: draw.integers(FIRST_ID, vocab, n).tolist()
+    return [
+        {
+            "prompt_ids": ids(prompt),
+            "responses": [ids(n) for n in responses],
+            "scores": draw.standard_normal(len(responses)).tolist(),
+        }
+        for prompt, *responses in lengths
+    ]
+
+
+def sampled_groups(rows: Sequence[dict], first: int = 0) -> list[PreferenceGroup]:
+    """sampled_rows as a round's records, numbered from `first`, by the code of a round's file."""
+    made = lambda ids, score: {"text": "", "score": score, "ids": ids, "ended": True}
+    return [
+        Answered(
+            row=number,
+            prompt="",
+            responses=[made(*one) for one in zip(row["responses"], row["scores"])],
+            prompt_ids=row["prompt_ids"],
+            forced=0,
+            key="",
+        ).group()
+        for number, row in enumerate(rows, first)
+    ]
+
+
+def pair_rows(groups: Sequence[PreferenceGroup]) -> list[dict]:
+    """Every pair as a row of random_rows, with the prompt and the responses once more: what a trainer of pairs
+    is given."""
+    return [
+        {
+            "prompt_ids": group.prompt.tolist(),
+            "chosen_ids": group.responses[pair.winner].ids.tolist(),
+            "rejected_ids": group.responses[pair.loser].ids.tolist(),
+        }
+        for group in groups
+        for pair in group.pairs
     ]
 
 

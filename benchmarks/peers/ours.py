@@ -2,7 +2,7 @@
 
 With images it tells more: how long the reference took, what a step's microbatches take to make, the tower's
 memory; and of each step how many images the tower saw, how long microbatches were waited for, how idle the
-device was.
+device was. On a round's rows it tells how long the reference took.
 
 Options: max_tokens; keys (config keys over those that all contenders share); liger (liger-kernel's layers
 under it); compile (a torch.compile backend for the decoder layers).
@@ -18,9 +18,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from rich.console import Console
 
-from benchmarks.peers.jobs import BETA, CLIP, Job, apply_liger, same_lora
+from benchmarks.peers.jobs import BETA, CLIP, Job, RoundJob, apply_liger, job_of, same_lora
 from benchmarks.peers.session import Absent, Session, serve
-from benchmarks.peers.towers import ImageWatch
+from benchmarks.peers.towers import ImageWatch, reference_seconds
 from fastdpo.config.keys import Config
 from fastdpo.data.store.digests import response_keys
 from fastdpo.errors import ConfigError
@@ -105,7 +105,7 @@ def reference(ready: Prepared) -> ReferenceTable:
 
 
 def train(message: dict, session: Session) -> None:
-    job = Job(**message)
+    job = job_of(message)
     ready = prepare(job)
     policy = ready.policy
     if backend := job.options.get("compile"):
@@ -113,14 +113,18 @@ def train(message: dict, session: Session) -> None:
             layer.compile(backend=backend, dynamic=True)
     stage = Stage(stage_job(ready.config), policy, ready.groups, [])
     stage.reference = reference(ready)
-    watch = ImageWatch(stage, ready.steps, lambda: reference(ready)) if job.bench_model.vision else None
+    fill = lambda: reference(ready)
+    watch = ImageWatch(stage, ready.steps, fill) if job.bench_model.vision else None
+    facts = watch.facts if watch else {}
+    if isinstance(job, RoundJob):
+        facts = {"reference": reference_seconds(policy, fill)}
     optimizer, schedule = make_optimizer(policy, ready.config, ENDLESS)
     batches = list(stage.microbatches(ready.steps[0]))
     session.ready(
         head=policy.head_plan(batches),
         microbatches=len(batches),
         max_tokens=ready.config.max_tokens,
-        **(watch.facts if watch else {}),
+        **facts,
     )
     del batches
     with contextlib.closing(optimizer):
