@@ -72,8 +72,8 @@ def sampled_groups(rows: Sequence[dict], first: int = 0) -> list[PreferenceGroup
 
 
 def pair_rows(groups: Sequence[PreferenceGroup]) -> list[dict]:
-    """Every pair as a row of random_rows, with the prompt and the responses once more: what a trainer of pairs
-    is given."""
+    """Every pair as a row of random_rows, with the prompt and both responses once more: what a trainer of
+    pairs is given."""
     return [
         {
             "prompt_ids": group.prompt.tolist(),

@@ -44,7 +44,8 @@ def plan_of(args: Namespace, model: str, mix: str, minutes: float) -> Plan:
 def field_of(args: Namespace, model: str, plan: Plan) -> list[Contender]:
     if args.dry_run:  # every module once, and under a LoRA the shortest field
         field = contenders(plan.pairs, (2,), 128, everything=False)
-        return [c for c in field if model != LARGE or task_of(c) == "best and worst" and c.name != OFFLINE]
+        short = [c for c in field if task_of(c) == "best and worst" and c.name != OFFLINE]
+        return short if model == LARGE else field
     sizes = LARGE_SIZES if model == LARGE else SIZES
     cap = SMALLER.get(model, MAX_TOKENS)
     return contenders(plan.pairs, sizes, cap, everything=(model, plan.mix) == ORDER[0])
@@ -55,11 +56,7 @@ def run(args: Namespace, workers: Workers) -> None:
         if mix == SAMPLING:
             plan = plan_of(args, model, "UltraFeedback", minutes)
             prompts, most = (4, 8) if args.dry_run else (PROMPTS, 256)
-            record = measure_sampling(replace(plan, pairs=prompts), workers, keep, most)
-            for engine, told in record["summary"].items():
-                rate = f"{told['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in told else told["why"]
-                print(f"  {engine}: {told['state']}, {told['prompts']} prompts, {rate}", flush=True)
-            return record
+            return measure_sampling(replace(plan, pairs=prompts), workers, keep, most)
         plan = plan_of(args, model, mix, minutes if args.dry_run else min(minutes, MOST_MINUTES))
         record = measure_rounds(plan, field_of(args, model, plan), workers, keep)
         print_table(f"{model}, {mix}: steps of {plan.pairs} prompts", record, Console(width=170))

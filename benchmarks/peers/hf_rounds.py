@@ -1,7 +1,7 @@
 """A round's training step in plain torch, as a worker: what everybody's losses are held against.
 
-Every response is a padded row behind a prompt of its own, its logits in full, and the loss is written as it is
-defined. Options: pairs; keys (`objective`: sigmoid or rloo); batch_size (prompts a microbatch).
+Every response is a padded row behind a prompt of its own, its logits in full, and the loss is written as it
+is defined. Options: pairs; keys (`objective`: sigmoid or rloo); batch_size (prompts a microbatch).
 """
 
 import torch

@@ -103,8 +103,8 @@ class Job:
 
 
 class RoundJob(Job):
-    """Its rows are a round's, of benchmarks.inputs.sampled_rows. The option `pairs` says which pairs train, as
-    fastdpo's key does; `offline`: they are rows of a data set, with two responses each."""
+    """Its rows are a round's, of benchmarks.inputs.sampled_rows. The option `pairs` says which pairs train,
+    as fastdpo's key does; `offline`: they are rows of a data set, with two responses each."""
 
     @cached_property
     def groups(self) -> list[list[PreferenceGroup]]:

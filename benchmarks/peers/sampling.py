@@ -1,6 +1,7 @@
 """The samples of a round, as a worker: a step is one call of an engine, and its loss the tokens it made.
 
-Options: sample, fastdpo's key of that name (`engine` among it). After a round's last call the next one begins.
+Options: sample, fastdpo's key of that name (`engine` among it). After a round's last call the
+next one begins.
 """
 
 import importlib.util

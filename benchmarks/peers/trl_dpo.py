@@ -209,8 +209,8 @@ def step_settings(job: Job, folder: str) -> dict:
 
 
 def make_job_trainer(cls: type, job: Job, settings: dict, reference: bool, config=trl.DPOConfig, **given):
-    """A `cls` on the job's model; settings: the config's, given: the trainer's own. reference: with a model of
-    its own for it, where no LoRA is switched off for that."""
+    """A `cls` on the job's model; settings: the config's, given: the trainer's own. reference: with a model
+    of its own for it, where no LoRA is switched off for that."""
     if job.options.get("liger"):
         require_liger(job.device)
     attention = flash_attention() if job.options.get("flash") else None

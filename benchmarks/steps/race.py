@@ -266,7 +266,9 @@ class Race:
         """The first losses, each beside fastdpo's, or whose they must be, on the same rows."""
         course = self.course
         n = min(course.checks, course.compared) if contender.grouped else course.compared
-        truth = entry if contender.like == contender.name else self.entries.get(contender.like or self.ours.name)
+        truth = (
+            entry if contender.like == contender.name else self.entries.get(contender.like or self.ours.name)
+        )
         return list(zip(entry.losses, truth.losses if truth else ()))[:n]
 
     def disagreement(self, contender: Contender, entry: Entry) -> str | None:

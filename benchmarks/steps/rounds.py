@@ -1,4 +1,4 @@
-"""The race of a round's training part: fastdpo on groups of N sampled responses, beside what TRL makes of them.
+"""The race of a round's training part: fastdpo on groups of sampled responses, and what TRL makes of them.
 
 TRL's OnlineDPOTrainer takes two completions a prompt and no more: it has the best and the worst. Its
 DPOTrainer has every pair as a row. Both compute the reference in every step, since a round's rows come once;
@@ -101,9 +101,7 @@ def _trl(name: str, module: str, task: str, size: int, whole: int, **options) ->
         like=None if task == "best and worst" else f"plain torch, {task}",
     )
     options = options | {"checkpointing": True}
-    return replace(
-        found, checkpointed=replace(found, name=f"{found.name}, checkpointing", options=options)
-    )
+    return replace(found, checkpointed=replace(found, name=f"{found.name}, checkpointing", options=options))
 
 
 def contenders(prompts: int, sizes: tuple[int, ...], max_tokens: int, everything: bool) -> list[Contender]:
@@ -151,9 +149,7 @@ def measure_rounds(
 
 
 def task_of(contender: Contender) -> str:
-    return next(
-        name for name, task in TASKS.items() if task.options.items() <= contender.options.items()
-    )
+    return next(name for name, task in TASKS.items() if task.options.items() <= contender.options.items())
 
 
 def record_of(race: Race, plan: Plan, counts: dict[str, dict[str, float]]) -> dict:
@@ -161,7 +157,11 @@ def record_of(race: Race, plan: Plan, counts: dict[str, dict[str, float]]) -> di
     tokens = lambda contender: counts[task_of(contender)]["response_tokens"]
     numbers = {c.name: timed(c, race, plan.pairs, tokens(c), tokens(race.ours)) for c in race.contenders}
     mark_fastest(numbers)
-    gate = {c.name: race.entries[c.name].state for c in race.contenders if c.name in race.entries and c.checks_only}
+    gate = {
+        c.name: race.entries[c.name].state
+        for c in race.contenders
+        if c.name in race.entries and c.checks_only
+    }
     first = plain("best and worst", 1).name
     if gate.get(first) != "checked":
         why = getattr(race.entries.get(first), "why", None) or "not there yet"
@@ -195,8 +195,8 @@ def counted(contender: Contender, told: dict, race: Race, plan: Plan, counts: di
 
 
 def beside(told: dict, numbers: dict[str, dict]) -> dict:
-    """Of a peer: by how much each of fastdpo's is faster, by both counts, and the memory it takes. Of fastdpo's:
-    its memory beside offline DPO's."""
+    """Of a peer: by how much each of fastdpo's is faster, by both counts, and the memory it takes. Of
+    fastdpo's: its memory beside offline DPO's."""
     if "of_first" not in told:
         return {}
     offline = numbers.get(OFFLINE, {})

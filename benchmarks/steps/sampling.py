@@ -48,7 +48,15 @@ def measure_sampling(
             if worker.alive:
                 worker.end()
             keep(record)
+            print(f"  {engine}: {said(record['summary'][engine])}", flush=True)
     return record
+
+
+def said(told: dict) -> str:
+    """One engine's numbers, or why there are none."""
+    rate = f"{told['tokens_per_second']:,.0f} tokens a second" if told["seconds"] else "no tokens"
+    why = f"{told['state']}: {told['why']}; " if told["why"] else ""
+    return f"{why}{told['prompts']} prompts in {sum(told['seconds']):.1f} s, {rate}"
 
 
 def sampled(worker: Worker, job: dict, shape: dict, end: float, tell: Callable[[dict], None]) -> dict:
