@@ -27,9 +27,9 @@ def rounds(record: dict, link: str) -> str:
     if not rows:
         return f"No numbers yet ({link}).{''.join(missing)}{sampled}"
     text = (
-        f"The training part of on-policy rounds on {where(record)}, steps of {shapes['prompts']} prompts with "
-        f"{shapes['responses']} sampled responses of at most {shapes['most']} tokens, bf16 autocast over "
-        f"fp32 weights (under a LoRA bf16 ones), no layer recomputed where memory allows it ({link}). Rows "
+        f"The training part of on-policy rounds on {where(record)}, steps of {shapes['prompts']} prompts "
+        f"with {shapes['responses']} sampled responses of at most {shapes['most']} tokens, bf16 autocast "
+        f"over fp32 weights (under a LoRA bf16 ones), layers recomputed only where memory is out ({link}). Rows "
         "come once, so a step has its part of the reference's pass; losses were those of plain torch first. "
         f"Response tokens: {shapes['counted']['response_tokens']}. TRL's tokens: "
         f"{shapes['counted']['trl_tokens']}. TRL 1.16 at the fastest setting of the same run: "
