@@ -29,7 +29,7 @@ def rounds(record: dict, link: str) -> str:
     text = (
         f"The training part of on-policy rounds on {where(record)}, steps of {shapes['prompts']} prompts "
         f"with {shapes['responses']} sampled responses of at most {shapes['most']} tokens, bf16 autocast "
-        f"over fp32 weights (under a LoRA bf16 ones), layers recomputed only where memory is out ({link}). Rows "
+        f"over fp32 weights (under a LoRA bf16 ones), no layer recomputed if memory allows ({link}). Rows "
         "come once, so a step has its part of the reference's pass; losses were those of plain torch first. "
         f"Response tokens: {shapes['counted']['response_tokens']}. TRL's tokens: "
         f"{shapes['counted']['trl_tokens']}. TRL 1.16 at the fastest setting of the same run: "
