@@ -27,13 +27,15 @@ class Asked:
 @dataclass(frozen=True)
 class Answered:
     """A line of a round's file. responses: {"text", "score", "ids", "ended"} each, the text with what a reset
-    has forced, the ids without; the score None before it is scored. key: of all that the samples hang on."""
+    has forced, the ids without; the score None before it is scored. key: of all that the
+    samples hang on."""
 
     row: int
     prompt: str | list[dict]
     responses: list[dict[str, Any]]
     prompt_ids: list[int]  # with the reset
     forced: int
+    at_once: int  # sequences that the call of the engine had room for
     key: str
 
     @property
@@ -107,6 +109,11 @@ class RoundFile:
         if len(found) < len(lines) or not text.endswith("\n"):
             self.write(found)
         return found
+
+    def is_own(self) -> bool:
+        """Whether the file begins with a line of this key."""
+        with self.path.open(encoding="utf-8", errors="replace") as file:
+            return self._whole(file.readline()) is not None
 
     def _whole(self, line: str) -> Answered | None:
         try:

@@ -16,6 +16,7 @@ from fastdpo.data.pairs import select_pairs
 from fastdpo.data.store.stored import facts_of, joined, taken
 from fastdpo.errors import DataError, DeadEndError
 from fastdpo.files import durable
+from fastdpo.model.policy import Policy
 from fastdpo.objectives import check_rows
 from fastdpo.optim.optimizers import set_schedule
 from fastdpo.records import Groups, PreferenceGroup
@@ -25,11 +26,13 @@ from fastdpo.reference.fingerprint import reference_fingerprint
 from fastdpo.sampling.draw import Drawing
 from fastdpo.sampling.generate import end_tokens
 from fastdpo.sampling.rows import Answered, RoundFile, ask, places_of, seed_of
-from fastdpo.training.job import step_groups, total_steps
+from fastdpo.sampling.scorers import Scorer
+from fastdpo.training.job import Job, step_groups, total_steps
 from fastdpo.training.metrics import Progress
 from fastdpo.training.resume import FREE, check_start
 from fastdpo.training.round_numbers import numbers_of, quiet_rounds
 from fastdpo.training.stage import Stage
+from fastdpo.values import as_bytes
 
 _LOOKED_AT = 200  # rows of the data whose responses tell what ends one
 
@@ -54,7 +57,9 @@ class RoundStage(Stage):
         explain = partial(run.around.explain, run.job.config, run.policy.core.config, seen)
         super().__init__(job, run.policy, [], run.eval_groups, explain)
         self.of_run, self.rounds, self.spec = run, run.job.rounds, run.job.sample
-        self.prompts = with_room(run)
+        self.prompts, left_out = with_room(run.groups, run.policy, run.job, run.console)
+        if left_out:
+            run.event("no_room", rows=left_out)
         self.count = min(self.spec.prompts, len(self.prompts))
         if self.count < self.spec.prompts:
             run.console.print(
@@ -67,7 +72,6 @@ class RoundStage(Stage):
         self.folder = run.folder / "rounds"
         said = {name: v for name, v in run.job.settings.items() if name not in FREE - {"num_epochs"}}
         self.lineage = durable.json_digest([run.place.namespace, run.data, said])
-        self.ends = end_tokens(run.policy, run.tokenizer, run.groups[:_LOOKED_AT])
 
     def steps(self, run, progress: Progress, settle, schedule) -> Iterator[tuple[Groups, Groups]]:
         first = progress.rounds.get("number", 1)
@@ -133,23 +137,17 @@ class RoundStage(Stage):
         """(the round's samples, the images of their rows)."""
         run, seed = self.of_run, self.job.seed
         places = places_of(len(self.prompts), self.count, number, seed)
-        asked = ask([self.prompts[i] for i in places], self.spec, number, seed, limit_of(run))
+        asked = ask(
+            [self.prompts[i] for i in places], self.spec, number, seed, limit_of(self.policy, run.job)
+        )
         images = {one.group.row: one.group.images for one in asked}
         if not is_new:  # the weights are no longer those that have sampled
             found = self.world.told(file.read)
             if len(found) < len(asked) or not all(one.is_scored for one in found):
                 raise _lost(file.path)
             return found, images
-        drawing = Drawing(
-            spec=self.spec,
-            model=run.job.model,
-            policy=self.policy,
-            tokenizer=run.tokenizer,
-            ends=self.ends,
-            scorer=run.scorer,
-            scorer_name=run.job.reward,
-            console=run.console,
-            check=self.stops(settle),
+        drawing = drawing_of(
+            run.job, self.policy, run.tokenizer, run.groups, run.scorer, run.console, self.stops(settle)
         )
         if self.world.first:
             self.folder.mkdir(exist_ok=True)
@@ -196,25 +194,43 @@ def _lost(path: Path) -> DeadEndError:
     )
 
 
-def limit_of(run) -> int:
+def drawing_of(
+    job: Job, policy: Policy, tokenizer, groups: Groups, scorer: Scorer | None, console: Console, check
+) -> Drawing:
+    """What draws a job's samples. groups: of the data, whose responses tell what ends one."""
+    return Drawing(
+        spec=job.sample,
+        model=job.model,
+        policy=policy,
+        tokenizer=tokenizer,
+        ends=end_tokens(policy, tokenizer, groups[:_LOOKED_AT]),
+        scorer=scorer,
+        scorer_name=job.reward,
+        console=console,
+        budget=as_bytes("memory", job.config.memory) if job.config.memory else None,
+        check=check,
+    )
+
+
+def limit_of(policy: Policy, job: Job) -> int:
     """Tokens that prompt and response may have."""
-    positions = getattr(run.policy.core.config.get_text_config(), "max_position_embeddings", None)
-    return min(run.job.data.max_length, positions or run.job.data.max_length)
+    positions = getattr(policy.core.config.get_text_config(), "max_position_embeddings", None)
+    return min(job.data.max_length, positions or job.data.max_length)
 
 
-def with_room(run) -> Groups:
+def with_room(groups: Groups, policy: Policy, job: Job, console: Console) -> tuple[Groups, int]:
     """The rows whose prompts leave room for max_new_tokens; the others are counted. Raises DataError where
     none does, or, under `strict`, one does not."""
-    facts, new, limit = facts_of(run.groups), run.job.sample.max_new_tokens, limit_of(run)
+    facts, new, limit = facts_of(groups), job.sample.max_new_tokens, limit_of(policy, job)
     fits = facts.prompt + new <= limit
     if fits.all():
-        return run.groups
+        return groups, 0
     first = int(np.argmin(fits))
     what = f"row {facts.row[first]} has a prompt of {facts.prompt[first]:,} tokens, which leaves no room for "
     what += f"max_new_tokens: {new} within {limit:,}"
-    if run.job.data.strict or not fits.any():
+    if job.data.strict or not fits.any():
         raise DataError(f"sample: {what}; sample fewer, raise max_length or leave out such rows")
-    text = f"[yellow]rounds leave out {counted(int((~fits).sum()), 'row')}: {what}"
-    run.console.print(text, highlight=False, soft_wrap=True)
-    run.event("no_room", rows=int((~fits).sum()), first=int(facts.row[first]))
-    return taken(run.groups, np.flatnonzero(fits))
+    left_out = int((~fits).sum())
+    text = f"[yellow]sample: {counted(left_out, 'row')} left out: {what}"
+    console.print(text, highlight=False, soft_wrap=True)
+    return taken(groups, np.flatnonzero(fits)), left_out
