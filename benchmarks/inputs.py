@@ -10,7 +10,6 @@ import torch
 from benchmarks.lengths import PairLengths
 from fastdpo.preferences import Image
 from fastdpo.records import Pair, PreferenceGroup, Response
-from fastdpo.sampling.rows import Answered
 
 FIRST_ID = 10  # below it tokenizers like to keep padding and other special tokens
 
@@ -22,13 +21,14 @@ def random_rows(lengths: Sequence[PairLengths], vocab: int, seed: int = 0) -> li
     return [{key: draw.integers(FIRST_ID, vocab, n).tolist() for key, n in zip(keys, row)} for row in lengths]
 
 
+def response(ids: Sequence[int], score: float | None = None) -> Response:
+    """Every token scored."""
+    return Response(np.array(ids, np.int64), np.ones(len(ids), bool), score)
+
+
 def groups_of(rows: Sequence[dict], first: int = 0) -> list[PreferenceGroup]:
     """The rows as fastdpo's records, numbered from `first`: two responses and one pair each, every response
     token scored."""
-
-    def response(ids):
-        return Response(np.array(ids, np.int64), np.ones(len(ids), bool))
-
     return [
         PreferenceGroup(
             number,
@@ -56,19 +56,15 @@ def sampled_rows(lengths: Sequence[tuple[int, ...]], vocab: int, seed: int = 0) 
 
 
 def sampled_groups(rows: Sequence[dict], first: int = 0) -> list[PreferenceGroup]:
-    """sampled_rows as a round's records, numbered from `first`, by the code of a round's file."""
-    made = lambda ids, score: {"text": "", "score": score, "ids": ids, "ended": True}
-    return [
-        Answered(
-            row=number,
-            prompt="",
-            responses=[made(*one) for one in zip(row["responses"], row["scores"])],
-            prompt_ids=row["prompt_ids"],
-            forced=0,
-            key="",
-        ).group()
-        for number, row in enumerate(rows, first)
-    ]
+    """sampled_rows as a round's records, numbered from `first`: a pair of every two responses."""
+
+    def group(number: int, row: dict) -> PreferenceGroup:
+        responses, scores = tuple(map(response, row["responses"], row["scores"])), row["scores"]
+        places = range(len(scores))
+        pairs = tuple(Pair(i, j) for i in places for j in places if scores[i] > scores[j])
+        return PreferenceGroup(number, np.array(row["prompt_ids"], np.int64), responses, pairs)
+
+    return [group(number, row) for number, row in enumerate(rows, first)]
 
 
 def pair_rows(groups: Sequence[PreferenceGroup]) -> list[dict]:

@@ -22,10 +22,11 @@ from benchmarks.peers.session import Absent, Session, serve
 from benchmarks.peers.trl_dpo import word_tokenizer
 from fastdpo.config.keys import Config
 from fastdpo.config.rounds import SampleSpec
+from fastdpo.errors import ConfigError
 from fastdpo.model.policy import Policy
 from fastdpo.model.spec import ModelSpec
 from fastdpo.records import PreferenceGroup
-from fastdpo.sampling.engine import sample
+from fastdpo.sampling.engine import check_engine, sample
 from fastdpo.training.job import part
 
 WARM = 4  # tokens of a call before the first that counts, by an engine of this process
@@ -37,10 +38,8 @@ class Round:
 
     def __init__(self, job: Job, folder: Path):
         self.spec, self.folder = SampleSpec(**job.options["sample"]), folder
-        if self.spec.engine == "vllm":
-            for package in ("vllm", "fastdpo.sampling.engine_vllm"):
-                if importlib.util.find_spec(package) is None:
-                    raise Absent(f"{package} is not installed")
+        if self.spec.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise Absent("vllm is not installed")
         self.policy = Policy(job.build(), job.dtype)
         self.tokenizer, name = word_tokenizer(), "random weights"
         if self.spec.engine == "vllm":  # it asks the files what the model is
@@ -48,6 +47,10 @@ class Round:
             self.policy.core.save_pretrained(name)
             self.tokenizer.save_pretrained(name)
         self.model = part(ModelSpec, Config(model=name, data="random rows"))
+        try:
+            check_engine(self.spec, self.model)
+        except ConfigError as error:
+            raise Absent(str(error)) from None
         rows = sampled_groups(job.all_rows)
         prompts = [replace(group, responses=(), pairs=()) for group in rows]
         self.prompts = sorted(prompts, key=lambda group: (len(group.prompt), group.row))  # as a round does
@@ -55,8 +58,7 @@ class Round:
     def calls(self, spec: SampleSpec, prompts: list[PreferenceGroup], seed: int) -> Iterator[list]:
         """The ids of each call's answers: a list a prompt of a list an answer. No token ends one."""
         how = dict(spec=spec, seed=seed, ends=[], model=self.model, work=self.folder, console=QUIET)
-        for call in sample(self.policy, self.tokenizer, prompts, **how):
-            yield call[1] if isinstance(call, tuple) else call  # behind the place of its first prompt
+        return (made for _, made in sample(self.policy, self.tokenizer, prompts, **how))
 
 
 def train(message: dict, session: Session) -> None:
