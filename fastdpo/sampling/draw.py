@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from fastdpo.config.rounds import SampleSpec
@@ -63,6 +64,8 @@ class Drawing:
                 file.add(new)
             found += new
             self.check()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # of the keys and values, for training takes other sizes
         if self.scorer_name is not None and not all(one.is_scored for one in found):
             found = world.told(lambda: self.scored(found, asked))
             if world.first:

@@ -174,10 +174,8 @@ class RoundStage(Stage):
         if not is_new:
             raise _lost(path)
         is_lora, console = self.of_run.job.model.lora_rank is not None, self.of_run.console
-        sets = [
-            *self.reference_sets(),
-            *([groups] if is_lora else []),
-        ]  # all of them, for the KL to the start
+        # all of them, for the KL to the start
+        sets = [*self.reference_sets(), *([groups] if is_lora else [])]
         compute = partial(
             tables.computed, self.policy, sets, max_tokens=self.job.max_tokens, check=self.stops(settle)
         )
