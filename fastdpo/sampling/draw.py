@@ -31,6 +31,7 @@ class Drawing:
     scorer: Scorer | None  # of the first rank; None: nothing is scored
     scorer_name: str | None
     console: Console
+    again: bool = False  # what has scores is scored, too
     budget: int | None = None  # bytes of the GPU's memory that may be taken
     check: Callable[[], object] = lambda: None  # called after each call of the engine; may raise
 
@@ -66,7 +67,7 @@ class Drawing:
             self.check()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # of the keys and values, for training takes other sizes
-        if self.scorer_name is not None and not all(one.is_scored for one in found):
+        if self.scorer_name is not None and (self.again or not all(one.is_scored for one in found)):
             found = world.told(lambda: self.scored(found, asked))
             if world.first:
                 file.write(found)

@@ -20,7 +20,7 @@ from fastdpo.sampling.calls import answers, bare, call_seed, drawing, pieces_of
 ON_CPU, MOST = 64, 256  # sequences at once: on a CPU; on a GPU however much memory it has
 SHARE = 4  # one part in so many of a GPU's free memory is for keys and values
 
-Answered = tuple[int, list[list[list[int]]]]
+Call = tuple[int, list[list[list[int]]]]
 
 
 def check_engine(spec: SampleSpec, model: ModelSpec, sharded: bool = False) -> None:
@@ -43,7 +43,7 @@ def sample(
     console: Console,
     first: int = 0,
     at_once: int | None = None,
-) -> Iterator[Answered]:
+) -> Iterator[Call]:
     """spec.responses samples of each prompt from `first` on, in order, call by call: (the place of the call's
     first prompt, for each of its prompts the ids of each answer, up to and with the one of `ends` that ended
     it).

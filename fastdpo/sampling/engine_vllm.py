@@ -64,11 +64,14 @@ def check(model: ModelSpec, sharded: bool) -> None:
             "model that it was made of, or take transformers"
         )
     settings = start.settings
-    ranks = [model.lora_rank or settings.get("r", 0), *(settings.get("rank_pattern") or {}).values()]
+    rank = model.lora_rank or settings.get("r", 0)
     refused = {
         "use_dora": model.use_dora or settings.get("use_dora"),
         "modules_to_save": settings.get("modules_to_save"),
-        f"a rank above {RANKS[-1]}": max(ranks) > RANKS[-1],
+        "rank_pattern": settings.get("rank_pattern"),  # it takes one rank and one factor for all modules
+        "alpha_pattern": settings.get("alpha_pattern"),
+        "lora_bias": settings.get("lora_bias"),
+        f"a rank above {RANKS[-1]}": rank > RANKS[-1],
     }
     for name in filter(refused.get, refused):
         raise ConfigError(f"sample: engine: vllm does not know {name} of a LoRA; take transformers")
@@ -167,9 +170,13 @@ def _run(policy: Policy, request: Path, log: Path) -> None:
     command = [sys.executable, "-P", "-m", "fastdpo.sampling.vllm_worker", str(request)]
     with log.open("wb") as said:
         worker = subprocess.Popen(
-            *(command,), stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=_environment(policy),
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            env=_environment(policy),
             start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             code = worker.wait()
         finally:

@@ -98,22 +98,19 @@ class RoundFile:
         self.path, self.key = path, key
 
     def read(self) -> list[Answered]:
-        """The whole lines, in order, up to the first that is not as it was written. The file then holds no
-        others."""
+        """The whole lines, in order, up to the first that is not as it was written."""
         try:
             text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
-        lines = text.splitlines()
-        found = [one for one in itertools.takewhile(bool, map(self._whole, lines)) if one]
-        if len(found) < len(lines) or not text.endswith("\n"):
-            self.write(found)
-        return found
+        lines = map(self._whole, text.splitlines())
+        return [one for one in itertools.takewhile(bool, lines) if one]
 
     def is_own(self) -> bool:
-        """Whether the file begins with a line of this key."""
+        """Whether the file begins with a line of this key, or holds nothing."""
         with self.path.open(encoding="utf-8", errors="replace") as file:
-            return self._whole(file.readline()) is not None
+            line = file.readline()
+            return not line or self._whole(line) is not None
 
     def _whole(self, line: str) -> Answered | None:
         try:

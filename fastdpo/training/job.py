@@ -153,8 +153,16 @@ def check_ranks(config: Config, world: World, sharded: bool) -> None:
 
 
 def check_samples(stage: StageJob, config: Config) -> None:
-    """Raises ConfigError where an objective of scored samples would be given rows of a data set."""
+    """Raises ConfigError for an objective that does not go with rounds, or not without."""
     objective = stage.objective
+    if config.rounds is not None and "token weights" in objective.needs:
+        raise ConfigError(
+            "objective_args: gamma is of token weights, which samples do not have; leave it out"
+        )
+    if config.reference == "start" and not objective.needs_reference:
+        raise ConfigError(
+            f"reference: start pulls to nothing, as {objective.name} has no reference; leave it out"
+        )
     if "response scores" not in objective.needs:
         return
     if stage.pairs != "all":

@@ -5,6 +5,7 @@ import resource
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -260,7 +261,7 @@ class Progress:
     eval_loss: float | None = None  # at this step
     best: dict | None = None  # {"step", "eval_loss"} of the stage's best checkpoint
     memory: dict[str, float] = field(default_factory=dict)  # the objective's own (BCO's running mean)
-    rounds: dict[str, int] = field(default_factory=dict)  # see rounds.RoundStage; empty before the first
+    rounds: dict[str, Any] = field(default_factory=dict)  # see rounds.RoundStage; empty before the first
     window: Window = field(default_factory=Window)
 
     def state(self) -> dict:

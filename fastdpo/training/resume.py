@@ -135,6 +135,9 @@ def check_same_run(
             raise ConfigError(f"rounds: {job.rounds}, but {found.name} is in round {number} already")
         if found.state["config"]["num_epochs"] != job.stages[0].num_epochs:
             raise _changed("num_epochs", found.state["config"]["num_epochs"], job.stages[0].num_epochs)
+        if had != job.rounds:
+            text = f"the run had rounds: {had}, now {job.rounds}: the learning rate follows from here on"
+            console.print(f"[yellow]{text}", highlight=False)
         return
     now, stage = job.stages, found.state["stage"]
     before = Config(**found.state["config"]).per_stage()

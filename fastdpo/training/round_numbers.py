@@ -58,13 +58,11 @@ def _shown(one: Answered, response: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quiet_rounds(number: int, rows: Sequence[Answered]) -> str:
-    """Why a run ends in which two rounds have taught nothing."""
+    """Why a run ends of which two rounds have taught nothing."""
     counts, edges = np.histogram([score for one in rows for score in one.scores], bins=_BINS)
     bars = ", ".join(
         f"{count} in [{a:.3g}, {b:.3g}]" for count, a, b in zip(counts, edges, edges[1:]) if count
     )
     return (
-        f"rounds {number - 1} and {number} have no signal: to each prompt all samples score the same "
-        f"({bars}). Look at what `reward` gives, ask for more responses or a higher temperature, or take "
-        "other prompts"
+        f"rounds {number - 1} and {number} have no signal: to each prompt all samples score the same ({bars})"
     )

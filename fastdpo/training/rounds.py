@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from fastdpo.console.formatting import counted
 from fastdpo.data.mismatched import beside
@@ -48,8 +49,8 @@ def run_rounds(run, resumed) -> Progress:
 
 
 class RoundStage(Stage):
-    """`Progress.rounds` of it: the round that trains ("number", from 1), the steps before it ("first"), and
-    how many rounds up to it had no signal ("quiet")."""
+    """`Progress.rounds` of it: the round that trains ("number", from 1), the steps before it ("first"), how
+    many rounds up to it had no pair ("quiet"), and what its files are known by ("key")."""
 
     def __init__(self, run):
         job = run.job.stages[0]
@@ -61,17 +62,31 @@ class RoundStage(Stage):
         if left_out:
             run.event("no_room", rows=left_out)
         self.count = min(self.spec.prompts, len(self.prompts))
-        if self.count < self.spec.prompts:
-            run.console.print(
-                f"sample: prompts: the rows have {self.count:,}, and a round takes all of them",
-                highlight=False,
-            )
         self.planned = total_steps(job, self.count)  # steps of a round whose prompts all have a signal
         self.total = self.rounds * self.planned
         self.per_epoch = self.planned * len(self.prompts) / self.count
         self.folder = run.folder / "rounds"
         said = {name: v for name, v in run.job.settings.items() if name not in FREE - {"num_epochs"}}
+        said |= {"rounds": self.rounds, "max_tokens": job.max_tokens if self.balance else None}
         self.lineage = durable.json_digest([run.place.namespace, run.data, said])
+        self.say_first()
+
+    def say_first(self) -> None:
+        """What of the rounds is not as one may think."""
+        say = partial(self.of_run.console.print, highlight=False, soft_wrap=True)
+        if self.count < self.spec.prompts:
+            say(f"sample: prompts: the rows have {self.count:,}, and a round takes all of them")
+        without = int((~facts_of(self.prompts).resettable).sum())
+        if self.spec.resets and without:
+            say(
+                f"[yellow]sample: resets: {counted(without, 'row')} of {len(self.prompts):,} have no chosen "
+                "response to begin with"
+            )
+        if "response scores" in self.objective.needs and (self.spec.temperature, self.spec.top_p) != (1, 1):
+            say(
+                f"[yellow]{self.objective.name} takes samples for the policy's own, which they are at "
+                "temperature 1 and top_p 1 alone"
+            )
 
     def steps(self, run, progress: Progress, settle, schedule) -> Iterator[tuple[Groups, Groups]]:
         first = progress.rounds.get("number", 1)
@@ -80,6 +95,9 @@ class RoundStage(Stage):
                 self.begin(number, progress, settle)
             before = (number - 1) * self.planned
             count = total_steps(self.job, len(self.groups)) if self.groups else 0
+            if progress.rounds["quiet"] > 1:
+                count, self.total = 0, progress.steps
+                break
             done = progress.steps - progress.rounds["first"]
             self.total = progress.rounds["first"] + count + self.rounds * self.planned - before - self.planned
             set_schedule(schedule, before + done)
@@ -107,7 +125,7 @@ class RoundStage(Stage):
     def begin(self, number: int, progress: Progress, settle) -> None:
         """Makes a round's samples the rows that train, from its files where they are there."""
         run, is_new = self.of_run, progress.rounds.get("number") != number
-        key = durable.json_digest([self.lineage, number])
+        key = durable.json_digest([self.lineage, number]) if is_new else progress.rounds["key"]
         rows, images = self.sampled(number, RoundFile(self.file(number, "jsonl"), key), is_new, settle)
         groups = [one.group(images.get(one.row, ())) for one in rows]
         signal = [group for group in groups if group.pairs or self.objective.learns_from_ties]
@@ -121,13 +139,19 @@ class RoundStage(Stage):
         self.old = known.get("now") if own else None
         if not is_new:
             return
-        quiet = 0 if signal else progress.rounds.get("quiet", 0) + 1
-        progress.rounds = {"number": number, "first": progress.steps, "quiet": quiet}
+        quiet = 0 if any(group.pairs for group in groups) else progress.rounds.get("quiet", 0) + 1
+        progress.rounds = {"number": number, "first": progress.steps, "quiet": quiet, "key": key}
         numbers = numbers_of(rows, groups, known)
         run.event("round", round=number, step=progress.steps, **numbers)
         run.log.round(number, self.rounds, progress.steps, numbers)
+        if quiet == number > 1:
+            raise DeadEndError(
+                f"{quiet_rounds(number, rows)}. Look at what `reward` gives, ask for more responses or a "
+                "higher temperature, or take other prompts"
+            )
         if quiet > 1:
-            raise DeadEndError(quiet_rounds(number, rows))
+            text = f"{quiet_rounds(number, rows)}; the run ends here, with what it has learnt before"
+            run.console.print(f"[yellow]{escape(text)}", highlight=False, soft_wrap=True)
         if signal and not progress.steps:
             run.event("stage", stage=0, **run.log.announce(self))
         if number == 1:
@@ -176,12 +200,16 @@ class RoundStage(Stage):
         is_lora, console = self.of_run.job.model.lora_rank is not None, self.of_run.console
         # all of them, for the KL to the start
         sets = [*self.reference_sets(), *([groups] if is_lora else [])]
-        compute = partial(
-            tables.computed, self.policy, sets, max_tokens=self.job.max_tokens, check=self.stops(settle)
+        compute, stops = (
+            partial(tables.computed, self.policy, sets, max_tokens=self.job.max_tokens),
+            self.stops(settle),
         )
-        made = {"now": compute(base=False, console=console)}
-        if is_lora:  # in the first round it has learnt nothing
-            made["start"] = compute(base=True, console=Console(quiet=True)) if number > 1 else made["now"]
+        made = {"now": compute(base=False, console=console, check=stops)}
+        if is_lora and number == 1:  # it has learnt nothing
+            made["start"] = made["now"]
+        elif is_lora:  # nothing can be saved while the LoRA is off
+            made["start"] = compute(base=True, console=Console(quiet=True), check=lambda: None)
+            stops()
         if self.world.first:
             tables.save(path, key, made)
         return made

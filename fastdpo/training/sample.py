@@ -30,8 +30,18 @@ def sample(config: Config, output: Path, console: Console, around: Around) -> li
         return _sample(config, output, console if world.first else quiet(), around, world)
 
 
+def check_output(output: Path) -> None:
+    """Raises ConfigError where no file can be written."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write {output}: {error.strerror}") from None
+
+
 def _sample(config: Config, output: Path, console: Console, around: Around, world: World) -> list[Answered]:
     job = job_of(config)
+    check_output(output)
     check_engine(job.sample, job.model)
     scorer = scorer_of(job) if world.first else None
     check_alike(world)
@@ -43,17 +53,22 @@ def _sample(config: Config, output: Path, console: Console, around: Around, worl
         policy.model.requires_grad_(False)
         groups, _ = with_room(groups, policy, job, console)
         count = min(job.sample.prompts, len(groups))
-        places = places_of(len(groups), count, 1, config.seed)
-        asked = ask([groups[i] for i in places], job.sample, 1, config.seed, limit_of(policy, job))
         namespace = reference_fingerprint(policy, fresh_lora=False).namespace
-        key = durable.json_digest([namespace, rows_digest(groups), config.sample, config.seed, config.reward])
+        limit = limit_of(policy, job)
+        places = places_of(len(groups), count, 1, config.seed)
+        asked = ask([groups[i] for i in places], job.sample, 1, config.seed, limit)
+        key = durable.json_digest([namespace, rows_digest(groups), config.sample, config.seed, limit])
         file = RoundFile(output, key)
         if world.told(lambda: output.exists() and not file.is_own()):
             raise ConfigError(
                 f"--output: {output} holds something else than samples of this config; name another"
             )
         stopping.saves = True  # what has been sampled is in the file
-        drawing = drawing_of(job, policy, tokenizer, groups, scorer, console, stopping.check)
+        drawing = replace(
+            drawing_of(job, policy, tokenizer, groups, scorer, console, stopping.check), again=True
+        )
+        if there := world.told(lambda: len(file.read())):
+            console.print(f"{output} has {there:,} of {count:,} prompts; scored anew", highlight=False)
         out = drawing.draw(asked, seed_of("samples", config.seed, 1), file)
     if scores := [score for one in out for score in one.scores if score is not None]:
         console.print(f"{len(scores):,} samples, score {np.mean(scores):.3f} on average", highlight=False)

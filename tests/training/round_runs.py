@@ -32,6 +32,9 @@ calls = []
 def quiet_at_first(prompts, answers):  # a call for the try, and one for a round of 24 answers
     calls.append(1)
     return same(prompts, answers) if len(calls) <= 2 else some(prompts, answers)
+def quiet_after(prompts, answers):
+    calls.append(1)
+    return some(prompts, answers) if len(calls) == 2 else same(prompts, answers)
 def quiet_at_last(prompts, answers):
     calls.append(1)
     return same(prompts, answers) if len(calls) == 3 else some(prompts, answers)

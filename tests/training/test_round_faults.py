@@ -8,7 +8,7 @@ from fastdpo.config.keys import Config
 from fastdpo.errors import ConfigError, DataError, DeadEndError
 from fastdpo.training.job import resolve
 from tests.tiny import rows, write_jsonl
-from tests.training.round_runs import config_of, events, inputs_in, replaced, round_lines, run
+from tests.training.round_runs import config_of, events, inputs_in, outcome, replaced, round_lines, run
 
 ROUNDS = dict(rounds=2, reward="length")
 
@@ -143,3 +143,30 @@ def test_two_rounds_without_a_signal_end_the_run_with_what_was_scored(make):
     with pytest.raises(DeadEndError, match=text):
         run(replaced(config, resume=True))
     assert [one["round"] for one in events(config, "round")] == [1, 2]
+
+
+def test_two_rounds_without_a_signal_after_others_end_it_with_what_it_has_learnt(make):
+    config = make(reward="quiet_after", rounds=5)
+    said = run(config)
+    assert "rounds 2 and 3 have no signal" in said
+    assert "the run ends here, with what it has learnt before" in said
+    once = make("once", rounds=1, lr_scheduler_type="constant")
+    again = make("again", reward="quiet_after", rounds=5, lr_scheduler_type="constant")
+    run(once), run(again)
+    assert outcome(once)["weights"] == outcome(again)["weights"]
+    run(replaced(again, resume=True))
+    assert [one["round"] for one in events(again, "round")] == [1, 2, 3]
+    assert outcome(once)["weights"] == outcome(again)["weights"]
+
+
+def test_resets_without_chosen_responses_are_counted(make, tmp_path):
+    data = write_jsonl(
+        tmp_path / "some.jsonl", [*rows(3), *({"prompt": row["prompt"]} for row in rows(9)[3:])]
+    )
+    said = run(make(data=data, rounds=1, sample=dict(resets=1.0)))
+    assert "sample: resets: 6 rows of 9 have no chosen response to begin with" in said
+
+
+def test_samples_of_another_temperature_are_not_the_policys_own(make):
+    said = run(make(rounds=1, objective="rloo", sample=dict(temperature=0.7)))
+    assert "rloo takes samples for the policy's own" in said

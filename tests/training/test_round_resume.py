@@ -1,5 +1,6 @@
 """A run of rounds that stops goes on exactly, and samples nothing twice; or it says why it cannot."""
 
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from fastdpo.errors import ConfigError, DeadEndError
 from fastdpo.reference import tables
+from fastdpo.reference.cache import RefCache
 from fastdpo.sampling import draw
 from fastdpo.sampling.draw import Drawing
 from fastdpo.sampling.rows import RoundFile
@@ -71,6 +73,7 @@ WHERE = {
     "samples": (6, (RoundFile, "add")),
     "scores": (2, (Drawing, "scored")),
     "tables": (2, (tables, "save")),
+    "those of the start, while the LoRA is off": (3, (RefCache, "add")),
     "a step": (6, (Stage, "step")),
     "a round's last step": (4, (Stage, "step")),
 }
@@ -148,6 +151,21 @@ def test_another_config_is_refused(whole, tmp_path, keys):
     config = replaced(ended_in(whole, tmp_path, 9), **keys)
     with pytest.raises(ConfigError, match=f"{next(iter(keys))}: the run in output_dir was started with"):
         run(config)
+
+
+def test_a_path_that_is_written_otherwise_is_no_other_run(whole, tmp_path):
+    config = ended_in(whole, tmp_path, 9)
+    run(replaced(config, data=os.path.relpath(config.data)))
+    assert outcome(config) == outcome(whole)
+
+
+def test_what_another_number_of_rounds_has_sampled_is_sampled_again(whole, tmp_path, asked):
+    """The learning rate of the steps before it was another. Not that of the round that trains."""
+    said = run(replaced(ended_in(whole, tmp_path, 9), rounds=4))
+    assert asked.total() == 8
+    run(replaced(ended_in(whole, tmp_path / "none", 0), rounds=4))
+    assert asked.total() == 8 + 32
+    assert "the run had rounds: 3, now 4: the learning rate follows from here on" in said
 
 
 def test_rounds_can_be_raised_and_not_undone(whole, tmp_path, make, asked):

@@ -72,6 +72,26 @@ def test_a_file_that_was_not_finished_goes_on(inputs, tmp_path, monkeypatch):
     assert (tmp_path / "part.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+def test_what_is_there_is_scored_anew(inputs, tmp_path, monkeypatch):
+    before, _ = sample(inputs, tmp_path / "out.jsonl", reward=None)
+    monkeypatch.setattr(draw, "sample", lambda *args, **keys: [])  # nothing more
+    judge = tmp_path / "judge.py"
+    for value in (1.0, 2.0):
+        judge.write_text(f"def f(prompts, answers):\n    return [{value}] * len(answers)\n")
+        after, said = sample(inputs, tmp_path / "out.jsonl", reward=f"{judge}:f")
+        assert {r["score"] for one in after for r in one["responses"]} == {value}
+        assert "has 6 of 6 prompts" in said
+    assert [[r["ids"] for r in one["responses"]] for one in after] == [
+        [r["ids"] for r in one["responses"]] for one in before
+    ]
+
+
+def test_a_file_that_cannot_be_written_is_told_first(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastdpo.training.sample.read", None)
+    with pytest.raises(ConfigError, match=r"--output: cannot write .*: Is a directory"):
+        sample(inputs, tmp_path)
+
+
 @pytest.mark.parametrize("other", [dict(seed=1), dict(sample=SAMPLE | {"temperature": 0.5})], ids=str)
 def test_a_file_of_something_else_is_left_alone(inputs, tmp_path, other):
     sample(inputs, tmp_path / "out.jsonl")
