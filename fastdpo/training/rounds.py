@@ -145,13 +145,10 @@ class RoundStage(Stage):
         run.event("round", round=number, step=progress.steps, **numbers)
         run.log.round(number, self.rounds, progress.steps, numbers)
         if quiet == number > 1:
-            raise DeadEndError(
-                f"{quiet_rounds(number, rows)}. Look at what `reward` gives, ask for more responses or a "
-                "higher temperature, or take other prompts"
-            )
+            raise DeadEndError(quiet_rounds(number, rows, ends=False))
         if quiet > 1:
-            text = f"{quiet_rounds(number, rows)}; the run ends here, with what it has learnt before"
-            run.console.print(f"[yellow]{escape(text)}", highlight=False, soft_wrap=True)
+            why = escape(quiet_rounds(number, rows, ends=True))
+            run.console.print(f"[yellow]{why}", highlight=False, soft_wrap=True)
         if signal and not progress.steps:
             run.event("stage", stage=0, **run.log.announce(self))
         if number == 1:

@@ -148,7 +148,7 @@ def test_two_rounds_without_a_signal_end_the_run_with_what_was_scored(make):
 def test_two_rounds_without_a_signal_after_others_end_it_with_what_it_has_learnt(make):
     config = make(reward="quiet_after", rounds=5)
     said = run(config)
-    assert "rounds 2 and 3 have no signal" in said
+    assert "rounds 2 and 3 have no signal any more (24 in" in said
     assert "the run ends here, with what it has learnt before" in said
     once = make("once", rounds=1, lr_scheduler_type="constant")
     again = make("again", reward="quiet_after", rounds=5, lr_scheduler_type="constant")
