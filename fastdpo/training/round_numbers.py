@@ -65,10 +65,11 @@ def quiet_rounds(number: int, rows: Sequence[Answered], ends: bool) -> str:
     )
     if ends:
         return (
-            f"rounds {number - 1} and {number} have no signal any more ({bars}): the run ends here, with what "
-            "it has learnt before"
+            f"rounds {number - 1} and {number} have no signal any more ({bars}): the run ends here, with "
+            "what it has learnt before"
         )
     return (
         f"rounds {number - 1} and {number} have no signal: to each prompt all samples score the same "
-        f"({bars}). Look at what `reward` gives, ask for more responses or a higher temperature, or take other prompts"
+        f"({bars}). Look at what `reward` gives, ask for more responses or a higher temperature, or take "
+        "other prompts"
     )
