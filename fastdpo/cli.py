@@ -101,7 +101,11 @@ def reward(config, *, gpus: int | None = None):
         return code
     from fastdpo.api import train_reward
 
-    run = shlex.quote(str(train_reward(config)))
+    folder = train_reward(config)
+    run = shlex.quote(str(folder))
+    if (folder / "model/adapter_config.json").exists():
+        print(f"next: fastdpo merge {run} makes one model of adapter and base, which a scorer has to be")
+        return
     print(f"next: fastdpo eval MODEL DATA --samples 100 --scorer {run} has it judge a model's answers")
 
 
@@ -126,7 +130,7 @@ def sample(config, *, output: Path = Path("samples.jsonl"), gpus: int | None = N
     or scripts of your own. Without `reward` nothing is scored. Goes on with a file
     that was not finished.
 
-    :param output: JSON lines, which the key data takes
+    :param output: JSON lines, which the key data takes once they have scores
     :param gpus: so many of this machine, by torchrun
     """
     if (code := on_gpus(gpus, _words)) is not None:

@@ -53,7 +53,7 @@ def _problems(config) -> Iterator[str]:
     if config.objective not in ("sigmoid", OBJECTIVE):
         yield f"objective: {config.objective!r} is a policy's, and a reward model's is its own; leave it out"
     for name, why in _REFUSED.items():
-        if getattr(config, name):
+        if getattr(config, name) != config.__dataclass_fields__[name].default:
             yield f"{name}: not for a reward model: {why}"
     if config.pair_gap == "logp":
         yield "pair_gap: logp is not for a reward model, which has no reference to tell pairs by"

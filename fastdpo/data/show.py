@@ -23,7 +23,7 @@ _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 def show_data(spec: DataSpec, tokenizer, console, processor=None) -> None:
     """Reads a run's data sources and prints what their rows become. Raises DataError, as load_groups does."""
     limits = Limits(spec.max_length, spec.truncation)
-    chat = Chat(spec.chat_template_kwargs)
+    chat = Chat(spec.chat_template_kwargs, rewards=spec.rewards)
     how = dict(strict=spec.strict, console=console, data_format=spec.data_format, chat=chat)
     how |= dict(data_cache=spec.data_cache, images=image_reader(spec, processor))
     how |= dict(prompts_only=spec.prompts_only)

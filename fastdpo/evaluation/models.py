@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fastdpo.config.keys import FIELDS, Config, from_values
 from fastdpo.config.reading import read_yaml
+from fastdpo.config.rewards import OBJECTIVE
 from fastdpo.data.store.stored import facts_of
 from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model.adapters import find_start
@@ -90,6 +91,8 @@ def named(name: str, key: str, **given: Any) -> Named:
     keys |= {key: value for key, value in given.items() if value is not None}
     in_bf16 = keys.pop("pure_bf16", None)
     found = Named(name, key, part(ModelSpec, _config(folder, keys)), run, keys, stages=stages)
+    if given.get("objective") == OBJECTIVE:
+        raise ConfigError(f"objective: {OBJECTIVE} is of reward models, which `fastdpo reward` trains")
     if found.spec.rewards:
         raise ConfigError(f"{key}: {name} is a reward model, which says nothing; give it as --scorer")
     with found.told():

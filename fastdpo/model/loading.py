@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from fastdpo.console.formatting import gigabytes
 from fastdpo.data.chat.named import in_pieces, template_of
 from fastdpo.distributed.world import ALONE, World
-from fastdpo.errors import ConfigError
+from fastdpo.errors import ConfigError, ModelError
 from fastdpo.model import source
 from fastdpo.model.activations import set_up_activations
 from fastdpo.model.adapters import add_lora, find_start, load_adapter, tell_tied
@@ -57,6 +57,10 @@ def load_model_config(spec: ModelSpec) -> PreTrainedConfig:
             f"set max_length: {limit} or less"
         )
     has_lora = start.adapter is not None or spec.lora_rank is not None
+    if not spec.rewards and source.is_classifier(model_config):
+        raise ModelError(
+            f"model: {start.model} is a reward model, and writes nothing: name it as a scorer, or as `reward`"
+        )
     if spec.load_in_4bit and found.gguf:
         raise ConfigError(
             f"load_in_4bit: {start.model} is a GGUF file, which is dequantised as it is loaded; leave the "
@@ -144,7 +148,9 @@ def load_tokenizer(spec: ModelSpec, console: Console | None = None) -> PreTraine
     if tokenizer.chat_template is None:
         tokenizer.chat_template = template_beside(found)
     if spec.rewards and tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # as TRL's; a classifier finds a row's end by it
+        if tokenizer.eos_token is None:
+            raise ModelError("model: its tokenizer has neither EOS nor padding, which tell a row's end")
+        tokenizer.pad_token = tokenizer.eos_token  # as TRL's
     if spec.chat_template is not None:
         tokenizer.chat_template = template_of(spec.chat_template, tokenizer.chat_template)
         if console and (split := in_pieces(spec.chat_template, tokenizer)):

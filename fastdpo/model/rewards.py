@@ -5,7 +5,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdpo.errors import ModelError
@@ -56,7 +55,7 @@ class RewardPolicy(Policy):
         hidden = self.hidden(batch)[batch.score_row]
         with torch.autocast(self.device.type, enabled=False):
             wide = torch.promote_types(hidden.dtype, torch.float32)
-            rewards = F.linear(hidden.to(wide), self._weight().to(wide))[:, 0]
+            rewards = torch.mv(hidden.to(wide), self._weight().to(wide)[0])
         return (rewards, {}) if stats else rewards
 
     def default_budget(self) -> int:

@@ -5,7 +5,7 @@ from transformers import ProcessorMixin
 
 from fastdpo.config.keys import Config
 from fastdpo.data.load import load_data
-from fastdpo.errors import DataError, ModelError
+from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.model.cards import CARDS
 from fastdpo.model.loading import load_model_config, load_tools
 from fastdpo.model.spec import ModelSpec
@@ -32,6 +32,8 @@ def plan(
 ) -> bool:
     """Prints the plan of each stage, and of how several GPUs would run it; False where one does not fit, and
     nothing that leaves its learning as it is would make it. Raises ConfigError and ModelError."""
+    if config.rewards:
+        raise ConfigError("objective: the memory of a reward model's training is not planned yet")
     console, ranks = console or Console(width=WIDTH), ranks_of(gpus, nodes)
     target = _target(card, device)
     stages = config.per_stage()

@@ -108,6 +108,8 @@ def replica_fits(config: Config, model_config, groups: Groups, processor: Any = 
         return True
     if processor is not None:
         return NO_IMAGES
+    if config.rewards:
+        return "a reward model's training is not planned yet"
     if target.memory is None:
         return "no GPU's memory is known"
     budget = target.memory

@@ -25,10 +25,10 @@ from fastdpo.planning.simulate import Load, Step
 from fastdpo.planning.target import CONTEXT, Target
 from fastdpo.records import PreferenceGroup, Response
 from fastdpo.sampling.engine import MOST, ON_CPU, SHARE
+from fastdpo.sampling.scorers import is_model, model_of_run
 from fastdpo.values import as_bytes
 
 PROMPTS, LAST, SCORING = "sampling (prompts)", "sampling (last token)", "scoring"
-FUNCTIONS = ("vader", "length")  # rewards that are no model
 _ONE = np.zeros(1, np.int64)
 _NO_ROWS = Load((PreferenceGroup(0, _ONE, (Response(_ONE, _ONE == 0),), ()),), several=False)
 
@@ -82,16 +82,11 @@ def beside(peaks: list[Peak], between: list[Peak], target: Target) -> list[Peak]
     return [Peak(peak.where, peak.bytes | more) for peak in (*peaks, *between)]
 
 
-def is_model(reward: str) -> bool:
-    return reward not in FUNCTIONS and ".py" not in reward
-
-
 def reward_bytes(reward: str, target: Target, config: Config) -> int:
     """Of a reward model's weights, in the dtype that scorers load it in. Raises ModelError."""
     label = f"reward: {reward!r}"
-    source = find_source(
-        reward, label, way_out="rounds need FILE.py:function, vader, length or a reward model"
-    )
+    way_out = "rounds need FILE.py:function, vader, length or a reward model"
+    source = find_source(model_of_run(reward, label), label, way_out=way_out)
     try:
         with source.reading() as (where, options):
             model_config = AutoConfig.from_pretrained(where, **options)

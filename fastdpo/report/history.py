@@ -103,7 +103,8 @@ class RunHistory:
     def reference_moves(self) -> bool:
         """Whether each round refers to the policy that sampled it, so that what is over the reference begins
         anew in each."""
-        return bool(self.config.get("rounds")) and self.config.get("reference") != "start"
+        moves = bool(self.config.get("rounds")) and self.config.get("reference") != "start"
+        return moves and len(self.series("kl")) > 0
 
     @property
     def rows_kept(self) -> int | None:

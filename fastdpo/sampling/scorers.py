@@ -170,7 +170,12 @@ def _wants_rows(function: Callable) -> bool:
         return False
 
 
-def _of_run(name: str, label: str) -> str:
+def is_model(name: str) -> bool:
+    """Whether a scorer of this name is a reward model."""
+    return name not in ("vader", "length") and ".py:" not in name and not name.endswith(".py")
+
+
+def model_of_run(name: str, label: str) -> str:
     """Of a run folder its model. Raises ModelError for an adapter."""
     folder = Path(name).expanduser()
     folder = folder / "model" if (folder / "config.yaml").exists() and (folder / "model").is_dir() else folder
@@ -186,7 +191,7 @@ class RewardModel:
 
     def __init__(self, name: str, key: str = "scorer") -> None:
         label = f"{key}: {name!r}"
-        source = find_source(_of_run(name, label), label, way_out=f"a scorer is {_NAMES}")
+        source = find_source(model_of_run(name, label), label, way_out=f"a scorer is {_NAMES}")
         self.device = "cpu"
         try:
             with source.reading() as (where, options):
@@ -200,7 +205,8 @@ class RewardModel:
         if config.get_text_config().pad_token_id is None:  # by which it finds a row's last token
             config.get_text_config().pad_token_id = config.pad_token_id = self.tokenizer.pad_token_id
         self.model = self._load(source, config, label)
-        self.at_once = 8 if self.tokenizer.pad_token_id is not None else 1
+        self.pad = config.get_text_config().pad_token_id
+        self.at_once = 8 if self.pad is not None else 1
         self.limit = getattr(config.get_text_config(), "max_position_embeddings", None)
 
     @no_bars()
@@ -215,6 +221,9 @@ class RewardModel:
             raise ModelError(
                 f"{label} is no reward model: it lacks {missing[0]}, which would start at random"
             )
+        head = getattr(model, "score", None)
+        if isinstance(head, torch.nn.Linear):  # bf16 would make ties
+            head.float().register_forward_pre_hook(lambda _, given: (given[0].float(),))
         return model.eval()
 
     @torch.no_grad()
@@ -236,7 +245,7 @@ class RewardModel:
             torch.cuda.empty_cache()
 
     def _scored(self, ids: list[list[int]]) -> list[float]:
-        pad, width = self.tokenizer.pad_token_id or 0, max(map(len, ids))
+        pad, width = self.pad or 0, max(map(len, ids))
         row = lambda some, fill: torch.tensor([*some, *[fill] * (width - len(some))])
         inputs = torch.stack([row(some, pad) for some in ids]).to(self.device)
         mask = torch.stack([row([1] * len(some), 0) for some in ids]).to(self.device)
@@ -244,7 +253,8 @@ class RewardModel:
 
     def _ids(self, answer: Answer) -> list[int]:
         if answer.turns is None or not self.tokenizer.chat_template:
-            return self.tokenizer(answer.raw)["input_ids"]
+            has_bos = answer.raw.startswith(self.tokenizer.bos_token or "\0")
+            return self.tokenizer(answer.raw, add_special_tokens=not has_bos)["input_ids"]
         turns = [*answer.turns, {"role": "assistant", "content": answer.text}]
         text = self.tokenizer.apply_chat_template(turns, tokenize=False)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

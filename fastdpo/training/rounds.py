@@ -259,3 +259,14 @@ def with_room(groups: Groups, policy: Policy, job: Job, console: Console) -> tup
     text = f"[yellow]sample: {counted(left_out, 'row')} left out: {what}"
     console.print(text, highlight=False, soft_wrap=True)
     return taken(groups, np.flatnonzero(fits)), left_out
+
+
+def check_judged(eval_groups: Groups) -> None:
+    """Raises DataError for a held-out row that is a prompt alone, of which nothing is measured."""
+    facts = facts_of(eval_groups)
+    bare = (np.diff(facts.cu_pairs) == 0) & (facts.per_group(facts.label >= 0) == 0)
+    for place in np.flatnonzero(bare)[:1]:
+        raise DataError(
+            f"eval_data: row {facts.row[place]} has no responses that are judged, by which held-out rows are "
+            "measured; name other rows, or leave eval_data out"
+        )

@@ -40,6 +40,8 @@ def check_output(output: Path) -> None:
 
 
 def _sample(config: Config, output: Path, console: Console, around: Around, world: World) -> list[Answered]:
+    if config.rewards:
+        raise ConfigError(f"objective: {config.objective} is of a reward model, which writes nothing")
     job = job_of(config)
     check_output(output)
     check_engine(job.sample, job.model)

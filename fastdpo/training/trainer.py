@@ -46,7 +46,7 @@ from fastdpo.training.resume import (
     head_budget_of,
     rows_digest,
 )
-from fastdpo.training.rounds import run_rounds
+from fastdpo.training.rounds import check_judged, run_rounds
 from fastdpo.training.run import Place, Run
 from fastdpo.training.stage import Stage
 from fastdpo.training.starts import Fill, make_reference, pairs_of_stage, stage_groups
@@ -166,7 +166,9 @@ def check_stages(job: Job, groups, eval_groups) -> None:
     Rounds train samples, so it is these that are asked."""
     for stage in job.stages:
         check_rows(stage.objective, eval_groups, "eval_data")
-        if job.rounds is None:
+        if job.rounds is not None:
+            check_judged(eval_groups)
+        else:
             check_rows(stage.objective, groups)
         if stage.flip_pairs:
             flipped, _ = flip_pairs(select_pairs(groups, stage.pairs)[0], stage.flip_pairs, stage.seed)

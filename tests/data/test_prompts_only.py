@@ -105,6 +105,11 @@ def test_rows_with_judged_responses_stay_as_they_are():
         assert parse_row(row, 3, prompts_only=True) == parse_row(row, 3)
 
 
+def test_a_judged_row_may_have_a_second_question():
+    row = {"prompt": "good ", "completion": "gold", "label": True, "question": "what?"}
+    assert parse_row(row, 0, prompts_only=True) == parse_row(row, 0)
+
+
 def test_what_is_no_prompt_alone():
     for given, said in (
         ({"prompt": "good", "messages": ASKED}, r"prompts in several columns \(prompt, messages\); say in"),

@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.sampling import scorers
@@ -232,3 +233,25 @@ def test_a_reward_model_put_aside_leaves_the_gpu_and_comes_back(tmp_path, monkey
     with pytest.raises(ConfigError):
         scores(scorer, name, answers(2), silent(), "a model", put_aside=True)
     assert went[3:] == ["there", "cpu"]
+
+
+def test_a_score_does_not_depend_on_the_others_of_its_call(tmp_path):
+    """The model pools before its own padding token, which the tokenizer's may differ from."""
+    name = reward_model(tmp_path / "reward", chat=False)
+    config = AutoConfig.from_pretrained(name)
+    assert AutoTokenizer.from_pretrained(name).pad_token_id != 2
+    config.pad_token_id = 2
+    config.save_pretrained(name)
+    some = [Answer(i, "", "", 4, None, "the red dog" + " likes" * i) for i in range(6)]
+    assert scored(name, some) == pytest.approx([scored(name, [one])[0] for one in some], abs=1e-5)
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(tmp_path):
+    name, tok = reward_model(tmp_path / "reward", chat=False), tiny.tokenizer(False)
+    tok.bos_token = tok.convert_ids_to_tokens(5)
+    first = TemplateProcessing(single=f"{tok.bos_token} $A", special_tokens=[(tok.bos_token, 5)])
+    tok.backend_tokenizer.post_processor = first
+    tok.save_pretrained(name)
+    both = [Answer(0, "", "", 4, None, text) for text in ("the red dog", f"{tok.bos_token}the red dog")]
+    one, other = (make_scorer(name)._ids(answer) for answer in both)
+    assert one == other and one[0] == 5 and one.count(5) == 1

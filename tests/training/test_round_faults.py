@@ -170,3 +170,21 @@ def test_resets_without_chosen_responses_are_counted(make, tmp_path):
 def test_samples_of_another_temperature_are_not_the_policys_own(make):
     said = run(make(rounds=1, objective="rloo", sample=dict(temperature=0.7)))
     assert "rloo takes samples for the policy's own" in said
+
+
+@pytest.mark.parametrize("objective", ["sft", "sigmoid"])
+def test_held_out_prompts_alone_are_refused(make, tmp_path, objective):
+    data = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows(8)])
+    with pytest.raises(DataError, match="eval_data: row 0"):
+        run(make(eval_data=str(data), objective=objective))
+    with pytest.raises(DataError, match="eval_data: row"):
+        run(make(data=str(data), eval_data=0.25, objective=objective))
+
+
+def test_objectives_that_samples_cannot_serve(make):
+    for keys, text in (
+        (dict(objective_args={"gamma": 0.5}), "objective_args: gamma is of token weights"),
+        (dict(objective="sft", reference="start", lora_rank=2), "reference: start pulls to nothing, as sft"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            resolve(make(**keys))

@@ -21,7 +21,8 @@ def format_of(row: dict, named: str | None) -> str | None:
     if named in (ALONE, ANSWERED) or not row.keys().isdisjoint(_COMPARED):
         return named
     found = _asking(row)
-    if not found:
+    judged = "label" in row or "kto_tag" in row
+    if not found or (judged and any(_answer(row, name) for name in found)):
         return named
     if len(found) > 1:
         message = (
@@ -31,8 +32,7 @@ def format_of(row: dict, named: str | None) -> str | None:
         raise RowProblem("ambiguous_row", "row", message)
     if _answer(row, found[0]) is None:
         return ALONE
-    judged = "label" in row or "kto_tag" in row
-    return named if named or judged else ANSWERED
+    return named or ANSWERED
 
 
 def _asking(row: dict) -> list[str]:
