@@ -1,6 +1,6 @@
-"""What rounds do to a real assistant: it answers questions about films, VADER scores that, it trains, and again.
+"""What rounds do to a real assistant: it answers questions about films, VADER scores that, it trains.
 
-    python -m benchmarks.learning.real.rounds [--dry-run] [--prompts N] [--model NAME] [--out DIR] [--work DIR]
+    python -m benchmarks.learning.real.rounds [--dry-run] [--prompts N] [--model NAME] [--out DIR]
 
 The task, the LoRA, DPO's learning rate and its beta are those of the study of objectives (run.py), but what
 trains are the policy's own answers of the moment. Reward and KL by round come from the run's own events; the
