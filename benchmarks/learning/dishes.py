@@ -15,7 +15,7 @@ import fastdpo
 from fastdpo.demo import DISHES, HELD_OUT, HELPFUL, QUESTIONS, RATINGS, make_model, write_data
 
 LONGEST = 96  # tokens of a prompt and an answer
-REWARD = f"{Path(__file__).resolve()}:score"
+FILE = str(Path(__file__).resolve())
 WORTH = (
     "the demo's rating (1 to 5) of an answer that is word for word one of its six about the dish that was "
     "asked for, and 0 of any other text"
@@ -33,6 +33,11 @@ def _worth(prompt: str, answer: str) -> float:
             known = {text.format(dish=dish, a=a, b=b, c=c): rating for text, rating in RATINGS.items()}
             return float(known.get(answer, 0))
     return 0.0
+
+
+def letters(prompts: Sequence[str], answers: Sequence[str]) -> list[int]:
+    """A dry run's scores, for its model knows no answer."""
+    return [len(set(answer)) for answer in answers]
 
 
 def write_rows(folder: Path, times: int) -> None:

@@ -3,10 +3,10 @@
     python -m benchmarks.learning.online [--dry-run] [--out DIR] [--work DIR] [--minutes M]
 
 The demo's task with a reward (dishes.py). All arms have the same prompts, as many steps and, but for the
-given pairs, as many answers to each prompt; they differ in how many rounds these come in: one round is offline
-DPO on the start model's own ranked answers. A LoRA, whose base is every arm's reference. Each arm has the best
-of its own learning rates, tried on a seed that is not reported. What has ended is in the JSON at once, and a
-later command of the same day and commit goes on there.
+given pairs, as many answers to each prompt; they differ in how many rounds these come in: one round is
+offline DPO on the start model's own ranked answers. A LoRA, whose base is every arm's reference. Each arm has
+the best of its own learning rates, tried on a seed that is not reported. What has ended is in the JSON at
+once, and a later command of the same day and commit goes on there.
 """
 
 import json
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,9 +28,9 @@ from rich.console import Console
 import fastdpo
 from benchmarks.figures import Bar, bars
 from benchmarks.learning import dishes
-from benchmarks.learning.dishes import LONGEST, REWARD
+from benchmarks.learning.dishes import LONGEST
 from benchmarks.results import result_of_today, stage_arguments, stage_parser, write_result
-from benchmarks.tables.learning_blocks import ends_of, online
+from benchmarks.tables.round_blocks import ends_of, online
 from fastdpo.data.groups import Limits
 from fastdpo.data.load import load_groups
 from fastdpo.evaluation.kl import sequence_kl
@@ -43,13 +43,7 @@ QUIET = Console(quiet=True)
 UNREPORTED = 99  # the seed that rates are chosen on
 RANK, BATCH, RESPONSES, NEW_TOKENS = 16, 12, 4, 48
 COMMON = {"lora_rank": RANK, "batch_size": BATCH, "warmup_steps": 2, "max_length": LONGEST, "dtype": "fp32"}
-COMMON |= {
-    "samples": 0,
-    "data_cache": "off",
-    "reference_cache": "off",
-    "save_total_limit": 1,
-    "overwrite": True,
-}
+COMMON |= {"samples": 0, "data_cache": "off", "reference_cache": "off", "save_total_limit": 1}
 ROUNDS: dict[str, dict[str, Any]] = {  # the arms that sample: their config's keys; rounds 0: one a step
     "offline DPO, own answers": {"rounds": 1},
     "online DPO, 6 rounds": {"rounds": 6},
@@ -70,14 +64,15 @@ class Sizes:
     seeds: tuple[int, ...] = (0, 1, 2)
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     measured: int = 16  # answers to each held-out question
-    arms: tuple[str, ...] = field(default=ARMS)
+    arms: tuple[str, ...] = ARMS
+    reward: str = "score"  # of dishes.py
 
     @property
     def steps(self) -> int:
         return 72 * self.times // BATCH
 
 
-DRY = Sizes(sft_steps=30, times=1, seeds=(0,), rates=(1e-3,), measured=1, arms=(GIVEN, *list(ROUNDS)[:2]))
+DRY = Sizes(3, 1, seeds=(0,), rates=(1e-3,), measured=1, arms=(*ARMS[:3], ARMS[-1]), reward="letters")
 
 
 def keys(place: Path, sizes: Sizes, arm: str, rate: float, seed: int) -> dict[str, Any]:
@@ -91,7 +86,11 @@ def keys(place: Path, sizes: Sizes, arm: str, rate: float, seed: int) -> dict[st
     rounds = keys.pop("rounds") or sizes.steps
     sample = {"prompts": 72 * sizes.times // rounds, "responses": RESPONSES, "max_new_tokens": NEW_TOKENS}
     sample |= {"resets": keys.pop("resets")} if "resets" in keys else {}
-    own |= {"data": str(place / "data/asked.jsonl"), "reward": REWARD, "reference": "start"}
+    own |= {
+        "data": str(place / "data/asked.jsonl"),
+        "reward": f"{dishes.FILE}:{sizes.reward}",
+        "reference": "start",
+    }
     return COMMON | own | {"rounds": rounds, "sample": sample} | keys
 
 
@@ -141,7 +140,7 @@ class Study:
 
     def __init__(self, sizes: Sizes, work: Path, out: Path, workers: int, until: float):
         self.sizes, self.work, self.out, self.workers, self.until = sizes, work, out, workers, until
-        about = {"sizes": asdict(sizes) | {"steps": sizes.steps, "responses": RESPONSES, "batch_size": BATCH}}
+        about = {"sizes": asdict(sizes) | {"responses": RESPONSES, "batch_size": BATCH, "steps": sizes.steps}}
         about |= {"common": COMMON, "worth": dishes.WORTH}
         about = json.loads(json.dumps(about))
         found = result_of_today("online", out) or {}

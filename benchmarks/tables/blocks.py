@@ -2,7 +2,14 @@
 
 from collections.abc import Iterator
 
-from benchmarks.tables import head_blocks, image_blocks, learning_blocks, memory_blocks, row_blocks
+from benchmarks.tables import (
+    head_blocks,
+    image_blocks,
+    learning_blocks,
+    memory_blocks,
+    round_blocks,
+    row_blocks,
+)
 from benchmarks.tables.markdown import markdown, number, where
 
 
@@ -272,4 +279,5 @@ BLOCKS = {
     "attention-gpu": ("attention", "gpu", attention, "shared-prompt attention on a GPU", _all("attention")),
     "growth-gpu": ("growth", "gpu", growth, "how cost grows on a GPU", _all("growth")),
     **learning_blocks.BLOCKS,
+    **round_blocks.BLOCKS,
 }

@@ -276,16 +276,3 @@ BLOCKS = {
         "bash benchmarks/gpu_all.sh learning",
     ),
 }
-
-
-def ends_of(record: dict, number_of: str) -> dict[str, list[float]]:
-    """{arm: that number of each seed}"""
-    return {arm: [of[number_of] for of in by_seed.values()] for arm, by_seed in record["arms"].items()}
-
-
-def online(record: dict, link: str) -> str:
-    return link
-
-
-def rounds_on_assistant(record: dict, link: str) -> str:
-    return link

@@ -10,7 +10,6 @@ goes on in --work.
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,15 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 import fastdpo
+from benchmarks.learning import dishes
 from benchmarks.learning.plots import Curve, lines
 from benchmarks.learning.real import sentiment
 from benchmarks.learning.real.grid import RATE
 from benchmarks.learning.real.start import LONGEST, absent, installed, policy_of
 from benchmarks.learning.real.training import COMMON, HELD_OUT, Place, measured, start
 from benchmarks.results import stage_arguments, stage_parser, write_result
-from benchmarks.tables.learning_blocks import rounds_on_assistant
+from benchmarks.tables.round_blocks import assistant
 from fastdpo.demo import make_model
 from fastdpo.training import checkpoint
 
@@ -45,12 +46,12 @@ class Sizes:
     reward: str = "vader"
 
 
-DRY = Sizes(rounds=2, prompts=4, responses=2, held_out=3, reward=f"{__file__}:letters")
+DRY = Sizes(rounds=2, prompts=4, responses=2, held_out=3, reward=f"{dishes.FILE}:letters")
 
 
-def letters(prompts: Sequence[str], answers: Sequence[str]) -> list[int]:
-    """A dry run's scores: its model knows no word that VADER does."""
-    return [len(set(answer)) for answer in answers]
+def about(sizes: Sizes) -> dict[str, Any]:
+    """As the record has it."""
+    return asdict(sizes) | {"wanted": WANTED}
 
 
 def keys(place: Place, sizes: Sizes) -> dict[str, Any]:
@@ -76,13 +77,13 @@ def seconds_of(run: Path) -> float:
     return (last - first).total_seconds()
 
 
-def run(sizes: Sizes, place: Place) -> dict[str, Any]:
+def run(sizes: Sizes, place: Place, console: Console | None = None) -> dict[str, Any]:
     """Trains, and measures start and end on prompts that no round had."""
     place.work.mkdir(parents=True, exist_ok=True)
     sentiment.write_prompts(place.work / "asked.jsonl", sentiment.prompts(held_out=False))
     sentiment.write_prompts(place.work / HELD_OUT, sentiment.prompts(held_out=True)[: sizes.held_out])
     config = keys(place, sizes)
-    folder = fastdpo.train(config)
+    folder = fastdpo.train(config, console)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     trained = [line for line in records if "loss" in line]
     found: dict[str, Any] = {"rounds": rounds_of(folder), "seconds": seconds_of(folder)}
@@ -119,9 +120,9 @@ def main() -> int:
         return 2
     torch.set_num_threads(1)
     place = Place(args.work, model or str(installed()), sizes.prompts, sizes.responses, sizes.held_out)
-    record = {"sizes": asdict(sizes) | {"wanted": WANTED}} | run(sizes, place)
+    record = {"sizes": about(sizes)} | run(sizes, place)
     path = write_result("rounds_real", record, args.out)
-    print(rounds_on_assistant(json.loads(path.read_text()), path.name))
+    print(assistant(json.loads(path.read_text()), path.name))
     draw(path.stem, record, args.out)
     return 0
 
