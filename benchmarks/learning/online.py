@@ -12,10 +12,9 @@ once, and a later command of the same day and commit goes on there.
 import json
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
@@ -53,6 +52,7 @@ ROUNDS: dict[str, dict[str, Any]] = {  # the arms that sample: their config's ke
 }
 GIVEN = "offline DPO, given pairs"
 ARMS = (GIVEN, *ROUNDS)
+Job = tuple[str, float, int]  # arm, learning rate, seed
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Sizes:
     sft_steps: int = 270
     times: int = 3  # that each of the 72 questions is asked
     seeds: tuple[int, ...] = (0, 1, 2)
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)  # halved for the given pairs, which are further apart
     measured: int = 16  # answers to each held-out question
     arms: tuple[str, ...] = ARMS
     reward: str = "score"  # of dishes.py
@@ -129,20 +129,19 @@ def measured(place: Path, sizes: Sizes, step: Path | None, seed: int) -> dict[st
     return {name: float(v) for name, v in ({"reward": rewards.mean(), "kl": np.mean(kl)} | shares).items()}
 
 
-def best_rates(sizes: Sizes, tried: dict[str, dict[str, dict]]) -> dict[str, float]:
-    """{arm: the rate of the highest reward}, of the arms all of whose rates have been tried."""
-    whole = [arm for arm in sizes.arms if len(tried.get(arm, {})) == len(sizes.rates)]
-    return {arm: float(max(tried[arm], key=lambda rate: tried[arm][rate]["reward"])) for arm in whole}
+def tries(sizes: Sizes, arm: str) -> list[Job]:
+    """What an arm's rate is chosen by."""
+    return [(arm, rate / 2 if arm == GIVEN else rate, UNREPORTED) for rate in sizes.rates]
 
 
 class Study:
-    """The record, and the processes that fill it."""
+    """The record, and the processes that fill it, an arm after the other."""
 
     def __init__(self, sizes: Sizes, work: Path, out: Path, workers: int, until: float):
         self.sizes, self.work, self.out, self.workers, self.until = sizes, work, out, workers, until
         about = {"sizes": asdict(sizes) | {"responses": RESPONSES, "batch_size": BATCH, "steps": sizes.steps}}
         about |= {"common": COMMON, "worth": dishes.WORTH}
-        about = json.loads(json.dumps(about))
+        about = json.loads(json.dumps(about))  # as it is read again
         found = result_of_today("online", out) or {}
         same = all(found.get(key) == value for key, value in about.items())
         kept = found if same and (work / "start/model").exists() else {}
@@ -158,36 +157,40 @@ class Study:
         if not self.record["start"]:
             self.record["start"] = measured(work, sizes, None, 1000)
             self.write()
-        tries = [(arm, rate, UNREPORTED) for arm in sizes.arms for rate in sizes.rates]
-        self.each([one for one in tries if f"{one[1]:g}" not in self.record["rates"].get(one[0], {})])
-        best = best_rates(sizes, self.record["rates"])
-        runs = [(arm, best[arm], seed) for seed in sizes.seeds for arm in best]
-        self.each([one for one in runs if str(one[2]) not in self.record["arms"].get(one[0], {})])
-        return all(len(self.record["arms"].get(arm, {})) == len(sizes.seeds) for arm in sizes.arms)
-
-    def each(self, some: Sequence[tuple[str, float, int]]) -> None:
+        running: dict[Future, Job] = {}
         context = get_context("spawn")
         with ProcessPoolExecutor(self.workers, context, torch.set_num_threads, (1,)) as pool:
-            futures = {pool.submit(self.task(), one): one for one in some}
-            for future in as_completed(futures):
-                arm, rate, seed = futures[future]
-                if (found := future.result()) is None:
-                    continue
-                where = self.record["rates" if seed == UNREPORTED else "arms"].setdefault(arm, {})
-                where[f"{rate:g}" if seed == UNREPORTED else str(seed)] = {"learning_rate": rate} | found
-                print(f"{arm}, rate {rate:g}, seed {seed}: reward {found['reward']:.3f}", flush=True)
-                self.write()
+            while True:
+                new = (job for job in self.jobs() if job not in running.values())
+                in_time = time.monotonic() < self.until
+                while in_time and len(running) < self.workers and (job := next(new, None)):
+                    running[pool.submit(trained, work, sizes, *job)] = job
+                if not running:
+                    return not any(self.jobs())
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    self.add(running.pop(future), future.result())
 
-    def task(self):
-        return partial(_in_time, self.work, self.sizes, time.time() + self.until - time.monotonic())
+    def jobs(self) -> Iterator[Job]:
+        """What is left, as far as rates are known."""
+        sizes, seen = self.sizes, self.record["rates"]
+        for arm in sizes.arms:
+            left = [job for job in tries(sizes, arm) if f"{job[1]:g}" not in seen.get(arm, {})]
+            yield from left
+            if not left:
+                best = max(seen[arm].values(), key=lambda found: found["reward"])["learning_rate"]
+                there = self.record["arms"].get(arm, {})
+                yield from ((arm, best, seed) for seed in sizes.seeds if str(seed) not in there)
+
+    def add(self, job: Job, found: dict[str, Any]) -> None:
+        arm, rate, seed = job
+        of, name = ("rates", f"{rate:g}") if seed == UNREPORTED else ("arms", str(seed))
+        self.record[of].setdefault(arm, {})[name] = {"learning_rate": rate} | found
+        print(f"{arm}, rate {rate:g}, seed {seed}: reward {found['reward']:.3f}", flush=True)
+        self.write()
 
     def write(self) -> Path:
         self.record["seconds"] = round(time.monotonic() - self.began)
         return write_result("online", self.record, self.out, quiet=True)
-
-
-def _in_time(work: Path, sizes: Sizes, until: float, one: tuple[str, float, int]) -> dict | None:
-    return trained(work, sizes, *one) if time.time() < until else None
 
 
 def draw(name: str, record: dict[str, Any], folder: Path) -> list[Path]:

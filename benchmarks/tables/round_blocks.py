@@ -34,9 +34,9 @@ def online(record: dict, link: str) -> str:
         f"({link}). Reward: {record['worth']}, on average over {sizes['measured']} fresh answers to each "
         "question about the four dishes that are held out; KL: nats an answer, exact, to the start model; "
         "helpful: the share rated 4 or 5; unknown: the share of 0. Learning rate: for each arm the best of "
-        f"{', '.join(f'{rate:g}' for rate in sizes['rates'])} on a seed that is not reported; beta 0.1 and "
-        "kl_coef 0.05, the defaults. Seeds are of the LoRA, the samples and their order, from one start "
-        "model; mean ± deviation over (seeds)."
+        f"{', '.join(f'{rate:g}' for rate in sizes['rates'])} (of half of these for the given pairs) on a "
+        "seed that is not reported; beta 0.1 and kl_coef 0.05, the defaults. Seeds are of the LoRA, the "
+        "samples and their order, from one start model; mean ± deviation over (seeds)."
     )
     header = ("", "rate", "reward", "minus offline's", "KL", "helpful", "unknown")
     return f"{text}\n\n{markdown(header, table)}\n\n{_plots(link, 'reward, online and offline', '')}".strip()

@@ -38,12 +38,17 @@ def test_arms_have_the_same_prompts_and_steps_and_refer_to_the_start(tmp_path):
     assert online.keys(tmp_path, SIZES, "online DPO, a round a step", 1e-3, 1)["rounds"] == SIZES.steps
 
 
-def test_an_arm_gets_its_best_rate_once_all_are_tried():
-    tried = {
-        "online DPO, 6 rounds": {"0.001": {"reward": 2.0}, "0.002": {"reward": 3.0}, "0.004": {"reward": 1}}
-    }
-    tried["rloo, 6 rounds"] = {"0.001": {"reward": 2.0}}
-    assert online.best_rates(SIZES, tried) == {"online DPO, 6 rounds": 2e-3}
+def test_an_arm_gets_its_best_rate_once_all_are_tried(tmp_path):
+    first, second = "online DPO, 6 rounds", "rloo, 6 rounds"
+    study = online.Study(replace(SIZES, arms=(first, second), seeds=(0,)), tmp_path, tmp_path, 1, 0.0)
+    assert [job[1] for job in study.jobs()] == [1e-3, 2e-3, 4e-3] * 2
+    for rate, reward in ((1e-3, 2.0), (2e-3, 3.0), (4e-3, 1.0)):
+        study.add((first, rate, online.UNREPORTED), {"reward": reward})
+    jobs = list(study.jobs())
+    assert jobs[0] == (first, 2e-3, 0) and [job[0] for job in jobs[1:]] == [second] * 3
+    study.add(jobs[0], {"reward": 2.5})
+    assert next(study.jobs())[0] == second
+    assert [rate for _, rate, _ in online.tries(SIZES, online.GIVEN)] == [5e-4, 1e-3, 2e-3]
 
 
 def test_an_arm_is_trained_and_measured(tmp_path):
