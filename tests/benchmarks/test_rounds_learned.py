@@ -41,14 +41,14 @@ def test_arms_have_the_same_prompts_and_steps_and_refer_to_the_start(tmp_path):
 def test_an_arm_gets_its_best_rate_once_all_are_tried(tmp_path):
     first, second = "online DPO, 6 rounds", "rloo, 6 rounds"
     study = online.Study(replace(SIZES, arms=(first, second), seeds=(0,)), tmp_path, tmp_path, 1, 0.0)
-    assert [job[1] for job in study.jobs()] == [1e-3, 2e-3, 4e-3] * 2
-    for rate, reward in ((1e-3, 2.0), (2e-3, 3.0), (4e-3, 1.0)):
+    assert [job[1] for job in study.jobs()] == [*SIZES.rates] * 2
+    for rate, reward in zip(SIZES.rates, (2.0, 3.0, 1.0, 0.0)):
         study.add((first, rate, online.UNREPORTED), {"reward": reward})
     jobs = list(study.jobs())
-    assert jobs[0] == (first, 2e-3, 0) and [job[0] for job in jobs[1:]] == [second] * 3
+    assert jobs[0] == (first, 1e-3, 0) and {job[0] for job in jobs[1:]} == {second}
     study.add(jobs[0], {"reward": 2.5})
     assert next(study.jobs())[0] == second
-    assert [rate for _, rate, _ in online.tries(SIZES, online.GIVEN)] == [5e-4, 1e-3, 2e-3]
+    assert [rate for _, rate, _ in online.tries(SIZES, online.GIVEN)] == [r / 2 for r in SIZES.rates]
 
 
 def test_an_arm_is_trained_and_measured(tmp_path):
