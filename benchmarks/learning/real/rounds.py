@@ -92,7 +92,8 @@ def run(sizes: Sizes, place: Place, console: Console | None = None) -> dict[str,
     last = max((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
     checkpoint.load(last).load_weights(policy_of(place.model, COMMON["lora_rank"]))
     found["end"] = measured(place, sizes.seed) | {"step": int(last.name.split("-")[1])}
-    return {"keys": config | {"model": Path(place.model).name}} | found
+    shown = {name: value for name, value in config.items() if name not in ("data", "output_dir")}
+    return {"keys": shown | {"model": Path(place.model).name}} | found
 
 
 def draw(name: str, record: dict[str, Any], folder: Path) -> list[Path]:
