@@ -29,7 +29,7 @@ from benchmarks.figures import Bar, bars
 from benchmarks.learning import dishes
 from benchmarks.learning.dishes import LONGEST
 from benchmarks.results import result_of_today, stage_arguments, stage_parser, write_result
-from benchmarks.tables.round_blocks import ends_of, online
+from benchmarks.tables.online_blocks import ends_of, online
 from fastdpo.data.groups import Limits
 from fastdpo.data.load import load_groups
 from fastdpo.evaluation.kl import sequence_kl

@@ -9,7 +9,7 @@ from rich.console import Console
 from benchmarks.learning import dishes, online
 from benchmarks.learning.real import rounds
 from benchmarks.learning.real.training import Place
-from benchmarks.tables import round_blocks
+from benchmarks.tables import online_blocks
 from fastdpo.convert.convert import config_of
 from fastdpo.demo import RATINGS, make_model
 
@@ -65,14 +65,14 @@ def test_an_arm_is_trained_and_measured(tmp_path):
 def test_a_table_of_arms_and_what_they_gain_over_offline():
     numbers = lambda reward: dict(reward=reward, kl=0.5, helpful=0.25, unknown=0.0, learning_rate=2e-3)
     arms = {
-        round_blocks.OFFLINE: {"0": numbers(2.0), "1": numbers(3.0)},
+        online_blocks.OFFLINE: {"0": numbers(2.0), "1": numbers(3.0)},
         "online": {"0": numbers(2.5), "1": numbers(4.0)},
     }
     sizes = {"steps": 18, "batch_size": 12, "responses": 4, "measured": 16, "rates": [1e-3, 2e-3]}
     record = {"arms": arms, "start": numbers(1.0), "sizes": sizes, "common": {"lora_rank": 16}, "worth": "w"}
-    text = round_blocks.online(record | MACHINE, "[results](x/online_cpu.json)")
+    text = online_blocks.online(record | MACHINE, "[results](x/online_cpu.json)")
     assert "216 prompts, 4 answers" in text and "(x/plots/online_cpu.svg)" in text
-    assert f"| {round_blocks.OFFLINE} | 0.002 | 2.500 ± 0.707 (2) | | 0.500" in text
+    assert f"| {online_blocks.OFFLINE} | 0.002 | 2.500 ± 0.707 (2) | | 0.500" in text
     assert "| online | 0.002 | 3.250 ± 1.061 (2) | +0.750 ± 0.354 (2) |" in text
 
 
@@ -85,7 +85,7 @@ def test_rounds_on_an_assistant_are_told_and_drawn(tmp_path):
     assert [one["round"] for one in found["rounds"]] == [1, 2] and found["end"]["step"] == 2
     assert found["rounds"][0]["objective/kl"] == 0 and found["start"]["kl"] == 0
     record = {"sizes": rounds.about(sizes)} | found | MACHINE
-    text = round_blocks.assistant(record, "[results](x/rounds_real_cpu.json)")
+    text = online_blocks.assistant(record, "[results](x/rounds_real_cpu.json)")
     assert "Rounds of 128 prompts were meant" in text and "2 rounds of 4 prompts, 2 answers" in text
     assert "(x/plots/rounds_real_cpu_kl.svg)" in text
     drawn = rounds.draw("x", record, tmp_path)

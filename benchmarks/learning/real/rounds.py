@@ -27,7 +27,7 @@ from benchmarks.learning.real.grid import RATE
 from benchmarks.learning.real.start import LONGEST, absent, installed, policy_of
 from benchmarks.learning.real.training import COMMON, HELD_OUT, Place, measured, start
 from benchmarks.results import stage_arguments, stage_parser, write_result
-from benchmarks.tables.round_blocks import assistant
+from benchmarks.tables.online_blocks import assistant
 from fastdpo.demo import make_model
 from fastdpo.training import checkpoint
 
