@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All GPU work: benchmarks/gpu_all.sh [--dry-run] [visit-1 | ... | visit-5 | STAGE...]
+# All GPU work: benchmarks/gpu_all.sh [--dry-run] [visit-1 | ... | visit-6 | STAGE...]
 #
 # A visit is one command of at most $VISIT_SECONDS (570), on a machine that is borrowed for as long:
 #
@@ -8,6 +8,7 @@
 #   visit-3    the same of Qwen2.5-1.5B; memory
 #   visit-4    tuning, dropin, parity
 #   visit-5    steps with images
+#   visit-6    on-policy rounds
 #
 # The stages, in priority order (all of them without an argument):
 #
@@ -21,6 +22,7 @@
 #   tricks     what each trick that saves memory costs
 #   attention  shared prompts against padded rows
 #   images     whole training steps on prompts with pictures, beside TRL's vision trainer
+#   rounds     on-policy rounds: training on sampled groups beside TRL's trainers, and sampling
 #   growth     tokens, vocabulary, responses, cached pairs
 #   tuning     the fastest tile of this chip
 #   learning   what the objectives do to a real assistant: a grid, training by training
@@ -35,7 +37,7 @@
 # tree has no .git. $BENCH_DATE: the day that results are written under, where a visit may cross midnight.
 set -u
 cd "$(dirname "$0")/.."
-ALL=(gate head steps dropin parity memory fit tricks attention images growth tuning learning)
+ALL=(gate head steps dropin parity memory fit tricks attention images rounds growth tuning learning)
 VISITED=(gate head steps memory tuning dropin parity) # with a log 8 files, which is all that may come back
 VISIT_SECONDS=${VISIT_SECONDS:-570}                   # from the first line; the plans below are made for 570
 LEAST_SECONDS=30                                      # that a stage is begun with
@@ -52,6 +54,7 @@ visit-2) plan=("steps 570 --short Qwen2.5-0.5B") ;;
 visit-3) plan=("steps 400 --short Qwen2.5-1.5B" "memory 570") ;;
 visit-4) plan=("tuning 120" "dropin 250" "parity 570") ;;
 visit-5) plan=("images 570") VISITED=(gate images) ;; # of which no earlier visit measured anything
+visit-6) plan=("rounds 570") VISITED=(gate rounds) ;;
 *) plan=() ;;
 esac
 visit=
@@ -63,7 +66,7 @@ else
     [ ${#stages[@]} -eq 0 ] && stages=("${ALL[@]}")
     seeds=(gate "${stages[@]}")
     for stage in "${stages[@]}"; do
-        [[ " ${ALL[*]} " == *" $stage "* ]] || { echo "no stage $stage; there are: visit-1 to visit-5 ${ALL[*]}"; exit 2; }
+        [[ " ${ALL[*]} " == *" $stage "* ]] || { echo "no stage $stage; there are: visit-1 to visit-6 ${ALL[*]}"; exit 2; }
         plan+=("$stage $(awk "BEGIN { print int(60 * $MINUTES + 30) }")")
     done
 fi
@@ -96,11 +99,11 @@ if compgen -G "$WHEELS/*.whl" >/dev/null; then
     if ! timeout 180 "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
         --no-compile --target "$scratch/site" "$WHEELS"/*.whl; then
         echo "the wheels in $WHEELS do not fit this Python"
-        [[ "$visit" == visit-[2345] ]] && echo "$visit measures nothing without them" && exit 2
+        [[ "$visit" == visit-[23456] ]] && echo "$visit measures nothing without them" && exit 2
     fi
     export PYTHONPATH="$PYTHONPATH:$scratch/site"
 fi
-if [[ "$visit" == visit-[2345] ]] && ! timeout 180 "$PYTHON" -c 'from trl import DPOTrainer'; then
+if [[ "$visit" == visit-[23456] ]] && ! timeout 180 "$PYTHON" -c 'from trl import DPOTrainer'; then
     echo "$visit measures nothing without TRL: make $WHEELS anew, for this Python (fetch_peers.sh)"
     exit 2
 fi

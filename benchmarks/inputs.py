@@ -21,13 +21,14 @@ def random_rows(lengths: Sequence[PairLengths], vocab: int, seed: int = 0) -> li
     return [{key: draw.integers(FIRST_ID, vocab, n).tolist() for key, n in zip(keys, row)} for row in lengths]
 
 
+def response(ids: Sequence[int], score: float | None = None) -> Response:
+    """Every token scored."""
+    return Response(np.array(ids, np.int64), np.ones(len(ids), bool), score)
+
+
 def groups_of(rows: Sequence[dict], first: int = 0) -> list[PreferenceGroup]:
     """The rows as fastdpo's records, numbered from `first`: two responses and one pair each, every response
     token scored."""
-
-    def response(ids):
-        return Response(np.array(ids, np.int64), np.ones(len(ids), bool))
-
     return [
         PreferenceGroup(
             number,
@@ -36,6 +37,47 @@ def groups_of(rows: Sequence[dict], first: int = 0) -> list[PreferenceGroup]:
             (Pair(0, 1),),
         )
         for number, row in enumerate(rows, first)
+    ]
+
+
+def sampled_rows(lengths: Sequence[tuple[int, ...]], vocab: int, seed: int = 0) -> list[dict]:
+    """{"prompt_ids", "responses": a list each, "scores": a number each, all different}: one dict a prompt, of
+    (prompt, response, response, ...) in tokens."""
+    draw = np.random.Generator(np.random.PCG64(seed))
+    ids = lambda n: draw.integers(FIRST_ID, vocab, n).tolist()
+    return [
+        {
+            "prompt_ids": ids(prompt),
+            "responses": [ids(n) for n in responses],
+            "scores": draw.standard_normal(len(responses)).tolist(),
+        }
+        for prompt, *responses in lengths
+    ]
+
+
+def sampled_groups(rows: Sequence[dict], first: int = 0) -> list[PreferenceGroup]:
+    """sampled_rows as a round's records, numbered from `first`: a pair of every two responses."""
+
+    def group(number: int, row: dict) -> PreferenceGroup:
+        responses, scores = tuple(map(response, row["responses"], row["scores"])), row["scores"]
+        places = range(len(scores))
+        pairs = tuple(Pair(i, j) for i in places for j in places if scores[i] > scores[j])
+        return PreferenceGroup(number, np.array(row["prompt_ids"], np.int64), responses, pairs)
+
+    return [group(number, row) for number, row in enumerate(rows, first)]
+
+
+def pair_rows(groups: Sequence[PreferenceGroup]) -> list[dict]:
+    """Every pair as a row of random_rows, with the prompt and both responses once more: what a trainer of
+    pairs is given."""
+    return [
+        {
+            "prompt_ids": group.prompt.tolist(),
+            "chosen_ids": group.responses[pair.winner].ids.tolist(),
+            "rejected_ids": group.responses[pair.loser].ids.tolist(),
+        }
+        for group in groups
+        for pair in group.pairs
     ]
 
 

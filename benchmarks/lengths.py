@@ -80,6 +80,14 @@ def draw(mix: str, n: int, seed: int = 0) -> list[PairLengths]:
     return [PairLengths(int(p), int(c), int(r)) for p, (c, r) in zip(prompts, responses)]
 
 
+def draw_samples(mix: str, n: int, responses: int, most: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """n prompts with so many sampled responses each: (prompt, response, response, ...). Those of `draw`, with
+    responses of as many draws as that takes, which sampling stops at `most` tokens."""
+    draws = [draw(mix, n, seed + number) for number in range(-(-responses // 2))]
+    longer = [[r for row in rows for r in row[1:]][:responses] for rows in zip(*draws)]
+    return [(row.prompt, *(min(most, r) for r in rs)) for row, rs in zip(draws[0], longer)]
+
+
 def _shuffles(random: np.random.Generator, size: int, n: int) -> np.ndarray:
     """n indices below `size`: whole permutations one after another, so that none comes twice before
     all have come."""

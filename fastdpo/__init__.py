@@ -24,16 +24,28 @@ _HOME = {
     "load_groups": "data.load",
     "pack": "data.packing",
     "prepare": "model.support",
+    "sample": "api",
     "split_step": "data.packing",
     "to_group": "data.groups",
     "train": "api",
+    "train_reward": "api",
 }
 __all__ = ["Config", "FastDPOError", "Limits", "Policy", "PreferenceGroup", "ResponseLogps", "evaluate"]
-__all__ += ["fill_reference", "load_groups", "pack", "prepare", "split_step", "to_group", "train"]
+__all__ += [
+    "fill_reference",
+    "load_groups",
+    "pack",
+    "prepare",
+    "sample",
+    "split_step",
+    "to_group",
+    "train",
+    "train_reward",
+]
 leave_out_noise()
 
 if TYPE_CHECKING:  # the same in words that a type checker reads
-    from fastdpo.api import evaluate, fill_reference, train
+    from fastdpo.api import evaluate, fill_reference, sample, train, train_reward
     from fastdpo.config.keys import Config
     from fastdpo.data.groups import Limits, to_group
     from fastdpo.data.load import load_groups

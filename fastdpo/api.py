@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from fastdpo.config.keys import Config
+from fastdpo.config.rewards import OBJECTIVE, check_reward_keys
 from fastdpo.convert.convert import config_of, read
 from fastdpo.doctor import settle_backends
 from fastdpo.errors import ConfigError
@@ -56,6 +57,45 @@ def fill_reference(config: Given | None = None, console: Console | None = None, 
     """Computes the reference's log-probs of a config's first stage into the cache, and trains nothing; takes
     what `train` takes."""
     trainer.fill_reference(_config(config, keys), console or _console(), around())
+
+
+def sample(
+    config: Given | None = None,
+    output: str | PathLike[str] = "samples.jsonl",
+    console: Console | None = None,
+    **keys: Any,
+) -> list[dict[str, Any]]:
+    """What `fastdpo sample` does: answers to prompts of a config's data, scored where it has a `reward`, as
+    ranked rows in the file `output`, and returned: {"row", "prompt", "responses": [{"text", "score", "ids",
+    "ended"}], "prompt_ids", "forced"} each. Takes what `train` takes. The same command goes on with a file
+    that was not finished.
+
+        >>> import fastdpo
+        >>> found = fastdpo.sample(model="runs/first/model", data="prompts.jsonl", reward="judge.py:score")
+        >>> best = [max(row["responses"], key=lambda one: one["score"]) for row in found]
+
+    Raises FastDPOError, whose message says what to do.
+    """
+    from fastdpo.training.sample import sample
+
+    found = sample(_config(config, keys), Path(output), console or _console(), around())
+    return [dataclasses.asdict(one) for one in found]
+
+
+def train_reward(config: Given | None = None, console: Console | None = None, **keys: Any) -> Path:
+    """Trains a reward model on the same rows, by the loss of Bradley and Terry; takes what `train` takes, and
+    returns the run folder. Its `model/` is what AutoModelForSequenceClassification loads, with one output.
+
+        >>> import fastdpo
+        >>> folder = fastdpo.train_reward(model="Qwen/Qwen2.5-0.5B-Instruct", data="train.jsonl")
+        >>> found = fastdpo.evaluate("runs/first", "held_out.jsonl", samples=50, scorer=f"{folder}/model")
+
+    Raises as `train` does.
+    """
+    given = _config(config, keys)
+    check_reward_keys(given)
+    given = dataclasses.replace(given, objective=OBJECTIVE)
+    return trainer.train(given, console or _console(), around())
 
 
 def evaluate(

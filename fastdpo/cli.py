@@ -4,6 +4,7 @@ it runs, so that help is quick."""
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import Literal
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except UnusedCliTokensError as error:
         word = error.unused_tokens[0]  # type: ignore[index]
-        keyed = argv[0] in ("train", "ref", "data", "plan")
+        keyed = argv[0] in [command.__name__ for command in KEYED]
         takes = f"unexpected argument {word!r}: `fastdpo {argv[0]} --help` says what there is"
         text = UNEXPECTED.format(word) if keyed else takes
         say(error, f"error: {text}")
@@ -91,6 +92,20 @@ def train(config, *, gpus: int | None = None):
 
 
 @takes_keys
+def reward(config, *, gpus: int | None = None):
+    """train a reward model on preference rows; it ends up in OUTPUT_DIR/model
+
+    :param gpus: so many of this machine, by torchrun
+    """
+    if (code := on_gpus(gpus, _words)) is not None:
+        return code
+    from fastdpo.api import train_reward
+
+    run = shlex.quote(str(train_reward(config)))
+    print(f"next: fastdpo eval MODEL DATA --samples 100 --scorer {run} has it judge a model's answers")
+
+
+@takes_keys
 def ref(config, *, gpus: int | None = None):
     """compute the reference's log-probs into the cache, before any training
 
@@ -104,14 +119,33 @@ def ref(config, *, gpus: int | None = None):
 
 
 @takes_keys
+def sample(config, *, output: Path = Path("samples.jsonl"), gpus: int | None = None):
+    """answer prompts of the data, score the answers, and write them as ranked rows
+
+    One round of a config with `rounds`, which trains nothing: for best-of-n, a look,
+    or scripts of your own. Without `reward` nothing is scored. Goes on with a file
+    that was not finished.
+
+    :param output: JSON lines, which the key data takes
+    :param gpus: so many of this machine, by torchrun
+    """
+    if (code := on_gpus(gpus, _words)) is not None:
+        return code
+    from fastdpo.api import sample
+
+    sample(config, output)
+
+
+@takes_keys
 def data(config):
     """show what the rows become: counts, lengths, drops, one row decoded"""
     from fastdpo.data.show import show_data
     from fastdpo.model.loading import load_tools
+    from fastdpo.training.job import data_of
 
     console = Console()
     tokenizer, processor = load_tools(config, console)
-    show_data(config, tokenizer, console, processor)
+    show_data(data_of(config), tokenizer, console, processor)
 
 
 @takes_keys
@@ -159,8 +193,9 @@ def completion(shell: Literal["bash", "zsh", "fish", "powershell"], /):
     print(app.generate_completion(shell=shell))
 
 
+KEYED = (train, reward, ref, sample, data, plan)
 for place, command in enumerate(
-    (train, ref, cache, data, plan, report, merge, push, convert, doctor, objectives, demo, completion)
+    (*KEYED[:4], cache, *KEYED[4:], report, merge, push, convert, doctor, objectives, demo, completion)
 ):
     app.command(command, sort_key=place)
 app.command(evaluate, name="eval", sort_key=1)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.inputs import groups_of
+from benchmarks.inputs import groups_of, pair_rows, sampled_groups
 from benchmarks.models import MODELS, BenchModel, build, build_4bit, tiny
 from benchmarks.peers.session import Absent
+from fastdpo.data.pairs import select_pairs
 from fastdpo.model.towers import beside_towers, freeze_vision
 from fastdpo.records import PreferenceGroup
 
@@ -99,6 +100,30 @@ class Job:
 
     def autocast(self):
         return torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+
+class RoundJob(Job):
+    """Its rows are a round's, of benchmarks.inputs.sampled_rows. The option `pairs` says which pairs train,
+    as fastdpo's key does; `offline`: they are rows of a data set, with two responses each."""
+
+    @cached_property
+    def groups(self) -> list[list[PreferenceGroup]]:
+        out, first = [], 0
+        for rows in json.loads(Path(self.rows).read_text()):
+            found = list(select_pairs(sampled_groups(rows, first), self.options["pairs"])[0])
+            out.append(groups_of(pair_rows(found), first) if self.options.get("offline") else found)
+            first += len(found)
+        return out
+
+    @cached_property
+    def steps(self) -> list[list[dict]]:
+        """Every pair as a row of its own."""
+        return [pair_rows(groups) for groups in self.groups]
+
+
+def job_of(message: dict) -> Job:
+    """What a worker was told to do."""
+    return RoundJob(**message) if "pairs" in message["options"] else Job(**message)
 
 
 @torch.no_grad()

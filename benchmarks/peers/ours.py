@@ -2,7 +2,7 @@
 
 With images it tells more: how long the reference took, what a step's microbatches take to make, the tower's
 memory; and of each step how many images the tower saw, how long microbatches were waited for, how idle the
-device was.
+device was. On a round's rows it tells how long the reference took.
 
 Options: max_tokens; keys (config keys over those that all contenders share); liger (liger-kernel's layers
 under it); compile (a torch.compile backend for the decoder layers).
@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from rich.console import Console
 
-from benchmarks.peers.jobs import BETA, CLIP, Job, apply_liger, same_lora
+from benchmarks.peers.jobs import BETA, CLIP, Job, RoundJob, apply_liger, job_of, same_lora
 from benchmarks.peers.session import Absent, Session, serve
 from benchmarks.peers.towers import ImageWatch
 from fastdpo.config.keys import Config
@@ -32,6 +32,7 @@ from fastdpo.model.quantised import set_up_4bit
 from fastdpo.optim.library import check_library
 from fastdpo.optim.optimizers import make_optimizer
 from fastdpo.records import PreferenceGroup
+from fastdpo.reference import tables
 from fastdpo.reference.fill import ReferenceTable, load_reference
 from fastdpo.training.job import stage_job
 from fastdpo.training.stage import Progress, Stage
@@ -99,13 +100,24 @@ def reference(ready: Prepared) -> ReferenceTable:
     """That of all rows; of a step that comes twice one is enough."""
     fresh = ready.config.lora_rank is not None
     options = dict(path=None, max_tokens=ready.config.max_tokens, console=QUIET, fresh_lora=fresh)
+    return load_reference(ready.policy, [seen_once(ready)], **options)
+
+
+def seen_once(ready: Prepared) -> list[PreferenceGroup]:
+    """All rows but those of a step that has been before."""
     once = {tuple(response_keys(step[0])): step for step in ready.steps}
-    groups = [group for step in once.values() for group in step]
-    return load_reference(ready.policy, [groups], **options)
+    return [group for step in once.values() for group in step]
+
+
+def round_reference(ready: Prepared) -> dict:
+    """What a round's table of these rows takes, warm: no weights are hashed for it."""
+    how = dict(base=False, max_tokens=ready.config.max_tokens, console=QUIET, check=lambda: None)
+    account = tables.computed(ready.policy, [seen_once(ready)], **how).account
+    return {"responses": account["misses"], "tokens": account["tokens"], "seconds": account["seconds"]}
 
 
 def train(message: dict, session: Session) -> None:
-    job = Job(**message)
+    job = job_of(message)
     ready = prepare(job)
     policy = ready.policy
     if backend := job.options.get("compile"):
@@ -114,13 +126,16 @@ def train(message: dict, session: Session) -> None:
     stage = Stage(stage_job(ready.config), policy, ready.groups, [])
     stage.reference = reference(ready)
     watch = ImageWatch(stage, ready.steps, lambda: reference(ready)) if job.bench_model.vision else None
+    facts = watch.facts if watch else {}
+    if isinstance(job, RoundJob):
+        facts = {"reference": round_reference(ready)}
     optimizer, schedule = make_optimizer(policy, ready.config, ENDLESS)
     batches = list(stage.microbatches(ready.steps[0]))
     session.ready(
         head=policy.head_plan(batches),
         microbatches=len(batches),
         max_tokens=ready.config.max_tokens,
-        **(watch.facts if watch else {}),
+        **facts,
     )
     del batches
     with contextlib.closing(optimizer):

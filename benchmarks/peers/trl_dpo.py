@@ -5,6 +5,7 @@ float32 on the CPU, for comparing numbers. Options of the worker:
     batch_size      pairs a microbatch; the rest of a step by gradient accumulation
     best            False: DPOConfig's defaults, with a reference model computed in every step.
                     True: stored reference and no checkpointing; then also, where given:
+    stored          False: the reference is computed in every step, as of rows that come once
     checkpointing   recompute the layers in the backward
     liger           liger-kernel's layers
     flash           flash-attn in place of torch's attention (sdpa)
@@ -27,7 +28,7 @@ import transformers
 import trl
 import trl.trainer.dpo_trainer
 
-from benchmarks.peers.jobs import BETA, CLIP, Job, flash_attention, require_liger, same_lora
+from benchmarks.peers.jobs import BETA, CLIP, Job, flash_attention, job_of, require_liger, same_lora
 from benchmarks.peers.session import Ended, Session, serve
 
 COLUMNS = ("prompt", "chosen", "rejected", "images")
@@ -59,8 +60,8 @@ class TrainingRun:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-class ExactTrainer(trl.DPOTrainer):
-    """DPOTrainer that keeps what some releases round when they log: a step's loss and norm."""
+class Exact:
+    """Beside a trainer of TRL's: keeps what some releases round when they log: a step's loss and norm."""
 
     last_grad_norm = 0.0
 
@@ -76,6 +77,10 @@ class ExactTrainer(trl.DPOTrainer):
     def _get_grad_norm(self, *args, **kwargs):
         self.last_grad_norm = super()._get_grad_norm(*args, **kwargs)
         return self.last_grad_norm
+
+
+class ExactTrainer(Exact, trl.DPOTrainer):
+    """DPOTrainer so."""
 
 
 class TokenTrainer(ExactTrainer):
@@ -196,24 +201,24 @@ def step_settings(job: Job, folder: str) -> dict:
     }
     if options["best"]:
         settings |= {
-            "precompute_ref_log_probs": True,
+            "precompute_ref_log_probs": options.get("stored", True),
             "gradient_checkpointing": bool(options.get("checkpointing")),
             "use_liger_kernel": bool(options.get("liger")),
         }
     return settings | {name: job.keys[name] for name in KEYS if name in job.keys}
 
 
-def make_job_trainer(cls: type[ExactTrainer], job: Job, settings: dict, reference: bool, **given):
-    """A `cls` on the job's model; settings: DPOConfig's, given: the trainer's own. reference: with a model of
-    its own for it, where no LoRA is switched off for that."""
+def make_job_trainer(cls: type, job: Job, settings: dict, reference: bool, config=trl.DPOConfig, **given):
+    """A `cls` on the job's model; settings: the config's, given: the trainer's own. reference: with a model
+    of its own for it, where no LoRA is switched off for that."""
     if job.options.get("liger"):
         require_liger(job.device)
     attention = flash_attention() if job.options.get("flash") else None
     model, lora = job.build(attention), job.lora_rank is not None
     trainer = cls(
         model,
-        job.build(attention) if reference and not lora else None,
-        trl.DPOConfig(**settings),
+        ref_model=job.build(attention) if reference and not lora else None,
+        args=config(**settings),
         peft_config=job.lora_config(model) if lora else None,
         **given,
     )
@@ -229,24 +234,25 @@ def make_token_trainer(job: Job, folder: str) -> TokenTrainer:
     weights = f"random weights of {job.bench_model.name}, {job.dtype}, {sorted(job.keys.items())}"
     rows = {"train_dataset": datasets.Dataset.from_list(job.all_rows), "processing_class": word_tokenizer()}
     with mock.patch.object(trl.trainer.dpo_trainer, "hash_module", lambda _: weights):
+        settings = step_settings(job, folder)
         return make_job_trainer(
-            TokenTrainer, job, step_settings(job, folder), not job.options["best"], **rows
+            TokenTrainer, job, settings, not settings.get("precompute_ref_log_probs"), **rows
         )
 
 
 def train(message: dict, session: Session) -> None:
-    job = Job(**message)
+    job = job_of(message)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_token_trainer(job, folder)
         train_steps(trainer, session)
 
 
-def train_steps(trainer: ExactTrainer, session: Session, **also) -> None:
+def train_steps(trainer: Exact, session: Session, **also) -> None:
     """Until the session says that it is enough; `also` is Session.done's."""
     trainer.add_callback(SessionSteps(session, trainer, **also))
     told = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
     told += ("precompute_ref_log_probs", "use_liger_kernel", "bf16", "optim")
-    facts = {name: getattr(trainer.args, name) for name in told}
+    facts = {name: getattr(trainer.args, name, None) for name in told}
     session.ready(attention=trainer.model.config._attn_implementation, **facts)
     trainer.train()
 

@@ -34,6 +34,9 @@ class Contender:
     sizes_of: str | None = None  # what it is a batch size of: the slow ones leave after the first steps
     grouped: bool = False  # reads rows grouped by length
     checkpointed: "Contender | None" = None  # who tries instead where memory is out
+    like: str | None = None  # whose first losses it must have; None: fastdpo's
+    tolerance: float = 1.0  # of those, in the course's
+    checks_only: bool = False  # leaves after its first steps: others must have its losses
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Course:
 class Entry:
     """What became of a contender."""
 
-    state: str  # measured, slower (than another size), disagrees, memory, absent, error, time
+    state: str  # measured, checked, slower (than another size), disagrees, memory, absent, error, time
     why: str | None = None
     facts: dict = field(default_factory=dict)
     first_seconds: list[float] = field(default_factory=list)  # of the first steps: not for comparing
@@ -172,6 +175,9 @@ class Race:
         if why := self.disagreement(contender, entry):
             self.dismiss(contender, entry, "disagrees", why)
             return
+        if contender.checks_only:
+            self.dismiss(contender, entry, "checked", "it is there for its losses alone")
+            return
         members = [*standing.values(), entry]
         needed = max(e.memory["held_bytes"] - e.memory["idle_bytes"] for e in members)
         if needed * SPARE > entry.memory["free_bytes"] and len(standing) > 1:
@@ -203,13 +209,15 @@ class Race:
         try:
             entry = self.entries[contender.name] = self.start(contender)
             why = self.disagreement(contender, entry)
-            for number in range(0 if why else self.course.turns):
+            for number in range(0 if why or contender.checks_only else self.course.turns):
                 if number and time.perf_counter() > self.deadline:
                     break
                 entry.turns.append(self.turn(contender, entry))
                 self.keep(self)
             if why:
                 entry.state, entry.why = "disagrees", why
+            elif contender.checks_only:
+                entry.state = "checked"
             self.worker(contender).end()
         except WorkerFailed as failed:
             self.entries[contender.name] = Entry(failed.kind, failed.why)
@@ -255,16 +263,22 @@ class Race:
         return True
 
     def compared(self, contender: Contender, entry: Entry) -> list[tuple[float, float]]:
-        """The first losses, each beside fastdpo's on the same rows."""
+        """The first losses, each beside fastdpo's, or whose they must be, on the same rows."""
         course = self.course
         n = min(course.checks, course.compared) if contender.grouped else course.compared
-        return list(zip(entry.losses, self.entries[self.ours.name].losses))[:n]
+        truth = (
+            entry if contender.like == contender.name else self.entries.get(contender.like or self.ours.name)
+        )
+        return list(zip(entry.losses, truth.losses if truth else ()))[:n]
 
     def disagreement(self, contender: Contender, entry: Entry) -> str | None:
-        """Where this contender's first losses are not fastdpo's."""
-        for step, (theirs, ours) in enumerate(self.compared(contender, entry), 1):
-            if not abs(theirs - ours) <= self.course.tolerance:
-                return f"loss {theirs:.5f} in step {step}, fastdpo's is {ours:.5f}"
+        """Where this contender's first losses are not those that they must be."""
+        found = self.compared(contender, entry)
+        if entry.losses and not found:
+            return f"{contender.like} has no losses to compare with"
+        for step, (theirs, ours) in enumerate(found, 1):
+            if not abs(theirs - ours) <= self.course.tolerance * contender.tolerance:
+                return f"loss {theirs:.5f} in step {step}, {contender.like or 'fastdpo'}'s is {ours:.5f}"
         return None
 
     def traced(self) -> dict | None:

@@ -8,6 +8,7 @@ from benchmarks.tables import (
     learning_blocks,
     memory_blocks,
     online_blocks,
+    round_blocks,
     row_blocks,
 )
 from benchmarks.tables.markdown import markdown, number, where
@@ -243,6 +244,13 @@ BLOCKS = {
         image_blocks.images,
         "training steps with images on a GPU, beside TRL",
         _all("images"),
+    ),
+    "rounds-gpu": (
+        "rounds",
+        "gpu",
+        round_blocks.rounds,
+        "on-policy rounds on a GPU, beside TRL",
+        _all("rounds"),
     ),
     "dropin-gpu": ("dropin", "gpu", dropin, "TRL stock and patched on a GPU", _all("dropin")),
     "head-gpu": ("head", "gpu", head, "the lm_head on a GPU, beside every other one", _all("head")),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fastdpo.config.checks import of_objective, of_other_keys, problems, said, without
 from fastdpo.config.names import ALSO_CALLED, Optimizer, in_our_words, meant
+from fastdpo.config.rewards import MayTrainRewards
 from fastdpo.config.rounds import SAMPLE_WORDS
 from fastdpo.config.stages import stages_of
 from fastdpo.errors import ConfigError
@@ -19,7 +20,7 @@ def _key(default: Any, doc: str, low: int | None = None) -> Any:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(MayTrainRewards):
     """Everything a run depends on. Unknown keys are errors; see `fastdpo train --help`."""
 
     model: str = _key("", "model to train: a folder, a hub name or FOLDER:FILE.gguf (required)")
@@ -102,9 +103,7 @@ class Config:
     )
     learning_rate: float = _key(1e-6, "peak learning rate (1e-5 or more suits LoRA)", low=0)
     warmup_steps: float = _key(0, "linear warm-up steps; below 1, a share of all steps", low=0)
-    lr_scheduler_type: str = _key(
-        "linear", "schedule, by transformers' names: linear, cosine, constant_with_warmup, ..."
-    )
+    lr_scheduler_type: str = _key("linear", "as in transformers: linear, cosine, constant_with_warmup, ...")
     lr_scheduler_kwargs: dict[str, Any] | None = _key(
         None, "the schedule's own options, as transformers has them: {min_lr_rate: 0.1} of cosine_with_min_lr"
     )

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastdpo.data.chat.arguments import Chat
 from fastdpo.data.chat.scripts import Draft, write
+from fastdpo.data.formats.columns import score
 from fastdpo.data.formats.layouts import Layout
 from fastdpo.data.images.reader import File, ImageReader
 from fastdpo.data.one_row import problem_of, refuse_lone_surrogates
@@ -66,6 +67,7 @@ class Tools(NamedTuple):
     limits: Limits
     chat: Chat
     images: ImageReader | None = None  # of a model that reads some
+    prompts_only: bool = False  # rows of a prompt alone are read too
 
 
 def to_group(
@@ -76,15 +78,17 @@ def to_group(
     chat: Chat | None = None,
     images: ImageReader | None = None,
     folder: Path | None = None,
+    prompts_only: bool = False,
 ) -> tuple[PreferenceGroup, Counter[str]]:
     """One row -> (PreferenceGroup, notes); notes count what was worth saying about it. `chat` says what else
     the chat template is given; without it, the time. `images`: how those of the prompt are read, where the
-    model reads some, and `folder`, where their paths begin.
+    model reads some, and `folder`, where their paths begin. `prompts_only`: a row may be a prompt alone; its
+    group has the token that would end a response as its only one, and no pairs.
 
     Raises RowProblem when the row cannot be used.
     """
     one, chat = [Given(number, row, folder)], chat or Chat()
-    tools = Tools(Encoder(tokenizer), limits, chat, images)
+    tools = Tools(Encoder(tokenizer), limits, chat, images, prompts_only)
     (outcome,) = _outcomes(one, tools, None, DataReport("one row"))
     if isinstance(outcome, RowProblem):
         raise outcome
@@ -96,9 +100,8 @@ def shard_of(
 ) -> tuple[list[PreferenceGroup], dict[str, Any]]:
     """(the groups of these of a data set's rows, the account of these rows as JSON), all numbered as they are
     in the data set: what a process of its own makes, whatever the other rows are. `given`: the rows, read a
-    few at a time; images are not held by the groups.
-
-    `refused` of it is the first row that `strict` does not let pass, and why.
+    few at a time; images are not held by the groups. `refused` of it is the first row that `strict` does not
+    let pass, and why.
     """
     chat = replace(tools.chat)  # which keeps what is told from here on
     tools = tools._replace(chat=chat)
@@ -173,10 +176,11 @@ def _outcomes(
 
 
 def _draft(given: Given, tools: Tools, layout: Layout | None, files: list[File]) -> Draft:
-    number, row, folder = given
+    n, row, folder = given
     images, notes = tools.images, Counter[str]()
     refuse_lone_surrogates(row)
-    parsed = row if isinstance(row, Row) else parse_row(row, number, layout, images is not None)
+    parsed = row if isinstance(row, Row) else parse_row(row, n, layout, bool(images), tools.prompts_only)
+    parsed = replace(parsed, margin=score(parsed.margin, "margin") if tools.chat.rewards else None)
     pictures = images.read(parsed.images, folder, notes, files) if images else None
     return write(parsed, tools.encoder.tokenizer, tools.encoder.special, tools.chat, pictures, notes)
 
@@ -272,7 +276,7 @@ def _differing_pairs(row: Row, tails: list[Tokens], notes: Counter[str]) -> tupl
     """The pairs whose responses differ as tokens; equal ones have margin 0 whatever is learnt. So have those
     that differ only in a token merged with the prompt, which is not scored. None of an unpaired row."""
     said = [tail.ids[tail.scored] if notes["merged_boundary"] else tail.ids for tail in tails]
-    pairs = tuple(Pair(i, j) for i, j in row.pairs if not np.array_equal(said[i], said[j]))
+    pairs = tuple(Pair(i, j, row.margin or 0.0) for i, j in row.pairs if not np.array_equal(said[i], said[j]))
     if row.pairs and not pairs:
         if notes["truncated"]:
             message = "within max_length the responses have the same tokens; raise max_length"

@@ -42,6 +42,8 @@ class DataSpec:
     data_cache: str = "auto"
     image_max_pixels: int | None = None
     media_dir: str | None = None
+    prompts_only: bool = False  # rows of a prompt alone are read too, as rounds need no other
+    rewards: bool = False  # of a reward model, which is read where a row's text ends
 
 
 def image_reader(spec: DataSpec, processor) -> ImageReader | None:
@@ -56,9 +58,10 @@ def load_data(
     time that a chat template is told, None for now; `processor`, that of a model that reads images. Raises
     DataError, or ConfigError where a fraction leaves nothing to train on."""
     limits = Limits(spec.max_length, spec.truncation)
-    chat = Chat(spec.chat_template_kwargs, clock or datetime.now())
+    chat = Chat(spec.chat_template_kwargs, clock or datetime.now(), spec.rewards)
     how: dict[str, Any] = dict(strict=spec.strict, data_format=spec.data_format, chat=chat)
     how |= dict(data_cache=spec.data_cache, images=image_reader(spec, processor))
+    how |= dict(prompts_only=spec.prompts_only)
 
     def load(name: str | list[str], key: str = "data"):
         groups, report = load_groups(name, tokenizer, limits, console=console, key=key, **how)
@@ -94,23 +97,25 @@ def load_groups(
     key: str = "data",
     data_cache: str = "auto",
     images: ImageReader | None = None,
+    prompts_only: bool = False,
 ) -> tuple[Groups, DataReport]:
     """All usable rows of a data source (see load_rows), or of several, one after the other, as groups, and
     the account of every row. `data_format` says how to read the rows, where their columns do not; `chat`,
     what the chat template is given besides; `key` is the config's, for errors about the source. `data_cache`,
     as in the config: where the tokenised rows are kept, and looked for. `images`: how those of prompts are
-    read, where the model reads some; pixels are read again when a microbatch is made.
+    read, where the model reads some; pixels are read again when a microbatch is made. `prompts_only`: rows of
+    a prompt alone are read too, see `to_group`.
 
     Raises DataError when no row is left, or under `strict` at the first row that was dropped,
     truncated, identical or malformed.
     """
-    making = Making(tokenizer, limits, chat or Chat(), images)
+    making = Making(tokenizer, limits, chat or Chat(), images, prompts_only)
     shards, firsts, openers, names, first, report = [], [], [], [], 0, DataReport("")
     sources = sources_of(spec, data_format, key)
     # all are looked into first: none is tokenised in vain, if another cannot be read
     for source, made in [(one, shards_of(one, making, console, data_cache)) for one in sources]:
         names.append(f"{source.spec} (from row {first} on)" if first else source.spec)
-        opener = _Reopened(source, images, first) if images else None
+        opener = _Reopened(source, images, first, prompts_only) if images else None
         for shard in made:
             if strict and shard.account["refused"]:
                 refuse(shard.account["refused"], source.spec)
@@ -135,6 +140,7 @@ class _Reopened:
     source: Source
     images: ImageReader
     first: int  # the number of its first row
+    prompts_only: bool
 
     @cached_property
     def _rows(self) -> Rows:
@@ -145,7 +151,7 @@ class _Reopened:
 
     def _given(self, number: int) -> tuple[Any, Path | None]:
         rows = self._rows
-        parsed = parse_row(rows[number], number, rows.layout, with_images=True)
+        parsed = parse_row(rows[number], number, rows.layout, True, self.prompts_only)
         return parsed.images, rows.folder_of(number)
 
 

@@ -24,6 +24,7 @@ NOT_PRINTED = {  # notes on what a row says and its text does not
     "tools_not_printed": f"tools {_PRINTS_NOT}",
 }
 MEANING = NOT_PRINTED | {  # of the notes
+    "prompt_only": "rows of a prompt alone, without responses",
     "truncated": "responses whose sequence was cut to max_length",
     "tie_pair": "pairs skipped, their scores being equal",
     "identical_pair": "pairs skipped, their responses having the same tokens",
@@ -123,33 +124,6 @@ class Tally:
         return {name: value for name, value in asdict(self).items() if name != "message" or value}
 
 
-def _counts(facts: "Facts") -> Counter[str]:
-    """The totals of the groups, by their names in data_report.json."""
-    import numpy as np  # late: `fastdpo train --help` comes by this file
-
-    unpaired = facts.label[facts.cu_resp[:-1]] >= 0  # then it is the only response
-    weighted = facts.relevant >= 0
-    both = facts.prompt[facts.group_of] + facts.length
-    sums = {
-        "groups": len(facts),
-        "prompts": len(np.unique(facts.prompt_key)),  # different ones
-        "responses": len(facts.length),
-        "pairs": len(facts.pairs),
-        "paired_rows": (~unpaired).sum(),
-        "unpaired_rows": unpaired.sum(),
-        "desirable": (facts.label == 1).sum(),
-        "undesirable": (facts.label == 0).sum(),
-        "weighted_responses": weighted.sum(),
-        "relevant_tokens": facts.relevant[weighted].sum(),
-        "prompt_tokens": facts.prompt.sum(),
-        "response_tokens": facts.length.sum(),
-        "scored_tokens": facts.scored.sum(),
-        "shared_forward_tokens": facts.input_tokens.sum(),  # each prompt once, last tokens left out
-        "separate_rows_tokens": both.sum(),  # a row a response
-    }
-    return Counter({name: int(value) for name, value in sums.items()})
-
-
 @dataclass
 class DataReport:
     """The account of one data source. `rows == kept.rows + sum of dropped rows`, always."""
@@ -162,7 +136,7 @@ class DataReport:
     kinds: dict[str, int] = field(
         default_factory=dict
     )  # of kept rows, see Draft.kind: the first one's number
-    counts: Counter = field(default_factory=Counter)  # see _counts
+    counts: Counter = field(default_factory=Counter)  # see Facts.totals
     lengths: Sequence[int] = ()  # prompt + response, one a response
     dates: list[str] = field(default_factory=list)  # what the chat template was told of the time
     image_files: list = field(default_factory=list)  # see images.reader.File, of all rows
@@ -201,8 +175,9 @@ class DataReport:
 
     def keep(self, facts: "Facts") -> None:
         """The groups of all rows that are kept."""
-        self.kept = Tally(len(facts), len(facts.length), facts.row[:_EXAMPLES].tolist())
-        self.counts, self.lengths = _counts(facts), facts.prompt[facts.group_of] + facts.length
+        counts = facts.totals(alone=self.notes.get("prompt_only", Tally()).rows)
+        self.kept = Tally(len(facts), counts["responses"], facts.row[:_EXAMPLES].tolist())
+        self.counts, self.lengths = Counter(counts), facts.prompt[facts.group_of] + facts.length
 
     def histogram(self) -> tuple[list[int], list[int]]:
         """(edges, counts): how many sequences have edges[i] <= length < edges[i + 1]."""

@@ -31,7 +31,7 @@ class Row:
     number: int
     format: str  # the name of what the row was read as, see formats/known.py
     prompt: Any  # str or Messages; a union would not tell that all of a row is of one kind
-    responses: tuple[Any, ...]
+    responses: tuple[Any, ...]  # none of a prompt alone
     scores: tuple[float | None, ...]
     ref_logps: tuple[float | None, ...]  # of whole responses, from ref_chosen_logps and ref_rejected_logps
     pairs: tuple[tuple[int, int], ...]  # (winner, loser) as indices of responses
@@ -40,14 +40,20 @@ class Row:
     ties: int  # pairs of a ranked row that equal scores left out
     label: bool | None  # of an unpaired row
     relevance: tuple[Relevance | None, ...]
+    margin: Any = None  # by which a reward model has to tell chosen from rejected
     images: tuple[Any, ...] = ()  # of the prompt, as given; given.IMAGE stands for each in its text
 
 
 def parse_row(
-    row: dict | RowProblem, number: int, layout: Layout | None = None, with_images: bool = False
+    row: dict | RowProblem,
+    number: int,
+    layout: Layout | None = None,
+    with_images: bool = False,
+    prompts_only: bool = False,
 ) -> Row:
     """One row of any known format as a Row; `layout` says how to read it, where its columns do not. A row
-    with images is refused, unless they are wanted. Raises RowProblem."""
+    with images is refused, unless they are wanted, and so is one without responses, unless prompts alone are
+    (`prompts_only`): it then has none. Raises RowProblem."""
     if isinstance(row, RowProblem):  # a line that could not be read as JSON
         raise row
     if not isinstance(row, dict):
@@ -58,18 +64,23 @@ def parse_row(
     if with_images:
         layout = replace(layout, tags=replace(layout.tags, images=True))
     try:
-        return _parse(layout.ours(row), number, layout, standing_for_media, images)
+        return _parse(layout.ours(row), number, layout, standing_for_media, images, prompts_only)
     except RowProblem as problem:
         raise layout.problem(problem, row) from None
 
 
 def _parse(
-    given: dict, number: int, layout: Layout, standing_for_media: list[str], column: tuple[list, str] | None
+    given: dict,
+    number: int,
+    layout: Layout,
+    standing_for_media: list[str],
+    column: tuple[list, str] | None,
+    prompts_only: bool,
 ) -> Row:
     row = {name: value for name, value in given.items() if value is not None}
     if "system" in given:
         row.setdefault("system", "")  # the column is there: the row is a conversation, without a system turn
-    name, columns = layout.read(row)
+    name, columns = layout.read(row, prompts_only)
     prompt, responses = _conversation(columns)
     images: tuple = ()
     if column is not None:
@@ -93,6 +104,7 @@ def _parse(
         chat_template_kwargs=kwargs,
         relevance=_relevance(columns, responses),
         images=images,
+        margin=row.get("margin"),
         **{field: getattr(columns, field) for field in same},
     )
 

@@ -6,6 +6,7 @@ import numpy as np
 from rich.text import Text
 
 from fastdpo.data.chat.arguments import Chat
+from fastdpo.data.formats.prompts import ALONE
 from fastdpo.data.groups import Limits
 from fastdpo.data.load import DataSpec, image_reader, load_groups
 from fastdpo.data.report import DataReport
@@ -25,6 +26,7 @@ def show_data(spec: DataSpec, tokenizer, console, processor=None) -> None:
     chat = Chat(spec.chat_template_kwargs)
     how = dict(strict=spec.strict, console=console, data_format=spec.data_format, chat=chat)
     how |= dict(data_cache=spec.data_cache, images=image_reader(spec, processor))
+    how |= dict(prompts_only=spec.prompts_only)
     for key, source in (("data", spec.data), ("eval_data", spec.eval_data)):
         if isinstance(source, str | list):
             show(*load_groups(source, tokenizer, limits, key=key, **how), tokenizer, console)
@@ -62,6 +64,10 @@ def _show_group(group: PreferenceGroup, kind: str, tokenizer, console) -> None:
     if group.images:
         prompt = _REPEATED.sub(lambda run: f"{run[1]}×{len(run[0]) // len(run[1])}", prompt)
     console.print(Text(prompt, style="dim"))
+    if kind.startswith(f"{ALONE}, "):
+        ends = _shown(_decode(tokenizer, group.responses[0].ids))
+        console.print(Text(f"── prompt only: responses are sampled, and {ends} ends one", style="bold"))
+        return
     for index, response in enumerate(group.responses):
         console.print(Text(f"── {_title(group, index, response)}", style="bold"))
         console.print(_marked(response, tokenizer))

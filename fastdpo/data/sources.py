@@ -216,6 +216,33 @@ def load_rows(spec: str, data_format: str | dict | None = None, key: str = "data
     return Source(spec, data_format, key).rows()
 
 
+class NumberedRows:
+    """The rows of a data set, or of several, as they are given, by the numbers of their groups: one set's
+    follow the other's. Each is read when it is asked for, and nothing before."""
+
+    def __init__(self, spec: str | list[str], data_format: str | dict | None = None, key: str = "data"):
+        self._how = spec, data_format, key
+
+    @cached_property
+    def _sets(self) -> list[tuple[Source, Rows]]:
+        return [(source, source.rows()) for source in sources_of(*self._how)]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(len(rows) for _, rows in self._sets))
+
+    def __call__(self, number: int) -> dict | None:
+        """None where it cannot be read as one; -1: the first row that can. Raises DataError."""
+        if number < 0:
+            some = (self(at) for at in range(self._ends[-1]))
+            return next((row for row in some if row is not None), None)
+        i = bisect_right(self._ends, number)
+        (source, rows), at = self._sets[i], number - (self._ends[i - 1] if i else 0)
+        with source.named():
+            row = next(rows.range(at, at + 1))
+        return row if isinstance(row, dict) else None
+
+
 def _taken(splits: Mapping[str, Sequence[Part]], split: str, spec: str) -> Sequence[Part]:
     """The rows that a split instruction names."""
     if split in splits:

@@ -155,6 +155,8 @@ def tokenize(
     EOS, each once even where the text spells it; a template spells its own."""
     text = script.text
     full = ids[text]
+    if script.ending is not None:
+        return _prompt_alone(full, script.ending, plain, ids, encoder)
     scored = np.zeros(len(full), bool)
     merged: set[str] = set()
     for start, end in script.spans:
@@ -176,17 +178,35 @@ def tokenize(
     return Tokens(full, scored, weigh(script.marks, lambda: encoder.places(text), scored, lead, notes))
 
 
-def _with_specials(full: np.ndarray, scored: np.ndarray, encoder: Encoder):
-    """(ids, scored, how many ids were added in front)."""
+def _prompt_alone(
+    prompt: np.ndarray, ending: str, plain: bool, ids: dict[str, np.ndarray], encoder: Encoder
+) -> Tokens:
+    """A prompt, and the token that would end a response: the template's, or EOS. Each is tokenised alone."""
+    end = ids[ending][-1] if ending else _eos(encoder)
+    full = np.concatenate([_lead(prompt, encoder) if plain else prompt[:0], prompt, [end]])
+    scored = np.zeros(len(full), bool)
+    scored[-1] = True
+    return Tokens(full, scored)
+
+
+def _eos(encoder: Encoder) -> int:
     eos = encoder.tokenizer.eos_token_id
     if eos is None:
         raise ModelError(
             "the tokenizer has no EOS token, so plain text cannot end.\n"
             "Set eos_token in its tokenizer_config.json, or use message rows with a chat_template."
         )
-    lead = encoder.lead
-    if np.array_equal(full[: len(lead)], lead):
-        lead = lead[:0]
+    return eos
+
+
+def _lead(full: np.ndarray, encoder: Encoder) -> np.ndarray:
+    """The ids to add in front: those that the tokenizer adds, unless they are there."""
+    return encoder.lead[:0] if np.array_equal(full[: len(encoder.lead)], encoder.lead) else encoder.lead
+
+
+def _with_specials(full: np.ndarray, scored: np.ndarray, encoder: Encoder):
+    """(ids, scored, how many ids were added in front)."""
+    eos, lead = _eos(encoder), _lead(full, encoder)
     end = np.array([eos] if full[-1] != eos else [], np.int64)
     ids = np.concatenate([lead, full, end])
     scored = np.concatenate([np.zeros(len(lead), bool), scored, np.ones(len(end), bool)])

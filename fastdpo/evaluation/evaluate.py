@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastdpo.data.load import load_data
+from fastdpo.data.sources import NumberedRows
 from fastdpo.evaluation import rows as of_rows
 from fastdpo.evaluation.answers import Answers, Sampling, add_kl, answer
 from fastdpo.evaluation.models import (
@@ -53,7 +54,8 @@ def evaluate(settings: Settings, output: str | None, overwrite: bool, console: C
     folder = Path(output) if output else _default_folder(settings.model, model.run)
     check_free(folder, settings, overwrite)
     job = job_of(config_of(model, settings.data))
-    scorer = make_scorer(settings.scorer) if settings.scorer else None
+    given = NumberedRows(settings.data, job.data.data_format)
+    scorer = make_scorer(settings.scorer, rows=given) if settings.scorer else None
     tokenizer = load_tokenizer(model.spec, console)
     others = [other for other in (reference, versus) if other is not None]
     tokenizers = [load_tokenizer(other.spec) for other in others]

@@ -90,6 +90,8 @@ def named(name: str, key: str, **given: Any) -> Named:
     keys |= {key: value for key, value in given.items() if value is not None}
     in_bf16 = keys.pop("pure_bf16", None)
     found = Named(name, key, part(ModelSpec, _config(folder, keys)), run, keys, stages=stages)
+    if found.spec.rewards:
+        raise ConfigError(f"{key}: {name} is a reward model, which says nothing; give it as --scorer")
     with found.told():
         start = find_start(found.spec)
         load_model_config(found.spec)

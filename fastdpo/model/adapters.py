@@ -154,7 +154,7 @@ def add_lora(model, spec: ModelSpec):
         target_modules=targets,
         use_dora=spec.use_dora,
         use_rslora=spec.use_rslora,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if spec.rewards else "CAUSAL_LM",  # peft then trains a copy of the score, too
     )
     try:
         model = _with_lora(model, lora)
@@ -165,6 +165,9 @@ def add_lora(model, spec: ModelSpec):
             "use_dora: the lm_head cannot have it (each step would need its whole matrix once more); take it "
             "out of lora_target_modules"
         )
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft does this to LoRA's own weights only
+            parameter.data = parameter.data.float()
     steady_dora(model, fresh=True)
     leave_out_base(model)
     return model

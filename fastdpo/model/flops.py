@@ -65,7 +65,7 @@ class Counted:
         sizes = [_size(module) for name, module in body if ".lora_" not in name]
         lora = [p for _, m in body for name, p in m.named_parameters(recurse=False) if p.requires_grad]
         has_lora = policy.core is not policy.model
-        V, D = policy.core.get_output_embeddings().weight.shape
+        V, D = policy.head_size
         return cls(
             N=sum(sizes),
             A=sum(p.numel() for p in lora) if has_lora else 0,

@@ -22,6 +22,7 @@ from fastdpo.model.lm_head import named_budget
 from fastdpo.model.policy import Policy
 from fastdpo.model.processors import load_processor, template_beside
 from fastdpo.model.quantised import check_quantisation, loading_in_4bit, set_up_4bit
+from fastdpo.model.rewards import RewardPolicy
 from fastdpo.model.sharding import shard
 from fastdpo.model.source import sees_images
 from fastdpo.model.spec import ModelSpec
@@ -41,6 +42,8 @@ def load_model_config(spec: ModelSpec) -> PreTrainedConfig:
     start = find_start(spec)
     found = start.source()
     model_config = source.load_config(found)
+    if spec.rewards:
+        source.as_reward_model(found, model_config)
     text_config = model_config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None)
     rope = getattr(text_config, "rope_parameters", None) or {}
@@ -91,8 +94,10 @@ def _loaded(spec: ModelSpec, console: Console, world: World) -> Policy:
     in_4bit = spec.load_in_4bit or bool(getattr(model_config, "quantization_config", None))
     dropped = switch_off_dropout(model_config)
     tell_loading(start.model, console)
+    if spec.rewards:
+        torch.manual_seed(spec.seed)  # of a new head
     model: Any = source.load_weights(
-        *(start.source(), model_config, console),
+        *(start.source(), model_config, console, spec.rewards),
         dtype=dtype if start.adapter or spec.lora_rank or spec.pure_bf16 else torch.float32,
         **(loading_in_4bit(model_config, dtype, device, unquantised(model_config)) if in_4bit else {}),
     )
@@ -112,7 +117,10 @@ def _loaded(spec: ModelSpec, console: Console, world: World) -> Policy:
     model.train()
     for line in set_up_activations(model, spec):
         console.print(line, highlight=False)
-    policy = Policy(model, dtype, dropped)
+    if spec.rewards:
+        policy: Policy = RewardPolicy(model, dtype, dropped, pad=load_tokenizer(spec).pad_token_id)
+    else:
+        policy = Policy(model, dtype, dropped)
     if world.sharded:
         shard(policy, world)
     return policy
@@ -135,6 +143,8 @@ def load_tokenizer(spec: ModelSpec, console: Console | None = None) -> PreTraine
     tokenizer = source.load_tokenizer(found, "model")
     if tokenizer.chat_template is None:
         tokenizer.chat_template = template_beside(found)
+    if spec.rewards and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # as TRL's; a classifier finds a row's end by it
     if spec.chat_template is not None:
         tokenizer.chat_template = template_of(spec.chat_template, tokenizer.chat_template)
         if console and (split := in_pieces(spec.chat_template, tokenizer)):

@@ -33,6 +33,8 @@ class Policy:
     processor: Any = None  # transformers', of a model that sees images; None where no row has any
     saved_processor: Any = None  # what is saved beside the weights of such a model, in either case
     world = ALONE
+    of_rewards = False  # see model/rewards.py
+    gives, head_name = "log-probs", "lm_head"  # in words
 
     def __init__(
         self, model: torch.nn.Module, dtype: torch.dtype, dropout: dict[str, float] | None = None,
@@ -130,6 +132,17 @@ class Policy:
     def trained(self) -> list[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    @staticmethod
+    def apart(difference: float) -> str:
+        """A difference of what it gives, in words."""
+        return f"{difference:.2g} nats a token"
+
+    @property
+    def head_size(self) -> tuple[int, int]:
+        """(V, D)"""
+        V, D = self.core.get_output_embeddings().weight.shape
+        return V, D
+
     @property
     def head_backend(self) -> str:
         """What runs the lm_head: "triton", "cublas" or "torch", see fastdpo_kernels.backend."""
@@ -137,7 +150,7 @@ class Policy:
 
     def plan(self, scored: int, memory_budget: int | None = None) -> Plan:
         """How linear_logp runs the head on this many scored tokens."""
-        V, D = self.core.get_output_embeddings().weight.shape
+        V, D = self.head_size
         return plan(
             *(scored, V, D),
             dtype=self.dtype,
@@ -149,7 +162,7 @@ class Policy:
     def default_budget(self) -> int:
         """Bytes that the lm_head may take where nobody says: as linear_logp has it, and on a GPU no more than
         a share of what is free."""
-        V, D = self.core.get_output_embeddings().weight.shape
+        V, D = self.head_size
         budget = default_budget(V, D, self.head.trained)
         return within_free_memory(budget, self.free_memory())
 

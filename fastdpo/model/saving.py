@@ -49,3 +49,22 @@ def whole_state(policy: Policy) -> dict[str, Tensor]:
             found[id(tensor)] = full.cpu() if policy.world.first else full.new_empty(0)
         state[name] = found[id(tensor)]
     return state
+
+
+@no_bars()
+def save_copy(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
+    """As `save_model`, of a policy that trains on: its weights stay as they are, and are rounded to the
+    compute dtype in host memory. Not of shards, nor for 4-bit weights without an adapter."""
+    with policy.stock() as model:
+        state = _rounded(policy) if policy.core is policy.model else None
+        model.save_pretrained(folder, **({"state_dict": state} if state else {}))
+    tokenizer.save_pretrained(folder)
+
+
+def _rounded(policy: Policy) -> dict[str, Tensor]:
+    found: dict[int, Tensor] = {}  # tied weights once
+    for tensor in (state := policy.model.state_dict(keep_vars=True)).values():
+        if id(tensor) not in found:
+            dtype = policy.dtype if tensor.is_floating_point() else tensor.dtype
+            found[id(tensor)] = tensor.detach().to("cpu", dtype, copy=True)
+    return {name: found[id(tensor)] for name, tensor in state.items()}

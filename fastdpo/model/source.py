@@ -14,9 +14,11 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
 )
 from transformers.configuration_utils import PreTrainedConfig
@@ -59,6 +61,24 @@ def sees_images(config) -> bool:
 def auto_class(config) -> Any:
     """What of transformers makes the model of a config."""
     return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
+
+
+def as_reward_model(source: Source, config: PreTrainedConfig) -> None:
+    """Makes the config of a causal LM that of a reward model on it, where it is not one already. Raises
+    ModelError."""
+    kind = f"of model_type {config.model_type}, which transformers has no sequence classifier of"
+    kind = "a model that sees images" if sees_images(config) else kind
+    kind = "a GGUF file" if source.gguf else kind
+    if source.gguf or sees_images(config) or type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelError(f"{source.label} is {kind}; no reward model can be trained on it")
+    if is_classifier(config) and config.num_labels != 1:
+        kind = ", ".join(config.architectures or ())
+        raise ModelError(f"{source.label} has {config.num_labels} outputs ({kind}); a reward model has one")
+    config.num_labels = 1
+
+
+def is_classifier(config: PreTrainedConfig) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
 
 
 def _config_of_folder(source: Source) -> PreTrainedConfig:
@@ -151,17 +171,22 @@ def damage(path: Path) -> str | None:
 
 
 @no_bars()
-def load_weights(source: Source, config: PreTrainedConfig, console: Console, **options) -> Any:
-    """The causal LM, every weight of which was stored. Raises ModelError."""
+def load_weights(
+    source: Source, config: PreTrainedConfig, console: Console, rewards: bool = False, **options
+) -> Any:
+    """The causal LM, every weight of which was stored; or the reward model, whose head may be new. Raises
+    ModelError."""
     if source.offline:
         text = f"{source.name}: {source.offline}; it is read from the hub's cache"
         console.print(f"[yellow]{escape(text)}", highlight=False, soft_wrap=True)
     options |= dict(config=config, output_loading_info=True, ignore_mismatched_sizes=True)
     if source.gguf:
         options |= gguf_file.dequantised()
+    kind = AutoModelForSequenceClassification if rewards else auto_class(config)
+    new = rewards and not is_classifier(config)  # from_pretrained names the class that it makes
     try:
         with source.reading() as (where, found):
-            loaded: Any = auto_class(config).from_pretrained(where, **found, **options)
+            loaded: Any = kind.from_pretrained(where, **found, **options)
         model, told = loaded
     except Exception as error:
         raise ModelError(f"{source.label} cannot be loaded: {_one_line(error)}") from None
@@ -171,10 +196,12 @@ def load_weights(source: Source, config: PreTrainedConfig, console: Console, **o
     # Who trains on it names it, as an adapter its base: not by the cache's folder on this machine.
     model.name_or_path = model.config.name_or_path = source.name
     name = type(model).__name__
-    if missing := sorted(told["missing_keys"]):
+    if new:
+        console.print(f"{escape(source.name)}: a new head, score, starts at random by seed", soft_wrap=True)
+    if missing := sorted(name for name in told["missing_keys"] if not (new and name == "score.weight")):
         why = f"it lacks {_some(missing)}, which would start at random"
         raise ModelError(f"{source.label} is not a whole {name}: {why}")
-    if unused := sorted(told["unexpected_keys"]):
+    if unused := sorted(n for n in told["unexpected_keys"] if not (new and n.startswith("lm_head."))):
         text = f"{source.name}: not a part of {name}, and left out: {_some(unused)}"
         console.print(f"[yellow]{escape(text)}", highlight=False, soft_wrap=True)
     if source.gguf and (lost := gguf_file.lost_scaling(_header(source), model.config)):

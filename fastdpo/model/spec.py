@@ -25,3 +25,4 @@ class ModelSpec:
     activation_offloading: bool = False
     tiled_mlp: bool = False
     head_memory: str | None = None
+    rewards: bool = False  # a reward model: a classifier of one output

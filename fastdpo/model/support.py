@@ -16,6 +16,7 @@ from fastdpo.data.store.stored import facts_of
 from fastdpo.errors import ModelError
 from fastdpo.model import attention
 from fastdpo.model.policy import Policy
+from fastdpo.model.rewards import RewardPolicy
 from fastdpo.model.sharding import check_images
 from fastdpo.model.vision import row_inputs, vision_refusal
 from fastdpo.records import Groups, PreferenceGroup, Response
@@ -42,18 +43,18 @@ def sharing_refusal(config: PreTrainedConfig, processor: Any = None) -> str | No
 def prepare(policy: Policy, groups: Groups, console: Console) -> None:
     """Switches shared prompts on where they are exact and says aloud where they are not.
 
-    Compares the log-probs of two real groups, packed together, with the model's own logits on separate
+    Compares the log-probs (or rewards) of two real groups, packed together, with the model's own on separate
     rows. Raises ModelError when the model's own are no numbers, and when even separate rows disagree: the
     head or the logits are then of a kind that fastdpo does not know, and nothing computed could be trusted.
     """
     check_images(policy, policy.world)
     probe = _probe(groups)
     with torch.no_grad():
-        truth, limit = _stock(policy, probe)
-    name, rows = type(policy.core).__name__, " and ".join(str(g.row) for g in probe)
+        truth, limit = _stock_rewards(policy, probe) if policy.of_rewards else _stock(policy, probe)
+    name, values, rows = type(policy.core).__name__, policy.gives, " and ".join(str(g.row) for g in probe)
     if not truth.isfinite().all():
         raise ModelError(
-            f"{name}: the model's own log-probs are not numbers (rows {rows}); its weights may be broken, "
+            f"{name}: the model's own {values} are not numbers (rows {rows}); its weights may be broken, "
             "or try dtype: fp32"
         )
     reason = sharing_refusal(policy.core.config, policy.processor)
@@ -64,7 +65,7 @@ def prepare(policy: Policy, groups: Groups, console: Console) -> None:
     difference, _ = _difference(policy, probe, truth)
     if not difference <= limit:
         raise ModelError(
-            f"{name}: our log-probs differ from the model's own by {difference:.2g} nats a token "
+            f"{name}: our {values} differ from the model's own by {policy.apart(difference)} "
             f"(rows {rows}); its head or logits are of an unknown kind: if dtype: fp32 does not help, "
             "fastdpo cannot train this model yet"
         )
@@ -92,7 +93,7 @@ def _try_sharing(
     if windows != wanted:
         return f"{wanted} layers have a sliding window, {windows} pass it on"
     if not difference <= limit:
-        return f"its log-probs would be off by {difference:.2g} nats a token"
+        return f"its {policy.gives} would be off by {policy.apart(difference)}"
     if policy.device.type == "cuda" and any(backend == "segments" for backend, _ in seen):
         console.print(
             "[yellow]attention runs one segment at a time: right, but slower. The fast kernels take "
@@ -189,3 +190,12 @@ def _stock(policy: Policy, groups: list[PreferenceGroup]) -> tuple[Tensor, float
     # last place, 64 are allowed; a wrong mask is far above that.
     least, share = (1e-3, 2**-17) if policy.dtype.itemsize >= 4 else (0.1, 2**-7)
     return torch.cat(out), max(least, largest * share)
+
+
+def _stock_rewards(policy: Policy, groups: list[PreferenceGroup]) -> tuple[Tensor, float]:
+    """(the classifier's own rewards f32[R], the difference that rounding explains)."""
+    assert isinstance(policy, RewardPolicy)
+    places = [(group, place) for group in groups for place in range(len(group.responses))]
+    with policy.stock():
+        rewards, rounding = zip(*(policy.stock_reward(group, place) for group, place in places))
+    return torch.cat(rewards), max(rounding)

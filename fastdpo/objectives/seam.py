@@ -81,6 +81,7 @@ class Objective:
     learns_from_ties: bool = False  # also where all samples of a prompt score the same
     seen: Callable[[ResponseLogps], ResponseLogps] = lambda logps: logps  # with the token weights it applies
     reward: Reward | None = None  # of each response as `seen`, for the metrics rewards/*
+    of_rewards: bool = False  # it trains a reward model, whose rewards stand in the log-probs' place
 
     def select(self, groups: Groups) -> Groups:
         """The part of each group that this objective computes."""

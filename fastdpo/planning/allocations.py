@@ -24,7 +24,11 @@ LAYER = "layer workspace"
 ATTENTION = "attention workspace"
 HEAD = "head buffers"
 BATCH = "microbatch"
-OWNERS = (WEIGHTS, ADAPTERS, COPIES, GRADIENTS, STATES, SAVED, LAYER, ATTENTION, HEAD, BATCH)
+CACHE = "generation's cache"
+LOGITS = "logits of a token"
+REWARD = "reward model"
+_OF_ROUNDS = (CACHE, LOGITS, REWARD)
+OWNERS = (WEIGHTS, ADAPTERS, COPIES, GRADIENTS, STATES, SAVED, LAYER, ATTENTION, HEAD, BATCH, *_OF_ROUNDS)
 
 CUDA_BLOCK = 512  # bytes: CUDACachingAllocator's kMinBlockSize, to whose multiples it rounds a request
 CPU_BLOCK = 64  # bytes: c10's alignment on CPUs

@@ -86,7 +86,7 @@ def _nothing_fits(planner: Planner, config: Config, now: Prediction, budget: int
         console.print(show.options_table(options, planner.time(config), budget, planner.target))
     kept = ", ".join(name for name in CHOSEN if name not in planner.left_open(config))
     kept = f" (with {kept} as the config sets them)" if kept else ""
-    way_out = "No change that was tried fits: take a shorter max_length, a smaller model or a larger card"
+    way_out = f"No change that was tried fits: take {show.way_out(now)}"
     if any(option.prediction.total <= budget for option in options):
         way_out = "Take one of the changes above that fit, or a shorter max_length"
     return (

@@ -68,7 +68,9 @@ def plan_stage(
         now = planner.option(config, {}, exact=True)
     console.print(show.owners_table(now.prediction, target))
     lines = [show.load_line(config, planner.loads(config), assumed), show.verdict(now.prediction, budget)]
-    for line in (*lines, show.time_line(now.time, target)):
+    rounds = config.rounds is not None
+    lines += show.phase_lines(config, now.prediction) if rounds else []
+    for line in (*lines, show.time_line(now.time, target, rounds)):
         console.print(line, highlight=False, soft_wrap=True)
     fits = None if budget is None else now.prediction.total <= budget
     would_fit = fits is not False or _search(planner, config, now, budget, console)
@@ -90,7 +92,7 @@ def _search(planner: Planner, config: Config, now: Option, budget: int, console:
     options += planner.other_learning(config, budget)
     if options:
         console.print(show.options_table(options, now.time, budget, planner.target))
-    advice = _advice(options, found, budget, config.memory)
+    advice = _advice(options, found, budget, config.memory, now)
     console.print(f"[bold]next:[/] {advice}", highlight=False, soft_wrap=True)
     return any(option.same_learning and option.prediction.total <= budget for option in options)
 
@@ -109,14 +111,14 @@ def _on_ranks(
     return any(plan.mode == mode and (budget is None or plan.prediction.total <= budget) for plan in plans)
 
 
-def _advice(options: list[Option], found: Option | None, budget: int, memory: str | None) -> str:
+def _advice(options: list[Option], found: Option | None, budget: int, memory: str | None, now: Option) -> str:
     if found is not None and memory is not None:
         return f"train: by memory: {memory} a run takes {show.words(found.changes)} by itself"
     if found is not None:
         return f"{show.words(found.changes)} (memory: in the config lets a run choose it)"
     fitting = [option for option in options if option.prediction.total <= budget]
     if not fitting:
-        return "nothing tried fits: a shorter max_length, a smaller model or a larger card"
+        return f"nothing tried fits: {show.way_out(now.prediction)}"
     best = min(fitting, key=show.order)
     cost = "nothing that leaves the learning as it is fits; at the cost of another result: "
     return f"{'' if best.same_learning else cost}{show.words(best.changes)}"

@@ -4,21 +4,23 @@ all of the card."""
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice, starmap
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastdpo.config.keys import Config
+from fastdpo.config.rounds import sample_spec
 from fastdpo.data.dealing import deal_sizes
 from fastdpo.data.packing import Size, epoch_steps, sizes_of
 from fastdpo.data.pairs import BY_GAP, select_pairs
 from fastdpo.data.store.facts import Facts
 from fastdpo.data.store.stored import facts_of
-from fastdpo.planning.allocations import ADAPTERS, GRADIENTS, OWNERS, STATES, WEIGHTS, Peak
+from fastdpo.planning.allocations import ADAPTERS, GRADIENTS, OWNERS, REWARD, STATES, WEIGHTS, Peak
 from fastdpo.planning.fake_model import FakePolicy, head_policy, with_head_memory, with_layers
-from fastdpo.planning.simulate import Load, simulate
+from fastdpo.planning.rounds import in_a_step, stand_ins
+from fastdpo.planning.simulate import Load, Step, simulate
 from fastdpo.planning.target import CONTEXT, SLACK, Target
 from fastdpo.records import Groups, Pair, PreferenceGroup, Response
 from fastdpo.training.job import objective_of, total_steps
@@ -26,16 +28,21 @@ from fastdpo.training.job import objective_of, total_steps
 
 def selected(config: Config, groups: Groups) -> Groups:
     """A stage's training rows as its objective sees them. Where pairs go by the reference's log-probs, which
-    nobody knows yet, with all their responses."""
+    nobody knows yet, with all their responses. With rounds, groups like the largest that samples make of
+    them."""
+    if config.rounds is not None:
+        groups = stand_ins(config, groups)
     if config.pairs not in BY_GAP or config.pair_gap != "logp":
         groups, _ = select_pairs(groups, config.pairs)
     return objective_of(config).select(groups)
 
 
 def assumed_groups(config: Config) -> Groups:
-    """Where no data can be read: pairs whose rows are max_length, half of them the prompt; enough for two
-    steps."""
+    """Where no data can be read: pairs whose rows are max_length, half of them the prompt (with rounds, all
+    but what is sampled); enough for two steps."""
     half = max(1, config.max_length // 2)
+    if config.rounds is not None:
+        half = config.max_length - sample_spec(config.sample).max_new_tokens
     ids = np.zeros(max(1, config.max_length - half), np.int64)
     response = Response(ids, np.ones(len(ids), bool))
     pair = PreferenceGroup(0, np.zeros(half, np.int64), (response, response), (Pair(0, 1),))
@@ -59,12 +66,11 @@ def largest_loads(
 ) -> list[Load]:
     """step_loads by the facts of all groups and what the head of a policy tells; only groups of these
     microbatches are read, and their images packed. ranks: that the groups of a step are dealt to, a
-    microbatch each at a time."""
+    microbatch each at a time. With rounds the steps are those of `stand_ins`."""
     sizes, share, most_scored = sizes_of(facts), policy.share, policy.max_scored
     images = facts.image_tokens if share else facts.image_tokens * facts.responses
-    steps = min(total_steps(config, len(groups)), -(-len(groups) // config.batch_size))
     found: list[_Cut] = []
-    for places in islice(epoch_steps(len(groups), config.batch_size, config.seed), steps):
+    for places in _steps(config, len(groups)):
         of_step = list(starmap(Size, sizes[places].tolist()))
         rounds = deal_sizes(of_step, ranks, config.max_tokens, most_scored, share)
         for part in filter(None, chain(*rounds)):
@@ -78,6 +84,15 @@ def largest_loads(
             kept.append(one)
     seen = bool(facts.images.any())
     return [_load(tuple(groups[i] for i in cut.groups), cut.several, seen, policy) for cut in kept]
+
+
+def _steps(config: Config, groups: int) -> Iterator[np.ndarray]:
+    """The places of each step's groups, of a first epoch at most."""
+    if config.rounds is not None:
+        size = in_a_step(config, groups)
+        return (np.arange(start, start + size) for start in range(0, groups, size))
+    steps = min(total_steps(config, groups), -(-groups // config.batch_size))
+    return islice(epoch_steps(groups, config.batch_size, config.seed), steps)
 
 
 class _Cut(NamedTuple):
@@ -135,6 +150,7 @@ class Prediction:
     peak: Peak
     slack: int  # held by the allocator and not usable
     context: int  # CUDA's own
+    phases: dict[str, int] = field(default_factory=dict)  # the highest peak of each, the rest on top of it
 
     @property
     def total(self) -> int:
@@ -151,34 +167,49 @@ def predict(
 
 
 def peaks_of(
-    config: Config, model_config, loads: Sequence[Load], target: Target, exact: bool = True
+    config: Config,
+    model_config,
+    loads: Sequence[Load],
+    target: Target,
+    exact: bool = True,
+    run: Callable[[Step], list[Peak]] = Step.run,
 ) -> list[Peak]:
-    """The peaks of each of these microbatches, place by place."""
+    """The peaks of each of these microbatches, place by place; run: see simulate."""
     if config.head_memory is None:
         config = with_head_memory(config, model_config, target)
     of_load = simulate if exact else _from_few_layers
-    return [peak for load in loads for peak in of_load(config, model_config, load, target)]
+    return [peak for load in loads for peak in of_load(config, model_config, load, target, run)]
 
 
 def highest(peaks: Sequence[Peak], target: Target) -> Prediction:
     """The highest of these peaks, and what comes on top of it."""
-    top = max(peaks, key=lambda peak: peak.total)
+    alone = [_with_slack(peak, target) for peak in peaks]
+    phases: dict[str, int] = {}
+    for one in alone:
+        phase = one.peak.where.partition(" ")[0]
+        phases[phase] = max(one.total, phases.get(phase, 0))
+    return replace(alone[max(range(len(peaks)), key=lambda i: peaks[i].total)], phases=phases)
+
+
+def _with_slack(peak: Peak, target: Target) -> Prediction:
     if target.is_cpu:
-        return Prediction(top, 0, 0)
-    staying = sum(top.bytes[owner] for owner in (WEIGHTS, ADAPTERS, GRADIENTS, STATES))
-    return Prediction(top, math.ceil(SLACK * (top.total - staying)), CONTEXT)
+        return Prediction(peak, 0, 0)
+    staying = sum(peak.bytes[owner] for owner in (WEIGHTS, ADAPTERS, GRADIENTS, STATES, REWARD))
+    return Prediction(peak, math.ceil(SLACK * (peak.total - staying)), CONTEXT)
 
 
-def _from_few_layers(config: Config, model_config, load: Load, target: Target) -> list[Peak]:
+def _from_few_layers(
+    config: Config, model_config, load: Load, target: Target, run: Callable[[Step], list[Peak]]
+) -> list[Peak]:
     few = 4 if config.activation_offloading else 2  # offloading has a few tensors on their way
     level = config.gradient_checkpointing
     step = level if isinstance(level, int) and not isinstance(level, bool) else 1
     n, layers = few * step, model_config.get_text_config().num_hidden_layers
     if n + step >= layers:
-        return simulate(config, model_config, load, target)
+        return simulate(config, model_config, load, target, run)
 
     def by_place(count: int) -> dict[str | None, dict[str, int]]:
-        peaks = simulate(config, with_layers(model_config, count), load, target)
+        peaks = simulate(config, with_layers(model_config, count), load, target, run)
         return {_place(peak.where, count): peak.bytes for peak in peaks}
 
     less, more = by_place(n), by_place(n + step)

@@ -34,6 +34,7 @@ from fastdpo.planning.collectives import (
 )
 from fastdpo.planning.fake_model import trains_all, units, with_head_memory
 from fastdpo.planning.prediction import Prediction, highest, peaks_of, selected
+from fastdpo.planning.sampling import SCORING
 from fastdpo.planning.search import SURE, Planner
 from fastdpo.planning.step_time import NOMINAL
 from fastdpo.planning.target import Target
@@ -165,6 +166,7 @@ def rank_bytes(
         config = with_head_memory(config, planner.model_config, planner.target, model.size // n)
     loads = planner.loads(config, ranks.all)
     peaks = peaks_of(config, planner.model_config, loads, planner.target, exact)
+    peaks += planner.between(config, exact, parts=n)
     return highest(sharded(peaks, model, n) if n > 1 else peaks, planner.target)
 
 
@@ -175,7 +177,7 @@ def sharded(peaks: Sequence[Peak], model: Model, n: int) -> list[Peak]:
     for peak in peaks:
         sizes = {owner: math.ceil(size / n) if owner in KEPT else size for owner, size in peak.bytes.items()}
         in_backward = peak.where.startswith("backward")
-        if peak.where not in ("before the step", "optimizer step"):
+        if peak.where not in ("before the step", "optimizer step", SCORING):
             sizes[GATHERED] = root.size + min(2, model.layers) * layer.size
         if in_backward:
             sizes[WHOLE] = GRADIENT * (root.trained + 2 * layer.trained)

@@ -12,8 +12,10 @@ from fastdpo.config.keys import FIELDS, Config
 from fastdpo.data.packing import places_of, sizes_of
 from fastdpo.data.store.stored import facts_of
 from fastdpo.errors import ConfigError, ModelError
+from fastdpo.planning.allocations import Peak
 from fastdpo.planning.fake_model import head_policy, trains_all
-from fastdpo.planning.prediction import Prediction, largest_loads, predict
+from fastdpo.planning.prediction import Prediction, highest, largest_loads, peaks_of
+from fastdpo.planning.sampling import beside, peaks_between, without_training
 from fastdpo.planning.simulate import Load
 from fastdpo.planning.step_time import Shape, StepTime, step_time
 from fastdpo.planning.target import Target
@@ -69,6 +71,7 @@ class Planner:
     free: frozenset[str] | None = None  # of CHOSEN, what may be chosen; None: what is at its default
     processor: Any = None  # the model's, where it sees images
     _known: dict[str, Prediction] = field(default_factory=dict, init=False)
+    _between: dict[str, list[Peak]] = field(default_factory=dict, init=False)
     _loads: dict[tuple, list[Load]] = field(default_factory=dict, init=False)  # by what cuts a step
 
     def __post_init__(self):
@@ -100,8 +103,20 @@ class Planner:
         rows = [(tuple(group.row for group in load.groups), load.several) for load in loads]
         key = repr((replace(config, max_tokens=1), rows, exact))  # the cap shows in the microbatches alone
         if key not in self._known:
-            self._known[key] = predict(config, self.model_config, loads, self.target, exact)
+            peaks = peaks_of(config, self.model_config, loads, self.target, exact)
+            peaks = beside(peaks, self.between(config, exact), self.target)
+            self._known[key] = highest(peaks, self.target)
         return self._known[key]
+
+    def between(self, config: Config, exact: bool = False, parts: int = 1) -> list[Peak]:
+        """See peaks_between; nothing without rounds."""
+        if config.rounds is None:
+            return []
+        key = repr((without_training(config), exact, parts))
+        if key not in self._between:
+            given = int(self.facts.prompt.max()), self.processor is not None, self.target, exact, parts
+            self._between[key] = peaks_between(config, self.model_config, *given)
+        return self._between[key]
 
     def fits(self, config: Config, changes: dict, budget: int) -> bool:
         return self.predict(replace(config, **changes)).total <= budget

@@ -5,6 +5,7 @@ from rich.table import Column, Table
 
 from fastdpo.config.keys import Config
 from fastdpo.config.reading import to_word
+from fastdpo.config.rounds import sample_spec
 from fastdpo.console.formatting import counted, duration, gigabytes
 from fastdpo.planning.collectives import LINK_SHARE, NETWORK, Ranks
 from fastdpo.planning.prediction import Prediction
@@ -12,6 +13,7 @@ from fastdpo.planning.ranks import GATHERED, KEPT, WHOLE, RankPlan, refusal
 from fastdpo.planning.search import Option
 from fastdpo.planning.step_time import SHARE, StepTime
 from fastdpo.planning.target import SLACK, Target
+from fastdpo.training.job import objective_of
 
 _MEANINGS = {
     "weights": "as they are kept",
@@ -20,10 +22,16 @@ _MEANINGS = {
     "layer workspace": "of the layer at work, recomputed ones, cuBLAS",
     "attention workspace": "keys and values gathered for shared prompts, buffers of its backward",
     "head buffers": "of the lm_head: at most head_memory, and the scored rows",
+    "generation's cache": "keys and values of the sequences that are sampled at once",
+    "logits of a token": "of these sequences, in fp32, and what sampling makes of them",
+    "reward model": "its weights, while it scores",
     "reference": "its log-probs wait on the host; no second model",
     "allocator slack": f"assumed: {SLACK:.0%} of what comes and goes",
     "CUDA context": "assumed, beside what torch allocates",
 }
+
+
+_PHASES = ["sampling", "scoring", "forward", "head", "backward", "optimizer step"]
 
 
 def owners_table(prediction: Prediction, target: Target) -> Table:
@@ -41,6 +49,32 @@ def owners_table(prediction: Prediction, target: Target) -> Table:
     return table
 
 
+def phase_lines(config: Config, prediction: Prediction) -> list[str]:
+    """The peak of each phase of a round, and what these stand on."""
+    spec = sample_spec(config.sample)
+    sizes = {
+        "optimizer step" if name == "optimizer" else name: size for name, size in prediction.phases.items()
+    }
+    in_order = sorted(sizes.keys() - {"before"}, key=_PHASES.index)
+    lines = [f"phases of a round: {', '.join(f'{name} {gigabytes(sizes[name])}' for name in in_order)}"]
+    if objective_of(config).needs_reference:
+        lines[0] += "; the reference's pass takes no more than the forward"
+    if spec.engine == "vllm":
+        lines.append("sampling: by vLLM, in a process of its own that takes what is left; not in the plan")
+    return [
+        *lines,
+        f"lengths are the worst case: every sample as long as max_new_tokens ({spec.max_new_tokens}), behind "
+        "the longest prompts",
+    ]
+
+
+def way_out(prediction: Prediction) -> str:
+    """What is left to do where no change of keys makes it fit."""
+    if prediction.peak.where.startswith("sampling"):
+        return "sample: {engine: vllm}, a process of its own, a smaller max_new_tokens or a larger card"
+    return "a shorter max_length, a smaller model or a larger card"
+
+
 def verdict(prediction: Prediction, budget: int | None) -> str:
     if budget is None:
         return "--memory 24GB would say whether it fits, and what to change"
@@ -50,13 +84,14 @@ def verdict(prediction: Prediction, budget: int | None) -> str:
     return f"[red]does not fit[/] in {gigabytes(budget)}: {gigabytes(-rest)} too much"
 
 
-def time_line(time: StepTime, target: Target) -> str:
+def time_line(time: StepTime, target: Target, rounds: bool = False) -> str:
     """What a step is estimated to take."""
+    also = "; the time of sampling and scoring is not estimated" if rounds else ""
     work = f"an optimizer step: {time.flops / 1e12:,.1f} TFLOP of matrix products"
     if target.card is None:
-        return f"{work} (no time estimated: the card is not known; --card H100 names one)"
+        return f"{work} (no time estimated: the card is not known; --card H100 names one){also}"
     rate = f"{SHARE:.0%} of {target.card.flops / 1e12:.0f} TFLOP/s"
-    return f"{work}, about {duration(time.seconds)} (estimated at {rate}, not measured)"
+    return f"{work}, about {duration(time.seconds)} (estimated at {rate}, not measured){also}"
 
 
 def words(changes: dict) -> str:

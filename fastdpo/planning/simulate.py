@@ -3,6 +3,7 @@
 import importlib
 import logging
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -76,7 +77,7 @@ class Step:
         """The step's peaks, place by place."""
         policy, tracker, batch = self.policy, self.tracker, self.batch
         with self.mode, tracker, self.real:
-            self._settle_in()
+            self.settle_in()
             if batch.layout is not None and not self.target.is_cpu:
                 object.__setattr__(batch.layout, "seen", tracker)
             self._follow_layers()
@@ -97,7 +98,7 @@ class Step:
             torch.empty(max(1, step_bytes(self.optim, largest)), dtype=torch.uint8)
         return tracker.peaks()
 
-    def _settle_in(self) -> None:
+    def settle_in(self) -> None:
         """What is there before the step: weights, states, the microbatch, gradients of earlier ones."""
         policy, tracker, config = self.policy, self.tracker, self.config
         tracker.where = "before the step"
@@ -165,9 +166,11 @@ class Step:
             layer.register_forward_hook(partial(leave, number))
 
 
-def simulate(config: Config, model_config, load: Load, target: Target) -> list[Peak]:
-    """The peaks of one step, place by place. Raises ConfigError for keys that the model does not allow, and
-    ModelError where it does not run without data."""
+def simulate(
+    config: Config, model_config, load: Load, target: Target, run: Callable[[Step], list[Peak]] = Step.run
+) -> list[Peak]:
+    """The peaks of one step, place by place, or of what else `run` does. Raises ConfigError for keys that the
+    model does not allow, and ModelError where it does not run without data."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     try:
         with (
@@ -178,7 +181,7 @@ def simulate(config: Config, model_config, load: Load, target: Target) -> list[P
             # what is offloaded goes where the tracker does not count, unless a CPU itself is planned
             patch.object(offloading, "HOST", offloading.HOST if target.is_cpu else allocations.HOST),
         ):
-            return Step(config, model_config, load, target).run()
+            return run(Step(config, model_config, load, target))
     except FastDPOError:
         raise
     except Exception as error:

@@ -18,6 +18,7 @@ from fastdpo.files import durable
 from fastdpo.model.finding import Source, find_source, tokenizer_beside
 from fastdpo.model.processors import stored_files, write_files
 from fastdpo.model.source import (
+    as_reward_model,
     check_weights,
     damage,
     load_config,
@@ -36,8 +37,9 @@ def merge(
     source: str | Path, output: str | Path | None = None, dtype: str = "auto", console: Console | None = None
 ) -> Path:
     """Writes the adapter in a run folder (or in a peft folder) merged into its base, as a folder that
-    AutoModelForCausalLM (or AutoModelForImageTextToText) loads, tokenizer and processor included; returns
-    it (default: `source`-merged beside it).
+    AutoModelForCausalLM loads (or AutoModelForImageTextToText, of a reward model
+    AutoModelForSequenceClassification), tokenizer and processor included; returns it (default:
+    `source`-merged beside it).
 
     Each weight is merged in fp32 and rounded once, to `dtype`: bf16, fp32, or auto, the base's own. Raises
     ConfigError for an output that exists, ModelError for what cannot be merged or what merged badly.
@@ -71,6 +73,9 @@ def merge(
     beside = tokenizer_beside(adapter, "merge")
     tokenizer = load_tokenizer(beside or base, "merge")
     files = {} if not sees_images(model_config) else (beside and stored_files(beside)) or stored_files(base)
+    if settings.get("task_type") == "SEQ_CLS":
+        as_reward_model(base, model_config)
+        model_config.pad_token_id = tokenizer.pad_token_id
     model = _with_adapter(adapter, settings, base, model_config, wanted, console)
     merged = _merged(model, wanted, console)
     try:
@@ -126,7 +131,8 @@ def _with_adapter(adapter: Path, settings: dict, base: Source, model_config, dty
             raise ModelError(
                 f"merge: {adapter} sets {key}, which the installed peft does not know: update peft"
             )
-    whole = load_weights(base, model_config, console, dtype=dtype)
+    rewards = settings.get("task_type") == "SEQ_CLS"
+    whole = load_weights(base, model_config, console, rewards, dtype=dtype)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's, on embeddings: what they fear is checked below
@@ -165,9 +171,9 @@ def _merged(model, dtype: torch.dtype, console: Console):
             merged = model.merge_and_unload().to(dtype)
     except (ValueError, RuntimeError) as error:  # weights that are not numbers, kinds that do not merge
         raise ModelError(f"merge: {error}") from None
-    inside, out = core.get_input_embeddings().weight, core.get_output_embeddings().weight
+    inside = core.get_input_embeddings().weight
     if untied:
-        tied = torch.equal(inside, out)
+        tied = torch.equal(inside, core.get_output_embeddings().weight)
         core.config.tie_word_embeddings = core.config.get_text_config().tie_word_embeddings = tied
         if tied:
             core.tie_weights()
@@ -187,6 +193,8 @@ def _untie(core) -> bool:
     from peft.utils import AuxiliaryTrainingWrapper
 
     inside, out = core.get_input_embeddings(), core.get_output_embeddings()
+    if out is None:  # a reward model's
+        return False
     changed = any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in (inside, out))
     if not changed or not core.config.get_text_config().tie_word_embeddings:
         return False

@@ -14,6 +14,7 @@ from fastdpo.data.chat.named import file_of, is_text
 from fastdpo.errors import ConfigError
 from fastdpo.files.names import gguf_path, is_gguf
 from fastdpo.report.history import RunHistory, read_run
+from fastdpo.report.rounds import kl_unknown, round_table, spec_of
 from fastdpo.report.story import stage_tables
 from fastdpo.values import as_list
 
@@ -21,7 +22,7 @@ SETTINGS = "adapter_config.json"  # what makes a folder a peft adapter
 _FILES = (".jsonl", ".json", ".csv", ".parquet")
 _NO_SETTINGS = set(  # told elsewhere in the card, or of this machine alone
     "model adapter data eval_data output_dir push_to_hub data_cache reference_cache report_to logging_steps "
-    "save_steps save_total_limit resume overwrite samples stages".split()
+    "save_steps save_total_limit resume overwrite samples stages rounds sample reward reference".split()
 )
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json")  # of a model that sees images
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
@@ -65,6 +66,7 @@ def model_card(history: RunHistory | None, folder: Path, adapter: Path | None = 
     losses = _losses(history) if history else {}
     is_adapter = (Path(folder) / SETTINGS).exists()
     name = None if adapter else config.get("push_to_hub")
+    rewards = settings.get("task_type") == "SEQ_CLS" or _is_classifier(Path(folder) / "config.json")
     images = any((Path(folder) / name).exists() for name in _PROCESSOR)
     loss_tags = ["dpo" if loss == "sigmoid" else loss for loss in losses]
     sources = as_list(config.get("data") or None)
@@ -73,8 +75,12 @@ def model_card(history: RunHistory | None, folder: Path, adapter: Path | None = 
         base_model=base if _is_on_hub(base) else None,
         datasets=on_hub or None,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="image-text-to-text" if images else "text-generation",
-        tags=["fastdpo", *loss_tags, *(["lora"] if is_adapter else [])],
+        pipeline_tag="text-classification"
+        if rewards
+        else "image-text-to-text"
+        if images
+        else "text-generation",
+        tags=["fastdpo", *(["reward-model"] if rewards else loss_tags), *(["lora"] if is_adapter else [])],
     )
     text = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
     return Template(text, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).render(
@@ -86,10 +92,15 @@ def model_card(history: RunHistory | None, folder: Path, adapter: Path | None = 
         why_not_vllm=unserved_by_vllm(settings) if is_adapter else [],
         vllm_ranks=_VLLM_RANKS,
         **dict(name=name, history=history, config=config, settings=settings, losses=losses),
-        **dict(base=base, gguf=gguf, images=images),
+        **dict(base=base, gguf=gguf, images=images, rewards=rewards),
         **dict(is_adapter=is_adapter, is_on_hub=_is_on_hub, public=_public, link=_link),
-        **dict(changed_settings=_changed_settings, tables=_tables),
+        **dict(changed_settings=_changed_settings, tables=_tables, rounds=_rounds(history)),
     )
+
+
+def _is_classifier(path: Path) -> bool:
+    kinds = _read_json(path).get("architectures") or [] if path.exists() else []
+    return any(kind.endswith("ForSequenceClassification") for kind in kinds)
 
 
 def base_of(settings: dict) -> str:
@@ -162,6 +173,23 @@ def _title(name: str | None, history: RunHistory | None, adapter: Path | None) -
         name = history.run.resolve().name if history else _public(adapter)
         name += ", merged" if adapter else ""
     return name.rpartition("/")[2]
+
+
+def _rounds(history: RunHistory | None) -> dict | None:
+    """How the model was sampled, scored and what it was held against; None of a run without rounds."""
+    if history is None or not history.config.get("rounds"):
+        return None
+    reward = str(history.config.get("reward"))
+    file, colon, function = reward.rpartition(":") if ".py:" in reward else (reward, "", "")
+    is_model = not colon and reward not in ("vader", "length")
+    return {
+        "count": history.config["rounds"],
+        "spec": spec_of(history),
+        "reward": _link(file) if is_model else f"`{_public(file)}{colon}{function}`",
+        "moves": history.reference_moves,
+        "table": round_table(history),
+        "kl_unknown": kl_unknown(history),
+    }
 
 
 def _changed_settings(history: RunHistory) -> list[tuple[str, str]]:

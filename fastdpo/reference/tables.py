@@ -1,9 +1,10 @@
 """A round's log-probs: computed where the policy stands, and in a file beside the round's samples."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fastdpo.data.store.facts import HASH
@@ -35,21 +36,34 @@ def save(path: Path, key: str, tables: dict[str, ReferenceTable]) -> None:
         columns = (keys.view(np.uint8), *table.values.stored(keys))
         tensors |= {f"{name}.{part}": column for part, column in zip(_PARTS, columns)}
     part = path.with_name(f".{path.name}.part")
-    save_file(tensors, part, {"key": key})
+    save_file(tensors, part, _told(key, tensors))
     durable.sync(part)
     part.replace(path)
 
 
 def load(path: Path, key: str) -> dict[str, Columns]:
-    """What `restored` makes tables of, of samples of this key; none, where the file is not there or of
-    others."""
+    """What `restored` makes tables of, of samples of this key; none, where the file is not there, of others,
+    or not as it was written."""
     if not path.exists():
         return {}
-    with safe_open(path, framework="np") as file:
-        if file.metadata() != {"key": key}:
-            return {}
-        names = sorted({name.split(".")[0] for name in file.keys()})
-        return {name: tuple(file.get_tensor(f"{name}.{part}") for part in _PARTS) for name in names}
+    try:
+        with safe_open(path, framework="np") as file:
+            tensors, said = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    except (SafetensorError, UnicodeDecodeError):
+        return {}
+    if said != _told(key, tensors):
+        return {}
+    names = sorted({name.split(".")[0] for name in tensors})
+    return {name: tuple(tensors[f"{name}.{part}"] for part in _PARTS) for name in names}
+
+
+def _told(key: str, tensors: dict[str, np.ndarray]) -> dict[str, str]:
+    """A file's metadata: one entry, for several would come in any order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(np.ascontiguousarray(tensor).tobytes())
+    return {"key": f"{key} {digest.hexdigest()}"}
 
 
 def restored(keys: np.ndarray, lengths: np.ndarray, values: np.ndarray) -> ReferenceTable:

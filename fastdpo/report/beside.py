@@ -31,6 +31,7 @@ _LOSS = (
 _NUMBERS = (  # (metric, title, how it is written, lower is better or None: neither, where these are the same)
     ("logps/accuracies", "accuracy of the policy alone", percent, False, ()),
     ("rewards/accuracies", "accuracy over the reference", percent, False, _REFERENCE),
+    ("accuracy", "accuracy of the rewards", percent, False, ()),
     ("loss", "loss", significant, True, _LOSS),
     ("rewards/margins", "reward margin", significant, None, ()),
     ("kl", "KL, nats a token", significant, None, ()),
@@ -160,6 +161,8 @@ def held_out(
                 column.why_not = "the held-out rows are not known to be the same"
             elif others:
                 column.why_not = f"it depends on {', '.join(others)}, in which the runs differ"
+            elif needed and any(history.reference_moves for history in histories):
+                column.why_not = "it is over a reference that moves with each round"
             elif 0 < scored < _FEWEST:
                 column.why_not = f"{scored} held-out prompts are too few to tell; score {_FEWEST} or more"
             else:

@@ -53,7 +53,7 @@ def description(chart: Chart) -> str:
     parts = [f"{c.label} {ends(c.series.value)}" for c in chart.curves]
     first = min(int(c.series.step[0]) for c in chart.curves)
     last = max(int(c.series.step[-1]) for c in chart.curves)
-    return f"{chart.title}, steps {first:,} to {last:,}: {'; '.join(parts)}."
+    return f"{chart.title}, {chart.of.split()[-1]}s {first:,} to {last:,}: {'; '.join(parts)}."
 
 
 def marks(history: RunHistory) -> list[Mark]:
@@ -81,6 +81,8 @@ def _newest(history: RunHistory, name: str) -> tuple[str, Series]:
 
 def _loss(history: RunHistory, chart: Chart) -> str:
     where, loss = _newest(history, "loss")
+    if history.config.get("rounds"):
+        return "Each round has samples of its own, so that its loss is not that of the round before."
     if where == "training":
         return "No held-out rows, so nothing here shows overfitting: eval_data: 0.05 splits some off."
     best = int(np.argmin(loss.value))
@@ -95,6 +97,8 @@ def _accuracy(history: RunHistory, chart: Chart) -> str:
     policy = history.series("eval_logps/accuracies").value
     if not len(policy):
         return note
+    if history.reference_moves:
+        note += " The reference is each round's start."
     alone = "Without the reference, the policy itself finds the held-out chosen response likelier in"
     return f"{note} {alone} {policy[-1]:.1%} of pairs."
 
@@ -105,6 +109,8 @@ def _logps(history: RunHistory, chart: Chart) -> str:
         return ""
     if not len(rejected):
         return "The log-probability of the responses trained on."
+    if history.config.get("rounds"):
+        return "In training of each round's own samples, which the policy itself finds likely."
     fell, rejected_fell = (s.value[0] - s.value[-1] for s in (chosen, rejected))
     if fell > 0.005 * abs(chosen.value[0]):
         return (
@@ -144,12 +150,23 @@ def _memory(history: RunHistory, chart: Chart) -> str:
     return f"At most {peak}: of the GPU's allocator, or of the process where there is no GPU."
 
 
+def _kl(history: RunHistory, chart: Chart) -> str:
+    text = "How far the policy has moved from the reference: Schulman's k2 estimate on "
+    if not history.config.get("rounds"):
+        return f"{text}the data's own tokens, not on text that the policy wrote."
+    return (
+        text + "the tokens trained on, since the round began."
+        if history.reference_moves
+        else f"{text}the tokens trained on."
+    )
+
+
 _REFERENCE = [(0.0, "the reference")]
 _MARGIN = "By how much the policy prefers the chosen response more than the reference does."
 _REWARDS = "β times how much likelier each response became than under the reference."
-_KL = (
-    "How far the policy has moved from the reference: Schulman's k2 estimate on the data's own tokens, "
-    "not on text that the policy wrote."
+_RIGHT = "Pairs whose chosen response has the higher reward."
+_NOT_ITS_SIZE = (
+    "How far apart the rewards of a pair are. Only differences are trained, so rewards have no zero."
 )
 
 
@@ -171,9 +188,12 @@ _CHARTS: tuple[tuple, ...] = (
     ("loss", "Loss", "loss", "loss", [], _loss),
     ("margin", "Reward margin", "chosen − rejected", "rewards/margins", _REFERENCE, _MARGIN),
     ("accuracy", "Accuracy", "share of pairs", "rewards/accuracies", [(0.5, "chance")], _accuracy),
+    ("reward_margin", "Margin", "reward of chosen − rejected", "margin", [], _NOT_ITS_SIZE),
+    ("reward_accuracy", "Accuracy", "share of pairs", "accuracy", [(0.5, "chance")], _RIGHT),
+    ("mean_reward", "Mean reward", "reward", "mean_reward", [], "Over chosen and rejected responses."),
     ("logps", "Log-probabilities", "nats a response", "logps", [], _logps),
     ("rewards", "Rewards", "β · nats over the reference", "rewards", _REFERENCE, _REWARDS),
-    ("kl", "KL from the reference", "nats a token", "kl", [], _KL),
+    ("kl", "KL from the reference", "nats a token", "kl", [], _kl),
     ("grad_norm", "Gradient norm", "norm before clipping", "grad_norm", [], _grad_norm),
     ("learning_rate", "Learning rate", "", "learning_rate", [], _learning_rate),
     ("pairs_per_second", "Pairs per second", "pairs/s", "pairs_per_second", [], _median("pairs/s")),

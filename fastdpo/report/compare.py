@@ -20,6 +20,8 @@ from fastdpo.report.charts import description, marks
 from fastdpo.report.history import RunHistory, read_run
 from fastdpo.report.page import samples, template, write_report
 from fastdpo.report.plots import DASHED, DOTTED, Chart, Curve, Mark, draw
+from fastdpo.report.rounds import CHARTS as ROUND_CHARTS
+from fastdpo.report.rounds import ERROR, SCORE, over_rounds, round_tiles
 from fastdpo.report.story import ending, seconds_spent
 
 _RUN = ("config.yaml", "metrics.jsonl", "events.jsonl")  # a folder without any of them holds no run
@@ -30,6 +32,8 @@ _CHARTS: tuple[tuple, ...] = (  # (file name, title, unit, metric, levels to com
     ("loss", "Loss", "loss", "loss", []),
     ("accuracy", "Accuracy over the reference", "share of pairs", "rewards/accuracies", [(0.5, "chance")]),
     ("margin", "Reward margin", "chosen − rejected", "rewards/margins", [(0.0, "the reference")]),
+    ("reward_accuracy", "Accuracy of the rewards", "share of pairs", "accuracy", [(0.5, "chance")]),
+    ("reward_margin", "Margin of the rewards", "chosen − rejected", "margin", []),
     ("kl", "KL from the reference", "nats a token", "kl", []),
     ("chosen", "Log-probability of the chosen", "nats a response", "logps/chosen", []),
     ("rejected", "Log-probability of the rejected", "nats a response", "logps/rejected", []),
@@ -139,6 +143,7 @@ def _run(history: RunHistory, name: str, folder: str, at) -> dict:
         "speed": middle("pairs_per_second"),
         "tokens": middle("tokens_per_second"),
         "memory": gigabytes(peak.max() * 1e9) if len(peak) else "",
+        "rounds": {tile["title"]: tile for tile in round_tiles(history)},
         "scored": f"{at[1]:,}" if at else "",
         "lowest": _lowest(prompts, at) if at else "",
     }
@@ -158,10 +163,11 @@ def _dashes(style) -> str:
 
 
 def _figures(histories: list[RunHistory], called: list[str]) -> dict[str, list[dict]]:
-    """The held-out curves, then those of training; a chart where one of the runs has a curve in it."""
+    """The curves over rounds, the held-out ones, then those of training; a chart where one of the runs has a
+    curve in it."""
     ours = [mark for history in histories for mark in marks(history) if mark.is_stage]
     at = [Mark(step, label, True) for step, label in dict.fromkeys((m.step, m.label) for m in ours)]
-    out: dict[str, list[dict]] = {}
+    out: dict[str, list[dict]] = {"Of each round's samples": _over_rounds(histories, called)}
     for prefix, where in (("eval_", "On the held-out rows"), ("", "In training")):
         out[where] = []
         for name, title, unit, metric, levels in _CHARTS:
@@ -176,6 +182,23 @@ def _figures(histories: list[RunHistory], called: list[str]) -> dict[str, list[d
                 chart = Chart(f"{prefix}{name}", title, unit, curves, list(levels), legend=False)
                 facts = {"title": title, "words": f"{where}: {description(chart)}"}
                 out[where].append(facts | {"svg": draw(chart, at, None)})
+    return out
+
+
+def _over_rounds(histories: list[RunHistory], called: list[str]) -> list[dict]:
+    """Score, KL, length and ending of the runs with rounds."""
+    out = []
+    for name, title, unit, metric in ROUND_CHARTS:
+        curves = []
+        for history, run, (colour, style) in zip(histories, called, _LOOKS):
+            series, error = over_rounds(history, metric), None
+            if metric == SCORE:
+                error = over_rounds(history, ERROR)
+            if len(series):
+                curves.append(Curve(run, colour, series, True, style, error))
+        if any(len(curve.series) > 1 for curve in curves):
+            chart = Chart(name, title, unit, curves, [], legend=False, of="round")
+            out.append({"title": title, "words": description(chart), "svg": draw(chart, [], None)})
     return out
 
 

@@ -100,6 +100,12 @@ class RunHistory:
         return wanted.get("objective") or self.config.get("objective")
 
     @property
+    def reference_moves(self) -> bool:
+        """Whether each round refers to the policy that sampled it, so that what is over the reference begins
+        anew in each."""
+        return bool(self.config.get("rounds")) and self.config.get("reference") != "start"
+
+    @property
     def rows_kept(self) -> int | None:
         """How many rows of the data could be used, where that is known."""
         return ((self.data.get("data") or {}).get("kept") or {}).get("rows")

@@ -13,7 +13,8 @@ from fastdpo.data.report import MEANING
 from fastdpo.files import durable
 from fastdpo.report.charts import charts, description, drawable, marks, said
 from fastdpo.report.history import RunHistory, read_run
-from fastdpo.report.plots import draw, draw_lengths
+from fastdpo.report.plots import Chart, Mark, draw, draw_lengths
+from fastdpo.report.rounds import extremes, kl_unknown, round_charts, round_table, rounds_in_words
 from fastdpo.report.story import ending, headline_numbers, ignored, stage_tables, throughput, timeline
 
 _LONGEST = 6000  # characters of a prompt or completion that the page shows
@@ -45,6 +46,10 @@ def render(history: RunHistory) -> str:
         "stage_tables": stage_tables,
         "figures": _figures,
         "said": lambda h: [said(c) for c in charts(h) if not drawable(c)],
+        "rounds": round_table,
+        "round_figures": lambda h: _drawn(h, round_charts(h), []),
+        "kl_unknown": kl_unknown,
+        "extremes": extremes,
         "samples": samples,
         "data": _data,
         "lengths": _lengths,
@@ -75,22 +80,24 @@ def template(name: str, folder: Path | None = None):
     return environment.get_template(name)
 
 
-def shortened(text) -> str:
-    """Very long texts end with how much was left out."""
+def shortened(text, where: str = "samples.jsonl") -> str:
+    """Very long texts end with how much was left out, and where it is."""
     text = str(text)
     rest = len(text) - _LONGEST
-    return text if rest <= 0 else f"{text[:_LONGEST]}\n[... {rest:,} more characters in samples.jsonl]"
+    return text if rest <= 0 else f"{text[:_LONGEST]}\n[... {rest:,} more characters in {where}]"
 
 
 def spoken(turns) -> str:
-    """A conversation, each turn behind its role."""
+    """A conversation, each turn behind its role; text as it is."""
+    if isinstance(turns, str):
+        return turns
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 def _facts(history: RunHistory) -> dict:
     """What was trained on what, in a line."""
     config, data = history.config, history.data.get("data") or {}
-    names = {"sigmoid": "DPO", "sft": "SFT"}
+    names = {"sigmoid": "DPO", "sft": "SFT", "bradley_terry": "A reward model"}
     begun = [stage["objective"] for stage in history.stages()]
     wanted = [history.objective(stage) for stage in range(len(config.get("stages") or [0]))]
     objectives = [str(objective or "training") for objective in begun or wanted]
@@ -101,18 +108,23 @@ def _facts(history: RunHistory) -> dict:
         "name": history.run.resolve().name,
         "model": config.get("model", "a model that config.yaml would name"),
         "objectives": " then ".join(names.get(name, name) for name in objectives),
+        "rounds": rounds_in_words(history),
         "how": f"LoRA of rank {lora}" if lora else trained,
         "rows": history.rows_kept,
         "source": data.get("source") or config.get("data"),
+        "writes": "bradley_terry" not in objectives,
         "has_model": any((history.run / "model").glob("*.safetensors")),
     }
 
 
 def _figures(history: RunHistory) -> list[dict]:
-    at = marks(history)
+    return _drawn(history, charts(history), marks(history))
+
+
+def _drawn(history: RunHistory, some: list[Chart], at: list[Mark]) -> list[dict]:
     return [
         {"title": c.title, "note": c.note, "words": description(c), "svg": draw(c, at, history.plots)}
-        for c in charts(history)
+        for c in some
         if drawable(c)
     ]
 

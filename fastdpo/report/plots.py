@@ -52,6 +52,7 @@ class Curve:
     series: Series
     dots: bool
     style: Any = None  # of the line; None: dashed where it is held-out
+    error: Series | None = None  # a band of so much above and below, where it is known
 
 
 @dataclass
@@ -66,6 +67,7 @@ class Chart:
     log_scale: bool = False
     note: str = ""  # what a reader should know
     legend: bool = True  # False where the page has one for all charts
+    of: str = "optimizer step"  # what its steps are
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Mark:
 def draw(chart: Chart, marks: list[Mark], folder: Path | None) -> Markup:
     """SVG without its XML header; a PNG, too, into a folder that is named."""
     with rc_context(_STYLE):
-        axes = _axes("optimizer step", chart.unit)
+        axes = _axes(chart.of, chart.unit)
         for curve in chart.curves:
             _plot(axes, curve)
         if chart.log_scale:
@@ -146,6 +148,7 @@ def _axes(x_label: str, y_label: str) -> Axes:
 
 def _plot(axes: Axes, curve: Curve) -> None:
     colour, style = COLOURS[curve.colour], curve.style or (DASHED if curve.dots else "-")
+    _band(axes, curve)
     label: str | None = curve.label
     for stage in np.unique(curve.series.stage):
         part = curve.series.of_stage(stage)
@@ -162,6 +165,14 @@ def _plot(axes: Axes, curve: Curve) -> None:
                 part.step[some], smoothed(part.value)[some], color=colour, lw=1.8, ls=style, label=label
             )
         label = None  # a legend entry for all stages
+
+
+def _band(axes: Axes, curve: Curve) -> None:
+    if curve.error is not None:
+        known = curve.series.where(np.isin(curve.series.step, curve.error.step))
+        error = curve.error.where(np.isin(curve.error.step, known.step)).value
+        look: dict = dict(color=COLOURS[curve.colour], alpha=0.18, lw=0)
+        axes.fill_between(known.step, known.value - error, known.value + error, **look)
 
 
 def _mark(axes: Axes, marks: list[Mark]) -> None:

@@ -7,10 +7,14 @@ import numpy as np
 from fastdpo.config.reading import to_word
 from fastdpo.console.formatting import about, counted, duration, gigabytes, percent, signed, significant
 from fastdpo.report.history import RunHistory
+from fastdpo.report.rounds import round_tiles, rounds_of
 
 # (metric, what it is called, and at the top, how it is written, whether lower is better; None: neither)
 _NUMBERS = (
     ("loss", "loss", "Loss", significant, True),
+    ("accuracy", "accuracy", "Accuracy", percent, False),
+    ("margin", "margin of the rewards", "Margin", significant, False),
+    ("mean_reward", "mean reward", None, significant, None),
     ("rewards/accuracies", "accuracy over the reference", "Accuracy over the reference", percent, False),
     ("logps/accuracies", "accuracy of the policy alone", "Accuracy of the policy alone", percent, False),
     ("rewards/margins", "reward margin", "Reward margin", significant, False),
@@ -30,7 +34,11 @@ def ending(history: RunHistory) -> dict:
     planned = sum(stage.get("steps") or 0 for stage in history.stages())
     n_stages = len(history.config.get("stages") or [0])
     known = len(history.stages()) == n_stages and planned
+    rounds = rounds_of(history)
+    known = known and not rounds  # prompts without a signal make a round shorter
     where = f"step {step:,} of {planned:,}" if known else f"step {step:,}"
+    if rounds:
+        where = f"round {rounds[-1]['round']} of {history.config.get('rounds', '?')}, {where}"
     last = (history.happened("start", "resume", "done", "stopped", "error") or [{}])[-1]
     spent = seconds_spent(history)
     took = f" after {duration(spent)}" if spent else ""
@@ -84,6 +92,8 @@ def throughput(history: RunHistory) -> str:
 def _which_weights(history: RunHistory, state: str) -> str:
     """Which step's weights model/ holds, and whether others did better on the held-out rows."""
     stages = history.stages()
+    if history.config.get("rounds"):  # the last are kept, whatever held-out rows say
+        return ""
     if not stages or len(loss := history.series("eval_loss", stages[-1]["stage"])) < 2:
         return ""
     best = int(np.argmin(loss.value))
@@ -115,7 +125,10 @@ def moment(event: dict) -> datetime | None:
 
 
 def headline_numbers(history: RunHistory) -> list[dict]:
-    """The last stage's loss, accuracy, margin and KL, before and after."""
+    """The last stage's loss, accuracy, margin and KL, before and after; of a run with rounds, how its samples
+    scored."""
+    if rounds_of(history):
+        return round_tiles(history)
     last = (stage_tables(history) or [{"rows": []}])[-1]
     return [dict(row, title=row["tile"]) for row in last["rows"] if row["tile"]]
 
@@ -139,10 +152,21 @@ def stage_tables(history: RunHistory) -> list[dict]:
             for row in rows:
                 if row and row["metric"] == metric and error is not None:
                     row["error"] = error_text(error, written)
+        if history.config.get("rounds"):
+            alone = (
+                {"logps/accuracies"} if history.reference_moves else {row["metric"] for row in rows if row}
+            )
+            rows = [row and _told(row, held_out and row["metric"] in alone) for row in rows]
         table = {"stage": number, "objective": stage["objective"], "held_out": held_out}
         table |= {"steps": steps if first < last else (None, None, last), "rows": list(filter(None, rows))}
         out.append(table)
     return out
+
+
+def _told(row: dict, compares: bool) -> dict:
+    """A row of a run with rounds, where a change is no better or worse if other samples train, or the
+    reference has moved."""
+    return row if compares else row | {"verdict": ""}
 
 
 def error_text(error: float, written) -> str:
@@ -224,7 +248,17 @@ def _pairs(event: dict) -> str:
     return text + (f", {counted(flipped, 'row')} flipped on purpose" if flipped is not None else "")
 
 
+def _round(event: dict) -> str:
+    error = event.get("objective/scores_stderr")
+    text = f"round {event['round']}: score {significant(event['objective/scores'])}"
+    text += f" ± {significant(error, 2)}" if error is not None else ""
+    quiet = f", {counted(event['no_signal'], 'prompt')} without a signal" if event["no_signal"] else ""
+    return f"{text} over {counted(event['responses'], 'sample')}{quiet}"
+
+
 _TEXT = {
+    "round": _round,
+    "no_room": lambda e: f"{counted(e['rows'], 'row')} left out, whose prompts leave no room for a sample",
     "pairs": _pairs,
     "start": _started,
     "resume": _started,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from fastdpo.config.rounds import SampleSpec
@@ -12,7 +13,7 @@ from fastdpo.data.images.expansion import Expander
 from fastdpo.model.policy import Policy
 from fastdpo.model.spec import ModelSpec
 from fastdpo.preferences import PreferenceGroup
-from fastdpo.sampling.engine import sample
+from fastdpo.sampling.engine import prompts_at_once, room_for, sample
 from fastdpo.sampling.rows import Answered, Asked, RoundFile
 from fastdpo.sampling.said import said, turns_of
 from fastdpo.sampling.scorers import Answer, Scorer, scores
@@ -30,17 +31,24 @@ class Drawing:
     scorer: Scorer | None  # of the first rank; None: nothing is scored
     scorer_name: str | None
     console: Console
+    again: bool = False  # what has scores is scored, too
+    budget: int | None = None  # bytes of the GPU's memory that may be taken
     check: Callable[[], object] = lambda: None  # called after each call of the engine; may raise
 
     def draw(self, asked: Sequence[Asked], seed: int, file: RoundFile) -> list[Answered]:
         """The prompts, answered and scored, the same on all ranks: what the file has is read, the rest is
         added to it. Collective."""
-        world = self.policy.world
+        world, groups = self.policy.world, [one.group for one in asked]
         found = world.told(file.read)
-        call = sample(
+        at_once = found[0].at_once if found else self.room(groups)
+        if len(found) < len(asked):  # the file may have been cut within a call
+            found = found[: len(found) - len(found) % prompts_at_once(self.policy, self.spec, at_once)]
+            if world.first and file.path.exists():
+                file.write(found)
+        calls = sample(
             self.policy,
             self.tokenizer,
-            [one.group for one in asked],
+            groups,
             spec=self.spec,
             seed=seed,
             ends=self.ends,
@@ -48,22 +56,27 @@ class Drawing:
             work=file.path.with_suffix(".work"),
             console=self.console,
             first=len(found),
+            at_once=at_once,
         )
-        for some in call if len(found) < len(asked) else ():
-            new = [
-                self.answered(one, ids, file.key) for one, ids in zip(asked[len(found) :], some, strict=False)
-            ]
+        for place, answers in calls:
+            some = asked[place : place + len(answers)]
+            new = [self.answered(*both, at_once, file.key) for both in zip(some, answers)]
             if world.first:
                 file.add(new)
             found += new
             self.check()
-        if self.scorer_name is not None and not all(one.is_scored for one in found):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # of the keys and values, for training takes other sizes
+        if self.scorer_name is not None and (self.again or not all(one.is_scored for one in found)):
             found = world.told(lambda: self.scored(found, asked))
             if world.first:
                 file.write(found)
         return found
 
-    def answered(self, asked: Asked, ids: list[list[int]], key: str) -> Answered:
+    def room(self, groups: list[PreferenceGroup]) -> int:
+        return room_for(self.policy, groups, self.spec.max_new_tokens, self.budget)
+
+    def answered(self, asked: Asked, ids: list[list[int]], at_once: int, key: str) -> Answered:
         prompt, forced = asked.group.prompt, asked.group.prompt[len(asked.group.prompt) - asked.forced :]
         plain = replace(asked.group, prompt=prompt[: len(prompt) - asked.forced])
         expander = Expander(self.policy.processor) if plain.images else None
@@ -74,6 +87,7 @@ class Drawing:
             responses=[self._response(forced.tolist(), some) for some in ids],
             prompt_ids=prompt.tolist(),
             forced=asked.forced,
+            at_once=at_once,
             key=key,
         )
 
@@ -86,7 +100,7 @@ class Drawing:
         """With scores, from which what did not end in time has lost `missing_eos_penalty`."""
         assert self.scorer is not None and self.scorer_name is not None
         given = [self._answer(one, of.group, r) for one, of in zip(found, asked) for r in one.responses]
-        values = iter(scores(self.scorer, self.scorer_name, given, self.console, "samples"))
+        values = iter(scores(self.scorer, self.scorer_name, given, self.console, "samples", "reward", True))
         lost = lambda r: 0.0 if r["ended"] else self.spec.missing_eos_penalty
         return [one.with_scores([next(values) - lost(r) for r in one.responses]) for one in found]
 

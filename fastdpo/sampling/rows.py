@@ -27,13 +27,15 @@ class Asked:
 @dataclass(frozen=True)
 class Answered:
     """A line of a round's file. responses: {"text", "score", "ids", "ended"} each, the text with what a reset
-    has forced, the ids without; the score None before it is scored. key: of all that the samples hang on."""
+    has forced, the ids without; the score None before it is scored. key: of all that the
+    samples hang on."""
 
     row: int
     prompt: str | list[dict]
     responses: list[dict[str, Any]]
     prompt_ids: list[int]  # with the reset
     forced: int
+    at_once: int  # sequences that the call of the engine had room for
     key: str
 
     @property
@@ -96,17 +98,19 @@ class RoundFile:
         self.path, self.key = path, key
 
     def read(self) -> list[Answered]:
-        """The whole lines, in order, up to the first that is not as it was written. The file then holds no
-        others."""
+        """The whole lines, in order, up to the first that is not as it was written."""
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
-        lines = text.splitlines()
-        found = [one for one in itertools.takewhile(bool, map(self._whole, lines)) if one]
-        if len(found) < len(lines) or not text.endswith("\n"):
-            self.write(found)
-        return found
+        lines = map(self._whole, text.splitlines())
+        return [one for one in itertools.takewhile(bool, lines) if one]
+
+    def is_own(self) -> bool:
+        """Whether the file begins with a line of this key, or holds nothing."""
+        with self.path.open(encoding="utf-8", errors="replace") as file:
+            line = file.readline()
+            return not line or self._whole(line) is not None
 
     def _whole(self, line: str) -> Answered | None:
         try:

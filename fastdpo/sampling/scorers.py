@@ -1,6 +1,8 @@
 """What judges an answer: a scorer by its name, and every fault of one told with the row that it had."""
 
+import contextlib
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from fastdpo.console.progress import make_progress
 from fastdpo.console.quiet import no_bars
-from fastdpo.errors import ConfigError, ModelError
+from fastdpo.errors import ConfigError, FastDPOError, ModelError
 from fastdpo.model.finding import find_source
 from fastdpo.model.loading import resolve_dtype
 from fastdpo.model.source import load_tokenizer
@@ -29,43 +31,58 @@ class Answer:
 
     row: int
     prompt: str  # as the model read it, without special tokens
-    text: str
+    text: str  # all that answers the prompt: after a reset, with the beginning that was given
     tokens: int  # with the end token, where it came
     turns: list[dict] | None = None  # the prompt's, where its special tokens tell them
     raw: str = ""  # prompt and answer as the chat template wrote them
 
 
 Scorer = Callable[[Sequence[Answer]], Any]  # -> a number each
+GivenRows = Callable[[int], dict | None]  # a row as the data has it, by its number; -1: any, for a try
 
 
-def make_scorer(name: str, key: str = "scorer") -> Scorer:
-    """The scorer of this name, tried on a tiny answer. Raises ConfigError or ModelError."""
+def make_scorer(name: str, key: str = "scorer", rows: GivenRows = lambda number: None) -> Scorer:
+    """The scorer of this name, tried on a tiny answer; `key` is what the user named it by, and `rows` is
+    asked where a function wants the rows of its answers, as `NumberedRows` is. Raises ConfigError or
+    ModelError, and what `rows` raises."""
     if name == "length":
         scorer: Scorer = lambda answers: [answer.tokens for answer in answers]
     elif name == "vader":
-        scorer = _vader()
+        scorer = _vader(key)
     elif ".py:" in name:
-        scorer = _of_file(*name.rsplit(":", 1))
+        file, _, function = name.rpartition(":")
+        scorer = _of_file(file, function, key, rows)
     elif name.endswith(".py"):
-        raise ConfigError(f"scorer: {name}: which function of it? Name it, as in {name}:score")
+        raise ConfigError(f"{key}: {name}: which function of it? Name it, as in {name}:score")
     else:
-        scorer = RewardModel(name)
+        scorer = RewardModel(name, key)
     said = [{"role": "user", "content": "Hello."}]
     tiny = Answer(-1, "Hello.", "Hello to you.", 4, said, "Hello. Hello to you.")
-    _checked(scorer, [tiny], f"scorer: {name} fails its first try, on an answer to 'Hello.'")
+    _checked(scorer, [tiny], f"{key}: {name} fails its first try, on an answer to 'Hello.'")
     if isinstance(scorer, RewardModel) and torch.cuda.is_available():
         scorer.device = "cuda"  # from its first answers on, when the models that gave them have gone
     return scorer
 
 
-def scores(scorer: Scorer, name: str, answers: Sequence[Answer], console: Console, whose: str) -> list[float]:
-    """One each. Raises ConfigError, which names the row, where the scorer raises or gives no number."""
+def scores(
+    scorer: Scorer,
+    name: str,
+    answers: Sequence[Answer],
+    console: Console,
+    whose: str,
+    key: str = "scorer",
+    put_aside: bool = False,
+) -> list[float]:
+    """One each. `put_aside`: the GPU then holds nothing of a reward model, until it scores again. Raises
+    ConfigError, which names the row, where the scorer raises or gives no number."""
     out: list[float] = []
-    with make_progress(console) as bar:
+    with make_progress(console) as bar, contextlib.ExitStack() as after:
+        if put_aside and isinstance(scorer, RewardModel):
+            after.callback(scorer.put_aside)
         task = bar.add_task(f"scores, {whose}", total=len(answers), unit="answers", info="")
         for start in range(0, len(answers), AT_ONCE):
             some = answers[start : start + AT_ONCE]
-            out += _checked(scorer, some, f"scorer: {name}")
+            out += _checked(scorer, some, f"{key}: {name}")
             bar.update(task, advance=len(some))
     return out
 
@@ -80,6 +97,8 @@ def _checked(scorer: Scorer, answers: Sequence[Answer], what: str) -> list[float
         raise ModelError(
             f"{what}: out of GPU memory on {len(answers)} answers{of}; take a smaller one"
         ) from None
+    except FastDPOError:  # of the rows that it is given
+        raise
     except Exception as error:  # whatever somebody's function raises
         for answer in answers if len(answers) > 1 else []:
             _checked(scorer, [answer], what)  # which of them it is
@@ -107,33 +126,57 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def _vader() -> Scorer:
+def _vader(key: str) -> Scorer:
     """The compound score, in [-1, 1]: Hutto and Gilbert 2014, "VADER: a parsimonious rule-based model for
     sentiment analysis of social media text"."""
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:
-        raise ConfigError("scorer: vader needs vaderSentiment: pip install 'fastdpo[learn]'") from None
+        raise ConfigError(f"{key}: vader needs vaderSentiment: pip install 'fastdpo[learn]'") from None
     analyzer = SentimentIntensityAnalyzer()
     return lambda answers: [analyzer.polarity_scores(answer.text)["compound"] for answer in answers]
 
 
-def _of_file(file: str, function: str) -> Scorer:
-    """The user's own function(prompts, answers). Its file is run."""
+def _of_file(file: str, function: str, key: str, rows: GivenRows) -> Scorer:
+    """The user's own function(prompts, answers), or function(prompts, answers, rows). Its file is run."""
     path = Path(file).expanduser()
     if not path.is_file():
-        raise ConfigError(f"scorer: there is no file {file}; a scorer is {_NAMES}")
+        raise ConfigError(f"{key}: there is no file {file}; a scorer is {_NAMES}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever somebody's file raises
-        raise ConfigError(f"scorer: {file} cannot be run: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{key}: {file} cannot be run: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found):
-        raise ConfigError(f"scorer: {file} has no function {function!r}; define {function}(prompts, answers)")
-    return lambda answers: found([one.prompt for one in answers], [one.text for one in answers])
+        raise ConfigError(f"{key}: {file} has no function {function!r}; define {function}(prompts, answers)")
+    if not _wants_rows(found):
+        return lambda answers: found([one.prompt for one in answers], [one.text for one in answers])
+
+    def score(answers: Sequence[Answer]) -> Any:
+        of = {number: rows(number) for number in sorted({one.row for one in answers})}
+        texts = [one.prompt for one in answers], [one.text for one in answers]
+        return found(*texts, rows=[of[one.row] for one in answers])
+
+    return score
+
+
+def _wants_rows(function: Callable) -> bool:
+    try:
+        return "rows" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of one that is not written in Python
+        return False
+
+
+def _of_run(name: str, label: str) -> str:
+    """Of a run folder its model. Raises ModelError for an adapter."""
+    folder = Path(name).expanduser()
+    folder = folder / "model" if (folder / "config.yaml").exists() and (folder / "model").is_dir() else folder
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{label} is an adapter, and a reward model has to be whole: `fastdpo merge {name}`")
+    return str(folder) if folder.exists() else name
 
 
 class RewardModel:
@@ -141,9 +184,9 @@ class RewardModel:
     or the prompt's turns are not known, of the text as the policy's template wrote it. Its first
     try is on the CPU."""
 
-    def __init__(self, name: str) -> None:
-        label = f"scorer: {name!r}"
-        source = find_source(name, label, way_out=f"a scorer is {_NAMES}")
+    def __init__(self, name: str, key: str = "scorer") -> None:
+        label = f"{key}: {name!r}"
+        source = find_source(_of_run(name, label), label, way_out=f"a scorer is {_NAMES}")
         self.device = "cpu"
         try:
             with source.reading() as (where, options):
@@ -153,7 +196,7 @@ class RewardModel:
         if config.num_labels != 1:
             kind = ", ".join(config.architectures or ["a model of unknown kind"])
             raise ModelError(f"{label} has {config.num_labels} outputs ({kind}); a reward model has one")
-        self.tokenizer = load_tokenizer(source, "scorer")
+        self.tokenizer = load_tokenizer(source, key)
         if config.get_text_config().pad_token_id is None:  # by which it finds a row's last token
             config.get_text_config().pad_token_id = config.pad_token_id = self.tokenizer.pad_token_id
         self.model = self._load(source, config, label)
@@ -185,6 +228,12 @@ class RewardModel:
         for start in range(0, len(ids), self.at_once):
             out += self._scored(ids[start : start + self.at_once])
         return out
+
+    def put_aside(self) -> None:
+        """Into the host's memory, where it is not used."""
+        self.model.to("cpu")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _scored(self, ids: list[list[int]]) -> list[float]:
         pad, width = self.tokenizer.pad_token_id or 0, max(map(len, ids))

@@ -37,7 +37,8 @@ def evaluate(stage, batches: Packing, run, progress: Progress) -> None:
             logps = stage.score(batch, EVAL_STATS).kept()
         if number is not None and number < n:
             stage.add_metrics(sums, logps)
-            add_token_metrics(sums, batch, logps.token_stats)
+            if logps.token_stats:  # a reward model has none
+                add_token_metrics(sums, batch, logps.token_stats)
         mine = [] if number is None else [logps]
         seen += itertools.chain(*of_ranks(stage.world, mine, stage.policy.device))
     stage.policy.model.train()

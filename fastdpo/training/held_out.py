@@ -24,9 +24,9 @@ from fastdpo.data.store.stored import facts_of
 from fastdpo.moving import to_device
 from fastdpo.objectives.seam import UNITS, Decomposable, Objective
 from fastdpo.records import Groups, ResponseLogps
-from fastdpo.training.metrics import Sums, add_kl, add_pair_metrics
+from fastdpo.training.metrics import Sums, add_kl, add_metrics
 
-_OF_PAIRS = ("rewards/accuracies", "rewards/margins", "logps/accuracies")
+_OF_PAIRS = ("rewards/accuracies", "rewards/margins", "logps/accuracies", "accuracy", "margin")
 
 
 class _Values(Sums):
@@ -57,7 +57,7 @@ def parts_of(objective: Objective, logps: ResponseLogps, kl: bool) -> dict[str, 
     if terms and all(map(len, wheres)):
         units = [logps.lengths[w] if t.unit == "chosen token" else None for t, w in zip(terms, wheres)]
         out["loss"] = [Part(t.each(logps), w, u, t.weight) for t, w, u in zip(terms, wheres, units)]
-    add_pair_metrics(values, objective.seen(logps), objective.reward)
+    add_metrics(values, objective, logps)
     for name in _OF_PAIRS:
         if name in values.tensors and len(logps.pairs):
             out[name] = [Part(values.tensors[name], logps.winner)]

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch.distributed.fsdp import FSDPModule
 
 from fastdpo.config.keys import Config
+from fastdpo.config.rewards import check_reward_keys
 from fastdpo.config.rounds import SampleSpec, only_with_rounds, sample_spec
 from fastdpo.data.load import DataSpec
 from fastdpo.data.packing import epoch_steps
@@ -21,10 +22,12 @@ from fastdpo.distributed.world import ALONE, World
 from fastdpo.errors import ConfigError
 from fastdpo.model.spec import ModelSpec
 from fastdpo.objectives import Objective, Rescaled, make_objective
+from fastdpo.objectives.rewards import BRADLEY_TERRY
 from fastdpo.optim.library import check_library
 from fastdpo.optim.optimizers import check_schedule
 from fastdpo.optim.spec import OptimSpec
 from fastdpo.records import Groups
+from fastdpo.sampling.engine import check_engine
 
 T = TypeVar("T")
 SHARDED_OPTIM = ("adamw_torch_fused", "sgd", "rmsprop")  # tried
@@ -106,9 +109,13 @@ class Around:
 def resolve(config: Config, world: World = ALONE) -> Job:
     """Raises ConfigError for what is wrong in a config before any work, also between its keys, on this
     machine and in this world."""
+    if config.rewards:
+        check_reward_keys(config)
     job = job_of(config)
     if found := list(only_with_rounds(config)):
         raise ConfigError(*found)
+    if job.rounds is not None:
+        check_engine(job.sample, job.model, sharded=config.shard in (True, "hybrid"))
     check_ranks(config, world, sharded=config.shard in (True, "hybrid"))
     for stage in job.stages:
         if stage.flip_pairs and "ordered scores" in stage.objective.needs:
@@ -146,8 +153,16 @@ def check_ranks(config: Config, world: World, sharded: bool) -> None:
 
 
 def check_samples(stage: StageJob, config: Config) -> None:
-    """Raises ConfigError where an objective of scored samples would be given rows of a data set."""
+    """Raises ConfigError for an objective that does not go with rounds, or not without."""
     objective = stage.objective
+    if config.rounds is not None and "token weights" in objective.needs:
+        raise ConfigError(
+            "objective_args: gamma is of token weights, which samples do not have; leave it out"
+        )
+    if config.reference == "start" and not objective.needs_reference:
+        raise ConfigError(
+            f"reference: start pulls to nothing, as {objective.name} has no reference; leave it out"
+        )
     if "response scores" not in objective.needs:
         return
     if stage.pairs != "all":
@@ -180,9 +195,15 @@ def check_stepping(stage: StageJob) -> None:
 def job_of(config: Config) -> Job:
     """The config in parts; only its objectives are checked, the rest by `resolve`."""
     stages = tuple(stage_job(stage) for stage in config.per_stage())
-    data, model = part(DataSpec, config), part(ModelSpec, config)
+    data, model = data_of(config), part(ModelSpec, config)
     own = dict(data=data, model=model, stages=stages, sample=sample_spec(config.sample), config=config)
+    own |= {"samples": 0} if config.rewards else {}  # a reward model writes nothing
     return part(Job, config, **own)
+
+
+def data_of(config: Config) -> DataSpec:
+    """Rounds need no responses, so prompts alone are rows of theirs."""
+    return part(DataSpec, config, prompts_only=config.rounds is not None)
 
 
 def stage_job(config: Config) -> StageJob:
@@ -192,6 +213,8 @@ def stage_job(config: Config) -> StageJob:
 
 def objective_of(config: Config) -> Objective:
     """The objective that a config names. Raises ConfigError for what is unknown, unread or out of range."""
+    if config.rewards:
+        return BRADLEY_TERRY
     args = config.objective_args or {}
     keys = {"beta": config.beta, "label_smoothing": config.label_smoothing}
     for key, value in keys.items():

@@ -27,6 +27,8 @@ _SHOWN = {
     "loss": "loss {:.4f}",
     "rewards/accuracies": "accuracy {:.3f}",
     "rewards/margins": "margin {:+.4f}",
+    "accuracy": "accuracy {:.3f}",
+    "margin": "margin {:+.4f}",
     "aux_loss": "balance {:.3f}",
     "logps/chosen": "logp chosen {:.2f}",
     "logps/rejected": "rejected {:.2f}",
@@ -101,7 +103,7 @@ class RunLog:
         self._trackers.log(step, record)
         score, error = said["objective/scores"], said.get("objective/scores_stderr")
         text = f"[bold]round {number} of {of}[/]: score {score:.3f}" + (f" ± {error:.3f}" if error else "")
-        text += f" · KL {said['objective/kl']:.2f}" if "objective/kl" in said else ""
+        text += f" · KL {said['objective/kl']:z.2f}" if "objective/kl" in said else ""
         text += f" · {said['val/contain_eos_token']:.0%} ended · {said['completions/mean_length']:.0f} tokens"
         quiet = f"; {said['no_signal']:,} have none" if said["no_signal"] else ""
         self.say(f"{text} · {said['prompts'] - said['no_signal']:,} prompts with a signal{quiet}")
@@ -148,7 +150,8 @@ class RunLog:
             f"[bold]{name}[/]: {counted(stage.total, 'step')} of {counted(stage.job.batch_size, 'group')}; "
             f"a pass is {preferences}{facts['responses']:,} responses, each computed once. "
             f"{counted(len(first), 'group')} in {counted(len(batches), 'microbatch')}: {tokens:,} tokens "
-            f"for {separate:,} of separate rows ({tokens / separate:.0%}); lm_head: {facts['head_plan']}"
+            f"for {separate:,} of separate rows ({tokens / separate:.0%}); "
+            f"{stage.policy.head_name}: {facts['head_plan']}"
         )
         if isinstance(stage.objective, Coupled) and len(batches) > 1:
             what = f"{stage.objective.within} groups" if stage.objective.within else "a step"

@@ -5,6 +5,7 @@ import resource
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastdpo.distributed.world import ALONE, World
 from fastdpo.model.cards import card_named
 from fastdpo.moving import to_device
-from fastdpo.objectives.seam import Reward
+from fastdpo.objectives.seam import Objective, Reward
 from fastdpo.records import PackedGroups, ResponseLogps
 from fastdpo.training.speed import Idle
 
@@ -71,6 +72,26 @@ class Sums:
         if "rewards/chosen" in means and "rewards/rejected" in means:
             means.setdefault("rewards/margins", means["rewards/chosen"] - means["rewards/rejected"])
         return means
+
+
+def add_metrics(sums: Sums, objective: Objective, logps: ResponseLogps) -> None:
+    """What an objective's microbatch is told by: a pair's, or those of a reward model."""
+    if objective.of_rewards:
+        add_reward_metrics(sums, logps)
+    else:
+        add_pair_metrics(sums, objective.seen(logps), objective.reward)
+
+
+@torch.no_grad()
+def add_reward_metrics(sums: Sums, logps: ResponseLogps) -> None:
+    """TRL's of its RewardTrainer: `accuracy` and `margin`, one value a pair; `mean_reward`, one a response;
+    `min_reward` and `max_reward`, one a microbatch, as TRL's are one a forward."""
+    rewards, w, l = logps.logp, logps.winner, logps.loser
+    sums.add("accuracy", rewards[w] > rewards[l])
+    sums.add("margin", rewards[w] - rewards[l])
+    sums.add("mean_reward", rewards)
+    sums.add("min_reward", rewards.min())
+    sums.add("max_reward", rewards.max())
 
 
 @torch.no_grad()
@@ -240,7 +261,7 @@ class Progress:
     eval_loss: float | None = None  # at this step
     best: dict | None = None  # {"step", "eval_loss"} of the stage's best checkpoint
     memory: dict[str, float] = field(default_factory=dict)  # the objective's own (BCO's running mean)
-    rounds: dict[str, int] = field(default_factory=dict)  # see rounds.RoundStage; empty before the first
+    rounds: dict[str, Any] = field(default_factory=dict)  # see rounds.RoundStage; empty before the first
     window: Window = field(default_factory=Window)
 
     def state(self) -> dict:

@@ -78,8 +78,8 @@ def check_settings(saved: dict, settings: dict) -> None:
 def _check_keys(old: dict, new: dict, free: set, where: str) -> None:
     for name in sorted((old.keys() | new.keys()) - free):
         a, b = in_our_words(name, old.get(name)), new.get(name)  # it may be of before a word was taken
-        is_same = same_objective(a, b) if name == "objective" else a == b or _same_file(a, b)
-        if not is_same:
+        other_words = same_objective if name == "objective" else _same_file
+        if a != b and not other_words(a, b):
             raise _changed(where + name, a, b)
 
 
@@ -126,12 +126,18 @@ def check_same_run(
             "data: the rows (or the tokenizer) are no longer those that the run in output_dir was started "
             "with, so it cannot go on exactly; start another run from its model instead"
         )
+    had = found.state["config"].get("rounds")
+    if (had is None) != (job.rounds is None):
+        raise _changed("rounds", had, job.rounds)
     if job.rounds is not None:
         number = found.state["progress"]["rounds"]["number"]
         if number > job.rounds:
             raise ConfigError(f"rounds: {job.rounds}, but {found.name} is in round {number} already")
         if found.state["config"]["num_epochs"] != job.stages[0].num_epochs:
             raise _changed("num_epochs", found.state["config"]["num_epochs"], job.stages[0].num_epochs)
+        if had != job.rounds:
+            text = f"the run had rounds: {had}, now {job.rounds}: the learning rate follows from here on"
+            console.print(f"[yellow]{text}", highlight=False)
         return
     now, stage = job.stages, found.state["stage"]
     before = Config(**found.state["config"]).per_stage()

@@ -57,12 +57,17 @@ def _shown(one: Answered, response: Mapping[str, Any]) -> dict[str, Any]:
     return {"row": one.row, "prompt": one.prompt, "text": response["text"], "score": response["score"]}
 
 
-def quiet_rounds(number: int, rows: Sequence[Answered]) -> str:
-    """Why a run ends in which two rounds have taught nothing."""
+def quiet_rounds(number: int, rows: Sequence[Answered], ends: bool) -> str:
+    """Why a run goes on no more of which two rounds have taught nothing. ends: it has learnt before."""
     counts, edges = np.histogram([score for one in rows for score in one.scores], bins=_BINS)
     bars = ", ".join(
         f"{count} in [{a:.3g}, {b:.3g}]" for count, a, b in zip(counts, edges, edges[1:]) if count
     )
+    if ends:
+        return (
+            f"rounds {number - 1} and {number} have no signal any more ({bars}): the run ends here, with "
+            "what it has learnt before"
+        )
     return (
         f"rounds {number - 1} and {number} have no signal: to each prompt all samples score the same "
         f"({bars}). Look at what `reward` gives, ask for more responses or a higher temperature, or take "

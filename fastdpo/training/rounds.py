@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from fastdpo.console.formatting import counted
 from fastdpo.data.mismatched import beside
@@ -16,6 +17,7 @@ from fastdpo.data.pairs import select_pairs
 from fastdpo.data.store.stored import facts_of, joined, taken
 from fastdpo.errors import DataError, DeadEndError
 from fastdpo.files import durable
+from fastdpo.model.policy import Policy
 from fastdpo.objectives import check_rows
 from fastdpo.optim.optimizers import set_schedule
 from fastdpo.records import Groups, PreferenceGroup
@@ -25,11 +27,13 @@ from fastdpo.reference.fingerprint import reference_fingerprint
 from fastdpo.sampling.draw import Drawing
 from fastdpo.sampling.generate import end_tokens
 from fastdpo.sampling.rows import Answered, RoundFile, ask, places_of, seed_of
-from fastdpo.training.job import step_groups, total_steps
+from fastdpo.sampling.scorers import Scorer
+from fastdpo.training.job import Job, step_groups, total_steps
 from fastdpo.training.metrics import Progress
 from fastdpo.training.resume import FREE, check_start
 from fastdpo.training.round_numbers import numbers_of, quiet_rounds
 from fastdpo.training.stage import Stage
+from fastdpo.values import as_bytes
 
 _LOOKED_AT = 200  # rows of the data whose responses tell what ends one
 
@@ -45,8 +49,8 @@ def run_rounds(run, resumed) -> Progress:
 
 
 class RoundStage(Stage):
-    """`Progress.rounds` of it: the round that trains ("number", from 1), the steps before it ("first"), and
-    how many rounds up to it had no signal ("quiet")."""
+    """`Progress.rounds` of it: the round that trains ("number", from 1), the steps before it ("first"), how
+    many rounds up to it had no pair ("quiet"), and what its files are known by ("key")."""
 
     def __init__(self, run):
         job = run.job.stages[0]
@@ -54,20 +58,35 @@ class RoundStage(Stage):
         explain = partial(run.around.explain, run.job.config, run.policy.core.config, seen)
         super().__init__(job, run.policy, [], run.eval_groups, explain)
         self.of_run, self.rounds, self.spec = run, run.job.rounds, run.job.sample
-        self.prompts = with_room(run)
+        self.prompts, left_out = with_room(run.groups, run.policy, run.job, run.console)
+        if left_out:
+            run.event("no_room", rows=left_out)
         self.count = min(self.spec.prompts, len(self.prompts))
-        if self.count < self.spec.prompts:
-            run.console.print(
-                f"sample: prompts: the rows have {self.count:,}, and a round takes all of them",
-                highlight=False,
-            )
         self.planned = total_steps(job, self.count)  # steps of a round whose prompts all have a signal
         self.total = self.rounds * self.planned
         self.per_epoch = self.planned * len(self.prompts) / self.count
         self.folder = run.folder / "rounds"
         said = {name: v for name, v in run.job.settings.items() if name not in FREE - {"num_epochs"}}
+        said |= {"rounds": self.rounds, "max_tokens": job.max_tokens if self.balance else None}
         self.lineage = durable.json_digest([run.place.namespace, run.data, said])
-        self.ends = end_tokens(run.policy, run.tokenizer, run.groups[:_LOOKED_AT])
+        self.say_first()
+
+    def say_first(self) -> None:
+        """What of the rounds is not as one may think."""
+        say = partial(self.of_run.console.print, highlight=False, soft_wrap=True)
+        if self.count < self.spec.prompts:
+            say(f"sample: prompts: the rows have {self.count:,}, and a round takes all of them")
+        without = int((~facts_of(self.prompts).resettable).sum())
+        if self.spec.resets and without:
+            say(
+                f"[yellow]sample: resets: {counted(without, 'row')} of {len(self.prompts):,} have no chosen "
+                "response to begin with"
+            )
+        if "response scores" in self.objective.needs and (self.spec.temperature, self.spec.top_p) != (1, 1):
+            say(
+                f"[yellow]{self.objective.name} takes samples for the policy's own, which they are at "
+                "temperature 1 and top_p 1 alone"
+            )
 
     def steps(self, run, progress: Progress, settle, schedule) -> Iterator[tuple[Groups, Groups]]:
         first = progress.rounds.get("number", 1)
@@ -76,6 +95,9 @@ class RoundStage(Stage):
                 self.begin(number, progress, settle)
             before = (number - 1) * self.planned
             count = total_steps(self.job, len(self.groups)) if self.groups else 0
+            if progress.rounds["quiet"] > 1:
+                count, self.total = 0, progress.steps
+                break
             done = progress.steps - progress.rounds["first"]
             self.total = progress.rounds["first"] + count + self.rounds * self.planned - before - self.planned
             set_schedule(schedule, before + done)
@@ -85,6 +107,8 @@ class RoundStage(Stage):
             steps = step_groups(self.groups, job, count, done)
             yield from itertools.pairwise(itertools.chain(steps, [[]]))
         if not count:  # the end has not been seen
+            if progress.window.responses:
+                self.log_step(run, progress)
             progress.evaluated = False
             settle()
 
@@ -101,7 +125,7 @@ class RoundStage(Stage):
     def begin(self, number: int, progress: Progress, settle) -> None:
         """Makes a round's samples the rows that train, from its files where they are there."""
         run, is_new = self.of_run, progress.rounds.get("number") != number
-        key = durable.json_digest([self.lineage, number])
+        key = durable.json_digest([self.lineage, number]) if is_new else progress.rounds["key"]
         rows, images = self.sampled(number, RoundFile(self.file(number, "jsonl"), key), is_new, settle)
         groups = [one.group(images.get(one.row, ())) for one in rows]
         signal = [group for group in groups if group.pairs or self.objective.learns_from_ties]
@@ -109,19 +133,22 @@ class RoundStage(Stage):
         self.take(trained)
         if signal:
             check_rows(self.objective, self.groups)
-        known = self.tables_of(number, key, is_new, groups, settle) if signal else {}
+        known = self.tables_of(number, key, is_new, groups, settle)
         own = run.job.reference == "start"
         self.reference = known.get("start" if own else "now") if self.objective.needs_reference else None
         self.old = known.get("now") if own else None
         if not is_new:
             return
-        quiet = 0 if signal else progress.rounds.get("quiet", 0) + 1
-        progress.rounds = {"number": number, "first": progress.steps, "quiet": quiet}
+        quiet = 0 if any(group.pairs for group in groups) else progress.rounds.get("quiet", 0) + 1
+        progress.rounds = {"number": number, "first": progress.steps, "quiet": quiet, "key": key}
         numbers = numbers_of(rows, groups, known)
         run.event("round", round=number, step=progress.steps, **numbers)
         run.log.round(number, self.rounds, progress.steps, numbers)
+        if quiet == number > 1:
+            raise DeadEndError(quiet_rounds(number, rows, ends=False))
         if quiet > 1:
-            raise DeadEndError(quiet_rounds(number, rows))
+            why = escape(quiet_rounds(number, rows, ends=True))
+            run.console.print(f"[yellow]{why}", highlight=False, soft_wrap=True)
         if signal and not progress.steps:
             run.event("stage", stage=0, **run.log.announce(self))
         if number == 1:
@@ -133,23 +160,17 @@ class RoundStage(Stage):
         """(the round's samples, the images of their rows)."""
         run, seed = self.of_run, self.job.seed
         places = places_of(len(self.prompts), self.count, number, seed)
-        asked = ask([self.prompts[i] for i in places], self.spec, number, seed, limit_of(run))
+        asked = ask(
+            [self.prompts[i] for i in places], self.spec, number, seed, limit_of(self.policy, run.job)
+        )
         images = {one.group.row: one.group.images for one in asked}
         if not is_new:  # the weights are no longer those that have sampled
             found = self.world.told(file.read)
             if len(found) < len(asked) or not all(one.is_scored for one in found):
                 raise _lost(file.path)
             return found, images
-        drawing = Drawing(
-            spec=self.spec,
-            model=run.job.model,
-            policy=self.policy,
-            tokenizer=run.tokenizer,
-            ends=self.ends,
-            scorer=run.scorer,
-            scorer_name=run.job.reward,
-            console=run.console,
-            check=self.stops(settle),
+        drawing = drawing_of(
+            run.job, self.policy, run.tokenizer, run.groups, run.scorer, run.console, self.stops(settle)
         )
         if self.world.first:
             self.folder.mkdir(exist_ok=True)
@@ -174,16 +195,18 @@ class RoundStage(Stage):
         if not is_new:
             raise _lost(path)
         is_lora, console = self.of_run.job.model.lora_rank is not None, self.of_run.console
-        sets = [
-            *self.reference_sets(),
-            *([groups] if is_lora else []),
-        ]  # all of them, for the KL to the start
-        compute = partial(
-            tables.computed, self.policy, sets, max_tokens=self.job.max_tokens, check=self.stops(settle)
+        # all of them, for the KL to the start
+        sets = [*self.reference_sets(), *([groups] if is_lora else [])]
+        compute, stops = (
+            partial(tables.computed, self.policy, sets, max_tokens=self.job.max_tokens),
+            self.stops(settle),
         )
-        made = {"now": compute(base=False, console=console)}
-        if is_lora:  # in the first round it has learnt nothing
-            made["start"] = compute(base=True, console=Console(quiet=True)) if number > 1 else made["now"]
+        made = {"now": compute(base=False, console=console, check=stops)}
+        if is_lora and number == 1:  # it has learnt nothing
+            made["start"] = made["now"]
+        elif is_lora:  # nothing can be saved while the LoRA is off
+            made["start"] = compute(base=True, console=Console(quiet=True), check=lambda: None)
+            stops()
         if self.world.first:
             tables.save(path, key, made)
         return made
@@ -196,25 +219,43 @@ def _lost(path: Path) -> DeadEndError:
     )
 
 
-def limit_of(run) -> int:
+def drawing_of(
+    job: Job, policy: Policy, tokenizer, groups: Groups, scorer: Scorer | None, console: Console, check
+) -> Drawing:
+    """What draws a job's samples. groups: of the data, whose responses tell what ends one."""
+    return Drawing(
+        spec=job.sample,
+        model=job.model,
+        policy=policy,
+        tokenizer=tokenizer,
+        ends=end_tokens(policy, tokenizer, groups[:_LOOKED_AT]),
+        scorer=scorer,
+        scorer_name=job.reward,
+        console=console,
+        budget=as_bytes("memory", job.config.memory) if job.config.memory else None,
+        check=check,
+    )
+
+
+def limit_of(policy: Policy, job: Job) -> int:
     """Tokens that prompt and response may have."""
-    positions = getattr(run.policy.core.config.get_text_config(), "max_position_embeddings", None)
-    return min(run.job.data.max_length, positions or run.job.data.max_length)
+    positions = getattr(policy.core.config.get_text_config(), "max_position_embeddings", None)
+    return min(job.data.max_length, positions or job.data.max_length)
 
 
-def with_room(run) -> Groups:
+def with_room(groups: Groups, policy: Policy, job: Job, console: Console) -> tuple[Groups, int]:
     """The rows whose prompts leave room for max_new_tokens; the others are counted. Raises DataError where
     none does, or, under `strict`, one does not."""
-    facts, new, limit = facts_of(run.groups), run.job.sample.max_new_tokens, limit_of(run)
+    facts, new, limit = facts_of(groups), job.sample.max_new_tokens, limit_of(policy, job)
     fits = facts.prompt + new <= limit
     if fits.all():
-        return run.groups
+        return groups, 0
     first = int(np.argmin(fits))
     what = f"row {facts.row[first]} has a prompt of {facts.prompt[first]:,} tokens, which leaves no room for "
     what += f"max_new_tokens: {new} within {limit:,}"
-    if run.job.data.strict or not fits.any():
+    if job.data.strict or not fits.any():
         raise DataError(f"sample: {what}; sample fewer, raise max_length or leave out such rows")
-    text = f"[yellow]rounds leave out {counted(int((~fits).sum()), 'row')}: {what}"
-    run.console.print(text, highlight=False, soft_wrap=True)
-    run.event("no_room", rows=int((~fits).sum()), first=int(facts.row[first]))
-    return taken(run.groups, np.flatnonzero(fits))
+    left_out = int((~fits).sum())
+    text = f"[yellow]sample: {counted(left_out, 'row')} left out: {what}"
+    console.print(text, highlight=False, soft_wrap=True)
+    return taken(groups, np.flatnonzero(fits)), left_out

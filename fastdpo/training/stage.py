@@ -32,7 +32,7 @@ from fastdpo.training.metrics import (
     Progress,
     Sums,
     add_kl,
-    add_pair_metrics,
+    add_metrics,
     counts_of,
     drift,
     peak_memory_gb,
@@ -41,11 +41,9 @@ from fastdpo.training.speed import Pace
 
 
 class Stage:
-    """Make it before the first step, while the policy stands at the stage's start weights.
-
-    `reference` is set before `run` where the objective needs one: `reference.of(groups)` gives the
-    reference's token log-probs of a microbatch. `explain` says more of one that memory ends at.
-    """
+    """Make it before the first step, while the policy stands at the stage's start weights. `reference` is set
+    before `run` where the objective needs one: `reference.of(groups)` gives the reference's token log-probs
+    of a microbatch. `explain` says more of one that memory ends at."""
 
     def __init__(self, job: StageJob, policy: Policy, groups, eval_groups, explain: Explain | None = None):
         self.job, self.policy, self.explain = job, policy, explain
@@ -79,6 +77,8 @@ class Stage:
 
     def balance_of(self) -> tuple[Balance | None, str]:
         """(the balance loss of a mixture of experts, or of one why it is off)."""
+        if self.objective.of_rewards:
+            return None, ""  # as in TRL
         coef, off = coefficient(self.policy.core.config, self.job.router_aux_loss_coef)
         if coef and isinstance(self.objective, Rescaled):
             return None, RESCALES.format(self.objective.name)
@@ -220,7 +220,7 @@ class Stage:
 
     @torch.no_grad()
     def add_metrics(self, sums: Sums, logps: ResponseLogps) -> None:
-        add_pair_metrics(sums, self.objective.seen(logps), self.objective.reward)
+        add_metrics(sums, self.objective, logps)
         if self.reference and self.reference.per_token:
             add_kl(sums, logps)
 

@@ -12,8 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastdpo.config.keys import Config
+from fastdpo.config.rewards import unread_reward_keys
 from fastdpo.data.load import load_data
 from fastdpo.data.pairs import flip_pairs, select_pairs
+from fastdpo.data.reading_end import read_at_end
+from fastdpo.data.sources import NumberedRows
 from fastdpo.data.store.stored import facts_of
 from fastdpo.distributed.world import World, joined
 from fastdpo.errors import ConfigError, ModelError
@@ -28,7 +31,7 @@ from fastdpo.records import Groups
 from fastdpo.reference.cache_file import CacheFile, cache_path
 from fastdpo.reference.fill import load_reference
 from fastdpo.reference.fingerprint import reference_fingerprint
-from fastdpo.sampling.scorers import make_scorer
+from fastdpo.sampling.scorers import Scorer, make_scorer
 from fastdpo.training import checkpoint
 from fastdpo.training.failures import check_weights
 from fastdpo.training.folder import free_folder, only_run_in, open_run, undone_if_refused
@@ -60,9 +63,11 @@ def train(config: Config, console: Console, around: Around) -> Path:
 
 
 def _train(job: Job, console: Console, around: Around, world: World) -> Path:
+    for text in unread_reward_keys(job.config) if job.model.rewards else ():
+        console.print(text, highlight=False)
     check_trackers(job.trackers)
     around.check_hub(job.push_to_hub)
-    scorer = make_scorer(job.reward, "reward") if job.reward is not None and world.first else None
+    scorer = scorer_of(job) if world.first else None
     check_alike(world)
     folder = world.told(partial(free_folder, job))
     with Stopping(console, world) as stopping, only_run_in(folder) if world.first else nullcontext():
@@ -113,6 +118,13 @@ def _train(job: Job, console: Console, around: Around, world: World) -> Path:
     return folder
 
 
+def scorer_of(job: Job) -> Scorer | None:
+    """What scores samples, tried."""
+    if job.reward is None:
+        return None
+    return make_scorer(job.reward, "reward", NumberedRows(job.data.data, job.data.data_format))
+
+
 def save(run: Run) -> None:
     """Writes the run's model."""
     final = run.folder / "model"
@@ -132,6 +144,8 @@ def read(job: Job, console: Console, around: Around, world: World, clock: dateti
         coefficient(model_config, stage.router_aux_loss_coef)
     with world.first_then_others():  # who find what it has tokenised
         groups, eval_groups, reports = load_data(job.data, tokenizer, console, clock, processor=processor)
+    if job.model.rewards:
+        groups, eval_groups = (read_at_end(some, tokenizer.pad_token_id) for some in (groups, eval_groups))
     with world.first_then_others():
         around.settle_backends(console)  # what is left out changes the plan
     seen = processor if have_images(groups, eval_groups) else None

@@ -9,6 +9,7 @@ from rich.console import Console
 import fastdpo
 from fastdpo.config.keys import Config
 from fastdpo.data.load import load_groups
+from fastdpo.data.sources import NumberedRows
 from fastdpo.errors import ConfigError, DataError
 from tests.config.command_line import load_config
 from tests.data.shared_data import WIDE, small_tokenizer, text_row, write_lines
@@ -39,6 +40,17 @@ def test_rows_are_numbered_on_and_each_is_accounted_for(two):
     (dropped,) = (tally for name, tally in report.dropped.items() if name != "invalid_json")
     assert dropped.examples == [4] and "line 2 of b.jsonl" in dropped.message
     assert report.notes["duplicate_row"].examples == [3]  # of the other data set
+
+
+def test_their_rows_by_number(two, tmp_path):
+    rows = NumberedRows(two)
+    assert [rows(number) for number in (3, 0, 1, 4, 2)] == [SECOND, FIRST, None, {"prompt": "x"}, SECOND]
+    assert rows(-1) == FIRST
+    begins = write_lines(tmp_path / "c.jsonl", ["{", "[1]", SECOND])
+    assert NumberedRows(begins, {"prompt": "prompt"})(-1) == SECOND
+    NumberedRows(str(tmp_path / "none.jsonl"))  # nothing is read before a row is asked for
+    with pytest.raises(DataError, match=r"^data: .*none\.jsonl"):
+        NumberedRows(str(tmp_path / "none.jsonl"))(0)
 
 
 def test_an_error_names_the_row_as_its_own_data_set_counts(two, tmp_path):

@@ -30,6 +30,9 @@ RETURNED = {
     ("fastdpo/config/", "_memory"),
     ("fastdpo/config/", "_unsettable"),
     ("fastdpo/config/", "_out_of_reach"),
+    ("fastdpo/config/", "_problem"),
+    ("fastdpo/config/", "only_with_rounds"),
+    ("fastdpo/config/", "sampling_problems"),
     ("fastdpo/convert/", "way_on"),
     ("fastdpo/data/", "_wrong"),
     ("fastdpo/doctor/", "kept"),
@@ -42,6 +45,7 @@ RETURNED = {
     ("fastdpo/model/", "_try_sharing"),
     ("fastdpo/objectives/", "_problems"),
     ("fastdpo/planning/", "_nothing_fits"),
+    ("fastdpo/training/", "quiet_rounds"),
     ("fastdpo/training/", "way_on"),
 }
 

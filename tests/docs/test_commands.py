@@ -33,9 +33,9 @@ SHORTER = {
     "--max_steps 3000": "--max_steps 2",
     "train config.yaml --gpus 8": "train config.yaml --gpus 2",
 }
-FILE = re.compile(r"# (\S+\.yaml)\n")
+FILE = re.compile(r"# (\S+\.(?:yaml|py))\n")
 BLOCKS = {
-    page: [s for s in ALL if s.page == page and s.language in ("bash", "yaml")]
+    page: [s for s in ALL if s.page == page and s.language in ("bash", "yaml", "python")]
     for page in dict.fromkeys(s.page for s in ALL if s.language == "bash")
 }
 CONFIG = next(s.text for s in ALL if s.page == "training.md" and s.text.startswith("# config.yaml\n"))

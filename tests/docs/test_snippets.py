@@ -56,7 +56,7 @@ def test_yaml_is_a_config(snippet):
 @pytest.mark.parametrize("snippet", of("json"))
 def test_json_is_rows(snippet):
     for number, line in enumerate(snippet.text.splitlines()):
-        assert parse_row(json.loads(line), number)
+        assert parse_row(json.loads(line), number, prompts_only=True)
 
 
 def test_no_other_language():

@@ -19,6 +19,8 @@ NOT_QUOTED = {  # (folder, what makes the message): why
 PASSED_ON = {  # (file, function) whose errors say what they were given: where that is found
     ("fastdpo/config/keys.py", "__post_init__"): "fastdpo.config.checks and stages",
     ("fastdpo/config/keys.py", "from_values"): "the same, and fastdpo.values",
+    ("fastdpo/config/rewards.py", "check_reward_keys"): "_problems",
+    ("fastdpo/config/rounds.py", "sample_spec"): "_problem",
     ("fastdpo/config/stages.py", "stages_of"): "what it found",
     ("fastdpo/convert/convert.py", "_checked"): "reasons that the tables have",
     ("fastdpo/data/formats/layouts.py", "problem"): "a RowProblem once more",
@@ -33,6 +35,8 @@ PASSED_ON = {  # (file, function) whose errors say what they were given: where t
     ("fastdpo/model/source.py", "_config_of_folder"): "_unknown",
     ("fastdpo/planning/choose.py", "choose"): "_nothing_fits",
     ("fastdpo/training/checkpoint.py", "load"): "Python's own words",
+    ("fastdpo/training/job.py", "resolve"): "fastdpo.config.rounds",
+    ("fastdpo/training/rounds.py", "begin"): "quiet_rounds",
 }
 
 

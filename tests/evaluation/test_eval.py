@@ -354,6 +354,17 @@ def test_a_scorer_that_fails_does_so_before_the_models_are_loaded(place, tmp_pat
         evaluated(place, scorer=f"{tmp_path}/judge.py:f")
 
 
+def test_a_scorer_gets_the_rows_as_the_data_has_them(place, tmp_path):
+    """By the number that `source` was numbered by, in two data sets: odd rows score 1."""
+    body = "return [float(row['source'] == 'even') + 10 * ('chosen' in row) for row in rows]"
+    (tmp_path / "judge.py").write_text(f"def f(prompts, answers, rows):\n    {body}\n")
+    keys = dict(samples=29, max_new_tokens=2, scorer=f"{tmp_path}/judge.py:f")
+    found = evaluated(place, "full", **keys)
+    assert {one["row"]: one["answers"]["model"][0]["score"] for one in found["answers"]} == {
+        one["row"]: 10.0 + one["row"] % 2 for one in found["answers"]
+    }
+
+
 def test_a_folder_that_cannot_be_written(place, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="output: cannot write into the folder"):

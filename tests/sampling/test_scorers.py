@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from fastdpo.errors import ConfigError, ModelError
+from fastdpo.errors import ConfigError, DataError, ModelError
 from fastdpo.sampling import scorers
 from fastdpo.sampling.scorers import Answer, make_scorer, scores
 from tests import tiny
+from tests.data.shared_data import assistant, small_tokenizer
 from tests.training.test_samples import silent
 
 
@@ -150,3 +151,84 @@ def test_an_answer_beyond_its_positions(tmp_path, monkeypatch):
 def test_numbers_of_numpy_and_torch():
     assert scorers._checked(lambda _: torch.tensor([1.5, 2.5]), answers(2), "s") == [1.5, 2.5]
     assert scorers._checked(lambda _: [np.float32(1.5), True], answers(2), "s") == [1.5, 1.0]
+
+
+def with_rows(tmp_path, body):
+    (tmp_path / "judge.py").write_text(f"def f(prompts, answers, rows):\n    {body}\n")
+    return f"{tmp_path}/judge.py:f"
+
+
+def test_a_function_that_asks_for_the_rows_gets_one_an_answer(tmp_path):
+    asked = []
+    rows = lambda number: asked.append(number) or {"answer": str(number)}
+    name = with_rows(tmp_path, "return [float(row['answer']) for row in rows]")
+    scorer = make_scorer(name, "reward", rows)
+    assert asked == [-1]  # its first try
+    some = [Answer(row, "p", "a", 1) for row in (7, 7, 3)]
+    assert scores(scorer, name, some, silent(), "a model", "reward") == [7.0, 7.0, 3.0]
+    assert asked == [-1, 3, 7]  # each once
+    scored_without = make_scorer(of_file(tmp_path, "return [1.0] * len(answers)"), "reward", rows)
+    scored_without(some)
+    assert asked == [-1, 3, 7]
+
+
+def test_rows_that_cannot_be_read_are_their_own_error(tmp_path):
+    def rows(number):
+        raise DataError("data: rows.jsonl changed")
+
+    with pytest.raises(DataError, match=r"^data: rows.jsonl changed"):
+        make_scorer(with_rows(tmp_path, "return [1.0] * len(rows)"), "reward", rows)
+
+
+def test_errors_begin_with_the_key_that_named_the_scorer(tmp_path):
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name")
+    for name in (f"{tmp_path}/none.py:f", "a.py", f"{tmp_path}/broken.py:f", of_file(tmp_path, "return 1")):
+        with pytest.raises(ConfigError, match=r"^reward: "):
+            make_scorer(name, "reward")
+    for name in ("no/such/model/here", reward_model(tmp_path / "two", labels=2)):
+        with pytest.raises(ModelError, match=r"^reward: '"):
+            make_scorer(name, "reward")
+    name = of_file(tmp_path, "return [float(a != 'the cat 3') or float('nan') for a in answers]")
+    with pytest.raises(ConfigError, match=r"^reward: .*judge.py:f: it returned nan for row 13"):
+        scores(make_scorer(name, "reward"), name, answers(), silent(), "a model", "reward")
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_reward_model_with_another_tokenizer_equals_scoring_its_text_alone(tmp_path, chat):
+    """Answers of a policy with other ids, one of them after a reset: each beside the text alone, by hand."""
+    name, policys = reward_model(tmp_path / "reward", chat=chat), small_tokenizer()
+    turns = [{"role": "user", "content": "good morning?"}]
+    prompt = policys.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    ids = lambda text: policys(text, add_special_tokens=False)["input_ids"]
+    begun, sampled = ids("gold is"), [ids(" old world<|im_end|>"), ids(" in the morning"), ids("<|im_end|>")]
+    assert tiny.tokenizer().get_vocab() != policys.get_vocab()
+    some = []
+    for forced, rest in zip((begun, [], begun), sampled):
+        text = policys.decode(forced + rest, skip_special_tokens=True)
+        raw = policys.decode(prompt + forced + rest)
+        some.append(Answer(0, "good morning?", text, len(forced + rest), turns, raw))
+    assert some[0].text == "gold is old world"
+    model, tok = AutoModelForSequenceClassification.from_pretrained(name), tiny.tokenizer(chat)
+    for answer, score in zip(some, scored(name, some)):
+        text = answer.raw
+        if chat:
+            text = tok.apply_chat_template([*turns, assistant(answer.text)], tokenize=False)
+        with torch.no_grad():
+            alone = model(**tok(text, add_special_tokens=not chat, return_tensors="pt")).logits
+        assert score == pytest.approx(float(alone), abs=1e-4)
+
+
+def test_a_reward_model_put_aside_leaves_the_gpu_and_comes_back(tmp_path, monkeypatch):
+    name = reward_model(tmp_path / "reward")
+    scorer, went = make_scorer(name), []
+    monkeypatch.setattr(scorer.model, "to", lambda device: went.append(device))
+    scores(scorer, name, answers(2), silent(), "a model")
+    assert went == [scorer.device]
+    monkeypatch.setattr(scorer, "device", "there")
+    monkeypatch.setattr(scorer, "_scored", lambda ids: [0.0] * len(ids))
+    scores(scorer, name, answers(2), silent(), "a model", put_aside=True)
+    assert went[1:] == ["there", "cpu"]
+    monkeypatch.setattr(scorer, "_scored", lambda ids: [float("nan")] * len(ids))
+    with pytest.raises(ConfigError):
+        scores(scorer, name, answers(2), silent(), "a model", put_aside=True)
+    assert went[3:] == ["there", "cpu"]

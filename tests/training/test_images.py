@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,24 @@ def metrics(config: Config) -> list[dict]:
 
 def weights(config: Config) -> dict[str, torch.Tensor]:
     return AutoModelForImageTextToText.from_pretrained(Path(config.output_dir) / "model").state_dict()
+
+
+def test_rounds_answer_prompts_with_images_and_go_on_bit_by_bit(inputs, tmp_path):
+    (tmp_path / "r.py").write_text(
+        "def f(prompts, answers):\n    return [sum(map(ord, a)) % 97 for a in answers]\n"
+    )
+    sample = dict(prompts=4, responses=2, max_new_tokens=4, resets=0.5)
+    keys = dict(rounds=2, sample=sample, reward=f"{tmp_path}/r.py:f", objective="rloo", max_steps=None)
+    keys |= dict(eval_data=None, samples=0)
+    whole, cut = (made(inputs, tmp_path / name, "qwen2_5_vl", **keys) for name in ("whole", "cut"))
+    run(whole)
+    with stopped_in_step(3):
+        run(cut)
+    run(replace(cut, resume=True))
+    before, after = weights(whole), weights(cut)
+    assert all(before[name].equal(after[name]) for name in before) and metrics(whole) == metrics(cut)
+    lines = Path(cut.output_dir, "rounds/round-2.jsonl").read_text().splitlines()
+    assert "<image>" in json.loads(lines[-1])["prompt"][0]["content"]
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])

@@ -73,8 +73,8 @@ def stopped_in_step(n, number=signal.SIGTERM, where=(Stage, "step")):
     must end with Stopped."""
     call, seen = getattr(*where), []
 
-    def stopping(*args):
-        seen.append(call(*args))
+    def stopping(*args, **keys):
+        seen.append(call(*args, **keys))
         if len(seen) == n:
             os.kill(os.getpid(), number)
         return seen[-1]

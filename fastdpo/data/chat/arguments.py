@@ -24,6 +24,9 @@ class Chat:
 
     kwargs: dict[str, Any] | None = None  # a row's own come over these
     clock: datetime = field(default_factory=lambda: datetime.now())
+    rewards: bool = (
+        False  # for a reward model: texts up to the template's own end, where it is read, and margins
+    )
     told: dict[str, str] = field(default_factory=dict, init=False)  # form -> text, in order
 
     @property

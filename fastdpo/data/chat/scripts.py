@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from fastdpo.data.chat.arguments import Chat, check_row_kwargs
 from fastdpo.data.chat.pieces import last_words, pieces
 from fastdpo.data.chat.printed import unprinted_of_prompt, unprinted_of_response
-from fastdpo.data.chat.rendering import Renderer, call_forms
-from fastdpo.data.chat.stretches import ends_its_turn, lay_out
+from fastdpo.data.chat.rendering import Renderer, call_forms, unused
+from fastdpo.data.chat.stretches import Page, end_of_last_turn, ends_its_turn, lay_out
 from fastdpo.data.images.reader import Pictures
 from fastdpo.data.report import RowProblem
 from fastdpo.data.rows import Messages, Row
@@ -30,6 +30,7 @@ class Script:
     text: str
     spans: tuple[tuple[int, int], ...]
     marks: Marks | None = None  # which of it is relevant, where the row says so
+    ending: str | None = None  # of a prompt alone: what would end a response; "": EOS
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Draft:
     def texts(self) -> set[str]:
         """All that must be tokenised: the scripts, and their beginnings up to each boundary."""
         beginnings = {s.text[:edge] for s in self.scripts for span in s.spans for edge in span}
-        return beginnings | {s.text for s in self.scripts}
+        return beginnings | {s.text for s in self.scripts} | {s.ending for s in self.scripts if s.ending}
 
 
 def write(
@@ -73,8 +74,12 @@ def write(
     `pictures`, which images the prompt has, of a model that reads some; `noted`, what is noted of the row so
     far. Raises RowProblem where the chat template refuses the row or prints nothing of a response."""
     notes = Counter(noted, **({"tie_pair": row.ties} if row.ties else {}))
+    if not row.responses:
+        notes["prompt_only"] = 1
     if isinstance(row.prompt, str):
         prompt = pictures.plain(row.prompt) if pictures else row.prompt
+        if not row.responses:
+            return Draft(row, (Script(prompt, (), ending=""),), True, notes, pictures)
         texts = [prompt + response for response in row.responses]
         spans = [((len(prompt), len(text)),) for text in texts]
         told = zip(row.relevance, row.responses, spans, texts)
@@ -115,9 +120,26 @@ def _conversation(template: Renderer, notes: Counter) -> Draft:
     scripts = tuple(
         _script(template, prompt, turns, relevance, lost, proven, notes)
         for turns, relevance in zip(row.responses, row.relevance)
-    )
+    ) or (_alone(template, prompt, lost, notes),)
     notes.update(f"{kind}_not_printed" for kind, _ in sorted(lost))
     return Draft(row, scripts, False, notes, template.pictures)
+
+
+def _alone(template: Renderer, prompt: str, lost: set, notes: Counter) -> Script:
+    """A prompt as it is printed for generation, which any answer follows, and what the template ends one
+    with; adds to `lost` what of the prompt is not printed."""
+    (mark,) = unused(prompt)
+    whole = [*template.row.prompt, {"role": "assistant", "content": mark}]
+    printed = template(whole)
+    if mark not in printed:
+        raise RowProblem("content_not_printed", "messages", "the chat template prints nothing of an answer")
+    ending = printed[: end_of_last_turn(template, whole, printed)].rpartition(mark)[2]
+    if not ending:
+        notes["no_end_of_turn"] += 1
+    text = prompt + mark + ending
+    page = Page(whole, text, {0: (len(prompt), len(text))}, False, printed.startswith(prompt))
+    lost |= unprinted_of_prompt(template, page, set())
+    return Script(prompt, (), ending=ending)
 
 
 def _script(

@@ -40,7 +40,8 @@ def lay_out(template: Renderer, prompt: str, turns: Messages) -> Page:
     asked = template.row.prompt
     whole = asked + turns
     printed = template(whole)
-    end, stretches, begins = end_of_last_turn(template, whole, printed), {}, True
+    end = len(printed) if template.chat.rewards else end_of_last_turn(template, whole, printed)
+    stretches, begins = {}, True
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     for i in answers:
         place = len(asked) + i

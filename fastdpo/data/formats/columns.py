@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from fastdpo.data.formats.turns import Tags, starts_with, text_or_turns, turns
 from fastdpo.data.report import RowProblem, expect, is_finite, is_number, kind
 
-_QUESTIONS = ("prompt", "instruction", "question", "input", "messages", "conversations", "context")
+QUESTIONS = ("prompt", "instruction", "question", "input", "messages", "conversations", "context")
 WHOLE, NOWHERE = "in whole conversations", "nowhere"
 _ROUNDING = 0.01  # how far above 0 a sum of log-probs may come out
 
@@ -46,7 +46,7 @@ def asked(row: dict) -> set[str]:
         and ("assistant" not in map(starts_with, lists))
     ):
         return {WHOLE}
-    there = {name for name in _QUESTIONS if name in row}
+    there = {name for name in QUESTIONS if name in row}
     return there - {"input"} if "instruction" in there else there or {NOWHERE}
 
 
@@ -81,7 +81,7 @@ def column(row: dict, name: str):
         message = (
             f"the column is missing or null (this row has: {_names(row)}; a row is {{prompt, chosen, "
             "rejected}, {chosen, rejected}, {prompt, responses}, {prompt, completion, label} or another "
-            "known format; or name its columns in data_format)"
+            "known format, or with rounds a prompt alone; or name its columns in data_format)"
         )
         raise RowProblem("missing_column", name, message)
     return row[name]

@@ -7,9 +7,9 @@ entry to FORMATS and the function that reads it; a column no other format has go
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fastdpo.data.formats import columns
+from fastdpo.data.formats import columns, prompts
 from fastdpo.data.formats.columns import NOWHERE, WHOLE, Columns, about, about_chat, asks, column, has, pair
-from fastdpo.data.formats.turns import Tags, from_human_and_assistant, past_turns, text_or_turns, turns
+from fastdpo.data.formats.turns import Tags, from_human_and_assistant, text_or_turns, turns
 from fastdpo.data.report import RowProblem, is_number, kind
 
 COLUMNS = (  # all that are read, under our names
@@ -17,12 +17,12 @@ COLUMNS = (  # all that are read, under our names
     "completion label output kto_tag responses answers completions chosen_response rejected_response "
     "rejected_messages preferred_output non_preferred_output score_chosen score_rejected chosen_reward "
     "rejected_reward ref_chosen_logps ref_rejected_logps chosen_spans rejected_spans chosen_token_weights "
-    "rejected_token_weights chat_template_kwargs images image"
+    "rejected_token_weights chat_template_kwargs images image margin"
 ).split()
 
 NUMBERS = {  # of them those that are a number or a truth value, and no text that looks like one
     *("label kto_tag score_chosen score_rejected chosen_reward rejected_reward ref_chosen_logps").split(),
-    *("ref_rejected_logps reference_chosen_logps reference_rejected_logps").split(),
+    *("ref_rejected_logps reference_chosen_logps reference_rejected_logps margin").split(),
 }
 
 
@@ -57,20 +57,11 @@ def detect(row: dict) -> str:
 # ---- one preferred and one other response
 
 
-def _alpaca_prompt(row: dict) -> list[dict]:
-    """The history, then instruction and input, a line each: one of the two may be missing."""
-    asked = [columns.text(row, name) for name in ("instruction", "input") if row.get(name)]
-    if not asked:
-        column(row, "instruction")
-    history = past_turns(row.get("history", []), "history")
-    return [*history, {"role": "user", "content": "\n".join(asked)}]
-
-
 def _alpaca(row: dict, tags: Tags) -> Columns:
     """Before mid-2024 LLaMA-Factory had both responses in one list."""
     if "chosen" not in row and isinstance(both := row.get("output"), list) and len(both) == 2:
         row = row | {"chosen": both[0], "rejected": both[1]}
-    return columns.paired("instruction", _alpaca_prompt)(row, tags)
+    return columns.paired("instruction", prompts.alpaca_prompt)(row, tags)
 
 
 def _aligner(row: dict, tags: Tags) -> Columns:
@@ -118,7 +109,7 @@ def _unpaired(row: dict, tags: Tags) -> Columns:
 
 
 def _alpaca_kto(row: dict, tags: Tags) -> Columns:
-    prompt, output = _alpaca_prompt(row), text_or_turns(column(row, "output"), "output", tags)
+    prompt, output = prompts.alpaca_prompt(row), text_or_turns(column(row, "output"), "output", tags)
     more = about_chat(row) | {"prompt_field": "instruction"}
     return columns.judged(row, prompt, "output", output, "kto_tag", **more)
 
@@ -291,5 +282,17 @@ FORMATS: dict[str, Format] = {
         "{instruction, completions: [{response, fine-grained_score}]}",
         lambda row, asked: False,  # only where data_format names it
         _ultrafeedback("fine-grained_score"),
+    ),
+    prompts.ALONE: Format(
+        "TRL; with `rounds` only",
+        "{prompt}, {messages}, {conversations}, {instruction}, {question}, {input} or {context}, no answer",
+        lambda row, asked: False,  # see prompts.format_of
+        prompts.alone,
+    ),
+    prompts.ANSWERED: Format(
+        "TRL, LLaMA-Factory; with `rounds` only",
+        "{prompt, completion}, {instruction, output}, or {messages} that end with an answer",
+        lambda row, asked: False,
+        prompts.answered,
     ),
 }

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastdpo.data.formats import prompts
 from fastdpo.data.formats.columns import Columns, beside_names
 from fastdpo.data.formats.known import COLUMNS, FORMATS, detect
 from fastdpo.data.formats.turns import Tags
@@ -30,9 +31,13 @@ class Layout:
             return row
         return {ours: row[theirs] for ours, theirs in self.columns.items() if theirs in row}
 
-    def read(self, row: dict) -> tuple[str, Columns]:
-        """(the name of the row's format, what its columns say), of a row under our names, without nulls."""
-        name = self.format or detect(row)
+    def read(self, row: dict, prompts_only: bool = False) -> tuple[str, Columns]:
+        """(the name of the row's format, what its columns say), of a row under our names, without nulls.
+        `prompts_only`: those of a prompt alone are read too."""
+        name = prompts.format_of(row, self.format) if prompts_only else self.format
+        if name in (prompts.ALONE, prompts.ANSWERED) and not prompts_only:
+            raise RowProblem("unknown_format", "row", f"{name} rows are read with rounds, which answer them")
+        name = name or detect(row)
         columns = FORMATS[name].read(row, self.tags)
         return name, _as_text(columns, self.texts) if self.texts else columns
 

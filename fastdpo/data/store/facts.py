@@ -140,6 +140,36 @@ class Facts:
         chosen[self.of_pairs[1]] = False
         return chosen
 
+    @cached_property
+    def resettable(self) -> np.ndarray:
+        """Whether a chosen response has more than one scored token, so that a prompt may go on with the first
+        of them, bool[G]."""
+        return self.per_group(self.chosen & (self.scored > 1)) > 0
+
+    def totals(self, alone: int) -> dict[str, int]:
+        """The totals of the groups, by their names in data_report.json; of `alone` groups, which are prompts
+        alone, the one token in place of a response is none."""
+        weighted = self.relevant >= 0
+        both = self.prompt[self.group_of] + self.length
+        sums = {
+            "groups": len(self),
+            "prompts": len(np.unique(self.prompt_key)),  # different ones
+            "responses": len(self.length) - alone,
+            "pairs": len(self.pairs),
+            "paired_rows": (np.diff(self.cu_pairs) > 0).sum(),
+            "unpaired_rows": (self.label[self.cu_resp[:-1]] >= 0).sum(),  # then it is the only response
+            "desirable": (self.label == 1).sum(),
+            "undesirable": (self.label == 0).sum(),
+            "weighted_responses": weighted.sum(),
+            "relevant_tokens": self.relevant[weighted].sum(),
+            "prompt_tokens": self.prompt.sum(),
+            "response_tokens": self.length.sum() - alone,
+            "scored_tokens": self.scored.sum() - alone,
+            "shared_forward_tokens": self.input_tokens.sum(),  # each prompt once, last tokens left out
+            "separate_rows_tokens": both.sum() - alone,  # a row a response
+        }
+        return {name: int(value) for name, value in sums.items()}
+
     def pairs_of(self, place: int) -> tuple[Pair, ...]:
         start, end = self.cu_pairs[place : place + 2].tolist()
         ends, more = self.pairs[start:end].tolist(), (self.offset[start:end], self.weight[start:end])

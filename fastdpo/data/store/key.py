@@ -31,11 +31,18 @@ _ELSEWHERE = (
 
 
 def key_of(
-    identity: str, tokenizer: str, limits: Limits, chat: Chat, rows: int, template, images: str | None = None
+    identity: str,
+    tokenizer: str,
+    limits: Limits,
+    chat: Chat,
+    rows: int,
+    template,
+    images: str | None = None,
+    prompts_only: bool = False,
 ) -> str | None:
     """The hash, as hex: of the source's identity, the tokenizer's digest, `rows` a shard, how images are read
-    (a digest), and this code, and of the day where its chat template asks for the time. None where what
-    `chat` gives it cannot be told."""
+    (a digest), whether prompts alone are read, for which kind of model, and this code, and of the day where
+    its chat template asks for the time. None where what `chat` gives it cannot be told."""
     kwargs = chat.kwargs or {}
     if not _plain(kwargs):
         return None
@@ -49,10 +56,12 @@ def key_of(
         limits.truncation,
         kwargs,
         day,
+        chat.rewards,
         rows,
         _code(),
         _versions(),
         images,
+        prompts_only,
     )
     return xxh3_128(repr(said).encode()).hexdigest()
 

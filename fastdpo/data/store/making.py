@@ -49,7 +49,8 @@ def _folder(source: Source, making: Making, data_cache: str, console: Console) -
         template = getattr(making.tokenizer, "chat_template", None)
         # where paths begin: a copy of the rows elsewhere may lie beside other images
         images = f"{making.images.digest} {source.folder}" if making.images else None
-        key = key_of(identity, tokenizer, making.limits, making.chat, SHARD_ROWS, template, images)
+        how = making.limits, making.chat, SHARD_ROWS, template, images, making.prompts_only
+        key = key_of(identity, tokenizer, *how)
         if key is not None:
             return Folder(home / key, private=data_cache == "auto")
         problem = "chat_template_kwargs hold what is neither text, number, list nor dict"

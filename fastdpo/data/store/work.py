@@ -27,9 +27,10 @@ class Making:
     limits: Limits
     chat: Chat
     images: ImageReader | None = None  # of a model that reads some
+    prompts_only: bool = False  # rows of a prompt alone are read too
 
-    def __reduce__(self):
-        return Making, (self.tokenizer, self.limits, self.chat, self.images)  # the rest is found out again
+    def __reduce__(self):  # the rest is found out again
+        return Making, (self.tokenizer, self.limits, self.chat, self.images, self.prompts_only)
 
     @cached_property
     def tokenizer_digest(self) -> str | None:
@@ -77,7 +78,8 @@ class Work:
                 return Made(found)
             folder.claim(number)
         start, stop = self._bounds(number)
-        tools = Tools(self._encoder, self.making.limits, self.making.chat, self.making.images)
+        how = self.making
+        tools = Tools(self._encoder, how.limits, how.chat, how.images, how.prompts_only)
         groups, account = shard_of(self.rows, range(start, stop), self._given(start, stop), tools)
         self.source.check_unchanged()
         data = encoded(groups, account)

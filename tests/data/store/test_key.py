@@ -40,7 +40,7 @@ def test_each_thing_changes_it():
         {"a": 1, "b": 1},
     ]
     keys = [told(chat=Chat(kwargs, NOON)) for kwargs in chats]
-    keys += [told(identity="j"), told(tokenizer="u"), told(rows=1024)]
+    keys += [told(identity="j"), told(tokenizer="u"), told(rows=1024), told(prompts_only=True)]
     keys += [told(limits=Limits(65)), told(limits=Limits(64, "keep_end")), told(limits=Limits(64, "drop"))]
     keys += [told(template=asking), told(template={"default": CHATML, "tools": asking}, identity="j")]
     keys += [told(template=asking, chat=Chat(None, NOON.replace(day=29)))]
