@@ -198,7 +198,7 @@ def draw(name: str, record: dict[str, Any], folder: Path) -> list[Path]:
     items = [Bar("start model", record["start"]["reward"])]
     for arm, found in ends_of(record, "reward").items():
         items.append(Bar(arm, mean(found), min(found), max(found), ours=arm.startswith("online")))
-    return bars(name, "Equal prompts and steps: reward on held-out dishes", "mean reward", items, folder)
+    return bars(name, "Rounds beside offline DPO", "mean reward on held-out dishes", items, folder)
 
 
 def main() -> int:
