@@ -7,6 +7,7 @@ from benchmarks.tables import (
     image_blocks,
     learning_blocks,
     memory_blocks,
+    online_blocks,
     round_blocks,
     row_blocks,
 )
@@ -286,4 +287,5 @@ BLOCKS = {
     "attention-gpu": ("attention", "gpu", attention, "shared-prompt attention on a GPU", _all("attention")),
     "growth-gpu": ("growth", "gpu", growth, "how cost grows on a GPU", _all("growth")),
     **learning_blocks.BLOCKS,
+    **online_blocks.BLOCKS,
 }
