@@ -99,7 +99,9 @@ def load_reference(
             ]
             # a fresh LoRA's start is the base model; otherwise the policy as it stands
             with policy.model.disable_adapter() if fresh_lora else contextlib.nullcontext():
-                packs, tokens, repeated = _fill(policy, sets, len(wanted) - hits, cache, console, check)
+                packs, tokens, repeated = _fill(
+                    policy, sets, told * (len(wanted) - hits), cache, console, check
+                )
     hand_on(cache.values, world)
     account = {
         "file": None if path is None else str(path),
@@ -166,13 +168,13 @@ def _packs(groups: Groups, facts: Facts, max_tokens: int, share: bool, gathers: 
     return _Packs(cut, facts.key, facts.cu_resp[cut.bounds], apart)
 
 
-def _fill(policy, sets: list[_Packs], missing: int, cache: RefCache, console, check) -> tuple[int, int, int]:
-    """Computes and stores the packs with a missing response; returns (packs, tokens, repeated tokens)
-    computed."""
+def _fill(policy, sets: list[_Packs], missing, cache: RefCache, console, check) -> tuple[int, int, int]:
+    """Computes and stores the packs with a missing response, of which there are so many to tell; returns
+    (packs, tokens, repeated tokens) computed."""
     world = policy.world
     todo = [(sets[s], number) for s, number in world.told(lambda: _todo(sets, cache.values))]
     done = tokens = repeated = 0
-    if len(todo) > 1:
+    if len(todo) > 1 and missing:
         text = f"reference: {counted(missing, 'response')} to compute, in {counted(len(todo), 'pack')}"
         console.print(text, highlight=False, soft_wrap=True)
     with make_progress(console) as bar:
