@@ -202,7 +202,9 @@ def test_errors_about_eval_data_say_so(tmp_path):
 
     def error(**sources) -> str:
         about = dict(data_format=None, max_length=99, truncation="drop", strict=False, seed=0)
-        spec = SimpleNamespace(chat_template_kwargs=None, data_cache="off", **about, **sources)
+        spec = SimpleNamespace(
+            chat_template_kwargs=None, data_cache="off", rewards=False, prompts_only=False, **about, **sources
+        )
         messages = []
         for function in (load_data, show_data):
             with pytest.raises(DataError) as caught:

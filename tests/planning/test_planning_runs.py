@@ -125,7 +125,7 @@ def test_a_later_stage_may_need_more_than_an_earlier_one(monkeypatch):
 
 def test_what_fits_with_states_on_the_host_is_said():
     planner = Planner(llama(), rows(), GPU)
-    budget = planner.predict(replace(config(), **planner.least(config()))).total - 1
+    budget = planner.predict(replace(config(), **planner.least(config()))).total - 1e3  # mb rounds
     with pytest.raises(ConfigError) as caught:
         choose(config(memory=mb(budget)), llama(), rows(), console(), GPU)
     assert "offload_optimizer: true" in str(caught.value) and "with max_tokens as the config" in str(

@@ -77,7 +77,6 @@ KINDS = {
     "rounds": dict(
         rounds=3,
         sample=dict(prompts=8, responses=3, max_new_tokens=6, resets=0.5),
-        reward="length",
         lora_rank=2,
     ),
     "lora": dict(max_steps=7, lora_rank=2, stages=[dict(max_steps=4), dict(max_steps=3, beta=0.3)]),
@@ -176,7 +175,8 @@ def attempt(trial: Trial, killed: Counter) -> None:
     """Runs a trial to its end through at least one kill, and checks where each resumed run goes on."""
     draw, expected = random.Random(trial.seed), None
     while True:
-        phase = draw.choice(sorted(PHASES.keys() - (set() if trial.config.rounds else OF_ROUNDS)))
+        possible = PHASES.keys() - (set() if trial.config.rounds else OF_ROUNDS)
+        phase = draw.choice(sorted(possible - killed.keys() or possible))
         times = {"step": 9, "model": 1, "fill": 3} | dict.fromkeys(OF_ROUNDS, 3)
         count = draw.randint(1, times.get(phase, 5))
         kills = expected is None or draw.random() < 0.5
@@ -216,6 +216,9 @@ def main() -> None:
         shared = SHARED | dict(
             model=save_model(folder / "model"), data=write_jsonl(folder / "rows.jsonl", rows(20))
         )
+        judge = folder / "judge.py"
+        judge.write_text("def f(prompts, answers):\n    return [sum(map(ord, a)) % 97 for a in answers]\n")
+        KINDS["rounds"]["reward"] = f"{judge}:f"
         while killed.total() < options.kills or set(killed) != set(PHASES):
             kind = sorted(KINDS)[trial_number % len(KINDS)]
             names = dict(

@@ -16,6 +16,7 @@ from fastdpo.data.load import load_data, load_groups
 from fastdpo.data.packing import epoch_order
 from fastdpo.errors import ConfigError, TrainingError
 from fastdpo.model import support
+from fastdpo.training.job import data_of
 from tests.rounding import is_tie
 from tests.tiny import rows, save_model, write_jsonl
 
@@ -291,11 +292,13 @@ def test_held_out_fraction_is_disjoint_and_seeded(tmp_path):
     held = json.loads((run.folder / "data_report.json").read_text())["eval_data"]
     assert held["split_off"] == 6 and len(set(held["rows"])) == 6
     tokenizer = AutoTokenizer.from_pretrained(run.start)
-    trained, evaluated, _ = load_data(run.config, tokenizer, QUIET)
+    trained, evaluated, _ = load_data(data_of(run.config), tokenizer, QUIET)
     assert sorted(g.row for g in [*trained, *evaluated]) == list(range(24))
     assert [g.row for g in evaluated] == held["rows"]
     again = Run(tmp_path, "again", eval_data=0.25, max_steps=1)
     assert json.loads((again.folder / "data_report.json").read_text())["eval_data"] == held
-    assert len(load_data(replace(run.config, eval_data=5.0), tokenizer, QUIET)[1]) == 5  # so many groups
+    assert (
+        len(load_data(data_of(replace(run.config, eval_data=5.0)), tokenizer, QUIET)[1]) == 5
+    )  # so many groups
     with pytest.raises(ConfigError, match=r"eval_data: 30\.0 of 24 groups leaves none"):
-        load_data(replace(run.config, eval_data=30.0), tokenizer, QUIET)
+        load_data(data_of(replace(run.config, eval_data=30.0)), tokenizer, QUIET)
