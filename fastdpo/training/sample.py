@@ -34,7 +34,10 @@ def check_output(output: Path) -> None:
     """Raises ConfigError where no file can be written."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not output.exists()
         output.open("a", encoding="utf-8").close()
+        if is_new:
+            output.unlink()
     except OSError as error:
         raise ConfigError(f"--output: cannot write {output}: {error.strerror}") from None
 
@@ -43,7 +46,8 @@ def _sample(config: Config, output: Path, console: Console, around: Around, worl
     if config.rewards:
         raise ConfigError(f"objective: {config.objective} is of a reward model, which writes nothing")
     job = job_of(config)
-    check_output(output)
+    if world.first:
+        check_output(output)
     check_engine(job.sample, job.model)
     scorer = scorer_of(job) if world.first else None
     check_alike(world)
@@ -70,7 +74,8 @@ def _sample(config: Config, output: Path, console: Console, around: Around, worl
             drawing_of(job, policy, tokenizer, groups, scorer, console, stopping.check), again=True
         )
         if there := world.told(lambda: len(file.read())):
-            console.print(f"{output} has {there:,} of {count:,} prompts; scored anew", highlight=False)
+            scored = "" if job.reward is None else "; all are scored anew"
+            console.print(f"{output} has {there:,} of {count:,} prompts{scored}", highlight=False)
         out = drawing.draw(asked, seed_of("samples", config.seed, 1), file)
     if scores := [score for one in out for score in one.scores if score is not None]:
         console.print(f"{len(scores):,} samples, score {np.mean(scores):.3f} on average", highlight=False)
