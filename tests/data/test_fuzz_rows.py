@@ -114,10 +114,9 @@ def broken(row: dict, random: random.Random) -> dict:
 
 
 def test_every_format_is_here():
-    assert GOOD.keys() == FORMATS.keys() - {
-        "ultrafeedback_fine_grained",
-        "axolotl",
-    }  # which only data_format names
+    named = {"ultrafeedback_fine_grained", "axolotl"}  # by data_format alone
+    of_rounds = {"prompt_only", "prompt_completion"}
+    assert GOOD.keys() == FORMATS.keys() - named - of_rounds
 
 
 @pytest.mark.parametrize("seed", range(3))
