@@ -59,7 +59,7 @@ def load_model_config(spec: ModelSpec) -> PreTrainedConfig:
     has_lora = start.adapter is not None or spec.lora_rank is not None
     if not spec.rewards and source.is_classifier(model_config):
         raise ModelError(
-            f"model: {start.model} is a reward model, and writes nothing: name it as a scorer, or as `reward`"
+            f"model: {start.model!r} is a classifier, and writes nothing: name it as a scorer, or as `reward`"
         )
     if spec.load_in_4bit and found.gguf:
         raise ConfigError(

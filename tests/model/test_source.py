@@ -264,8 +264,8 @@ OTHERS = {  # class -> (sizes, what is said)
         "is not a whole LlamaForCausalLM: it lacks lm_head.weight, which",
     ),
     "LlamaForSequenceClassification": (
-        SIZES,
-        "is not a whole LlamaForCausalLM: it lacks lm_head.weight",
+        SIZES | {"tie_word_embeddings": True},  # so that it would lack nothing
+        "is a classifier, and writes nothing",
     ),
 }
 
