@@ -16,6 +16,7 @@ from fastdpo.files.names import gguf_path, is_gguf
 from fastdpo.report.history import RunHistory, read_run
 from fastdpo.report.rounds import kl_unknown, round_table, spec_of
 from fastdpo.report.story import stage_tables
+from fastdpo.sampling.scorers import is_model
 from fastdpo.values import as_list
 
 SETTINGS = "adapter_config.json"  # what makes a folder a peft adapter
@@ -181,11 +182,10 @@ def _rounds(history: RunHistory | None) -> dict | None:
         return None
     reward = str(history.config.get("reward"))
     file, colon, function = reward.rpartition(":") if ".py:" in reward else (reward, "", "")
-    is_model = not colon and reward not in ("vader", "length")
     return {
         "count": history.config["rounds"],
         "spec": spec_of(history),
-        "reward": _link(file) if is_model else f"`{_public(file)}{colon}{function}`",
+        "reward": _link(file) if is_model(reward) else f"`{_public(file)}{colon}{function}`",
         "moves": history.reference_moves,
         "table": round_table(history),
         "kl_unknown": kl_unknown(history),

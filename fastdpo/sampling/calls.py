@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,9 +31,9 @@ def drawing(
         yield
 
 
-def call_seed(seed: int, row: int) -> int:
-    """What a call, or with vLLM a prompt, is seeded by: 0 to 2^62."""
-    digest = hashlib.blake2b(f"{seed} {row}".encode(), digest_size=8).digest()
+def seed_of(*parts: int | str) -> int:
+    """A seed of all of these: 0 to 2^62."""
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 2
 
 

@@ -15,7 +15,8 @@ from fastdpo.model.policy import Policy
 from fastdpo.model.spec import ModelSpec
 from fastdpo.records import Groups
 from fastdpo.sampling import engine_vllm
-from fastdpo.sampling.calls import answers, bare, call_seed, drawing, pieces_of
+from fastdpo.sampling.calls import answers, bare, drawing, pieces_of, seed_of
+from fastdpo.sampling.generate import positions_of
 
 ON_CPU, MOST = 64, 256  # sequences at once: on a CPU; on a GPU however much memory it has
 SHARE = 4  # one part in so many of a GPU's free memory is for keys and values
@@ -77,7 +78,7 @@ def sample(
         for number, call in turns:
             made = None
             if number is not None or policy.world.sharded:
-                chance = call_seed(seed, call[0].row)
+                chance = seed_of(seed, call[0].row)
                 how = dict(temperature=spec.temperature, top_p=spec.top_p)
                 with torch.no_grad(), drawing(policy, tokenizer, ends, chance, **how):
                     found = answers(policy, cut(call), ends, bar, task)
@@ -109,7 +110,7 @@ def room_for(policy: Policy, prompts: Groups, max_new_tokens: int, budget: int |
 
 def check_room(policy: Policy, prompts: Groups, max_new_tokens: int) -> None:
     """Raises ModelError for the first prompt behind which the model has too few positions."""
-    limit = getattr(policy.core.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(policy)
     for prompt in prompts:
         if limit is not None and len(prompt.prompt) + max_new_tokens > limit:
             raise ModelError(

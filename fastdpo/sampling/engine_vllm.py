@@ -28,7 +28,7 @@ from fastdpo.model.saving import save_copy
 from fastdpo.model.source import load_config, sees_images
 from fastdpo.model.spec import ModelSpec
 from fastdpo.records import PreferenceGroup
-from fastdpo.sampling.calls import call_seed, until_end
+from fastdpo.sampling.calls import seed_of, until_end
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's values of max_lora_rank
 SHARE = 0.9  # of the GPU memory that is free beside the trainer; the rest is CUDA's, and what is not foreseen
@@ -160,7 +160,7 @@ def _request(
         llm |= dict(model=base, enable_lora=True, max_lora_rank=next(r for r in RANKS if r >= rank))
     sampling: dict[str, Any] = dict(n=spec.responses, temperature=spec.temperature, top_p=spec.top_p)
     sampling |= dict(max_tokens=spec.max_new_tokens, stop_token_ids=ends, detokenize=False)
-    asked = [{"ids": p.prompt.tolist(), "seed": call_seed(seed, p.row)} for p in prompts]
+    asked = [{"ids": p.prompt.tolist(), "seed": seed_of(seed, p.row)} for p in prompts]
     lora_folder = folder if has_lora else None
     return dict(parent=os.getpid(), llm=llm, sampling=sampling, lora=lora_folder, prompts=asked)
 

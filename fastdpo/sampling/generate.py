@@ -43,11 +43,16 @@ def end_tokens(policy: Policy, tokenizer, groups: Groups) -> list[int]:
     return sorted(ends | last & set(tokenizer.get_added_vocab().values()))
 
 
+def positions_of(policy: Policy) -> int | None:
+    """Tokens that the model has positions for; None where it does not say."""
+    return getattr(policy.core.config.get_text_config(), "max_position_embeddings", None)
+
+
 def batches(policy: Policy, groups: Groups, max_new_tokens: int):
     """(groups, new tokens) of each call: all at once, but alone and shorter where the model's positions
     do not suffice, since a position too many is an error (on a GPU, one that ends the process), and alone
     where the model sees images, whose prompts are not padded here."""
-    limit = getattr(policy.core.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions_of(policy)
     room = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(g.prompt)) for g in groups]
     fits = lambda new: new == max_new_tokens and policy.processor is None
     together = [g for g, new in zip(groups, room) if fits(new)]

@@ -1,6 +1,5 @@
 """What a round asks, and what it was answered: a line each of its file, which people and `data` can read."""
 
-import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from fastdpo.config.rounds import SampleSpec
 from fastdpo.files import durable
 from fastdpo.preferences import Groups, Image, Pair, PreferenceGroup, Response
+from fastdpo.sampling.calls import seed_of
 from fastdpo.sampling.resets import reset_length
 
 
@@ -57,12 +57,6 @@ class Answered:
         s, n = self.scores, range(len(self.scores))
         pairs = tuple(Pair(i, j) for i in n for j in n if s[i] > s[j])
         return PreferenceGroup(self.row, np.array(self.prompt_ids, np.int64), responses, pairs, images=images)
-
-
-def seed_of(*parts: int | str) -> int:
-    """A seed below 2^63 of all of these."""
-    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def places_of(n_prompts: int, count: int, number: int, seed: int) -> np.ndarray:

@@ -24,9 +24,10 @@ from fastdpo.records import Groups, PreferenceGroup
 from fastdpo.reference import tables
 from fastdpo.reference.fill import ReferenceTable
 from fastdpo.reference.fingerprint import reference_fingerprint
+from fastdpo.sampling.calls import seed_of
 from fastdpo.sampling.draw import Drawing
-from fastdpo.sampling.generate import end_tokens
-from fastdpo.sampling.rows import Answered, RoundFile, ask, places_of, seed_of
+from fastdpo.sampling.generate import end_tokens, positions_of
+from fastdpo.sampling.rows import Answered, RoundFile, ask, places_of
 from fastdpo.sampling.scorers import Scorer
 from fastdpo.training.job import Job, step_groups, total_steps
 from fastdpo.training.metrics import Progress
@@ -239,8 +240,7 @@ def drawing_of(
 
 def limit_of(policy: Policy, job: Job) -> int:
     """Tokens that prompt and response may have."""
-    positions = getattr(policy.core.config.get_text_config(), "max_position_embeddings", None)
-    return min(job.data.max_length, positions or job.data.max_length)
+    return min(job.data.max_length, positions_of(policy) or job.data.max_length)
 
 
 def with_room(groups: Groups, policy: Policy, job: Job, console: Console) -> tuple[Groups, int]:

@@ -14,8 +14,9 @@ from fastdpo.distributed.world import World, joined
 from fastdpo.errors import ConfigError
 from fastdpo.files import durable
 from fastdpo.reference.fingerprint import reference_fingerprint
+from fastdpo.sampling.calls import seed_of
 from fastdpo.sampling.engine import check_engine
-from fastdpo.sampling.rows import Answered, RoundFile, ask, places_of, seed_of
+from fastdpo.sampling.rows import Answered, RoundFile, ask, places_of
 from fastdpo.training.job import Around, job_of
 from fastdpo.training.ranks import check_alike, quiet
 from fastdpo.training.resume import rows_digest

@@ -24,7 +24,7 @@ from fastdpo.model.loading import load_policy
 from fastdpo.model.policy import Policy
 from fastdpo.model.spec import ModelSpec
 from fastdpo.sampling import engine_vllm
-from fastdpo.sampling.calls import call_seed
+from fastdpo.sampling.calls import seed_of
 from fastdpo.sampling.engine import check_engine, sample
 from tests import images, tiny
 from tests.ggufs import save_gguf
@@ -77,7 +77,7 @@ def test_it_samples_from_the_weights_as_they_stand(base, vllm, tmp_path):
     assert list(answered(policy, model, tmp_path, first=3)) == []
     ((first, answers),) = answered(policy, model, tmp_path, first=1)
     told = noted(package)
-    seeds = [call_seed(5, row) for row in (11, 12)]
+    seeds = [seed_of(5, row) for row in (11, 12)]
     assert first == 1 and answers == [[[3 + seed % 90, 3 + i, 2] for i in range(3)] for seed in seeds]
     assert told["prompts"] == [prompt.prompt.tolist() for prompt in prompts()[1:]] and told["lora"] is None
     asked = dict(n=3, temperature=0.7, top_p=0.9, top_k=0, max_tokens=6, stop_token_ids=[2, 7])
