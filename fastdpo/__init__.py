@@ -20,6 +20,7 @@ _HOME = {
     "PreferenceGroup": "records",
     "ResponseLogps": "records",
     "evaluate": "api",
+    "explain": "api",
     "fill_reference": "api",
     "load_groups": "data.load",
     "pack": "data.packing",
@@ -32,6 +33,7 @@ _HOME = {
 }
 __all__ = ["Config", "FastDPOError", "Limits", "Policy", "PreferenceGroup", "ResponseLogps", "evaluate"]
 __all__ += [
+    "explain",
     "fill_reference",
     "load_groups",
     "pack",
@@ -45,7 +47,7 @@ __all__ += [
 leave_out_noise()
 
 if TYPE_CHECKING:  # the same in words that a type checker reads
-    from fastdpo.api import evaluate, fill_reference, sample, train, train_reward
+    from fastdpo.api import evaluate, explain, fill_reference, sample, train, train_reward
     from fastdpo.config.keys import Config
     from fastdpo.data.groups import Limits, to_group
     from fastdpo.data.load import load_groups

@@ -13,8 +13,8 @@ from fastdpo.config.rewards import OBJECTIVE, check_reward_keys
 from fastdpo.convert.convert import config_of, read
 from fastdpo.doctor import settle_backends
 from fastdpo.errors import ConfigError
+from fastdpo.planning import out_of_memory
 from fastdpo.planning.choose import choose
-from fastdpo.planning.out_of_memory import explain
 from fastdpo.planning.ranks import replica_fits
 from fastdpo.publish.hub import check_hub, push
 from fastdpo.publish.model_card import add_card
@@ -32,7 +32,8 @@ def write_report(run: Path, ended: bool) -> Path:
 
 
 def around() -> Around:
-    return Around(settle_backends, choose, replica_fits, explain, write_report, add_card, check_hub, push)
+    made = (write_report, add_card, check_hub, push)
+    return Around(settle_backends, choose, replica_fits, out_of_memory.explain, *made)
 
 
 def train(config: Given | None = None, console: Console | None = None, **keys: Any) -> Path:
@@ -137,6 +138,39 @@ def evaluate(
     settings = Settings(**plain(given | {"scorer": scorer}))
     settle_backends(console)
     return evaluate(settings, None if output is None else str(output), overwrite, console)
+
+
+def explain(
+    model: str | PathLike[str],
+    after: str | PathLike[str] | None = None,
+    *,
+    output: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """What `fastdpo explain` does: of a run or an adapter, what its training changed; or of two models,
+    before and after. Takes the command's options by name (data, probe, causes, scorer, ...), and returns what
+    explain.json holds: `weights`, `behaviour`, `direction`, `where`, `neurons`, `causes`.
+
+        >>> import fastdpo
+        >>> found = fastdpo.explain("runs/first")
+        >>> {group["name"]: group["share"] for group in found["neurons"]["groups"]}
+
+    Raises FastDPOError, whose message says what to do.
+    """
+    from fastdpo.explanation.explain import explain
+    from fastdpo.explanation.result import Settings
+
+    known = {field.name for field in dataclasses.fields(Settings)} - {"before", "after"}
+    if unknown := sorted(options.keys() - known):
+        raise ConfigError(f"{unknown[0]}: explain has no such option; there are {', '.join(sorted(known))}")
+    before, after = (None, model) if after is None else (model, after)
+    given = {"before": before, "after": after} | options
+    settings = Settings(**plain({name: value for name, value in given.items() if value is not None}))
+    console = console or _console()
+    settle_backends(console)
+    return explain(settings, None if output is None else str(output), overwrite, console)
 
 
 def _config(given: Given | None, keys: dict[str, Any]) -> Config:

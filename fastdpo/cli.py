@@ -26,6 +26,7 @@ from fastdpo.console.threads import wait_asleep
 from fastdpo.distributed.launch import is_first, on_gpus, say
 from fastdpo.errors import ConfigError, FastDPOError, Stopped
 from fastdpo.evaluation.options import Options
+from fastdpo.explanation import options as explained
 from fastdpo.flags import UNEXPECTED, takes_keys, with_values
 
 Device = Literal["cpu", "cuda"]
@@ -187,6 +188,21 @@ def evaluate(model: str, /, *data: str, options: Options | None = None):
     evaluate(model, list(data) if len(data) != 1 else data[0], **vars(options or Options()))
 
 
+def explain(model: str, after: str | None = None, /, *, options: explained.Options | None = None):
+    """what did the training change inside the model, and what of it matters?
+
+    Which weights, how deep in an answer, along which direction, by which layers and
+    neurons; and how much of the effect comes back when some of them are patched into
+    the model before. Writes explain.html, explain.json and neurons.parquet.
+
+    :param model: a run folder or an adapter's; or, with another model, the one before training
+    :param after: the one after it
+    """
+    from fastdpo.api import explain
+
+    explain(model, after, **vars(options or explained.Options()))
+
+
 def completion(shell: Literal["bash", "zsh", "fish", "powershell"], /):
     """print the script that completes commands and keys in a shell
 
@@ -203,6 +219,7 @@ for place, command in enumerate(
 ):
     app.command(command, sort_key=place)
 app.command(evaluate, name="eval", sort_key=1)
+app.command(explain, sort_key=1)
 app["cache"].command(prune)
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from benchmarks.tables import (
+    explained_blocks,
     head_blocks,
     image_blocks,
     learning_blocks,
@@ -288,4 +289,5 @@ BLOCKS = {
     "growth-gpu": ("growth", "gpu", growth, "how cost grows on a GPU", _all("growth")),
     **learning_blocks.BLOCKS,
     **online_blocks.BLOCKS,
+    **explained_blocks.BLOCKS,
 }

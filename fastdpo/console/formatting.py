@@ -22,7 +22,7 @@ def significant(value: float, digits: int = 4) -> str:
         return "0"
     size = math.floor(math.log10(abs(value)))
     if size < -4:
-        return f"{value:.{digits - 1}g}"
+        return f"{value:.{digits - 1}g}".replace("-", "−", int(value < 0))
     return f"{value:,.{max(0, digits - 1 - size)}f}".replace("-", "−")
 
 

@@ -123,7 +123,7 @@ class Evaluation:
         for key, one in (("model", model), ("versus", versus)):
             if one is None:
                 continue
-            _collect()
+            collect()
             policy = loaded(one, self.rows.groups, self.console)
             if key == "model" and reference is not None and table is None:
                 table, answers = self.reference_part(policy, reference, fresh=True)
@@ -171,7 +171,7 @@ class Evaluation:
         return found
 
     def judge(self, measured: dict[str, Measured], scorer: Scorer) -> None:
-        _collect()
+        collect()
         for one in measured.values():
             assert one.answers is not None and self.settings.scorer is not None
             one.answers.judge(scorer, self.settings.scorer, self.console, one.name)
@@ -184,7 +184,7 @@ def _numbers(rows: Rows, prompts: Groups):
     return torch.tensor([number[group.row] for group in prompts], dtype=torch.int64).numpy()
 
 
-def _collect() -> None:
+def collect() -> None:
     """Gives back what the model before held."""
     gc.collect()
     if torch.cuda.is_available():

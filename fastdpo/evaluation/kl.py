@@ -50,8 +50,8 @@ def sequence_kl(
             ours, bounds = _hidden(policy, part)
             with policy.model.disable_adapter() if reference is None else contextlib.nullcontext():
                 theirs, _ = _hidden(other, part)
-                head = _head(other)
-            per_token = _per_token(ours, _head(policy), theirs, head)
+                head = head_of(other)
+            per_token = _per_token(ours, head_of(policy), theirs, head)
             out.append(torch.segment_reduce(per_token, "sum", offsets=bounds).cpu().numpy())
             bar.update(task, advance=1)
     return np.concatenate(out)
@@ -63,7 +63,7 @@ def _hidden(policy: Policy, part: Groups) -> tuple[Tensor, Tensor]:
     return policy.hidden(batch)[batch.score_row].to(policy.dtype), batch.cu_resp
 
 
-def _head(policy: Policy) -> dict[str, Any]:
+def head_of(policy: Policy) -> dict[str, Any]:
     return policy.head.tensors(policy.dtype) | dict(scale=policy.head.scale, softcap=policy.head.softcap)
 
 
@@ -71,12 +71,12 @@ def _per_token(ours: Tensor, head: dict, theirs: Tensor, reference_head: dict) -
     """f64[M]"""
     out = []
     for h, h_ref in zip(ours.split(_ROWS), theirs.split(_ROWS)):
-        logp, ref = _log_softmax(h, **head), _log_softmax(h_ref, **reference_head)
+        logp, ref = log_softmax(h, **head), log_softmax(h_ref, **reference_head)
         out.append((logp.exp() * (logp - ref)).sum(-1).double())
     return torch.cat(out)
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, bias, lora, scale: float, softcap: float | None) -> Tensor:
+def log_softmax(hidden: Tensor, weight: Tensor, bias, lora, scale: float, softcap: float | None) -> Tensor:
     """[m, V] of hidden [m, D], in fp32 (f64 of fp64)."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     hidden = hidden.to(wide)

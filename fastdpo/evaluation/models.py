@@ -131,15 +131,17 @@ def config_of(model: Named, data: str | list[str]) -> Config:
     return replace(_config(model.spec.model, model.keys), data=data)
 
 
-def reference_of(model: Named, name: str | None) -> Named | None:
+def reference_of(
+    model: Named, name: str | None, key: str = "reference", way_out: str = "name it by --reference"
+) -> Named | None:
     """What a model is compared with: the one named, or what it was trained from; None where neither is
-    known."""
+    known. key: what it is called; way_out: what to do where what it was trained from is not there."""
     if name is not None:
-        return named(name, "reference", **alike(model))
+        return named(name, key, **alike(model))
     if model.trained_from is None:
         return None
     spec = model.trained_from
-    found = Named(spec.model if spec.adapter is None else spec.adapter, "reference", spec)
+    found = Named(spec.model if spec.adapter is None else spec.adapter, key, spec)
     if model.is_on(found):  # its base is loaded with it
         return found
     try:
@@ -147,9 +149,7 @@ def reference_of(model: Named, name: str | None) -> Named | None:
             load_model_config(spec)
             check_stored(spec)
     except ModelError as error:
-        raise ModelError(
-            f"{error}; it is what {model.name} was trained from: name it by --reference"
-        ) from None
+        raise ModelError(f"{error}; it is what {model.name} was trained from: {way_out}") from None
     return found
 
 
@@ -166,8 +166,19 @@ def loaded(model: Named, groups: Groups, console: Console) -> Policy:
         policy = load_policy(model.spec, console, processor=processor)
         policy.model.requires_grad_(False).eval()
         check_vocabulary(policy, groups)
-        prepare(policy, groups, console)
+        try:
+            prepare(policy, groups, console)
+        except ModelError:
+            _check_weights(policy)
+            raise
     return policy
+
+
+def _check_weights(policy: Policy) -> None:
+    """Raises ModelError that names the first weight with entries that are not finite."""
+    for name, weight in policy.model.named_parameters():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise ModelError(f"model: {name} has entries that are not finite numbers; train it again")
 
 
 def check_same_tokens(ours, theirs, groups: Groups, names: tuple[str, str]) -> None:
@@ -178,5 +189,5 @@ def check_same_tokens(ours, theirs, groups: Groups, names: tuple[str, str]) -> N
             one, other = names
             raise ConfigError(
                 f"{one} and {other} have different tokenizers (token {i} is {a!r} in the one, {b!r} in the "
-                "other), and log-probs of other tokens do not compare; evaluate each by itself"
+                "other), and log-probs of other tokens do not compare"
             )

@@ -80,9 +80,11 @@ class Measured:
         return replace(self, numbers=(self.rows.numbers if self.rows else {}) | of_answers)
 
 
-def check_free(folder: Path, settings: Settings, overwrite: bool) -> None:
-    """Raises ConfigError where the folder cannot be written, or holds another evaluation. One of the same
-    settings is replaced, and so is what a process left that was killed."""
+def check_free(
+    folder: Path, settings: Any, overwrite: bool, name: str = "eval.json", what: str = "an evaluation"
+) -> None:
+    """Raises ConfigError where the folder cannot be written, or its file `name` is `what` of other settings
+    (a record). One of the same settings is replaced, and so is what a process left that was killed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         durable.recover(folder)
@@ -90,17 +92,17 @@ def check_free(folder: Path, settings: Settings, overwrite: bool) -> None:
         (folder / ".writable").unlink()
     except OSError as error:
         raise ConfigError(f"output: cannot write into the folder {folder}: {error}") from None
-    if overwrite or not (folder / "eval.json").exists():
+    if overwrite or not (folder / name).exists():
         return
     try:
-        before = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["settings"]
+        before = json.loads((folder / name).read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         before = {}
-    now = _plain(dataclasses.asdict(settings))
-    if differ := [name for name in now if before.get(name) != now[name]]:
-        was = ", ".join(f"{name} {before.get(name)!r}" for name in differ)
+    now = plain(dataclasses.asdict(settings))
+    if differ := [key for key in now if before.get(key) != now[key]]:
+        was = ", ".join(f"{key} {before.get(key)!r}" for key in differ)
         raise ConfigError(
-            f"output: {folder} holds an evaluation of other settings ({was}). Name another folder "
+            f"output: {folder} holds {what} of other settings ({was}). Name another folder "
             "by --output, or replace it by --overwrite"
         )
 
@@ -116,7 +118,7 @@ def result(
     numbers["model"] |= {f"samples/wins over {test.other}": _one(won) for won, test in wins}
     data = won_by_length(rows)
     answers = {key: one.answers for key, one in measured.items() if one.answers}
-    return _plain(
+    return plain(
         {
             "settings": dataclasses.asdict(settings),
             **facts,
@@ -193,12 +195,12 @@ def _one(found: Estimate) -> dict[str, Any]:
     return {"value": found.value, "stderr": found.error, "prompts": len(found.by_prompt) or None}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """As JSON has it: nothing of numpy, twelve digits, None for what is no number."""
     if isinstance(value, dict):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): plain(one) for name, one in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
@@ -206,7 +208,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write(folder: Path, made: dict[str, Any], page: str) -> None:
-    """The page first: where eval.json is, all is."""
-    durable.write_text(folder / "eval.html", page)
-    durable.write_text(folder / "eval.json", json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False))
+def write(folder: Path, made: dict[str, Any], page: str, name: str = "eval") -> None:
+    """The page first: where the JSON is, all is."""
+    durable.write_text(folder / f"{name}.html", page)
+    text = json.dumps(made, indent=1, ensure_ascii=False, allow_nan=False)
+    durable.write_text(folder / f"{name}.json", text)

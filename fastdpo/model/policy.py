@@ -117,10 +117,17 @@ class Policy:
         return out
 
     def _token_logp(self, batch: PackedGroups, stats: tuple[str, ...]) -> Tensor | WithStats:
-        hidden = self.hidden(batch)[batch.score_row].to(self.dtype)
+        return self.head_logp(self.hidden(batch)[batch.score_row].to(self.dtype), batch.target, stats)
+
+    @overload
+    def head_logp(self, hidden: Tensor, target: Tensor, stats: tuple[()] = ()) -> Tensor: ...
+    @overload
+    def head_logp(self, hidden: Tensor, target: Tensor, stats: tuple[str, ...]) -> Tensor | WithStats: ...
+    def head_logp(self, hidden: Tensor, target: Tensor, stats: tuple[str, ...] = ()) -> Tensor | WithStats:
+        """log pi of each target [M] by final hidden states [M, D] in `dtype`, f32[M]; as token_logp."""
         return linear_logp(
             hidden,
-            target=batch.target,
+            target=target,
             scale=self.head.scale,
             softcap=self.head.softcap,
             stats=stats,

@@ -32,8 +32,8 @@ COLOURS = {
 _MOST_POINTS = 400  # of a curve: more than its pixels show nothing, and only make the page heavy
 DASHED = (0, (4, 2))
 DOTTED = (0, (1, 1.3))
-_SMALL_PRINT: dict = dict(textcoords="offset points", color=COLOURS["muted"], size=8.5)
-_STYLE: dict = {
+SMALL_PRINT: dict = dict(textcoords="offset points", color=COLOURS["muted"], size=8.5)
+STYLE: dict = {
     "svg.fonttype": "none",  # text stays text: readable by machines, in the page's own font
     "svg.hashsalt": "fastdpo",
     "font.family": "sans-serif",
@@ -81,8 +81,8 @@ class Mark:
 
 def draw(chart: Chart, marks: list[Mark], folder: Path | None) -> Markup:
     """SVG without its XML header; a PNG, too, into a folder that is named."""
-    with rc_context(_STYLE):
-        axes = _axes(chart.of, chart.unit)
+    with rc_context(STYLE):
+        axes = new_axes(chart.of, chart.unit)
         for curve in chart.curves:
             _plot(axes, curve)
         if chart.log_scale:
@@ -94,23 +94,23 @@ def draw(chart: Chart, marks: list[Mark], folder: Path | None) -> Markup:
         for value, label in chart.levels:
             axes.axhline(value, color=COLOURS["muted"], lw=1, ls=(0, (1, 2)))
             at_the_right: dict = dict(xycoords=axes.get_yaxis_transform(), xytext=(0, 2), ha="right")
-            axes.annotate(label, (0.998, value), **at_the_right, **_SMALL_PRINT)
+            axes.annotate(label, (0.998, value), **at_the_right, **SMALL_PRINT)
         first = min(curve.series.step[0] for curve in chart.curves)
         _mark(axes, [mark for mark in marks if mark.step >= first or (mark.is_stage and first <= 1)])
         _legend(axes, chart.curves if chart.legend else [])
-        return _render(axes, chart.name, chart.title, folder)
+        return render(axes, chart.name, chart.title, folder)
 
 
 def draw_lengths(edges: list[int], counts: list[int], limit: int | None, folder: Path | None) -> Markup:
     """The histogram of sequence lengths, and where rows are cut; see `draw`."""
-    with rc_context(_STYLE):
-        axes = _axes("prompt + response, in tokens", "responses")
+    with rc_context(STYLE):
+        axes = new_axes("prompt + response, in tokens", "responses")
         axes.bar(edges[:-1], counts, np.diff(edges) * 0.92, align="edge", color=COLOURS["train"])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter("{x:,.0f}")
         if limit and limit <= 1.5 * edges[-1]:
             _mark(axes, [Mark(limit, f"max_length {limit:,}", False)])
-        return _render(axes, "lengths", "Lengths", folder)
+        return render(axes, "lengths", "Lengths", folder)
 
 
 def draw_histogram(
@@ -121,20 +121,25 @@ def draw_histogram(
     counts: dict[str, tuple[str, np.ndarray]],
 ) -> Markup:
     """Histograms over each other, {label: (colour, counts)}, with the same edges; labels: of the axes."""
-    with rc_context(_STYLE):
-        axes = _axes(*labels)
+    with rc_context(STYLE):
+        axes = new_axes(*labels)
         for label, (colour, some) in counts.items():
             axes.stairs(some, edges, color=COLOURS[colour], lw=1.6, label=label)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter(short)
         axes.yaxis.set_major_formatter("{x:,.0f}")
-        place: dict = dict(loc="lower left", bbox_to_anchor=(-0.02, 0.985), ncols=4, columnspacing=1.2)
-        axes.legend(frameon=False, labelcolor=COLOURS["ink"], handlelength=1.8, borderpad=0.1, **place)
-        return _render(axes, name, title, None)
+        legend_above(axes)
+        return render(axes, name, title, None)
 
 
-def _axes(x_label: str, y_label: str) -> Axes:
-    axes = Figure(figsize=(5.2, 3.0)).add_axes((0.15, 0.165, 0.83, 0.72))
+def new_axes(
+    x_label: str,
+    y_label: str,
+    size: tuple[float, float] = (5.2, 3.0),
+    place: tuple[float, float, float, float] = (0.15, 0.165, 0.83, 0.72),
+) -> Axes:
+    """An empty plot in the pages' style; its size in inches, its place in the figure."""
+    axes = Figure(figsize=size).add_axes(place)
     axes.grid(True, axis="y", color=COLOURS["grid"], lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=COLOURS["ink"], length=0, which="both")
@@ -185,7 +190,7 @@ def _mark(axes: Axes, marks: list[Mark]) -> None:
         if mark.label:
             late = mark.step > left + 0.8 * (right - left)
             side: dict = dict(xytext=(-3, 0), ha="right") if late else dict(xytext=(3, 0), ha="left")
-            axes.annotate(mark.label, (mark.step, 0.985), xycoords=x_axis, va="top", **side, **_SMALL_PRINT)
+            axes.annotate(mark.label, (mark.step, 0.985), xycoords=x_axis, va="top", **side, **SMALL_PRINT)
 
 
 def _legend(axes: Axes, curves: list[Curve]) -> None:
@@ -199,12 +204,20 @@ def _legend(axes: Axes, curves: list[Curve]) -> None:
         handles = {curve.label: handles[curve.label] for curve in curves if not curve.dots}
         line: dict = dict(lw=1.6, ls="" if points else DASHED, marker="o", ms=4)
         handles["held-out"] = Line2D([], [], color=COLOURS["ink"], **line)
+    legend_above(axes, handles)
+
+
+def legend_above(axes: Axes, handles: dict[str, Any] | None = None) -> None:
+    """What is named in the plot, or these, {label: handle}."""
+    if handles is None:
+        handles = {label: handle for handle, label in zip(*axes.get_legend_handles_labels())}
     place: dict = dict(loc="lower left", bbox_to_anchor=(-0.02, 0.985), ncols=4, columnspacing=1.2)
     look: dict = dict(frameon=False, labelcolor=COLOURS["ink"], handlelength=1.8, handletextpad=0.5)
     axes.legend(handles.values(), handles.keys(), borderpad=0.1, **place, **look)
 
 
-def _render(axes: Axes, name: str, title: str, folder: Path | None) -> Markup:
+def render(axes: Axes, name: str, title: str, folder: Path | None = None) -> Markup:
+    """The plot's figure as SVG, and as a PNG into a folder that is named."""
     svg, figure = io.StringIO(), axes.figure
     assert isinstance(figure, Figure)
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -24,7 +24,7 @@ from fastdpo.values import as_list
 RUN_FILES = (
     *("config.yaml", "metrics.jsonl", "held_out.jsonl", "events.jsonl", "samples.jsonl", "data_report.json"),
     *("report.html", "plots", "tensorboard", "wandb", "tracker_id", "rounds", "checkpoints", "model"),
-    "eval",
+    *("eval", "explain"),
 )
 # A resumed run cuts them back to its checkpoint.
 GROWING = ("metrics.jsonl", "held_out.jsonl", "samples.jsonl")

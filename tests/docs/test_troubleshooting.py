@@ -30,6 +30,7 @@ PASSED_ON = {  # (file, function) whose errors say what they were given: where t
     ("fastdpo/data/sources.py", "named"): "the same, beginning with the config's key",
     ("fastdpo/data/spans.py", "_bad_spans"): "its callers",
     ("fastdpo/data/store/worker.py", "_sendable"): "what was raised in that process",
+    ("fastdpo/explanation/patch.py", "__getitem__"): "a name, as every mapping does",
     ("fastdpo/model/finding.py", "_of_hub"): "fastdpo.files.names",
     ("fastdpo/model/finding.py", "find_source"): "_no_model",
     ("fastdpo/model/source.py", "_config_of_folder"): "_unknown",

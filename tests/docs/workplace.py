@@ -4,7 +4,12 @@ from pathlib import Path
 
 from tests.tiny import rows, save_model, write_jsonl
 
-MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", "runs/demo/sft/model")
+MODELS = (
+    "Qwen/Qwen2.5-0.5B-Instruct",
+    "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "runs/demo/sft/model",
+    "runs/demo/start",
+)
 DATA = (
     "trl-lib/hh-rlhf-helpful-base/train.jsonl",
     "trl-lib/hh-rlhf-helpful-base/test.jsonl",
