@@ -32,7 +32,7 @@ SENTIMENT = {"learning_rate": 5e-4, "batch_size": 8, "warmup_steps": 4, "max_len
 SENTIMENT |= {"lora_rank": 16}
 KEYS = {"harmless": HARMLESS, "sentiment": SENTIMENT}
 LOOKED_AT: dict[str, Any] = {"pairs": 200, "random_sets": 3}
-CAUSES = {"harmless": 0, "sentiment": 24}  # prompts; on as few harmless ones the effect is not told from 0
+CAUSES = {"harmless": 0, "sentiment": 24}  # prompts that patches are tried on
 ASKED: dict[str, dict] = {"harmless": {}, "sentiment": {"scorer": "vader", "samples": 32}}
 PROMPTS, ANSWERS = 96, 4  # of the start model, which sentiment's pairs are made of
 
@@ -71,7 +71,7 @@ def _sentiment(train: Path, held_out: Path, seed: int) -> None:
         (held_out, sentiment.prompts(held_out=True)[:HELD_OUT], 2000),
     ):
         if not path.exists():
-            sentiment.write_rows(path, model, 16, asked, ANSWERS, drawn)
+            sentiment.write_rows(path, model, SENTIMENT["lora_rank"], asked, ANSWERS, drawn)
 
 
 def best_and_worst(ranked: Path) -> Path:
