@@ -242,7 +242,7 @@ def test_the_file_holds_every_neuron(tmp_path):
     np.testing.assert_array_equal(got["raw_after"], rows.raw_after)
     to_parquet(rows, tmp_path / "plain.parquet")
     assert "group" not in pq.read_table(tmp_path / "plain.parquet").column_names
-    with pytest.raises(ConfigError, match=r"output: cannot write .*absent/n.parquet: .*; name another folder"):
+    with pytest.raises(ConfigError, match=r"output: cannot write .*absent/n.parquet: .*; name another"):
         to_parquet(rows, tmp_path / "absent/n.parquet")
 
 
