@@ -30,6 +30,7 @@ from fastdpo.evaluation.page import page
 from fastdpo.evaluation.result import Measured, Settings, check_free, result, write
 from fastdpo.evaluation.rows import Rows
 from fastdpo.evaluation.show import show
+from fastdpo.files import durable
 from fastdpo.files.installed import versions
 from fastdpo.model.loading import load_tokenizer
 from fastdpo.model.policy import Policy
@@ -53,6 +54,7 @@ def evaluate(settings: Settings, output: str | None, overwrite: bool, console: C
     versus = named(settings.versus, "versus", **alike(model)) if settings.versus else None
     folder = Path(output) if output else _default_folder(settings.model, model.run)
     check_free(folder, settings, overwrite)
+    durable.recover(folder)
     job = job_of(config_of(model, settings.data))
     given = NumberedRows(settings.data, job.data.data_format)
     scorer = make_scorer(settings.scorer, rows=given) if settings.scorer else None

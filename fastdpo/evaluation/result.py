@@ -84,10 +84,9 @@ def check_free(
     folder: Path, settings: Any, overwrite: bool, name: str = "eval.json", what: str = "an evaluation"
 ) -> None:
     """Raises ConfigError where the folder cannot be written, or its file `name` is `what` of other settings
-    (a record). One of the same settings is replaced, and so is what a process left that was killed."""
+    (a record). One of the same settings is replaced."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        durable.recover(folder)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:

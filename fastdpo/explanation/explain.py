@@ -3,7 +3,6 @@ what they say of each other; explain.json, explain.html and neurons.parquet."""
 
 import dataclasses
 import platform
-import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.markup import escape
 from fastdpo.data.packing import in_row_order
 from fastdpo.data.sources import NumberedRows
 from fastdpo.evaluation.answers import Sampling
-from fastdpo.evaluation.models import check_same_tokens
+from fastdpo.evaluation.models import Named, check_same_tokens
 from fastdpo.explanation import attribute, probe, weights
 from fastdpo.explanation.behaviour import behaviour
 from fastdpo.explanation.causes import Causes, Plan, part_plans, plans, within_room
@@ -28,11 +27,10 @@ from fastdpo.explanation.page import page
 from fastdpo.explanation.parts import direction_part, where_part
 from fastdpo.explanation.patch import bytes_a_token
 from fastdpo.explanation.places import Places, check_sum, find_places
-from fastdpo.explanation.result import NEURONS, Settings, check_free, folder_of, plain, write
+from fastdpo.explanation.result import NEURONS, Settings, folder_of, opened, plain, write
 from fastdpo.explanation.rows import Rows
 from fastdpo.explanation.shares import shares, tabled
 from fastdpo.explanation.show import show
-from fastdpo.files import durable
 from fastdpo.files.installed import versions
 from fastdpo.model.loading import load_model_config, load_tokenizer
 from fastdpo.model.policy import Policy
@@ -42,7 +40,6 @@ from fastdpo.sampling.scorers import Scorer, make_scorer
 from fastdpo.training.run import device_name, spread
 
 _PACKAGES = "fastdpo torch transformers datasets peft".split()
-_WORK = "work"  # the folder of what one model leaves for the other, within the output
 _OWN = (
     "the direction's before and after, where, neurons, and so the groups and means of the causes are of each "
     "model's own 20 greedy tokens; behaviour and the causes' numbers are of the given text"
@@ -55,7 +52,20 @@ def explain(settings: Settings, output: str | None, overwrite: bool, console: Co
     before, after = named_models(settings)
     asked = _asked(settings, load_model_config(after.spec).get_text_config().hidden_size)
     folder = folder_of(output, settings.after, after.run)
-    check_free(folder, settings, overwrite, "explain.json", "an explanation")
+    with opened(folder, settings, overwrite) as work:
+        made, table = _explained(settings, before, after, asked, work, console)
+        show(made, console)
+        (folder / NEURONS).unlink(missing_ok=True)  # of another explanation
+        if table is not None:
+            attribute.to_parquet(table, folder / NEURONS, settings.towards, settings.groups)
+        write(folder, made, page(made), "explain")
+    where = escape(f"{folder}/explain.json; open {folder}/explain.html to see it")
+    console.print(f"[bold]written:[/] {where}", soft_wrap=True)
+    return made
+
+
+def _explained(settings: Settings, before: Named, after: Named, asked, work: Path, console: Console):
+    """(explain.json's content, the neurons' table or None)."""
     spec, held_out = data_of(after, settings)
     given = NumberedRows(spec.data, spec.data_format)
     scorer = make_scorer(settings.scorer, rows=given) if settings.scorer else None
@@ -64,13 +74,8 @@ def explain(settings: Settings, output: str | None, overwrite: bool, console: Co
     processor = load_processor(after.spec, tokenizer)
     groups, notes = rows_of(spec, held_out, settings, tokenizer, processor, console)
     check_same_tokens(tokenizer, theirs, groups, (after.name, before.name))
-    work = durable.part_of(folder / _WORK)
-    work.mkdir()
-    try:
-        found = Explanation(settings, Two(before, after, groups, console), asked, tokenizer, work, console)
-        made = found.run(scorer)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    found = Explanation(settings, Two(before, after, groups, console), asked, tokenizer, work, console)
+    made = found.run(scorer)
     made |= {
         "settings": dataclasses.asdict(settings),
         "names": {"before": before.name, "after": after.name},
@@ -81,15 +86,7 @@ def explain(settings: Settings, output: str | None, overwrite: bool, console: Co
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": found.seconds,
     }
-    made = plain(made)
-    show(made, console)
-    (folder / NEURONS).unlink(missing_ok=True)  # of another explanation
-    if found.table is not None:
-        attribute.to_parquet(found.table, folder / NEURONS, settings.towards, settings.groups)
-    write(folder, made, page(made), "explain")
-    where = escape(f"{folder}/explain.json; open {folder}/explain.html to see it")
-    console.print(f"[bold]written:[/] {where}", soft_wrap=True)
-    return made
+    return plain(made), found.table
 
 
 def _asked(settings: Settings, width: int):

@@ -1,13 +1,17 @@
 """What is asked of an explanation, and where it is written: explain.json, explain.html, neurons.parquet."""
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastdpo.errors import ConfigError
 from fastdpo.evaluation.result import check_free, plain, write
+from fastdpo.files import durable
 
-__all__ = ["Settings", "check_free", "plain", "write"]
+__all__ = ["Settings", "folder_of", "opened", "plain", "write"]
 NEURONS = "neurons.parquet"
 _LEAST = {"pairs": 4, "causes": 0, "random_sets": 1, "samples": 1, "max_new_tokens": 1}
 
@@ -75,3 +79,28 @@ def folder_of(output: str | None, after: str, run: Path | None) -> Path:
     if output is not None:
         return Path(output)
     return run / "explain" if run else Path("runs/explain") / (Path(after).name or "model")
+
+
+@contextlib.contextmanager
+def opened(folder: Path, settings: Settings, overwrite: bool) -> Iterator[Path]:
+    """Holds the output's folder; yields one within it, for what one model leaves for the other, which goes at
+    the end. So does the output itself where nothing came into it. Raises ConfigError as check_free, and where
+    another process has the folder."""
+    check_free(folder, settings, overwrite, "explain.json", "an explanation")
+    with contextlib.ExitStack() as until_end:
+        try:
+            until_end.enter_context(durable.held(folder))
+        except BlockingIOError:
+            raise ConfigError(
+                f"output: another process is explaining into {folder}; wait for it, or name another folder "
+                "by --output"
+            ) from None
+        durable.recover(folder)
+        work = durable.part_of(folder / "work")
+        work.mkdir()
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # it is empty where something was wrong

@@ -1,6 +1,7 @@
 """Files that are either the old ones or the new ones, whole, whenever the process or the machine dies."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -56,6 +57,18 @@ def new_folder(final: Path) -> Iterator[Path]:
 def part_of(final: Path) -> Path:
     """The temporary folder of new_folder."""
     return final.with_name(f".{final.name}.part")
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds a folder against a second process; BlockingIOError where one has it. The lock goes with the
+    process, however it ends."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
 
 
 def recover(folder: Path) -> None:

@@ -1,9 +1,7 @@
 """The run folder: where a run leaves everything, what it must not overwrite, and where it goes on."""
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,20 +58,16 @@ def free_folder(job: Job) -> Path:
 
 @contextlib.contextmanager
 def only_run_in(run: Path) -> Iterator[None]:
-    """Holds the folder against a second process, and puts right what a crash left in it. The lock goes with
-    the process, however it ends."""
-    fd = os.open(run, os.O_RDONLY)
-    try:
+    """Holds the folder against a second process, and puts right what a crash left in it."""
+    with contextlib.ExitStack() as until_end:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            until_end.enter_context(durable.held(run))
         except BlockingIOError:
             text = f"output_dir: another process is training into {run}; wait for it, or name another folder"
             raise ConfigError(text) from None
         for place in (run, run / "checkpoints"):
             durable.recover(place)
         yield
-    finally:
-        os.close(fd)
 
 
 def open_run(run: Path, job: Job, reports: dict, found: Checkpoint | None, passed, console: Console) -> None:

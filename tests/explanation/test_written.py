@@ -9,6 +9,7 @@ from fastdpo.cli import main
 from fastdpo.errors import ConfigError
 from fastdpo.explanation import explain as module
 from fastdpo.explanation import result
+from fastdpo.files import durable
 from tests.explanation.runs import json_of, rows
 from tests.explanation.test_explain import WRITTEN
 from tests.training.test_samples import silent
@@ -99,7 +100,7 @@ def test_a_failure_in_the_middle_leaves_nothing(place, tmp_path, monkeypatch, wh
     monkeypatch.setattr(module.Explanation, where, fail)
     with pytest.raises(error):
         place("full", output=tmp_path / "out", causes=2, random_sets=1)
-    assert names(tmp_path / "out") == set()
+    assert not (tmp_path / "out").exists()
     recorded = {"before.safetensors", "00000.safetensors"}
     expected = {"_see_before": set(), "_see_after": {"before.safetensors"}}
     assert set(seen) == expected.get(where, recorded)
@@ -117,7 +118,7 @@ def test_a_failure_while_it_writes_leaves_no_result(place, tmp_path, monkeypatch
         patch.setattr("fastdpo.explanation.attribute.pq.write_table", half)
         with pytest.raises(ConfigError, match=r"cannot write .*neurons.parquet: no space left"):
             place("lora", output=output)
-    assert names(output) == set()
+    assert not output.exists()
     with monkeypatch.context() as patch:
         patch.setattr(module, "page", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -127,6 +128,18 @@ def test_a_failure_while_it_writes_leaves_no_result(place, tmp_path, monkeypatch
     (output / ".work.part/before.safetensors").write_text("")
     place("lora", output=output)
     assert names(output) == WRITTEN
+
+
+def test_another_process_in_the_folder(place, tmp_path):
+    """It goes on with what it had put there."""
+    work = tmp_path / "out/.work.part"
+    work.mkdir(parents=True)
+    with durable.held(tmp_path / "out"):
+        with pytest.raises(ConfigError, match=r"output: another process is explaining into .*out; wait"):
+            place("lora", output=tmp_path / "out", overwrite=True)
+        assert work.exists()
+    place("lora", output=tmp_path / "out")
+    assert names(tmp_path / "out") == WRITTEN
 
 
 def test_a_folder_that_cannot_be_written(place, tmp_path):
