@@ -5,25 +5,18 @@ from typing import Any
 
 from benchmarks.tables.markdown import markdown, where
 
-TITLES = {
-    "harmless": "Harmless answers (hh-rlhf's harmless-base; all weights)",
-    "sentiment": "Positive answers (the model's own, ranked by VADER's rules; a LoRA)",
-}
 _COLUMNS = {"projection": "projection", "margins": "margin", "score": "VADER's score"}
 Seeds = dict[str, Any]  # {seed: what the record has of it}
 
 
 def explained(record: dict, link: str) -> str:
-    """A part a task: how the change is made up, and what patches bring back."""
-    text = f"{record['model']} on {where(record)} ({link}); mean ± standard deviation over trainings, "
-    parts = [f"{text}which differ in their seed and in which rows they are trained on."]
-    for task, seeds in record["tasks"].items():
-        parts += [
-            f"**{TITLES[task]}**, {len(seeds)} trainings. {_about(seeds)}",
-            _groups(seeds),
-            _causes(seeds),
-        ]
-    return "\n\n".join(part for part in parts if part)
+    """How the change is made up, and what patches bring back."""
+    seeds = record["seeds"]
+    about = (
+        f"{record['model']}, {len(seeds)} trainings on {where(record)} ({link}); mean ± standard deviation "
+        f"over trainings, which differ in their seed and in which rows they are trained on. {_about(seeds)}"
+    )
+    return "\n\n".join(part for part in (about, _groups(seeds), _causes(seeds)) if part)
 
 
 def _about(seeds: Seeds) -> str:
@@ -120,11 +113,12 @@ def spread(values: list[float], digits: int) -> str:
 
 # as in blocks.py
 BLOCKS = {
-    "explained": (
-        "explained",
+    f"explained-{task}": (
+        f"explained_{task}",
         "cpu",
         explained,
-        "what DPO changed inside a real assistant",
-        "python -m benchmarks.learning.real.explained",
-    ),
+        f"what DPO changed inside a real assistant: {told}",
+        f"python -m benchmarks.learning.real.explained --only {task}",
+    )
+    for task, told in {"harmless": "harmless answers", "sentiment": "positive answers"}.items()
 }

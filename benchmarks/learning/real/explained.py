@@ -2,7 +2,8 @@
 
     python -m benchmarks.learning.real.explained [--only TASK] [--work DIR] [--out DIR]
 
-Each task is trained with some seeds. What has ended stays in --work, and the same command goes on there.
+Each task is trained with some seeds, and has a record. What has ended stays in --work, and the same command
+goes on there.
 """
 
 import argparse
@@ -31,8 +32,7 @@ HARMLESS = {
 SENTIMENT = {"learning_rate": 5e-4, "batch_size": 8, "warmup_steps": 4, "max_length": 128, "max_steps": 20}
 SENTIMENT |= {"lora_rank": 16}
 KEYS = {"harmless": HARMLESS, "sentiment": SENTIMENT}
-LOOKED_AT: dict[str, Any] = {"pairs": 200, "random_sets": 3}
-CAUSES = {"harmless": 0, "sentiment": 24}  # prompts that patches are tried on
+LOOKED_AT: dict[str, Any] = {"pairs": 200, "random_sets": 3, "causes": 24}
 ASKED: dict[str, dict] = {"harmless": {}, "sentiment": {"scorer": "vader", "samples": 32}}
 PROMPTS, ANSWERS = 96, 4  # of the start model, which sentiment's pairs are made of
 
@@ -107,9 +107,7 @@ def explained(task: str, seed: int, work: Path) -> dict:
         held_out = rows(task, seed, work)[1]
         if task == "sentiment":
             held_out = best_and_worst(held_out)
-        fastdpo.explain(
-            run, data=str(held_out), **LOOKED_AT, causes=CAUSES[task], **ASKED[task], console=QUIET
-        )
+        fastdpo.explain(run, data=str(held_out), **LOOKED_AT, **ASKED[task], console=QUIET)
     found = json.loads(made.read_text())
     kept = {name: found[name] for name in ("direction", "data", "where", "seconds")}
     numbers = found["behaviour"]["numbers"]
@@ -125,9 +123,9 @@ def explained(task: str, seed: int, work: Path) -> dict:
 
 
 def main() -> int:
-    """Trains and explains what is missing; the record is written when all of it is there."""
+    """Trains and explains what is missing; a task's record is written when all of it is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=KEYS, help="one task, and no record")
+    parser.add_argument("--only", choices=KEYS, help="one task")
     parser.add_argument("--work", type=Path, default=Path("runs/explained"), help="rows, runs and caches")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the JSON")
     args = parser.parse_args()
@@ -135,17 +133,10 @@ def main() -> int:
         print(why)
         return 2
     args.work.mkdir(parents=True, exist_ok=True)
-    tasks = [args.only] if args.only else list(KEYS)
-    found = {task: {str(seed): explained(task, seed, args.work) for seed in SEEDS[task]} for task in tasks}
-    if not args.only:
-        record = {
-            "model": Path(str(installed())).name,
-            "keys": KEYS,
-            "asked": ASKED,
-            "looked_at": LOOKED_AT,
-            "causes": CAUSES,
-        }
-        write_result("explained", record | {"tasks": found}, args.out)
+    for task in [args.only] if args.only else KEYS:
+        seeds = {str(seed): explained(task, seed, args.work) for seed in SEEDS[task]}
+        record = {"model": Path(str(installed())).name, "keys": KEYS[task], "asked": LOOKED_AT | ASKED[task]}
+        write_result(f"explained_{task}", record | {"seeds": seeds}, args.out)
     return 0
 
 
