@@ -4,6 +4,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.tables.markdown import markdown, where
+from fastdpo.explanation.cause_words import broken
 
 _COLUMNS = {"projection": "projection", "margins": "margin", "score": "VADER's score"}
 Seeds = dict[str, Any]  # {seed: what the record has of it}
@@ -77,15 +78,17 @@ def _causes(seeds: Seeds) -> str:
             continue
         some = [one["rows"][place] for one in each]
         sizes = spread([one["size"] for one in some], 0) if row["size"] else ""
-        table.append([_name(row), sizes, *(_share([one.get(name) for one in some]) for name in columns)])
+        broke = sum(bool(broken(*pair)) for pair in zip(each, some))
+        told = f" (broken{_some(broke, len(some))})" if broke else ""
+        shares = (_share([one.get(name) for one in some]) for name in columns)
+        table.append([_name(row) + told, sizes, *shares])
     (pairs, *_) = (one["data"]["causes_pairs"] for one in seeds.values() if one.get("causes", {}).get("rows"))
     text = (
         f"Patched into the model before, on {pairs} pairs ({len(each)} of the trainings): the share of the "
-    )
-    text += (
         "effect that comes back, in percent. Empty: not measured, or an effect within two standard errors "
+        "of 0. Broken: further from the model before than three times the training, and worse at the chosen "
+        "responses than either model."
     )
-    text += "of 0."
     header = ("what is patched", "neurons", *(_COLUMNS[name] for name in columns))
     return f"{text}\n\n{markdown(header, table)}"
 
@@ -100,8 +103,14 @@ def _name(row: dict) -> str:
 
 
 def _share(cells: list[dict | None]) -> str:
+    """Over the trainings that tell it."""
     found = [100 * cell["share"] for cell in cells if cell and cell["share"] is not None]
-    return spread(found, 0) if found else ""
+    return spread(found, 0) + _some(len(found), len(cells)) if found else ""
+
+
+def _some(count: int, total: int) -> str:
+    """Of how many trainings something is, where it is not all."""
+    return f" in {count} of {total}" if count < total else ""
 
 
 def spread(values: list[float], digits: int) -> str:
