@@ -86,8 +86,8 @@ def _causes(seeds: Seeds) -> str:
     text = (
         f"Patched into the model before, on {pairs} pairs ({len(each)} of the trainings): the share of the "
         "effect that comes back, in percent. Empty: not measured, or an effect within two standard errors "
-        "of 0. Broken: further from the model before than three times the training, and worse at the chosen "
-        "responses than either model."
+        "of 0; where only some trainings have one, a share is theirs. Broken: further from the model before "
+        "than three times the training, and worse at the chosen responses than either model."
     )
     header = ("what is patched", "neurons", *(_COLUMNS[name] for name in columns))
     return f"{text}\n\n{markdown(header, table)}"
